@@ -1,0 +1,1 @@
+"""Everything that runs inside a Ray actor: policies, engines, samplers, scorers, learners, pools."""

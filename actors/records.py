@@ -1,0 +1,196 @@
+"""Records that travel between rooms: frozen dataclasses of numbers, text and numpy arrays, nothing that holds a device or a handle.
+
+Frames are always ``uint8 (T, H, W, 3)`` RGB. Latents are ``float32``. Every result carries the weights version that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+SampleKind = Literal["procedural", "predictive"]
+NoiseSchedule = Literal["flow", "wan", "dance", "cps"]
+
+
+def derive_seed(*parts: Any) -> int:
+    """Return a 63-bit seed that is a pure function of ``parts`` (run seed, step, sample id, index, …).
+
+    The same parts give the same seed on any machine and Python version, so a request that is sent again repeats itself.
+    """
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One VNEP question: what is asked about which video, and the true next event."""
+
+    id: str
+    kind: SampleKind
+    question: str
+    caption: str
+    input_frames: np.ndarray  # uint8 (T_in, H, W, 3)
+    target_frames: np.ndarray  # uint8 (T_out, H, W, 3)
+    fps: float = 8.0
+    meta: str = ""  # JSON of whatever the dataset's maker wants back at evaluation
+
+
+# --- VLM ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class CompletionRequest:
+    """Ask the VLM for ``n`` completions about one video."""
+
+    sample_id: str
+    question: str
+    frames: np.ndarray  # uint8 (T, H, W, 3)
+    n: int
+    seed: int
+    temperature: float = 1.0  # 0 is greedy
+    max_tokens: int = 64
+    fps: float = 8.0
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """One sampled answer; ``logprobs[t]`` is the engine's log-probability of ``token_ids[t]`` (EOS included when it was sampled)."""
+
+    text: str
+    token_ids: np.ndarray  # int32 (L,)
+    logprobs: np.ndarray  # float32 (L,)
+    finish_reason: str  # "stop" | "length"
+    weights_version: int
+
+
+# --- VDM ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SdeSpec:
+    """Which steps are stochastic, and how. ``window`` is [start, start+size); all other steps are ODE steps."""
+
+    schedule: NoiseSchedule
+    level: float
+    window_start: int
+    window_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class RenderRequest:
+    """Ask the VDM for one clip of ``caption``, conditioned on reference frames. ``sde=None`` samples the ODE."""
+
+    sample_id: str
+    index: int
+    caption: str
+    reference_frames: np.ndarray  # uint8 (n, H, W, 3), RGB, already at the output size
+    num_frames: int
+    steps: int
+    guidance: float  # 1.0 is off
+    noise_seed: int  # initial noise; shared within a group under same_latent
+    sde_seed: int = 0  # noise of the SDE steps
+    sde: SdeSpec | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """The stochastic part of one sampled path, enough to recompute its log-probability exactly."""
+
+    latents: np.ndarray  # float32 (w + 1, C, F, h, w): state before each window step, and after the last
+    sigmas: np.ndarray  # float32 (steps + 1,)
+    logprobs: np.ndarray  # float32 (w,) by the sampler
+    sde: SdeSpec
+    guidance: float
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One rendered clip; ``trajectory`` only when it was sampled as an SDE."""
+
+    sample_id: str
+    index: int
+    caption: str
+    frames: np.ndarray  # uint8 (T, H, W, 3)
+    weights_version: int
+    trajectory: Trajectory | None = None
+
+
+# --- rewards --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRequest:
+    """Ask the reward pool for the named ``components`` of one answer.
+
+    ``clip`` is None only where no component needs it (a malformed completion has nothing to render).
+    """
+
+    sample_id: str
+    index: int
+    components: tuple[str, ...]
+    text: str  # the raw completion (format reward)
+    caption: str  # parsed caption, or the anchor caption in stage 2
+    reference_caption: str  # ground truth caption
+    target_frames: np.ndarray  # uint8 (T, H, W, 3)
+    last_input_frame: np.ndarray  # uint8 (H, W, 3)
+    clip: np.ndarray | None = None  # uint8 (T', H, W, 3)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Component name → value, unweighted. Diagnostics (motion, copy, sharpness, …) ride along under ``diagnostics``."""
+
+    sample_id: str
+    index: int
+    values: dict[str, float]
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+# --- learners -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class VlmExperience:
+    """One completion with its advantage, as the stage-1 learner reads it."""
+
+    sample_id: str
+    index: int
+    question: str
+    frames: np.ndarray  # uint8 (T, H, W, 3)
+    fps: float
+    token_ids: np.ndarray  # int32 (L,)
+    rollout_logprobs: np.ndarray  # float32 (L,)
+    advantage: float
+
+
+@dataclass(frozen=True, eq=False)
+class VdmExperience:
+    """One trajectory with its advantage, as the stage-2 learner reads it."""
+
+    sample_id: str
+    index: int
+    caption: str
+    reference_frames: np.ndarray  # uint8 (n, H, W, 3)
+    trajectory: Trajectory
+    advantage: float
+
+
+Experience = VlmExperience | VdmExperience
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """One published version of a policy's trained weights.
+
+    ``lora``: PEFT state-dict names (``base_model.model.….lora_A.weight``) and ``adapter_config`` as PEFT writes it.
+    ``full``: the model's own state-dict names, ``adapter_config`` empty. bf16 tensors travel as uint16 with the name in ``bf16``.
+    """
+
+    version: int
+    kind: Literal["lora", "full"]
+    tensors: dict[str, np.ndarray]
+    adapter_config: dict[str, Any] = field(default_factory=dict)
+    bf16: frozenset[str] = frozenset()

@@ -1,0 +1,1 @@
+"""What the cluster looks like: resources, placement, pool sizes, job submission, manifests. No model code."""

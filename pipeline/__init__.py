@@ -1,0 +1,1 @@
+"""The story: configuration, data, the two stages, evaluation, tracking, checkpoints, command line."""
