@@ -1,0 +1,1 @@
+"""What the environment needs beyond ``pip install``: the torchvision import hook for CPU machines."""
