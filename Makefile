@@ -1,0 +1,53 @@
+# Set-up, demo, tests and checks. `make demo` on a fresh clone does everything; a second call installs nothing.
+# The environment is made once in .venv and brought up to date when one of the files in INPUTS changes in content.
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3 python,\
+	$(shell $(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $(name))))
+VENV := .venv
+BIN := $(VENV)/bin
+INPUTS := pyproject.toml constraints-cpu.txt pipeline/setup/torchvision_cpu_ops.py
+STAMP := $(VENV)/.ready-$(shell cat $(INPUTS) | cksum | cut -d' ' -f1)
+
+export HF_HUB_OFFLINE ?= 1
+export OMP_NUM_THREADS ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+export VLLM_NO_USAGE_STATS ?= 1
+
+.PHONY: help setup demo test check clean
+
+help:
+	@echo "make demo    install what is needed, then align the tiny pair with Joint-GRPO (runs/demo)"
+	@echo "make test    install what is needed, then run the test suite"
+	@echo "make check   lint, formatting, types and import layering"
+	@echo "make setup   install only"
+	@echo "make clean   remove .venv, caches and runs/demo"
+
+setup: $(STAMP)
+
+# pip compiles byte code one file at a time; Python writes the few files it needs itself, at first import.
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing into $(VENV) with $$($(PYTHON) --version) (a few minutes, once)"
+	@start=$$(date +%s) && rm -f $(VENV)/.ready-* \
+	&& { test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } \
+	&& $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints-cpu.txt -e '.[cpu,dev]' \
+	&& $(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec \
+	&& $(BIN)/python pipeline/setup/torchvision_hook.py \
+	&& echo $$(( $$(date +%s) - start )) > $(VENV)/install_seconds \
+	&& touch $@ \
+	&& echo "Installed in $$(cat $(VENV)/install_seconds) s; \`$(BIN)/vans doctor\` says what works"
+
+demo: setup
+	$(BIN)/vans demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean:
+	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info
