@@ -1,0 +1,107 @@
+"""What the learner needs from a policy: the :class:`Trainable` protocol and the values that cross it.
+
+Responsible for: names and shapes only. Not responsible for: any maths (``grpo``), any model (``actors.vlm``, ``actors.vdm``),
+sharding or optimisation (``rank``).
+
+How the learner uses a policy, which is what an implementation must allow for:
+
+1. ``Policy.load(path, dtype=..., lora=..., adapter=..., device=..., **policy_kwargs)`` builds it **unsharded and equal on all
+   ranks** (LoRA drawn from a seed, or ``lora_B = 0`` with a seeded ``lora_A``; see ``actors.learner.lora.inject_lora``).
+2. Each of ``fsdp_units`` may be wrapped for activation checkpointing and is then wrapped by ``fully_shard``, and last ``module``
+   itself. Parameters turn into DTensors, so afterwards the policy must reach the network only by calling ``self.module(...)``
+   (not a method of it, whose call would bypass the all-gather), and must not touch ``weight.data``.
+3. ``forward`` reads ``self.module`` anew at each call: where full weights are trained with a KL, the learner itself swaps a frozen
+   copy in for the reference pass. ``reference()`` is asked for only when the policy carries LoRA.
+4. Randomness is forbidden in ``forward`` (dropout 0, module in ``eval()``): the ratio gate compares two passes bit for bit.
+5. ``collate`` may pad to the longest item of its batch; the learner makes old and new log-probabilities from the same
+   micro-batches, so padding agrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from actors.records import Experience
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A low-rank adapter: ``rank`` r > 0, ``alpha`` (scaling is alpha / r), and module name suffixes to adapt.
+
+    ``targets=None`` lets the policy choose its attention and MLP projections. ``seed`` draws ``lora_A``; equal on all ranks.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] | None = None
+    seed: int = 0
+
+
+@dataclass
+class PolicyOutput:
+    """Log-probabilities of given actions under one policy. B trajectories of T steps (tokens, or SDE steps of the window)."""
+
+    logprobs: Tensor  # (B, T) float32, differentiable; 0 where the mask is False
+    mask: Tensor  # (B, T) bool, True where an action was taken by the policy
+    mean: Tensor | None = None  # (B, T, ...) float32, mean of the Gaussian step (flow policies)
+    std: Tensor | None = None  # (B, T) float32, standard deviation of the Gaussian step (flow policies)
+    entropy: Tensor | None = None  # (B, T) float32, detached; 0 where the mask is False
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """A policy that the learner can train. See the module's text for the order of calls."""
+
+    module: (
+        nn.Module
+    )  # the trained network: LoRA is inside, fully_shard wraps it, the optimizer trains its requires_grad parameters
+    fsdp_units: list[nn.Module]  # its transformer blocks: units of sharding and of activation checkpointing
+
+    def collate(self, items: Sequence[Experience]) -> Any:
+        """Return ``items`` as one padded batch on the policy's device."""
+
+    def forward(self, batch: Any) -> PolicyOutput:
+        """Return log-probabilities of the batch's actions under the current weights, differentiable, fp32."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, ``forward`` runs the reference policy: the adapter is disabled. Raises ValueError without LoRA."""
+
+    def kl(self, out: PolicyOutput, ref: PolicyOutput) -> Tensor:
+        """Return KL(current || reference) per step, (B, T): k3 for tokens, closed form from the means for the flow."""
+
+    def rollout_logprobs(self, items: Sequence[Experience]) -> Tensor:
+        """Return the sampler's log-probabilities, (B, T) float32, padded as ``collate`` pads, 0 in the padding."""
+
+    def sft_loss(self, batch: Sequence[tuple[Any, ...]]) -> tuple[Tensor, dict[str, float]]:
+        """Return the supervised loss (mean over the batch, scalar) of decoded samples, and detached metrics.
+
+        VLM: (frames uint8 (T,H,W,3), question, answer text). VDM: (reference frames uint8 (n,H,W,3), caption, target frames uint8).
+        """
+
+    def export(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the trained weights as an ordinary folder, safetensors only.
+
+        With LoRA: a PEFT adapter folder (``adapter_config.json``, ``adapter_model.safetensors``). Without: a whole model folder that
+        ``from_pretrained`` loads. ``state`` is ``module``'s gathered state dict (unsharded CPU tensors under ``module``'s own names;
+        only the trained ones with LoRA); None takes it from ``module``, which then must not be sharded.
+        """
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters the optimizer owns, in module order (equal on all ranks)."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype called ``name`` ("float32", "bfloat16"); ValueError names the choices."""
+    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in choices:
+        raise ValueError(f"dtype={name!r} is unknown; use one of {', '.join(choices)}")
+    return choices[name]
