@@ -1,0 +1,118 @@
+"""What every test stands on: an offline, single-threaded environment, one shared local Ray, tiny models and toy data.
+
+The environment is set before anything heavy is imported, because torch, vLLM and Ray read it at import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_COMPILE_DISABLE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVSPACE": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "VANS_STRICT_METRICS": "1",
+}
+os.environ.update(ENVIRONMENT)
+for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "RAY_ADDRESS"):
+    os.environ.pop(_name, None)
+
+import pytest  # noqa: E402 - the environment comes first
+
+RAY_SLOTS = 8
+"""CPU slots of the tests' Ray: more than cores, because the tiny workers share them."""
+
+
+def start_ray() -> None:
+    """Start the embedded Ray of the tests, unless one is running in this process."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            address="local",
+            num_cpus=RAY_SLOTS,
+            object_store_memory=200 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
+
+
+def stop_ray() -> None:
+    """Stop the Ray that this process started, and no other."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def _ray_session() -> Iterator[None]:
+    yield
+    stop_ray()
+
+
+@pytest.fixture(scope="module")
+def ray_local(_ray_session: None) -> None:
+    """An embedded Ray of ``RAY_SLOTS`` slots, shared by all modules; a module ends the actors that it started."""
+    start_ray()
+
+
+@pytest.fixture(scope="module")
+def ray_alone(_ray_session: None) -> Iterator[None]:
+    """No Ray running when the module starts, and none left behind: for tests that start a cluster of their own."""
+    stop_ray()
+    yield
+    stop_ray()
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny models with random weights."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm_dir(models_dir: Path) -> Path:
+    """Transformers folder of the tiny Qwen3-VL, random weights."""
+    from pipeline.pretrain.architectures import build_tiny_vlm
+
+    return build_tiny_vlm(models_dir / "vlm", seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_vdm_dir(models_dir: Path) -> Path:
+    """Diffusers WanPipeline folder of the tiny artist, random weights."""
+    from pipeline.pretrain.architectures import build_tiny_vdm
+
+    return build_tiny_vdm(models_dir / "vdm", seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_dir(models_dir: Path) -> Path:
+    """Transformers folder of the tiny CLIP, random weights."""
+    from pipeline.pretrain.architectures import build_tiny_clip
+
+    return build_tiny_clip(models_dir / "clip", seed=0)
+
+
+@pytest.fixture(scope="session")
+def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with ``train/`` (24 samples) and ``test/`` (8 samples) of the toy world."""
+    from pipeline.data.toy.write import write_toy
+
+    folder = tmp_path_factory.mktemp("toy")
+    write_toy(folder, train=24, test=8, seed=0)
+    return folder
