@@ -1,0 +1,1 @@
+"""The tiny pair: architectures small enough for two CPU cores, and their pretraining on the toy world."""

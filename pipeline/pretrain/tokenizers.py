@@ -1,0 +1,106 @@
+"""Tokenizers of the tiny models, made from the toy world's language alone.
+
+Responsible for three fast tokenizers that ``AutoTokenizer`` loads from a folder: byte-level BPE with Qwen's special tokens
+(VLM), and whole words for the UMT5 and CLIP text encoders. No network, no downloaded vocabulary.
+"""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.data.toy.language import caption_words, grammar_corpus
+
+QWEN_SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'video' -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
+    "{%- elif part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- elif part.type == 'text' -%}{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+"""Qwen's chat format, without tools and default system text."""
+
+
+_FORMAT_WORDS = [
+    "system user assistant",
+    "<0.0 seconds> <1.5 seconds> <12.8 seconds>",
+    "You answer a question about a video with the next event. Write <think> your reasoning </think> <ans> one sentence </ans>",
+    "<think> </think><ans> </ans>",
+]
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the grammar (about 550 tokens), with Qwen's special tokens; any UTF-8 text can be encoded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=640,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(grammar_corpus() + _FORMAT_WORDS * 50 + _number_lines(), trainer)
+    # Specials come last, as in Qwen's own vocabulary.
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=QWEN_SPECIAL,
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _number_lines() -> list[str]:
+    return [f"<{tenths / 10:.1f} seconds>" for tenths in range(100)]
+
+
+def word_tokenizer(*, max_length: int, clip: bool) -> PreTrainedTokenizerFast:
+    """Whole-word tokenizer over the caption words: lower-cased; unknown words become ``<unk>``.
+
+    ``clip=True`` frames a text in begin and end tokens and makes the end token the highest id, which CLIP pools at.
+    ``clip=False`` ends it with ``</s>`` as UMT5 does, pad id 0.
+    """
+    words = caption_words()
+    specials = ["<pad>", "<unk>"] + ([] if clip else ["</s>"])
+    vocabulary = specials + words + (["<start>", "<end>"] if clip else [])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if clip:
+        ends = [("<start>", vocabulary.index("<start>")), ("<end>", vocabulary.index("<end>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
+        names = {"bos_token": "<start>", "eos_token": "<end>"}
+    else:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", vocabulary.index("</s>"))]
+        )
+        names = {"eos_token": "</s>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=max_length, **names
+    )
