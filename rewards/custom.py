@@ -1,0 +1,69 @@
+"""A user's own reward: a function named by its dotted path ``package.module:function``.
+
+The function is called with keyword arguments only, one call per answer, in the process of a reward worker::
+
+    def redness(*, clip, **_) -> float:
+        return float(clip[..., 0].mean() / 255)
+
+What it may name (see :data:`ARGUMENTS`) is what a score request holds. Raise for a bug (the run stops and shows the
+traceback); return ``float("nan")`` for an answer that cannot be scored (it leaves its group).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from rewards.errors import RewardError
+
+CustomReward = Callable[..., float]
+
+ARGUMENTS = ("sample_id", "text", "caption", "reference_caption", "clip", "target_frames", "last_input_frame")
+"""sample_id: str; text: the raw completion; caption: what was rendered; reference_caption: ground truth; clip: uint8
+(T', H, W, 3); target_frames: uint8 (T, H, W, 3); last_input_frame: uint8 (H, W, 3). Arrays are read-only, RGB."""
+
+_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_custom(name: str) -> bool:
+    """Return whether a component's name is meant as a dotted path."""
+    return ":" in name
+
+
+def load_reward(path: str) -> CustomReward:
+    """Import ``module:function`` and check that it can be called with :data:`ARGUMENTS`.
+
+    Raises RewardError that says whether the spelling, the module, the function or its signature is wrong.
+    """
+    if not _PATH.fullmatch(path):
+        raise RewardError(f"{path!r} is not a reward's dotted path; write package.module:function")
+    module_name, function_name = path.split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise RewardError(
+            f"reward {path!r}: cannot import {module_name!r} ({error}); is it on the workers' PYTHONPATH?"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise RewardError(f"reward {path!r}: {module_name} has no function {function_name!r}")
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(ARGUMENTS))
+    except TypeError as error:
+        raise RewardError(
+            f"reward {path!r} cannot be called with the keyword arguments {', '.join(ARGUMENTS)} ({error}); "
+            f"name those it needs after a * and take the rest as **_"
+        ) from error
+    return function
+
+
+def call_reward(path: str, function: CustomReward, arguments: dict[str, Any]) -> float:
+    """Return the function's value as a float; raises TypeError where it is not a number."""
+    value = function(**arguments)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"reward {path!r} returned {value!r}; it must return a float") from error
