@@ -36,6 +36,8 @@ class Sample:
     target_frames: np.ndarray  # uint8 (T_out, H, W, 3)
     fps: float = 8.0
     meta: str = ""  # JSON of whatever the dataset's maker wants back at evaluation
+    context_frames: np.ndarray | None = None  # uint8 (T_in, H', W', 3), input at the render size; None: input_frames are
+    answer: str | None = None  # <think>…</think><ans>…</ans> for SFT, where the dataset has one
 
 
 # --- VLM ------------------------------------------------------------------------------------------------------------------
