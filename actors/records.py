@@ -149,6 +149,7 @@ class Scores:
     index: int
     values: dict[str, float]
     diagnostics: dict[str, float] = field(default_factory=dict)
+    features: dict[str, np.ndarray] = field(default_factory=dict, compare=False)  # float32 (D,), asked for by evaluation
 
 
 # --- learners -------------------------------------------------------------------------------------------------------------
