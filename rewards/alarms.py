@@ -103,7 +103,7 @@ def alarms(
         found.append(f"frozen: clips move {value:.2f} times as much as ground truth (alarm below {FROZEN_BELOW})")
     if (value := get("copy_excess", 0.0)) > COPY_ABOVE:
         found.append(
-            f"copying: clips are {value:.2f} closer to the last input frame than the truth is (alarm above {COPY_ABOVE})"
+            f"copying: clips are {value:.2f} closer to the last input frame than truth is (alarm above {COPY_ABOVE})"
         )
     low, high = SHARPNESS_RANGE
     if not low <= (value := get("sharpness_ratio", 1.0)) <= high:
