@@ -39,6 +39,11 @@ class Sample:
     context_frames: np.ndarray | None = None  # uint8 (T_in, H', W', 3), input at the render size; None: input_frames are
     answer: str | None = None  # <think>…</think><ans>…</ans> for SFT, where the dataset has one
 
+    @property
+    def context(self) -> np.ndarray:
+        """The input frames at the render size, uint8 (T_in, H', W', 3)."""
+        return self.input_frames if self.context_frames is None else self.context_frames
+
 
 # --- VLM ------------------------------------------------------------------------------------------------------------------
 
