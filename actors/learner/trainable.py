@@ -1,20 +1,23 @@
 """What the learner needs from a policy: the :class:`Trainable` protocol and the values that cross it.
 
-Responsible for: names and shapes only. Not responsible for: any maths (``grpo``), any model (``actors.vlm``, ``actors.vdm``),
-sharding or optimisation (``rank``).
+Responsible for: names and shapes only. Not responsible for: any maths (``grpo``), any model (``actors.vlm``,
+``actors.vdm``), sharding or optimisation (``rank``).
 
 How the learner uses a policy, which is what an implementation must allow for:
 
-1. ``Policy.load(path, dtype=..., lora=..., adapter=..., device=..., **policy_kwargs)`` builds it **unsharded and equal on all
-   ranks** (LoRA drawn from a seed, or ``lora_B = 0`` with a seeded ``lora_A``; see ``actors.learner.lora.inject_lora``).
-2. Each of ``fsdp_units`` may be wrapped for activation checkpointing and is then wrapped by ``fully_shard``, and last ``module``
-   itself. Parameters turn into DTensors, so afterwards the policy must reach the network only by calling ``self.module(...)``
-   (not a method of it, whose call would bypass the all-gather), and must not touch ``weight.data``.
-3. ``forward`` reads ``self.module`` anew at each call: where full weights are trained with a KL, the learner itself swaps a frozen
-   copy in for the reference pass. ``reference()`` is asked for only when the policy carries LoRA.
-4. Randomness is forbidden in ``forward`` (dropout 0, module in ``eval()``): the ratio gate compares two passes bit for bit.
+1. ``Policy.load(path, dtype=..., lora=..., adapter=..., device=..., **policy_kwargs)`` builds it **unsharded and equal
+   on all ranks** (``lora_A`` drawn from a seed, ``lora_B`` zero; see ``actors.learner.lora.inject_lora``).
+2. Each of ``fsdp_units`` may be wrapped for activation checkpointing and is then wrapped by ``fully_shard``, and last
+   ``module`` itself. Parameters turn into DTensors, so afterwards the policy must reach the network only by calling
+   ``self.module(...)`` (a method of it would bypass the all-gather), and must not touch ``weight.data``.
+3. ``forward`` reads ``self.module`` anew at each call: where full weights are trained with a KL, the learner itself
+   swaps a frozen copy in for the reference pass. ``reference()`` is asked for only when the policy carries LoRA.
+4. Randomness is forbidden in ``forward`` (no dropout): the ratio gate compares two passes bit for bit.
 5. ``collate`` may pad to the longest item of its batch; the learner makes old and new log-probabilities from the same
    micro-batches, so padding agrees.
+6. SFT of the VDM may train its text encoder jointly: the policy then has an attribute ``text_encoder`` (a module called
+   as ``self.text_encoder(...)``), and ``sft_loss`` embeds captions with gradients, uncached, while any of the encoder's
+   parameters requires grad.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from actors.records import Experience
 class LoraSpec:
     """A low-rank adapter: ``rank`` r > 0, ``alpha`` (scaling is alpha / r), and module name suffixes to adapt.
 
-    ``targets=None`` lets the policy choose its attention and MLP projections. ``seed`` draws ``lora_A``; equal on all ranks.
+    ``targets=None`` lets the policy choose its attention and MLP projections. ``seed`` draws ``lora_A``, equal on all
+    ranks.
     """
 
     rank: int
@@ -46,7 +50,7 @@ class LoraSpec:
 
 @dataclass
 class PolicyOutput:
-    """Log-probabilities of given actions under one policy. B trajectories of T steps (tokens, or SDE steps of the window)."""
+    """Log-probabilities of given actions under one policy: B trajectories of T steps (tokens, or SDE steps)."""
 
     logprobs: Tensor  # (B, T) float32, differentiable; 0 where the mask is False
     mask: Tensor  # (B, T) bool, True where an action was taken by the policy
@@ -82,15 +86,17 @@ class Trainable(Protocol):
     def sft_loss(self, batch: Sequence[tuple[Any, ...]]) -> tuple[Tensor, dict[str, float]]:
         """Return the supervised loss (mean over the batch, scalar) of decoded samples, and detached metrics.
 
-        VLM: (frames uint8 (T,H,W,3), question, answer text). VDM: (reference frames uint8 (n,H,W,3), caption, target frames uint8).
+        VLM: (frames uint8 (T,H,W,3), question, answer text).
+        VDM: (reference frames uint8 (n,H,W,3), caption, target frames uint8 (T,H,W,3)).
         """
 
     def export(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the trained weights as an ordinary folder, safetensors only.
 
-        With LoRA: a PEFT adapter folder (``adapter_config.json``, ``adapter_model.safetensors``). Without: a whole model folder that
-        ``from_pretrained`` loads. ``state`` is ``module``'s gathered state dict (unsharded CPU tensors under ``module``'s own names;
-        only the trained ones with LoRA); None takes it from ``module``, which then must not be sharded.
+        With LoRA: a PEFT adapter folder (``adapter_config.json``, ``adapter_model.safetensors``). Without: a whole
+        model folder that ``from_pretrained`` loads. ``state`` is ``module``'s gathered state dict (unsharded CPU
+        tensors under ``module``'s own names; only the trained ones with LoRA); None takes it from ``module``, which
+        then must not be sharded.
         """
 
 
@@ -100,8 +106,8 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return the torch dtype called ``name`` ("float32", "bfloat16"); ValueError names the choices."""
-    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    """Return the torch dtype called ``name`` ("float32", "bfloat16", "float16"); ValueError names the choices."""
+    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in choices:
         raise ValueError(f"dtype={name!r} is unknown; use one of {', '.join(choices)}")
     return choices[name]

@@ -1,0 +1,148 @@
+"""The GRPO loss on given log-probabilities. Pure torch: no model, no Ray, no optimizer.
+
+Losses are sums divided by a ``normaliser`` that the caller counts over **all** ranks and micro-batches, so that the
+sum of the micro-batch losses is the loss of the whole batch, however it is cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOSS_NORMS = ("token", "sequence", "constant")
+
+
+@dataclass
+class LossStats:
+    """Detached sums over a micro-batch's masked steps; add them over micro-batches and ranks, then divide by
+    ``steps``.
+    """
+
+    steps: float  # masked steps (tokens or SDE steps)
+    ratio: float  # sum of the ratios
+    clipped: float  # steps whose ratio was clipped against the advantage
+    clipped_low: float  # … below 1 − clip_low
+    clipped_high: float  # … above 1 + clip_high
+    truncated: float  # steps whose importance weight met its cap
+    kl: float  # sum of the KL estimates
+    ratio_max_dev: float  # max |log ratio|; combine by max
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Return the k3 estimate of KL(current || reference) per step, >= 0: exp(Δ) − Δ − 1 with Δ = ref − current.
+
+    Shapes as the arguments (B, T). Schulman 2020, "Approximating KL divergence"; used by GRPO (arXiv 2402.03300, eq.
+    4).
+    """
+    delta = ref_logprobs - logprobs
+    return torch.expm1(delta) - delta
+
+
+def normaliser(mask: Tensor, loss_norm: str, constant_length: int = 0) -> float:
+    """Return what this batch adds to the global normaliser of ``grpo_loss``.
+
+    ``token`` counts masked steps (DAPO, arXiv 2503.14476, eq. 8), ``sequence`` counts trajectories with any step
+    (GRPO), ``constant`` counts trajectories times ``constant_length`` (Dr.GRPO, arXiv 2503.20783).
+    """
+    sequences = float(mask.any(dim=-1).sum())
+    if loss_norm == "token":
+        return float(mask.sum())
+    if loss_norm == "sequence":
+        return sequences
+    if loss_norm == "constant":
+        if constant_length < 1:
+            raise ValueError(
+                "loss_norm=constant divides by a constant length: give constant_length >= 1 (e.g. max_tokens)"
+            )
+        return sequences * constant_length
+    raise ValueError(f"loss_norm={loss_norm!r} is unknown; use one of {', '.join(LOSS_NORMS)}")
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    loss_norm: str,
+    normaliser: float,
+    kl: Tensor | None = None,
+    beta: float = 0.0,
+    importance_cap: float | None = None,
+) -> tuple[Tensor, LossStats]:
+    """Return the clipped surrogate plus KL, as this micro-batch's share of the batch's loss, and its statistics.
+
+    Per step: −min(ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A) + beta·KL with ρ = exp(logp − logp_old)
+    (arXiv 2402.03300, eq. 3; separate bounds as in DAPO, arXiv 2503.14476).
+
+    Args:
+        logprobs: (B, T) float32 of the current policy, differentiable.
+        old_logprobs: (B, T) float32 of the policy that ρ is relative to.
+        advantages: (B,) one per trajectory, or (B, T).
+        mask: (B, T) bool, True where a step counts.
+        clip_low, clip_high: > 0.
+        loss_norm: ``token``: sum over steps / normaliser. ``sequence``: sum over trajectories of the mean over their
+            steps / normaliser. ``constant``: sum over steps / normaliser.
+        normaliser: the global count for this ``loss_norm`` (see :func:`normaliser`), > 0.
+        kl: (B, T) >= 0, differentiable; needed where ``beta`` > 0.
+        beta: weight of the KL.
+        importance_cap: C, where ``old_logprobs`` come from another engine: ρ is then a true importance weight and its
+            unclipped branch is truncated, min(ρ, C), keeping the gradient of the truncated weight. None: not truncated.
+
+    Returns:
+        A scalar whose sum over all micro-batches of all ranks is the batch's loss, and :class:`LossStats`.
+    """
+    if normaliser <= 0:
+        raise ValueError(f"normaliser={normaliser} must be positive: the batch has no step that counts")
+    if beta > 0 and kl is None:
+        raise ValueError(f"beta={beta} needs the KL per step (kl=None)")
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    # Padding may hold anything; where() before exp() keeps it out of the value and of the gradient.
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio = torch.exp(log_ratio)
+    weight = ratio
+    if importance_cap is not None:
+        weight = ratio * torch.clamp(importance_cap / ratio.detach(), max=1.0)
+    clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    unclipped, clipped = weight * advantages, clipped_ratio * advantages
+    per_step = -torch.minimum(unclipped, clipped)
+    if kl is not None and beta > 0:
+        per_step = per_step + beta * torch.where(mask, kl, 0.0)
+    per_step = torch.where(mask, per_step, 0.0)
+    if loss_norm == "sequence":
+        total = (per_step.sum(-1) / mask.sum(-1).clamp(min=1)).sum()
+    elif loss_norm in LOSS_NORMS:
+        total = per_step.sum()
+    else:
+        raise ValueError(f"loss_norm={loss_norm!r} is unknown; use one of {', '.join(LOSS_NORMS)}")
+    return total / normaliser, _stats(log_ratio, ratio, advantages, mask, clip_low, clip_high, kl, importance_cap)
+
+
+@torch.no_grad()
+def _stats(
+    log_ratio: Tensor,
+    ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    kl: Tensor | None,
+    cap: float | None,
+) -> LossStats:
+    low = mask & (ratio < 1.0 - clip_low) & (advantages < 0)
+    high = mask & (ratio > 1.0 + clip_high) & (advantages > 0)
+    return LossStats(
+        steps=float(mask.sum()),
+        ratio=float(torch.where(mask, ratio, 0.0).sum()),
+        clipped=float((low | high).sum()),
+        clipped_low=float(low.sum()),
+        clipped_high=float(high.sum()),
+        truncated=float((mask & (ratio > cap)).sum()) if cap is not None else 0.0,
+        kl=float(torch.where(mask, kl, 0.0).sum()) if kl is not None else 0.0,
+        ratio_max_dev=float(log_ratio.abs().max()) if log_ratio.numel() else 0.0,
+    )

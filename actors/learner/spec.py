@@ -1,0 +1,105 @@
+"""What a learner group is told: frozen values, no behaviour beyond checks and the learning rate as a function of the
+step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from actors.learner.grpo import LOSS_NORMS
+from actors.learner.trainable import LoraSpec
+
+
+@dataclass(frozen=True)
+class GrpoSpec:
+    """The loss (see ``grpo``). ``constant_length`` is the divisor of ``loss_norm="constant"``, e.g. the token limit."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_beta: float = 0.0
+    loss_norm: str = "token"
+    old_logprobs: Literal["learner", "rollout"] = "learner"
+    importance_cap: float = 2.0
+    constant_length: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss_norm not in LOSS_NORMS:
+            raise ValueError(f"loss_norm={self.loss_norm!r} is unknown; use one of {', '.join(LOSS_NORMS)}")
+        if self.loss_norm == "constant" and self.constant_length < 1:
+            raise ValueError("loss_norm=constant needs constant_length >= 1, e.g. the longest completion in tokens")
+        if self.old_logprobs not in ("learner", "rollout"):
+            raise ValueError(f"old_logprobs={self.old_logprobs!r} is unknown; use learner or rollout")
+        if self.clip_low <= 0 or self.clip_high <= 0:
+            raise ValueError(f"clip_low={self.clip_low} and clip_high={self.clip_high} must be positive")
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """AdamW, its learning rate over steps, gradient clipping, and how many non-finite steps a run survives."""
+
+    lr: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    max_grad_norm: float = 1.0
+    max_skipped_steps: int = 5
+
+
+def learning_rate(optim: OptimSpec, step: int, total_steps: int) -> float:
+    """Return the learning rate of optimizer step ``step`` (0 is the first).
+
+    Linear warm-up over ``warmup_steps`` (step 0 already has lr / warmup_steps), then constant, or a cosine or linear
+    descent that reaches 0 at ``total_steps``; beyond it stays 0. A pure function of the step, so nothing is there to
+    restore.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    span = max(total_steps - optim.warmup_steps, 1)
+    done = min((step - optim.warmup_steps) / span, 1.0)
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+    if optim.schedule == "linear":
+        return optim.lr * (1.0 - done)
+    raise ValueError(f"schedule={optim.schedule!r} is unknown; use constant, cosine or linear")
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """One learner group: which policy, how it is sharded, and how it learns.
+
+    ``kind`` is ``vlm``, ``vdm`` or a dotted path ``module:Class`` of a Trainable with the same ``load``.
+    ``lora=None`` trains the full weights. ``dtype`` is the compute dtype; parameters and optimizer stay float32.
+    ``total_steps`` (optimizer steps) is where cosine and linear schedules end.
+    """
+
+    kind: str
+    model_path: str
+    adapter_path: str | None = None
+    lora: LoraSpec | None = None
+    ranks: int = 1
+    cpus: float = 0.5
+    gpus: float = 0.0
+    dtype: str = "float32"
+    micro_batch: int = 16
+    activation_checkpointing: bool = False
+    grpo: GrpoSpec = field(default_factory=GrpoSpec)
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    policy_kwargs: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    start_timeout_s: float = 300.0
+    step_timeout_s: float = 600.0
+    name: str = "learner"
+    total_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or self.micro_batch < 1:
+            raise ValueError(f"{self.name}: ranks={self.ranks} and micro_batch={self.micro_batch} must be at least 1")
+        if self.optim.schedule != "constant" and self.total_steps < 1:
+            raise ValueError(
+                f"{self.name}: schedule={self.optim.schedule} needs total_steps >= 1 to know where it ends"
+            )
