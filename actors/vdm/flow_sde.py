@@ -1,0 +1,208 @@
+"""Sampling a flow-matching model as an ODE or as an SDE: sigma grid, one step, its log-probability and KL, the SDE window.
+
+Responsible for the mathematics alone, on tensors that are passed in; it knows no model, no guidance and no seeds. The sampler and
+the learner both call :func:`transition`, so equal inputs give equal log-probabilities. Conventions: sigma runs from 1 (noise) to 0
+(data), x_sigma = (1 - sigma) x0 + sigma eps, and the velocity is v = eps - x0.
+
+Sources: Flow-GRPO (arXiv 2505.05470) for the SDE of a rectified flow, DanceGRPO (arXiv 2505.07818) for the constant noise level,
+MixGRPO (arXiv 2507.21802) for the sliding window.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from actors.records import NoiseSchedule, SdeSpec, derive_seed
+from cluster.errors import CheckpointError, ConfigError
+
+WindowKind = Literal["fixed", "progressive", "random"]
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def sigma_grid(steps: int, shift: float = 3.0) -> Tensor:
+    """Return the sigmas of ``steps`` Euler steps: float32 (steps + 1,), from 1 down to 0.
+
+    The grid is FlowMatchEulerDiscreteScheduler's own, so that a clip of ours equals diffusers' for the same noise.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: a sampler needs at least 1 denoising step")
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=shift)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.to(torch.float32)
+
+
+def shift_sigma(u: Tensor, shift: float) -> Tensor:
+    """Return the shifted sigma of ``u`` in 0..1: shift u / (1 + (shift - 1) u), as the scheduler shifts its grid."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+# --- one step -------------------------------------------------------------------------------------------------------------
+
+
+class Transition(NamedTuple):
+    """The Gaussian of one step: ``mean`` float32 (B, ...), ``std`` float32 (B,); std 0 is an ODE step."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def ode_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """Return the Euler step x + (sigma' - sigma) v in float32; x, v (B, ...), sigmas (B,)."""
+    return x.float() + _rows(sigma_next - sigma, x) * v.float()
+
+
+def noise_scale(sigma: Tensor, sigma_second: Tensor, schedule: NoiseSchedule, level: float) -> Tensor:
+    """Return s(sigma) of the SDE (not of ``cps``), same shape as ``sigma``.
+
+    ``flow``: level * sqrt(sigma / (1 - sigma)), with ``sigma_second`` (the grid's second sigma) in the denominator at sigma = 1.
+    ``wan``: level * sigma, i.e. linear from 0 at the data to ``level`` at the noise. ``dance``: the constant ``level``.
+    """
+    if schedule == "flow":
+        return level * torch.sqrt(sigma / (1 - torch.where(sigma >= 1, sigma_second, sigma)))
+    if schedule == "wan":
+        return level * sigma
+    if schedule == "dance":
+        return torch.full_like(sigma, level)
+    raise ConfigError(
+        f"noise schedule {schedule!r} has no s(sigma); the schedules are {', '.join(get_args(NoiseSchedule))}"
+    )
+
+
+def transition(
+    x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_second: Tensor, schedule: NoiseSchedule, level: float
+) -> Transition:
+    """Return the Gaussian from which x' of one stochastic step is drawn (ALGORITHM: flow-matching SDE).
+
+    x, v: (B, ...); sigma, sigma_next: (B,), sigma > sigma_next; sigma_second: (B,) or a scalar tensor, the grid's second sigma.
+    ``flow``, ``wan``, ``dance``: mean = x + dt [v + s^2 / (2 sigma) (x + (1 - sigma) v)], std = s sqrt(-dt), dt = sigma' - sigma.
+    ``cps`` keeps the coefficients of the marginal: std = sigma' sin(level pi / 2),
+    mean = (1 - sigma') x0 + sqrt(sigma'^2 - std^2) x1 with x0 = x - sigma v and x1 = x + (1 - sigma) v.
+    Everything is float32, whatever the model's dtype. level 0 is exactly the ODE step, with std 0.
+    """
+    x, v = x.float(), v.float()
+    if level == 0:
+        return Transition(ode_step(x, v, sigma, sigma_next), torch.zeros_like(sigma))
+    if schedule == "cps":
+        std = sigma_next * math.sin(level * math.pi / 2)
+        data, noise = x - _rows(sigma, x) * v, x + _rows(1 - sigma, x) * v
+        keep = torch.sqrt(torch.clamp(sigma_next**2 - std**2, min=0))
+        return Transition(_rows(1 - sigma_next, x) * data + _rows(keep, x) * noise, std)
+    scale = noise_scale(sigma, sigma_second, schedule, level)
+    dt = sigma_next - sigma
+    drift = v + _rows(scale**2 / (2 * sigma), x) * (x + _rows(1 - sigma, x) * v)
+    return Transition(x + _rows(dt, x) * drift, scale * torch.sqrt(-dt))
+
+
+def draw(step: Transition, noise: Tensor) -> Tensor:
+    """Return x' = mean + std * noise; noise is standard normal, of the mean's shape."""
+    return step.mean + _rows(step.std, step.mean) * noise
+
+
+def step_logprob(x_next: Tensor, step: Transition) -> Tensor:
+    """Return the log-density of ``x_next`` under the step, **averaged** over all non-batch dimensions: float32 (B,).
+
+    std must be positive: an ODE step has no density.
+    """
+    std = _rows(step.std, step.mean)
+    terms = -((x_next.float() - step.mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    return terms.flatten(1).mean(dim=1)
+
+
+def kl_gaussian(mean: Tensor, reference_mean: Tensor, std: Tensor, *, batch_dims: int = 1) -> Tensor:
+    """Return KL(N(mean, std^2) || N(reference_mean, std^2)) averaged over all but the first ``batch_dims`` dimensions.
+
+    Closed form for equal standard deviations: mean((mean - reference_mean)^2) / (2 std^2). std has the batch shape.
+    """
+    squared = ((mean - reference_mean) ** 2).flatten(batch_dims).mean(dim=batch_dims)
+    return squared / (2 * std**2)
+
+
+def _rows(value: Tensor, like: Tensor) -> Tensor:
+    return value.reshape(value.shape + (1,) * (like.dim() - value.dim()))
+
+
+# --- which steps are stochastic --------------------------------------------------------------------------------------------
+
+
+def check_window(spec: SdeSpec, steps: int) -> None:
+    """Raise ConfigError unless the window of ``spec`` lies within the first ``steps - 1`` steps (the last is always an ODE step)."""
+    end = spec.window_start + spec.window_size
+    if spec.window_size < 1 or spec.window_start < 0 or end > steps - 1:
+        raise ConfigError(
+            f"SDE window [{spec.window_start}, {end}) does not fit {steps} denoising steps: it needs at least one step and must end "
+            f"at or before step {steps - 1}, because the last step is always an ODE step"
+        )
+    if spec.schedule not in get_args(NoiseSchedule):
+        raise ConfigError(
+            f"unknown noise schedule {spec.schedule!r}; the schedules are {', '.join(get_args(NoiseSchedule))}"
+        )
+    if spec.level < 0 or (spec.schedule == "cps" and spec.level > 1):
+        raise ConfigError(
+            f"noise level {spec.level} of schedule {spec.schedule!r} must be at least 0 (and at most 1 for cps)"
+        )
+
+
+@dataclass
+class WindowSchedule:
+    """Where the SDE window of ``size`` steps starts, within the steps [first, last); moves every ``every`` optimizer steps.
+
+    ``fixed`` stays at ``first``; ``progressive`` moves one step towards the data and starts over at the end (MixGRPO);
+    ``random`` jumps, as a pure function of (seed, number of moves). The only state is ``step``, optimizer steps so far.
+    """
+
+    kind: WindowKind
+    first: int
+    last: int
+    size: int
+    every: int = 1
+    seed: int = 0
+    step: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(WindowKind):
+            raise ConfigError(
+                f"window schedule {self.kind!r} is unknown; the schedules are {', '.join(get_args(WindowKind))}"
+            )
+        if self.first < 0 or self.size < 1 or self.size > self.last - self.first or self.every < 1:
+            raise ConfigError(
+                f"an SDE window of {self.size} steps cannot move within [{self.first}, {self.last}) every {self.every} optimizer "
+                f"steps: size must be 1…{max(self.last - self.first, 1)} and every at least 1"
+            )
+
+    @property
+    def start(self) -> int:
+        """First step of the current window."""
+        return self.start_at(self.step)
+
+    def start_at(self, step: int) -> int:
+        """Return the first step of the window that is in force at optimizer step ``step``."""
+        moves, places = step // self.every, self.last - self.first - self.size + 1
+        if self.kind == "fixed":
+            return self.first
+        offset = moves if self.kind == "progressive" else derive_seed(self.seed, "sde window", moves)
+        return self.first + offset % places
+
+    def advance(self) -> None:
+        """Count one optimizer step."""
+        self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`restore` needs, as plain JSON values."""
+        return {"step": self.step, **self._settings()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``; raises CheckpointError when it was saved under other settings."""
+        saved = {name: state.get(name) for name in self._settings()}
+        if saved != self._settings():
+            raise CheckpointError(f"the checkpoint's SDE window {saved} is not the configured one {self._settings()}")
+        self.step = int(state["step"])
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("kind", "first", "last", "size", "every", "seed")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,111 @@
+"""A diffusers WanPipeline folder, read and written part by part, so that a process loads only what it uses."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from cluster.errors import CheckpointError, ConfigError
+
+COMPONENTS = ("transformer", "vae_encoder", "vae_decoder", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The models of one pipeline; None is what was not asked for."""
+
+    folder: Path
+    transformer: Any
+    vae: Any
+    vae_config: Mapping[str, Any]
+    has_decoder: bool
+    text_encoder: Any
+    tokenizer: Any
+
+
+def load_parts(path: str | Path, dtype: torch.dtype, components: Sequence[str] = COMPONENTS) -> Parts:
+    """Load ``components`` of a WanPipeline folder or hub name; the VAE stays float32, as Wan's is meant to be used."""
+    unknown = set(components) - set(COMPONENTS)
+    if unknown or "transformer" not in components:
+        raise ConfigError(
+            f"components {sorted(components)}: choose from {', '.join(COMPONENTS)}, 'transformer' always among them"
+        )
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
+    for part in ("transformer", "vae", "text_encoder", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise CheckpointError(f"{folder} is not a diffusers WanPipeline folder: it has no {part}/ in it")
+    transformer = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+    vae = text_encoder = tokenizer = None
+    if {"vae_encoder", "vae_decoder"} & set(components):
+        vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        if "vae_decoder" not in components:
+            vae.decoder = vae.post_quant_conv = None
+    if "text_encoder" in components:
+        text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    config = AutoencoderKLWan.load_config(folder / "vae")
+    if transformer.config.in_channels != config["z_dim"]:
+        raise CheckpointError(
+            f"{folder}: the transformer takes {transformer.config.in_channels} latent channels, the VAE makes {config['z_dim']}; "
+            "only text-to-video Wan pipelines are supported (image-to-video ones concatenate channels)"
+        )
+    return Parts(folder, transformer, vae, config, "vae_decoder" in components, text_encoder, tokenizer)
+
+
+def save_full(
+    source: Path, folder: str | Path, transformer: Any, state: Mapping[str, Tensor] | None, text_encoder: Any = None
+) -> None:
+    """Write a WanPipeline folder: ``source``'s, with this transformer (and text encoder, where it was trained) in the place of its own.
+
+    ``state`` is the transformer's gathered state dict where the module itself is sharded.
+    """
+    target = Path(folder)
+    if target.resolve() == source.resolve():
+        raise CheckpointError(f"export to {target} would overwrite the model it was loaded from; choose another folder")
+    replaced = {"transformer"} | ({"text_encoder"} if text_encoder is not None else set())
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in source.iterdir():
+        if entry.is_dir() and entry.name not in replaced:
+            shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
+        elif entry.is_file():
+            shutil.copy2(entry, target / entry.name)
+    if state is not None:
+        with torch.device("meta"):
+            whole = WanTransformer3DModel.from_config(transformer.config)
+        whole.load_state_dict(dict(state), strict=True, assign=True)
+        transformer = whole
+    transformer.save_pretrained(target / "transformer", safe_serialization=True)
+    if text_encoder is not None:
+        text_encoder.save_pretrained(target / "text_encoder", safe_serialization=True)
+
+
+def parameter_hash(modules: Mapping[str, nn.Module | None]) -> str:
+    """Return a hash of all parameters except adapters': equal before and after training exactly where the base stayed frozen.
+
+    Names are the plain model's, so the hash is the same with and without an injected adapter.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for prefix in sorted(modules):
+        module = modules[prefix]
+        if module is None:
+            continue
+        tensors = {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in module.state_dict().items()
+            if "lora_" not in name
+        }
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{prefix}.{name}{tensor.dtype}{tuple(tensors[name].shape)}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,459 @@
+"""The artist: a diffusers Wan pipeline that draws the next event from a caption and reference frames.
+
+Responsible for loading, sampling clips as ODE or SDE, recomputing the log-probabilities of given trajectories (the ``Trainable``
+protocol) and the supervised loss. Sampler and learner get velocities from the one function :meth:`VdmPolicy.velocity` and steps
+from ``flow_sde.transition``. Not responsible for weight versions on the wire or for Ray (``worker``).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors.failures import BadSampleError
+from actors.learner.trainable import LoraSpec, PolicyOutput, torch_dtype
+from actors.records import (
+    Clip,
+    Experience,
+    NoiseSchedule,
+    RenderRequest,
+    SdeSpec,
+    Trajectory,
+    VdmExperience,
+    derive_seed,
+)
+from actors.vdm import conditioning, flow_sde, lora
+from actors.vdm.cache import TensorCache, content_key
+from actors.vdm.conditioning import FlowMatchingSpec
+from actors.vdm.loading import COMPONENTS, Parts, load_parts, save_full
+from actors.vdm.text import CaptionEmbedder
+from cluster.errors import CheckpointError, TrainingError
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch's velocity is conditioned on. ``references`` None: text only; ``negative`` None: no guidance."""
+
+    text: Tensor  # (B, L, D)
+    references: Tensor | None  # float32 (B, C, n, h, w)
+    negative: Tensor | None  # (B, L, D)
+    guidance: Tensor  # float32 (B,)
+
+
+@dataclass(frozen=True)
+class VdmBatch:
+    """Trajectories as the learner reads them; W is the longest window, shorter ones repeat their last step under a False mask."""
+
+    before: Tensor  # float32 (W, B, C, F, h, w), state before each window step
+    after: Tensor  # float32 (W, B, C, F, h, w), state after it
+    sigmas: Tensor  # float32 (W, 2, B): sigma and next sigma
+    second: Tensor  # float32 (B,): each grid's second sigma
+    mask: Tensor  # bool (B, W)
+    condition: Condition
+    schedule: NoiseSchedule
+    level: float
+
+
+class VdmPolicy:
+    """A Wan text-to-video pipeline conditioned on reference frames by time concatenation; implements ``Trainable``.
+
+    ``module`` is the WanTransformer3DModel. VAE and text encoder are frozen; what they make of a caption or of frames is cached.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        shift: float = 3.0,
+        reference_frames: int | None = None,
+        max_text_tokens: int | None = None,
+        negative_prompt: str = "",
+        decode_batch: int = 8,
+        cache_bytes: int = 256 << 20,
+    ) -> None:
+        self.device = torch.device(device)
+        self.module: nn.Module = parts.transformer.to(self.device).eval()
+        self.vae = parts.vae.to(self.device).eval().requires_grad_(False) if parts.vae is not None else None
+        self.has_decoder = parts.has_decoder
+        self.embedder: CaptionEmbedder | None = None
+        if parts.text_encoder is not None:
+            encoder = parts.text_encoder.to(self.device).eval().requires_grad_(False)
+            self.embedder = CaptionEmbedder(encoder, parts.tokenizer, max_text_tokens, cache_bytes)
+        self.geometry = conditioning.geometry_of(parts.transformer, parts.vae_config)
+        self.compute_dtype = (
+            dtype  # of the transformer's inputs; a learner with FSDP mixed precision sets its param_dtype here
+        )
+        self.shift, self.reference_frames, self.negative_prompt = shift, reference_frames, negative_prompt
+        self.decode_batch = decode_batch
+        self.folder = parts.folder
+        self.version = 0
+        self.lora_config: Any = None
+        self._latents = TensorCache(cache_bytes)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "float32",
+        lora: LoraSpec | None = None,
+        adapter: str | Path | None = None,
+        device: str = "cpu",
+        components: Sequence[str] = COMPONENTS,
+        **options: Any,
+    ) -> VdmPolicy:
+        """Load a diffusers WanPipeline folder (or hub name).
+
+        ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree.
+        ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``). ``options`` are the
+        constructor's: shift, reference_frames, max_text_tokens, negative_prompt, decode_batch, cache_bytes.
+        Without LoRA all of the transformer's weights are trainable.
+        """
+        kind = torch_dtype(dtype)
+        policy = cls(load_parts(path, kind, components), dtype=kind, device=device, **options)
+        if adapter is not None:
+            policy.add_adapter(adapter, lora)
+        elif lora is not None:
+            policy.inject(lora)
+        return policy
+
+    # --- adapter ---
+
+    def inject(self, spec: LoraSpec) -> None:
+        """Put a fresh adapter into the transformer; everything else is frozen."""
+        self.lora_config = lora.inject(self.module, spec)
+
+    def add_adapter(self, folder: str | Path, spec: LoraSpec | None = None) -> None:
+        """Put the PEFT adapter of ``folder`` into the transformer; CheckpointError where ``spec`` asks for another shape."""
+        saved, tensors = lora.read_adapter(folder)
+        if spec is not None:
+            wanted = set(spec.targets or lora.DEFAULT_TARGETS)
+            if (saved.rank, saved.alpha, set(saved.targets or ())) != (spec.rank, spec.alpha, wanted):
+                raise CheckpointError(f"adapter {folder} is {saved}, the configuration asks for {spec}: set them equal")
+        self.inject(saved)
+        lora.load_adapter_state(self.module, tensors)
+
+    def adapter_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return the adapter under PEFT names, on the CPU."""
+        return lora.adapter_state(self.module, state)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, the adapter is off: the base model."""
+        if self.lora_config is None:
+            raise ValueError(
+                "this policy has no LoRA adapter to disable; its reference is a frozen copy that the learner keeps"
+            )
+        return lora.disabled(self.module)
+
+    def export(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the trained weights: a PEFT adapter folder that diffusers reads too, or a whole WanPipeline folder without LoRA."""
+        if self.lora_config is not None:
+            lora.write_adapter(folder, self.lora_config, lora.adapter_state(self.module, state))
+            return
+        encoder = self.embedder.encoder if self.embedder is not None and self.embedder.trained else None
+        save_full(self.folder, folder, self.module, state, encoder)
+
+    @property
+    def fsdp_units(self) -> list[nn.Module]:
+        """The transformer blocks."""
+        return list(self.module.blocks)  # type: ignore[arg-type]
+
+    # --- conditions ---
+
+    def embed(self, captions: Sequence[str]) -> Tensor:
+        """Return caption embeddings (B, L, D), zero behind each caption's end."""
+        if self.embedder is None:
+            raise CheckpointError(
+                "captions cannot be embedded: the policy was loaded without the component 'text_encoder'"
+            )
+        return self.embedder(captions)
+
+    def encode_references(self, frames: np.ndarray) -> Tensor:
+        """Return the latents (C, n, h, w) of reference frames uint8 (n, H, W, 3)."""
+        if self.vae is None:
+            raise CheckpointError(
+                "reference frames cannot be encoded: the policy was loaded without the component 'vae_encoder'"
+            )
+        return self._latents.get(
+            ("reference", content_key(frames)), lambda: conditioning.encode_references(self.vae, frames, self.device)
+        )
+
+    def condition(
+        self, captions: Sequence[str], references: Sequence[np.ndarray], guidance: Sequence[float]
+    ) -> Condition:
+        """Return the condition of a batch; guidance 1 in all rows leaves the negative branch out."""
+        latents = None
+        if len(references[0]):
+            latents = torch.stack([self.encode_references(frames) for frames in references])
+        negative = None
+        if any(scale != 1.0 for scale in guidance):
+            negative = self.embed([self.negative_prompt] * len(captions))
+        return Condition(
+            self.embed(captions), latents, negative, torch.tensor(guidance, dtype=torch.float32, device=self.device)
+        )
+
+    def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Return v of the target latents x (B, C, F, h, w) at sigma (B,), guided, float32.
+
+        Guidance: v = v_negative + g (v_caption - v_negative); both branches see the same reference frames.
+        """
+        references = condition.references
+        n = 0 if references is None else references.shape[2]
+        inputs = x if references is None else torch.cat([references, x], dim=2)
+        inputs = inputs.to(self.compute_dtype)
+        times = conditioning.token_timesteps(sigma, n, x.shape[1:], self.geometry.patch)
+
+        def run(text: Tensor) -> Tensor:
+            out = self.module(
+                hidden_states=inputs,
+                timestep=times,
+                encoder_hidden_states=text.to(self.compute_dtype),
+                return_dict=False,
+            )
+            return out[0][:, :, n:].float()
+
+        v = run(condition.text)
+        if condition.negative is not None:
+            base = run(condition.negative)
+            v = base + condition.guidance.view(-1, 1, 1, 1, 1) * (v - base)
+        return v
+
+    # --- sampling ---
+
+    def check(self, request: RenderRequest) -> tuple[int, int, int, int]:
+        """Return the latent shape (C, F, h, w) of ``request``; BadSampleError says what is wrong with it."""
+        frames, name = request.reference_frames, f"{request.sample_id}[{request.index}]"
+        if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[-1] != 3:
+            raise BadSampleError(
+                f"{name}: reference frames must be uint8 (n, H, W, 3), got {frames.dtype} {frames.shape}"
+            )
+        if self.reference_frames is not None and len(frames) != self.reference_frames:
+            raise BadSampleError(
+                f"{name}: {len(frames)} reference frames, this policy is set to {self.reference_frames}"
+            )
+        if not request.caption.strip():
+            raise BadSampleError(f"{name}: the caption is empty")
+        if request.steps < 1 or not request.guidance >= 1.0:
+            raise BadSampleError(
+                f"{name}: steps={request.steps} must be at least 1 and guidance={request.guidance} at least 1"
+            )
+        if request.sde is not None:
+            flow_sde.check_window(request.sde, request.steps)
+        return self.geometry.latent_shape(request.num_frames, frames.shape[1], frames.shape[2], len(frames))
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[RenderRequest]) -> list[Clip]:
+        """Render ``requests``, in their order; those that agree in steps, sizes, guidance and SDE share a batch.
+
+        Noise is drawn per request from its own seeds, so a clip depends on its batch by float noise only. A request with an SDE of
+        positive level comes back with its trajectory. Raises BadSampleError for a request that can never succeed.
+        """
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            shape = self.check(request)
+            groups[(shape, len(request.reference_frames), request.steps, request.guidance, request.sde)].append(i)
+        clips: dict[int, Clip] = {}
+        for (shape, *_), rows in groups.items():
+            clips.update(zip(rows, self._sample_group([requests[i] for i in rows], shape), strict=True))
+        return [clips[i] for i in range(len(requests))]
+
+    def _sample_group(self, requests: list[RenderRequest], shape: tuple[int, int, int, int]) -> list[Clip]:
+        if not self.has_decoder:
+            raise CheckpointError("clips cannot be decoded: the policy was loaded without the component 'vae_decoder'")
+        latents, trajectories = self.sample_latents(requests, shape)
+        for request, finite in zip(requests, latents.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
+            if not finite:
+                raise TrainingError(
+                    f"{request.sample_id}[{request.index}]: sampling gave non-finite latents (weights v{self.version})"
+                )
+        frames = np.concatenate(
+            [conditioning.decode_latents(self.vae, part) for part in latents.split(self.decode_batch)]
+        )
+        return [
+            Clip(r.sample_id, r.index, r.caption, clip, self.version, trajectory)
+            for r, clip, trajectory in zip(requests, frames, trajectories, strict=True)
+        ]
+
+    @torch.no_grad()
+    def sample_latents(
+        self, requests: Sequence[RenderRequest], shape: tuple[int, int, int, int]
+    ) -> tuple[Tensor, list[Trajectory | None]]:
+        """Return the final latents (B, C, F, h, w) of requests that share everything but caption, frames and seeds."""
+        first = requests[0]
+        condition = self.condition(
+            [r.caption for r in requests], [r.reference_frames for r in requests], [r.guidance for r in requests]
+        )
+        sigmas = flow_sde.sigma_grid(first.steps, self.shift).to(self.device)
+        x = self._normal([r.noise_seed for r in requests], shape)
+        window = _stochastic_steps(first.sde)
+        noises = (
+            self._normal([derive_seed("sde", r.sde_seed) for r in requests], (len(window), *shape)) if window else x
+        )
+        states, logprobs = [], []
+        for i in range(first.steps):
+            sigma, following = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
+            v = self.velocity(x, sigma, condition)
+            if first.sde is None or i not in window:
+                x = flow_sde.ode_step(x, v, sigma, following)
+                continue
+            step = flow_sde.transition(x, v, sigma, following, sigmas[1], first.sde.schedule, first.sde.level)
+            states.append(x)
+            x = flow_sde.draw(step, noises[:, i - window.start])
+            logprobs.append(flow_sde.step_logprob(x, step))
+            if i == window.stop - 1:
+                states.append(x)
+        if first.sde is None or not window:
+            return x, [None] * len(requests)
+        path = torch.stack(states, dim=1).cpu().numpy()
+        logp = torch.stack(logprobs, dim=1).cpu().numpy()
+        grid = sigmas.cpu().numpy()
+        return x, [Trajectory(path[b], grid, logp[b], first.sde, r.guidance) for b, r in enumerate(requests)]
+
+    def _normal(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Return standard normal noise (B, *shape), each row from its own seed on the CPU: equal on every device."""
+        rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(self.device)
+
+    # --- learning ---
+
+    def collate(self, items: Sequence[Experience]) -> VdmBatch:
+        """Return trajectories as one batch; they must agree in noise schedule, level and sizes."""
+        steps = [_trajectory(item) for item in items]
+        first = steps[0]
+        for item, trajectory in zip(items, steps, strict=True):
+            same = (trajectory.sde.schedule, trajectory.sde.level, trajectory.latents.shape[1:])
+            if same != (first.sde.schedule, first.sde.level, first.latents.shape[1:]):
+                raise ValueError(
+                    f"{item.sample_id}[{item.index}]: trajectory of {same} cannot share a batch with "
+                    f"{(first.sde.schedule, first.sde.level, first.latents.shape[1:])}: schedule, level and latent shape must agree"
+                )
+        longest = max(t.sde.window_size for t in steps)
+        before, after, sigmas = [], [], []
+        for k in range(longest):
+            rows = [min(k, t.sde.window_size - 1) for t in steps]
+            before.append(np.stack([t.latents[j] for t, j in zip(steps, rows)]))
+            after.append(np.stack([t.latents[j + 1] for t, j in zip(steps, rows)]))
+            sigmas.append([[t.sigmas[t.sde.window_start + j + d] for t, j in zip(steps, rows)] for d in (0, 1)])
+        vdm = [item for item in items if isinstance(item, VdmExperience)]
+        return VdmBatch(
+            before=self._tensor(np.stack(before)),
+            after=self._tensor(np.stack(after)),
+            sigmas=self._tensor(np.array(sigmas, dtype=np.float32)),
+            second=self._tensor(np.array([t.sigmas[1] for t in steps], dtype=np.float32)),
+            mask=torch.tensor([[k < t.sde.window_size for k in range(longest)] for t in steps], device=self.device),
+            condition=self.condition(
+                [item.caption for item in vdm], [item.reference_frames for item in vdm], [t.guidance for t in steps]
+            ),
+            schedule=first.sde.schedule,
+            level=first.sde.level,
+        )
+
+    def forward(self, batch: VdmBatch) -> PolicyOutput:
+        """Return the log-probability, mean and std of every window step: (B, W), (B, W, C, F, h, w), (B, W), float32.
+
+        One call of the transformer per window step, on the batch as the sampler had it: with the same batch, weights and dtype the
+        result equals the sampler's bit for bit.
+        """
+        logprobs, means, stds = [], [], []
+        for before, after, (sigma, following) in zip(batch.before, batch.after, batch.sigmas):
+            v = self.velocity(before, sigma, batch.condition)
+            step = flow_sde.transition(before, v, sigma, following, batch.second, batch.schedule, batch.level)
+            logprobs.append(flow_sde.step_logprob(after, step))
+            means.append(step.mean)
+            stds.append(step.std)
+        logp = torch.stack(logprobs, dim=1)
+        return PolicyOutput(
+            logprobs=torch.where(batch.mask, logp, torch.zeros_like(logp)),
+            mask=batch.mask,
+            mean=torch.stack(means, dim=1),
+            std=torch.stack(stds, dim=1),
+        )
+
+    def kl(self, out: PolicyOutput, ref: PolicyOutput) -> Tensor:
+        """Return KL(current || reference) per window step (B, W), in closed form, 0 where masked."""
+        assert out.mean is not None and ref.mean is not None and out.std is not None
+        value = flow_sde.kl_gaussian(out.mean, ref.mean, out.std, batch_dims=2)
+        return torch.where(out.mask, value, torch.zeros_like(value))
+
+    def rollout_logprobs(self, items: Sequence[Experience]) -> Tensor:
+        """Return the sampler's log-probabilities (B, W), 0 in the padding."""
+        rows = [torch.from_numpy(np.array(_trajectory(item).logprobs)) for item in items]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+
+    def sft_loss(
+        self,
+        batch: Sequence[tuple[np.ndarray, str, np.ndarray]],
+        *,
+        generator: torch.Generator | None = None,
+        spec: FlowMatchingSpec | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return the flow-matching loss mean((v - (eps - x0))^2) over the target latents, and metrics.
+
+        batch: (reference frames uint8 (n, H, W, 3), caption, target frames uint8 (T, H, W, 3)), equal sizes. ``generator`` (CPU)
+        draws sigma, noise and dropped captions; None is torch's global one.
+        """
+        spec = spec or FlowMatchingSpec()
+        references = [reference for reference, _, _ in batch]
+        clean = self.encode_targets([target for _, _, target in batch], len(references[0]))
+        dropped = (torch.rand(len(batch), generator=generator) < spec.caption_dropout).tolist()
+        captions = [self.negative_prompt if drop else caption for (_, caption, _), drop in zip(batch, dropped)]
+        sigma = conditioning.sample_sigmas(len(batch), spec, self.shift, generator).to(self.device)
+        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        noisy, target = conditioning.noisy_pair(clean, noise, sigma)
+        condition = self.condition(captions, references, [1.0] * len(batch))
+        per_clip = ((self.velocity(noisy, sigma, condition) - target) ** 2).flatten(1).mean(dim=1)
+        loss = per_clip.mean()
+        metrics = {
+            "loss": float(loss.detach()),
+            "sigma_mean": float(sigma.mean()),
+            "caption_dropped": float(np.mean(dropped)),
+        }
+        return loss, metrics
+
+    def train_text_encoder(self, enabled: bool = True) -> nn.Module:
+        """Let ``sft_loss`` train the text encoder too (from-scratch pretraining); returns it for the optimizer."""
+        if self.embedder is None:
+            raise CheckpointError("the policy was loaded without the component 'text_encoder'")
+        self.embedder.train(enabled)
+        return self.embedder.encoder
+
+    def encode_targets(self, targets: Sequence[np.ndarray], references: int = 0) -> Tensor:
+        """Return the latents (B, C, F, h, w) of clips uint8 (T, H, W, 3), cached by content."""
+        if self.vae is None:
+            raise CheckpointError(
+                "target frames cannot be encoded: the policy was loaded without the component 'vae_encoder'"
+            )
+        rows = []
+        for frames in targets:
+            self.geometry.latent_shape(len(frames), frames.shape[1], frames.shape[2], references)
+            rows.append(self._latents.get(("target", content_key(frames)), lambda f=frames: self._encode_clip(f)))  # type: ignore[misc]
+        return torch.stack(rows)
+
+    def _encode_clip(self, frames: np.ndarray) -> Tensor:
+        return conditioning.encode_videos(self.vae, conditioning.frames_to_video(frames)[None].to(self.device))[0]
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(self.device)
+
+
+def _stochastic_steps(sde: SdeSpec | None) -> range:
+    """Return the steps that draw noise: none at level 0, which is the ODE."""
+    if sde is None or sde.level == 0:
+        return range(0)
+    return range(sde.window_start, sde.window_start + sde.window_size)
+
+
+def _trajectory(item: Experience) -> Trajectory:
+    if not isinstance(item, VdmExperience):
+        raise TypeError(f"the VDM learner reads VdmExperience, got {type(item).__name__}")
+    return item.trajectory

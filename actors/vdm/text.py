@@ -1,0 +1,65 @@
+"""Captions as the Wan transformer reads them: UMT5 embeddings, zero behind the caption's end.
+
+The transformer has no text mask, so the padding must be zero, as diffusers' pipeline makes it. Each caption is encoded alone and
+unpadded: its embedding does not depend on what it was batched with, so the sampler's and the learner's are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import Tensor
+
+from actors.vdm.cache import TensorCache
+
+WAN_TEXT_TOKENS = 512  # what Wan 2.1 was trained with
+
+
+class CaptionEmbedder:
+    """Embeds captions with a frozen text encoder, cached per caption for as long as the encoder's weights stay."""
+
+    def __init__(
+        self, encoder: Any, tokenizer: Any, max_tokens: int | None = None, cache_bytes: int = 256 << 20
+    ) -> None:
+        self.encoder, self.tokenizer = encoder, tokenizer
+        self.max_tokens = max_tokens or min(WAN_TEXT_TOKENS, int(tokenizer.model_max_length))
+        self.trained = False
+        self._cache = TensorCache(cache_bytes)
+
+    def train(self, enabled: bool) -> None:
+        """Let gradients reach the encoder (joint pretraining); nothing is cached meanwhile."""
+        self.trained = enabled
+        self._cache.clear()
+        self.encoder.requires_grad_(enabled)
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Return (B, max_tokens, D); captions beyond ``max_tokens`` tokens are truncated, as Wan's are."""
+        if self.trained:
+            return self._encode_batch([prompt_clean(caption) for caption in captions])
+        with torch.no_grad():
+            rows = [self._cache.get(caption, lambda c=caption: self._encode(prompt_clean(c))) for caption in captions]  # type: ignore[misc]
+        out = rows[0].new_zeros(len(rows), self.max_tokens, rows[0].shape[-1])
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = row
+        return out
+
+    def _encode(self, caption: str) -> Tensor:
+        """Return (tokens, D) of one cleaned caption."""
+        tokens = self.tokenizer(caption, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        return self.encoder(tokens.input_ids.to(self.encoder.device)).last_hidden_state[0].clone()
+
+    def _encode_batch(self, captions: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            captions,
+            padding="longest",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+            return_attention_mask=True,
+        ).to(self.encoder.device)
+        states = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        states = states * tokens.attention_mask[..., None].to(states.dtype)
+        return torch.nn.functional.pad(states, (0, 0, 0, self.max_tokens - states.shape[1]))
