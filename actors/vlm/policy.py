@@ -1,0 +1,260 @@
+"""The VLM policy: log-probabilities of completions, the supervised loss, LoRA, and export. No Ray here.
+
+Responsible for: what a completion's log-probability *is* (same prompt, same banned tokens, same temperature as the sampler in
+``actors.vlm.engine``). Not responsible for: sampling, optimisation or sharding (``actors.learner``), rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from actors.failures import BadSampleError
+from actors.learner.trainable import LoraSpec, PolicyOutput, torch_dtype
+from actors.records import Experience, VlmExperience
+from actors.vlm.adapter import AdapterHandle, inject
+from actors.vlm.inputs import EncodedPrompt, PromptEncoder, VideoQuestion
+from actors.vlm.prompt import BAN_BIAS, banned_token_ids
+from cluster.errors import CheckpointError
+
+
+@dataclass
+class VlmBatch:
+    """B prompts joined with their completions, right-padded to S tokens; completions are padded to T."""
+
+    model_inputs: dict[str, Any]  # what ``module`` is called with
+    tokens: Tensor  # (B, T) int64 completion tokens, 0 in the padding
+    mask: Tensor  # (B, T) bool
+    logit_rows: Tensor  # (B, T) int64: row of the kept logits that predicts each completion token
+
+
+class VlmPolicy:
+    """A Qwen2.5-VL or Qwen3-VL model as a policy over answer tokens (``actors.learner.trainable.Trainable``).
+
+    ``temperature`` divides the logits of :meth:`forward`, as it does in the sampler (VLM-R1 and vLLM alike: the policy that is
+    optimised is the one that was sampled from). ``fps`` is what :meth:`sft_loss` tells the model, whose batches carry none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        adapter: AdapterHandle | None = None,
+        temperature: float = 1.0,
+        fps: float = 8.0,
+        cache_size: int = 64,
+        device: str = "cpu",
+    ):
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature}: log-probabilities need a temperature > 0 (the rollout's)")
+        self.module = model
+        self.processor = processor
+        self.temperature = temperature
+        self.fps = fps
+        self.device = torch.device(device)
+        inner: Any = model
+        self.fsdp_units: list[nn.Module] = [*inner.model.language_model.layers, *inner.model.visual.blocks]
+        self.eos_token_id = int(processor.tokenizer.eos_token_id)
+        vocab_size = int(inner.config.text_config.vocab_size)
+        self.banned_ids = banned_token_ids(processor.tokenizer, vocab_size)
+        self._bias = torch.zeros(vocab_size, device=self.device)
+        self._bias[self.banned_ids] = BAN_BIAS
+        self._prompts = PromptEncoder(processor, inner.config, cache_size)
+        self._adapter = adapter
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "float32",
+        lora: LoraSpec | None = None,
+        adapter: str | Path | None = None,
+        device: str = "cpu",
+        temperature: float = 1.0,
+        fps: float = 8.0,
+        cache_size: int = 64,
+    ) -> VlmPolicy:
+        """Load a transformers folder (or hub name). With ``lora`` only the adapter trains; ``adapter`` is a PEFT folder to start from.
+
+        Raises:
+            CheckpointError: the folder is missing, of another architecture, or the adapter doesn't fit it.
+        """
+        model, processor = load_model(path, dtype)
+        handle = inject(model, lora, adapter) if lora is not None or adapter is not None else None
+        model.eval().to(device)
+        return cls(
+            model, processor, adapter=handle, temperature=temperature, fps=fps, cache_size=cache_size, device=device
+        )
+
+    # --- batches --------------------------------------------------------------------------------------------------------------
+
+    def collate(self, items: Sequence[Experience]) -> VlmBatch:
+        """Return the completions of ``items`` joined with their prompts, on the policy's device.
+
+        Raises:
+            BadSampleError: an empty completion, or frames or a question that cannot be used.
+        """
+        prompts, completions = [], []
+        for item in items:
+            if not isinstance(item, VlmExperience):
+                raise TypeError(f"VlmPolicy reads VlmExperience, got {type(item).__name__}")
+            if len(item.token_ids) == 0:
+                raise BadSampleError(f"completion {item.index} of sample {item.sample_id!r} is empty")
+            prompts.append(VideoQuestion(item.question, item.frames, item.fps))
+            completions.append(torch.from_numpy(np.asarray(item.token_ids, dtype=np.int64)))
+        return self._join(self._prompts.encode(prompts), completions)
+
+    def rollout_logprobs(self, items: Sequence[Experience]) -> Tensor:
+        """Return the engine's log-probabilities, (B, T) float32, 0 in the padding."""
+        rows = [torch.from_numpy(np.array(i.rollout_logprobs, dtype=np.float32)) for i in items]  # type: ignore[union-attr]
+        return pad_sequence(rows, batch_first=True).to(self.device)
+
+    def _join(self, prompts: list[EncodedPrompt], completions: list[Tensor]) -> VlmBatch:
+        # The last completion token predicts nothing that is trained, but it stays: every mask and position has one meaning.
+        ids = [torch.cat([p.input_ids, c]) for p, c in zip(prompts, completions, strict=True)]
+        positions = [
+            torch.cat([p.positions, (p.next_position + torch.arange(len(c))).expand(3, -1)], dim=1)
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        lengths = torch.tensor([len(x) for x in ids])
+        starts = torch.tensor([len(p.input_ids) for p in prompts])
+        tokens = pad_sequence(completions, batch_first=True)
+        steps = torch.arange(tokens.shape[1])
+        mask = steps[None] < (lengths - starts)[:, None]
+        # Logits are kept only from the earliest to the latest position that predicts a completion token.
+        first, last = int(starts.min()) - 1, int(lengths.max()) - 1
+        rows = (starts[:, None] - 1 + steps[None] - first).clamp(max=last - first - 1)
+        model_inputs = {
+            "input_ids": pad_sequence(ids, batch_first=True).to(self.device),
+            "attention_mask": (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long().to(self.device),
+            "position_ids": pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1).to(self.device),
+            "pixel_values_videos": torch.cat([p.pixel_values for p in prompts]).to(self.device),
+            "video_grid_thw": torch.cat([p.grid_thw for p in prompts]).to(self.device),
+            "logits_to_keep": torch.arange(first, last, device=self.device),
+            "use_cache": False,
+        }
+        return VlmBatch(model_inputs, tokens.to(self.device), mask.to(self.device), rows.to(self.device))
+
+    # --- policy ---------------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: VlmBatch) -> PolicyOutput:
+        """Return fp32 log-probabilities (B, T) of the completions at the sampling temperature, and the entropy per token."""
+        return self._logprobs(batch, self.temperature)
+
+    def _logprobs(self, batch: VlmBatch, temperature: float) -> PolicyOutput:
+        kept = self.module(**batch.model_inputs).logits  # (B, K, V)
+        rows = batch.logit_rows[..., None].expand(-1, -1, kept.shape[-1])
+        # As in the sampler: bias first, then temperature, then one normalisation over the vocabulary.
+        logits = (kept.gather(1, rows).float() + self._bias) / temperature  # (B, T, V)
+        total = torch.logsumexp(logits, dim=-1)
+        chosen = logits.gather(-1, batch.tokens[..., None]).squeeze(-1)
+        zero = torch.zeros((), device=self.device)
+        logprobs = torch.where(batch.mask, chosen - total, zero)
+        with torch.no_grad():
+            probabilities = torch.exp(logits - total[..., None])
+            entropy = torch.where(batch.mask, total - (probabilities * logits).sum(dim=-1), zero)
+        return PolicyOutput(logprobs=logprobs, mask=batch.mask, entropy=entropy)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it the adapter is disabled, so that :meth:`forward` runs the base model.
+
+        Raises:
+            ValueError: the policy has no adapter; a full-weights reference is a frozen copy, which the learner keeps.
+        """
+        if self._adapter is None:
+            raise ValueError("reference() needs LoRA: without it the learner keeps a frozen copy of the weights")
+        with self._adapter.disabled():
+            yield
+
+    def kl(self, out: PolicyOutput, ref: PolicyOutput) -> Tensor:
+        """Return the k3 estimate of KL(current || reference) per token, (B, T) ≥ 0: exp(Δ) − Δ − 1, Δ = ref − current."""
+        delta = ref.logprobs - out.logprobs
+        return torch.where(out.mask, torch.exp(delta) - delta - 1.0, torch.zeros((), device=self.device))
+
+    # --- supervised -----------------------------------------------------------------------------------------------------------
+
+    def sft_loss(self, batch: Sequence[tuple[Any, ...]]) -> tuple[Tensor, dict[str, float]]:
+        """Return the mean negative log-likelihood per token of the answers (EOS included) and detached metrics.
+
+        Args:
+            batch: (frames uint8 (T, H, W, 3), question, answer text) triples.
+
+        Returns:
+            Scalar loss in nats per token; ``tokens`` (their number), ``token_accuracy`` is left to evaluation by sampling.
+        """
+        prompts = self._prompts.encode([VideoQuestion(question, frames, self.fps) for frames, question, _ in batch])
+        joined = self._join(prompts, [self.answer_tokens(answer) for _, _, answer in batch])
+        out = self._logprobs(joined, 1.0)
+        tokens = joined.mask.sum()
+        loss = -out.logprobs.sum() / tokens
+        assert out.entropy is not None
+        return loss, {
+            "loss": float(loss.detach()),
+            "tokens": float(tokens),
+            "entropy": float(out.entropy.sum() / tokens),
+        }
+
+    def answer_tokens(self, answer: str) -> Tensor:
+        """Return the token ids (L,) of an answer text and the EOS that ends it."""
+        ids = self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        banned = set(self.banned_ids) & set(ids)
+        if banned or self.eos_token_id in ids:
+            raise BadSampleError(f"the answer contains special tokens: {answer[:120]!r}")
+        return torch.tensor([*ids, self.eos_token_id], dtype=torch.long)
+
+    # --- weights --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def adapter_config(self) -> dict[str, Any]:
+        """The adapter's configuration as PEFT writes it; empty without LoRA."""
+        return {} if self._adapter is None else self._adapter.config_dict()
+
+    def adapter_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return the adapter under PEFT's file names (``base_model.model.….lora_A.weight``) on the CPU.
+
+        ``state`` is ``module``'s gathered state dict; None reads ``module``, which then must not be sharded.
+        """
+        if self._adapter is None:
+            raise ValueError("this policy has no adapter; its trained weights are module.state_dict()")
+        return self._adapter.peft_state(self.module.state_dict() if state is None else state)
+
+    def export(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write a PEFT adapter folder (LoRA) or a whole model folder with its processor, safetensors only."""
+        folder = Path(folder)
+        if self._adapter is not None:
+            self._adapter.write(folder, self.adapter_state(state))
+            return
+        module: Any = self.module
+        module.save_pretrained(folder, state_dict=dict(module.state_dict() if state is None else state))
+        self.processor.save_pretrained(folder)
+
+
+def load_model(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
+    """Return (model, processor) of a transformers folder; all parameters are trainable, dropout is off."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(str(path))
+        model = AutoModelForImageTextToText.from_pretrained(
+            str(path), dtype=torch_dtype(dtype), attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot load a VLM from {str(path)!r}: {error}. It must be a transformers folder (or hub name) of Qwen2.5-VL or "
+            "Qwen3-VL with config, safetensors and processor files"
+        ) from error
+    inner = getattr(model, "model", None)
+    if not hasattr(inner, "language_model") or not hasattr(inner, "visual"):
+        raise CheckpointError(f"{str(path)!r} is a {type(model).__name__}; this project knows Qwen2.5-VL and Qwen3-VL")
+    return model.eval(), processor

@@ -1,0 +1,78 @@
+"""The VLM's prompt: one text format shared by SFT, the learner and the engine.
+
+Responsible for: messages, the rendered chat text with exactly one video, and reading the caption back out of an answer.
+Not responsible for: tokens and pixels (``actors.vlm.inputs``), sampling (``actors.vlm.engine``), rewards (``rewards.format``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actors.failures import BadSampleError
+from rewards.format import parse_answer
+
+SYSTEM_TEXT = (
+    "You answer a question about a video with the next event. "
+    "Write <think> your reasoning </think> <ans> one sentence </ans>"
+)
+"""Short on purpose: the tiny models have a context of 512 tokens."""
+
+VIDEO_PLACEHOLDER = "<|vision_start|><|video_pad|><|vision_end|>"
+"""What stands for the video in the text; the processor and vLLM both expand it to the video's own number of tokens."""
+
+
+def build_messages(question: str) -> list[dict[str, Any]]:
+    """Return the chat messages for one video and one ``question``: system, then the video followed by the question."""
+    return [
+        {"role": "system", "content": [{"type": "text", "text": SYSTEM_TEXT}]},
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]},
+    ]
+
+
+def render_prompt(processor: Any, question: str) -> str:
+    """Return the chat text up to where the assistant begins, with exactly one :data:`VIDEO_PLACEHOLDER`.
+
+    Raises:
+        BadSampleError: the question is empty, or spells a special token (it would be read as one).
+        ValueError: the model's chat template doesn't write one video placeholder.
+    """
+    if not question.strip():
+        raise BadSampleError("the question is empty")
+    for token in special_tokens(processor.tokenizer):
+        if token in question:
+            raise BadSampleError(f"the question contains the special token {token!r}: {question[:120]!r}")
+    text = processor.apply_chat_template(build_messages(question), tokenize=False, add_generation_prompt=True)
+    if text.count(VIDEO_PLACEHOLDER) != 1 or text.count("<|video_pad|>") != 1:
+        raise ValueError(
+            f"the model's chat template must write {VIDEO_PLACEHOLDER} once for a video, but it wrote {text[:300]!r}; "
+            "use a Qwen2.5-VL or Qwen3-VL template"
+        )
+    return str(text)
+
+
+def parse_caption(text: str) -> str | None:
+    """Return the caption inside ``<ans>`` of a well-formed answer, None where the format is wrong."""
+    answer = parse_answer(text)
+    return None if answer is None else answer.caption
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Return the texts of ``tokenizer``'s special tokens, in id order."""
+    return [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+
+
+def banned_token_ids(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Return the ids that must not be sampled: special tokens except EOS, and rows of the embedding beyond the tokenizer.
+
+    A sampled ``<|video_pad|>`` would be taken for a piece of the video when the learner reads the completion. Engine and
+    learner lower the logits of the same ids by the same :data:`BAN_BIAS`, so their log-probabilities agree.
+    """
+    special = {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= {int(i) for i in tokenizer.all_special_ids}
+    special |= set(range(len(tokenizer), vocab_size))
+    special.discard(int(tokenizer.eos_token_id))
+    return sorted(i for i in special if i < vocab_size)
+
+
+BAN_BIAS = -1.0e4
+"""Added to the logits of banned ids: exp(-1e4) is exactly 0 in float32, and unlike -inf it makes no NaN in an entropy."""
