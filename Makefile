@@ -5,13 +5,15 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3 py
 	$(shell $(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $(name))))
 VENV := .venv
 BIN := $(VENV)/bin
-INPUTS := pyproject.toml constraints-cpu.txt pipeline/setup/torchvision_cpu_ops.py
+INPUTS := pyproject.toml constraints-cpu.txt $(wildcard pipeline/setup/*.py)
 STAMP := $(VENV)/.ready-$(shell cat $(INPUTS) | cksum | cut -d' ' -f1)
 
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export VLLM_NO_USAGE_STATS ?= 1
+# Where byte code may not be written, every worker would compile the libraries anew, each taking some ten seconds more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test check clean
 
@@ -24,15 +26,22 @@ help:
 
 setup: $(STAMP)
 
-# pip compiles byte code one file at a time; Python writes the few files it needs itself, at first import.
+# The constraints name every distribution, so pip installs them without resolving. The wheels in UNUSED are left out:
+# nothing here calls them, two of them do not load beside a CPU build of torch, and the third is a gigabyte.
+# pip would compile tens of thousands of files to byte code one by one; warm_up.py compiles those that are imported.
+UNUSED := torchaudio|torchcodec|triton
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Installing into $(VENV) with $$($(PYTHON) --version) (a few minutes, once)"
+	@echo "Installing into $(VENV) with $$($(PYTHON) --version): about two minutes and 4 GB, once"
 	@start=$$(date +%s) && rm -f $(VENV)/.ready-* \
 	&& { test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } \
-	&& $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints-cpu.txt -e '.[cpu,dev]' \
-	&& $(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec \
+	&& grep -vE '^($(UNUSED))==' constraints-cpu.txt > $(VENV)/requirements.txt \
+	&& $(PIP) install --no-compile --no-deps -r $(VENV)/requirements.txt \
+	&& $(PIP) install --no-compile --no-deps --no-build-isolation -e . \
 	&& $(BIN)/python pipeline/setup/torchvision_hook.py \
+	&& $(BIN)/python pipeline/setup/warm_up.py \
 	&& echo $$(( $$(date +%s) - start )) > $(VENV)/install_seconds \
 	&& touch $@ \
 	&& echo "Installed in $$(cat $(VENV)/install_seconds) s; \`$(BIN)/vans doctor\` says what works"
