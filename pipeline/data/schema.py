@@ -6,6 +6,7 @@ Not responsible for reading (``source``) or for where rows come from (``importer
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from actors.records import SampleKind
 from cluster.errors import DataError
 
 KINDS: tuple[str, ...] = get_args(SampleKind)
+ROWS_PER_GROUP = 32
+DIGEST_KEY = "vans.rows.sha256"  # in a shard's metadata: hash of its rows' values
 
 SCHEMA = pa.schema(
     [
@@ -76,17 +79,27 @@ class ShardWriter:
     >>> with ShardWriter(folder) as writer:
     ...     writer.write(Row(id="a", kind="predictive", question=…, caption=…, input_video=…, target_video=…))
 
-    Row groups are small so that readers stream. A shard gets its name only when it is complete; rows with an id
-    that was written before raise DataError. A folder that already holds shards is refused: two datasets never mix.
+    Row groups are small, because rows are read in a shuffled order and a group is what is read at once. A shard gets
+    its name only when it is complete. Rows with an id that was written before raise DataError. A folder that already
+    holds shards is refused: two datasets never mix.
     """
 
-    def __init__(self, folder: str | Path, *, rows_per_shard: int = 256, rows_per_group: int = 32) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        rows_per_shard: int = 1024,
+        shard_bytes: int = 512 << 20,
+        group_bytes: int = 2 << 20,
+    ) -> None:
         self.folder = Path(folder)
         self.count = 0
-        self._rows_per_shard, self._rows_per_group = rows_per_shard, rows_per_group
-        self._pending: list[dict[str, Any]] = []
+        self._rows_per_shard, self._shard_bytes, self._group_bytes = rows_per_shard, shard_bytes, group_bytes
+        self._group: list[dict[str, Any]] = []
+        self._group_size = self._shard_rows = self._shard_size = self._shards = 0
         self._ids: set[str] = set()
-        self._shards = 0
+        self._parquet: pq.ParquetWriter | None = None
+        self._hash = hashlib.sha256()
         self.folder.mkdir(parents=True, exist_ok=True)
         if shard_paths(self.folder, required=False):
             raise DataError(f"{self.folder} already holds a dataset; write to an empty folder or delete it first")
@@ -97,26 +110,51 @@ class ShardWriter:
         if row.id in self._ids:
             raise DataError(f"two rows have the id {row.id!r}; ids must be unique")
         self._ids.add(row.id)
-        self._pending.append({name: getattr(row, name) for name in SCHEMA.names})
+        values = {name: getattr(row, name) for name in SCHEMA.names}
+        size = 0
+        for value in values.values():
+            data = value if isinstance(value, bytes) else (value or "").encode()
+            self._hash.update(len(data).to_bytes(8, "big") + data)
+            size += len(data)
+        self._group.append(values)
         self.count += 1
-        if len(self._pending) >= self._rows_per_shard:
-            self._flush()
+        self._group_size += size
+        self._shard_rows += 1
+        self._shard_size += size
+        if self._shard_rows >= self._rows_per_shard or self._shard_size >= self._shard_bytes:
+            self._end_shard()
+        elif self._group_size >= self._group_bytes or len(self._group) >= ROWS_PER_GROUP:
+            self._end_group()
 
-    def _flush(self) -> None:
-        if not self._pending:
+    def _path(self) -> Path:
+        return self.folder / f"part-{self._shards:05d}.parquet"
+
+    def _end_group(self) -> None:
+        if not self._group:
             return
-        path = self.folder / f"part-{self._shards:05d}.parquet"
-        beside = path.with_suffix(".tmp")
-        table = pa.Table.from_pylist(self._pending, schema=SCHEMA)
-        # Videos are compressed already; text is small.
-        pq.write_table(table, beside, row_group_size=self._rows_per_group, compression="zstd", use_dictionary=False)
-        os.replace(beside, path)
+        if self._parquet is None:
+            # Videos are compressed already; the codec is for the text.
+            beside = self._path().with_suffix(".tmp")
+            self._parquet = pq.ParquetWriter(beside, SCHEMA, compression="zstd", use_dictionary=False)
+        self._parquet.write_table(pa.Table.from_pylist(self._group, schema=SCHEMA))
+        self._group, self._group_size = [], 0
+
+    def _end_shard(self) -> None:
+        self._end_group()
+        if self._parquet is None:
+            return
+        self._parquet.add_key_value_metadata({DIGEST_KEY: self._hash.hexdigest()})
+        self._parquet.close()
+        self._parquet = None
+        path = self._path()
+        os.replace(path.with_suffix(".tmp"), path)
+        self._hash = hashlib.sha256()
         self._shards += 1
-        self._pending = []
+        self._shard_rows = self._shard_size = 0
 
     def close(self) -> None:
         """Write what is pending."""
-        self._flush()
+        self._end_shard()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -126,6 +164,9 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self.close()
+        elif self._parquet is not None:
+            self._parquet.close()
+            self._path().with_suffix(".tmp").unlink(missing_ok=True)
 
 
 def shard_paths(folder: str | Path, *, required: bool = True) -> list[Path]:
@@ -138,12 +179,11 @@ def shard_paths(folder: str | Path, *, required: bool = True) -> list[Path]:
     return shards
 
 
-def check_schema(path: Path) -> None:
-    """Raise DataError unless the shard at ``path`` has the columns of :data:`SCHEMA` (``answer`` may be missing)."""
-    try:
-        schema = pq.read_schema(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+def check_schema(path: Path, schema: pa.Schema) -> None:
+    """Raise DataError unless ``schema``, of the shard at ``path``, has the columns of :data:`SCHEMA`.
+
+    ``answer`` may be missing, so may be any nullable column.
+    """
     for field in SCHEMA:
         position = schema.get_field_index(field.name)
         if position < 0:
@@ -151,6 +191,29 @@ def check_schema(path: Path) -> None:
                 continue
             raise DataError(f"{path} has no column {field.name!r}; it needs {', '.join(SCHEMA.names)}")
         found = schema.field(position).type
-        same = found == field.type or (pa.types.is_large_string(found) or pa.types.is_large_binary(found))
-        if not same:
+        accepted = _TEXT if pa.types.is_string(field.type) else _BYTES
+        if found not in accepted:
             raise DataError(f"{path}: column {field.name!r} is {found}, and must be {field.type}")
+
+
+_TEXT = (pa.string(), pa.large_string())
+_BYTES = (pa.binary(), pa.large_binary())
+
+
+def shard_metadata(path: Path) -> pq.FileMetaData:
+    """Return the footer of the shard at ``path`` after checking its columns; raises DataError."""
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+    check_schema(path, metadata.schema.to_arrow_schema())
+    return metadata
+
+
+def shard_digest(path: Path, metadata: pq.FileMetaData) -> str:
+    """Return the hash of a shard's rows that its writer left in the footer, or the file's where it left none."""
+    written = (metadata.metadata or {}).get(DIGEST_KEY.encode())
+    if written:
+        return written.decode()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

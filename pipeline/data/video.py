@@ -109,27 +109,42 @@ def decode_video(
     are honoured, then the picture is scaled to cover (height, width) and cropped around its centre.
     Raises DataError for no frames, a broken or truncated file, and anything above ``limits``.
     """
+    return decode_timed(source, num_frames, height, width, limits, start=start, end=end)[0]
+
+
+def decode_timed(
+    source: bytes | str | Path,
+    num_frames: int,
+    height: int,
+    width: int,
+    limits: VideoLimits | None = None,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+) -> tuple[np.ndarray, float]:
+    """Return the frames of :func:`decode_video` and the seconds between the first and the last of them."""
     limits = limits or VideoLimits()
     with _opened(source, limits) as (container, stream):
         window = _Window.of(stream, start, end)
         times = _frame_times(container, stream, window, limits)
-    wanted = np.linspace(times[0], times[-1], num_frames) if num_frames > 1 else np.array([times[-1]])
+    wanted = np.linspace(times[0], times[-1], num_frames) if num_frames > 1 else times[-1:]
     out = np.empty((num_frames, height, width, 3), np.uint8)
     filled = 0
     with _opened(source, limits) as (container, stream):
         held: av.VideoFrame | None = None
         for frame in _decoded(container, stream, window, limits):
             # ``held`` is on screen until ``frame`` begins.
+            begin = filled
             while held is not None and filled < num_frames and wanted[filled] + TIME_TOLERANCE_S < frame.time:
-                out[filled] = _fitted(held, height, width, stream)
                 filled += 1
+            if held is not None and filled > begin:
+                out[begin:filled] = _fitted(held, height, width, stream)
             held = frame
         if held is None:
             raise DataError("no frame could be decoded")
-        last = _fitted(held, height, width, stream)
         if filled < num_frames:
-            out[filled:] = last
-    return out
+            out[filled:] = _fitted(held, height, width, stream)
+    return out, float(times[-1] - times[0])
 
 
 def probe(source: bytes | str | Path, limits: VideoLimits | None = None) -> VideoInfo:

@@ -1,0 +1,174 @@
+"""Decode dataset rows inside Ray Data's actors, and turn decoded blocks into samples.
+
+Responsible for what happens to one block of rows; no Ray import. Not responsible for the order (``source``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actors.records import Sample
+from cluster.errors import DataError
+from pipeline.data.schema import KINDS, SCHEMA
+from pipeline.data.video import VideoLimits, decode_timed, decode_video
+
+TEXT_COLUMNS = ("id", "kind", "question", "caption", "source", "meta", "answer")
+
+
+@dataclass(frozen=True)
+class VideoShape:
+    """The shapes that clips are decoded to; the fields are those of the ``video`` section of a run's configuration."""
+
+    num_frames: int = 9
+    height: int = 32
+    width: int = 32
+    fps: float = 8.0
+    input_frames: int = 9
+    vlm_height: int = 32
+    vlm_width: int = 32
+
+    @property
+    def two_sizes(self) -> bool:
+        """Whether the VLM sees another size than the one rendered."""
+        return (self.vlm_height, self.vlm_width) != (self.height, self.width)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one decoded row."""
+        rendered = self.num_frames + (self.input_frames if self.two_sizes else 0)
+        return 3 * (self.input_frames * self.vlm_height * self.vlm_width + rendered * self.height * self.width)
+
+
+@dataclass(frozen=True)
+class QuarantinedRow:
+    """A row that could not be used, and why."""
+
+    epoch: int
+    position: int
+    shard: str
+    row: int  # within the shard
+    id: str
+    reason: str
+
+
+class Decoder:
+    """What a Ray Data actor runs: row places in, decoded frames or reasons out."""
+
+    def __init__(self, shards: list[str], shape: VideoShape, limits: VideoLimits) -> None:
+        self._files = [Path(path) for path in shards]
+        self._shape, self._limits = shape, limits
+        self._groups: OrderedDict[tuple[int, int], list[dict[str, Any]] | DataError] = OrderedDict()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the rows of ``batch`` with columns ``record`` (JSON of the text), frames, ``fps`` and ``error``."""
+        shape, rows = self._shape, len(batch["shard"])
+        out: dict[str, np.ndarray] = dict(batch)
+        out["input_frames"] = np.zeros((rows, shape.input_frames, shape.vlm_height, shape.vlm_width, 3), np.uint8)
+        out["target_frames"] = np.zeros((rows, shape.num_frames, shape.height, shape.width, 3), np.uint8)
+        if shape.two_sizes:
+            out["context_frames"] = np.zeros((rows, shape.input_frames, shape.height, shape.width, 3), np.uint8)
+        out["fps"] = np.full(rows, shape.fps, np.float64)
+        records, errors = [], []
+        for index in range(rows):
+            text: dict[str, Any] = {}
+            error = ""
+            try:
+                row = self._row(*(int(batch[name][index]) for name in ("shard", "group", "offset")))
+                text = {name: row.get(name) for name in TEXT_COLUMNS}
+                self._decode(row, out, index)
+            except DataError as found:
+                error = str(found) or "unknown"
+            records.append(json.dumps(text))
+            errors.append(error)
+        out["record"], out["error"] = np.array(records, object), np.array(errors, object)
+        return out
+
+    def _row(self, shard: int, group: int, offset: int) -> dict[str, Any]:
+        key = (shard, group)
+        if key not in self._groups:
+            self._groups[key] = _read_group(self._files[shard], group)
+            while len(self._groups) > 4:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        rows = self._groups[key]
+        if isinstance(rows, DataError):
+            raise DataError(str(rows))
+        return rows[offset]
+
+    def _decode(self, row: dict[str, Any], out: dict[str, np.ndarray], index: int) -> None:
+        for name in SCHEMA.names:
+            if row.get(name) is None and not SCHEMA.field(name).nullable:
+                raise DataError(f"{name} is missing")
+        for name in ("id", "question", "caption"):
+            if not row[name].strip():
+                raise DataError(f"{name} is empty")
+        if row["kind"] not in KINDS:
+            raise DataError(f"kind {row['kind']!r} must be one of {', '.join(KINDS)}")
+        shape, limits = self._shape, self._limits
+        try:
+            frames, seconds = decode_timed(
+                row["input_video"], shape.input_frames, shape.vlm_height, shape.vlm_width, limits
+            )
+            out["input_frames"][index] = frames
+            if shape.two_sizes:
+                out["context_frames"][index] = decode_video(
+                    row["input_video"], shape.input_frames, shape.height, shape.width, limits
+                )
+        except DataError as error:
+            raise DataError(f"input video: {error}") from error
+        if seconds > 0 and shape.input_frames > 1:
+            out["fps"][index] = round((shape.input_frames - 1) / seconds, 4)
+        try:
+            out["target_frames"][index] = decode_video(
+                row["target_video"], shape.num_frames, shape.height, shape.width, limits
+            )
+        except DataError as error:
+            raise DataError(f"target video: {error}") from error
+
+
+def _read_group(path: Path, group: int) -> list[dict[str, Any]] | DataError:
+    """Return the rows of a row group; damage is returned, so that each of its rows is quarantined with the reason."""
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read_row_group(group).to_pylist()
+    except FileNotFoundError:
+        raise  # the storage is gone, which no row is to blame for
+    except (pa.ArrowException, OSError) as error:
+        return DataError(f"damaged row group {group}: {error}")
+
+
+def block_items(
+    block: dict[str, np.ndarray], shape: VideoShape, shards: list[Path]
+) -> Iterator[Sample | QuarantinedRow]:
+    """Yield the rows of one decoded block (numpy batch of :meth:`SampleSource.dataset`) in order."""
+    for index, error in enumerate(block["error"]):
+        text = json.loads(block["record"][index])
+        if error:
+            shard = shards[int(block["shard"][index])].name
+            epoch, position, row = (int(block[name][index]) for name in ("epoch", "position", "row"))
+            yield QuarantinedRow(epoch, position, shard, row, text.get("id") or "?", str(error))
+            continue
+        sample = Sample(
+            id=text["id"],
+            kind=text["kind"],
+            question=text["question"],
+            caption=text["caption"],
+            # Copies: a view would hold the whole block in the object store for as long as one sample lives.
+            input_frames=np.array(block["input_frames"][index], np.uint8),
+            target_frames=np.array(block["target_frames"][index], np.uint8),
+            fps=float(block["fps"][index]),
+            meta=text["meta"],
+            answer=text["answer"],
+        )
+        if shape.two_sizes:
+            sample = replace(sample, context_frames=np.array(block["context_frames"][index], np.uint8))
+        yield sample

@@ -1,0 +1,303 @@
+"""Stream the samples of a dataset: shuffled, decoded on the way, resumable to the exact row.
+
+The order is a pure function of (seed, epoch) over the row index; a :class:`Cursor` is (epoch, position) and nothing
+else. Ray Data carries row positions through decoder actors (``from_items → map_batches → iter_batches``), so that only
+a few blocks are ever decoded ahead. A row that cannot be decoded carries its reason in an error column, is quarantined,
+and is replaced by the row that follows. Not responsible for what is in the shards (``schema``) or for decoding them
+(``decoder``, ``video``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import hashlib
+import logging
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Generator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from actors.records import Sample, derive_seed
+from cluster.errors import DataError
+from pipeline.data.decoder import Decoder, QuarantinedRow, VideoShape, block_items
+from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
+from pipeline.data.video import VideoLimits
+
+__all__ = ["Batch", "Cursor", "QuarantinedRow", "SampleSource", "VideoShape", "block_items", "load_all"]
+
+SEGMENT_ROWS = 4096  # rows of one Ray Data execution; starting one costs about two seconds
+BLOCK_BYTES = 8 << 20  # decoded bytes of one block, as a guide
+BLOCKS_AHEAD = 4  # blocks that may wait, decoded, for the consumer
+JUDGED_ROWS = 200  # rows that must be seen before a share of broken ones is believed, in larger datasets
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The next row to read: ``position`` in the shuffled order of ``epoch``."""
+
+    epoch: int = 0
+    position: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the cursor as a checkpoint stores it."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, value: Cursor | Mapping[str, int] | None) -> Cursor:
+        """Return ``value``, or what a checkpoint stored, as a cursor; None is the beginning."""
+        if value is None:
+            return cls()
+        return value if isinstance(value, Cursor) else cls(int(value["epoch"]), int(value["position"]))
+
+
+class Batch(NamedTuple):
+    """Samples, the rows that were passed over to find them, and the cursor of the row after the last one read."""
+
+    samples: list[Sample]
+    quarantined: list[QuarantinedRow]
+    cursor: Cursor
+
+
+class _Place(NamedTuple):
+    """Where a row lies."""
+
+    shard: int
+    group: int
+    offset: int  # within the group
+    row: int  # within the shard
+
+
+class SampleSource:
+    """All samples of a folder of shards, in an order that (seed, epoch) decides, for ever.
+
+    ``decoders`` Ray actors of ``cpus_per_decoder`` each decode; Ray must be running. ``max_quarantine_ratio``: share of
+    broken rows above which reading stops with a DataError.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        shape: VideoShape | None = None,
+        *,
+        seed: int = 0,
+        decoders: int = 1,
+        cpus_per_decoder: float = 0.5,
+        max_quarantine_ratio: float = 0.05,
+        limits: VideoLimits | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        self.folder = Path(folder).resolve()
+        self.shape = shape or VideoShape()
+        self.seed, self.shuffle = seed, shuffle
+        self.decoders, self.cpus_per_decoder = decoders, cpus_per_decoder
+        self.max_quarantine_ratio = max_quarantine_ratio
+        self.limits = limits or VideoLimits()
+        self.shards = shard_paths(self.folder)
+        metadata = [shard_metadata(path) for path in self.shards]
+        self._places = _index(metadata)
+        self.count = len(self._places)
+        if not self.count:
+            raise DataError(f"dataset folder {self.folder} holds shards without rows")
+        digests = [shard_digest(path, footer) for path, footer in zip(self.shards, metadata)]
+        self.digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._seen: set[int] = set()
+        self._quarantine: dict[int, QuarantinedRow] = {}
+
+    @property
+    def quarantined(self) -> list[QuarantinedRow]:
+        """The distinct rows found broken so far."""
+        return list(self._quarantine.values())
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the row numbers of ``epoch`` in reading order, int64 (count,)."""
+        if epoch not in self._orders:
+            if self.shuffle:
+                generator = np.random.Generator(np.random.PCG64(derive_seed(self.seed, "order", epoch)))
+                self._orders[epoch] = generator.permutation(self.count)
+            else:
+                self._orders[epoch] = np.arange(self.count)
+            while len(self._orders) > 2:  # an epoch and the one that follows
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def batches(self, size: int, cursor: Cursor | Mapping[str, int] | None = None) -> Generator[Batch, None, None]:
+        """Yield batches of exactly ``size`` samples from ``cursor`` on, without end.
+
+        Continuing from a batch's ``cursor`` gives the batches that would have followed it. Close the iterator to stop
+        the decoders. Raises DataError when too many rows are broken.
+        """
+        if size < 1:
+            raise DataError(f"size={size} must be at least 1")
+        samples: list[Sample] = []
+        quarantined: list[QuarantinedRow] = []
+        with closing(self._rows(Cursor.of(cursor))) as rows:
+            for after, item in rows:
+                if isinstance(item, Sample):
+                    samples.append(item)
+                else:
+                    quarantined.append(item)
+                if len(samples) == size:
+                    yield Batch(samples, quarantined, after)
+                    samples, quarantined = [], []
+
+    async def abatches(self, size: int, cursor: Cursor | Mapping[str, int] | None = None) -> AsyncIterator[Batch]:
+        """Yield like :meth:`batches`, waiting in a thread so that the caller's event loop runs on."""
+        batches = self.batches(size, cursor)
+        lock = threading.Lock()  # a cancelled wait leaves its thread inside ``next``, where closing must not interfere
+
+        def step() -> Batch:
+            with lock:
+                return next(batches)
+
+        def close() -> None:
+            with lock:
+                batches.close()
+
+        try:
+            while True:
+                yield await asyncio.to_thread(step)
+        finally:
+            await asyncio.to_thread(close)
+
+    def load_all(self, limit: int | None = None) -> Batch:
+        """Return the first ``limit`` usable samples (all by default) in the order of epoch 0; for evaluation sets.
+
+        Raises DataError when there are fewer than ``limit``, or too many are broken.
+        """
+        wanted = self.count if limit is None else limit
+        samples: list[Sample] = []
+        quarantined: list[QuarantinedRow] = []
+        after = Cursor()
+        with closing(self._rows(after, epochs=1)) as rows:
+            while len(samples) < wanted and (found := next(rows, None)) is not None:
+                after, item = found
+                if isinstance(item, Sample):
+                    samples.append(item)
+                else:
+                    quarantined.append(item)
+        if limit is not None and len(samples) < limit:
+            broken = f", {len(quarantined)} of them broken" if quarantined else ""
+            raise DataError(f"{self.folder} has {self.count} rows{broken}; {limit} samples were asked for")
+        return Batch(samples, quarantined, after)
+
+    def _rows(
+        self, cursor: Cursor, epochs: int | None = None
+    ) -> Generator[tuple[Cursor, Sample | QuarantinedRow], None, None]:
+        """Yield each row as a sample or quarantined, with the cursor after it."""
+        remaining = math.inf if epochs is None else epochs * self.count
+        while remaining > 0:
+            rows = int(min(SEGMENT_ROWS, remaining))
+            with closing(_blocks(self.dataset(cursor, rows))) as blocks:
+                for block in blocks:
+                    first = Cursor(int(block["epoch"][0]), int(block["position"][0]))
+                    if first != cursor:
+                        raise RuntimeError(f"Ray Data broke the order: {first} came where {cursor} was due")
+                    for item in block_items(block, self.shape, self.shards):
+                        row = int(self.order(cursor.epoch)[cursor.position])
+                        self._note(row, item if isinstance(item, QuarantinedRow) else None)
+                        cursor = self.advance(cursor, 1)
+                        yield cursor, item
+            remaining -= rows
+
+    def advance(self, cursor: Cursor, rows: int) -> Cursor:
+        """Return ``cursor`` moved on by ``rows``."""
+        epochs, position = divmod(cursor.position + rows, self.count)
+        return Cursor(cursor.epoch + epochs, position)
+
+    def dataset(self, cursor: Cursor | Mapping[str, int] | None = None, rows: int | None = None) -> Any:
+        """Return a lazy ``ray.data.Dataset`` of ``rows`` decoded rows from ``cursor`` on (one epoch by default).
+
+        For Ray Train; :func:`block_items` turns its numpy batches into samples.
+        """
+        import ray
+        import ray.data
+
+        if not ray.is_initialized():
+            raise RuntimeError("Ray is not running: call ray.init(...) before reading samples")
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        cursor = Cursor.of(cursor)
+        rows = self.count if rows is None else rows
+        block = int(np.clip(BLOCK_BYTES // self.shape.row_bytes, 1, 16))
+        dataset = ray.data.from_items(self._items(cursor, rows), override_num_blocks=max(1, math.ceil(rows / block)))
+        context = dataset.context
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        # Without a limit the decoders run hundreds of rows ahead, on cores that training needs.
+        ahead = max(BLOCKS_AHEAD, 2 * self.decoders) * block * self.shape.row_bytes
+        context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=ahead)
+        return dataset.map_batches(
+            Decoder,
+            fn_constructor_kwargs={
+                "shards": [str(path) for path in self.shards],
+                "shape": self.shape,
+                "limits": self.limits,
+            },
+            batch_size=block,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=self.decoders),
+            num_cpus=self.cpus_per_decoder,
+        )
+
+    def _items(self, cursor: Cursor, rows: int) -> list[dict[str, int]]:
+        items = []
+        for _ in range(rows):
+            place = self._places[self.order(cursor.epoch)[cursor.position]]
+            items.append({"epoch": cursor.epoch, "position": cursor.position, **place._asdict()})
+            cursor = self.advance(cursor, 1)
+        return items
+
+    # --- quarantine -------------------------------------------------------------------------------------------------
+
+    def _note(self, row: int, broken: QuarantinedRow | None) -> None:
+        """Count a row once; raises DataError when the share of broken ones is above the limit."""
+        self._seen.add(row)
+        if broken is None:
+            return
+        self._quarantine.setdefault(row, broken)
+        judged = max(len(self._seen), min(self.count, JUDGED_ROWS))
+        if len(self._quarantine) > self.max_quarantine_ratio * judged:
+            first = list(self._quarantine.values())[:5]
+            reasons = "\n".join(f"  {item.shard} row {item.row} ({item.id}): {item.reason}" for item in first)
+            raise DataError(
+                f"{len(self._quarantine)} of the {len(self._seen)} rows read from {self.folder} cannot be used; "
+                f"the limit is data.max_quarantine_ratio={self.max_quarantine_ratio:g}. The first:\n{reasons}"
+            )
+
+    def write_quarantine(self, path: str | Path) -> int:
+        """Write the distinct broken rows to the CSV at ``path`` (at least a header); returns how many there are."""
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(QuarantinedRow.__dataclass_fields__))
+            writer.writeheader()
+            writer.writerows(asdict(item) for item in self._quarantine.values())
+        return len(self._quarantine)
+
+
+def load_all(folder: str | Path, shape: VideoShape | None = None, limit: int | None = None, **options: Any) -> Batch:
+    """Return the first ``limit`` samples of ``folder`` in stored order (see :meth:`SampleSource.load_all`)."""
+    return SampleSource(folder, shape, shuffle=False, **options).load_all(limit)
+
+
+def _index(footers: list[pq.FileMetaData]) -> list[_Place]:
+    places = []
+    for shard, footer in enumerate(footers):
+        row = 0
+        for group in range(footer.num_row_groups):
+            for offset in range(footer.row_group(group).num_rows):
+                places.append(_Place(shard, group, offset, row))
+                row += 1
+    return places
+
+
+def _blocks(dataset: Any) -> Generator[dict[str, np.ndarray], None, None]:
+    yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
