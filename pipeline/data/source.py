@@ -29,9 +29,19 @@ from actors.records import Sample, derive_seed
 from cluster.errors import DataError
 from pipeline.data.decoder import Decoder, QuarantinedRow, VideoShape, block_items
 from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
-from pipeline.data.video import VideoLimits
+from pipeline.data.video import VideoLimits, limits_of
 
-__all__ = ["Batch", "Cursor", "QuarantinedRow", "SampleSource", "VideoShape", "block_items", "load_all"]
+__all__ = [
+    "Batch",
+    "Cursor",
+    "QuarantinedRow",
+    "SampleSource",
+    "VideoLimits",
+    "VideoShape",
+    "block_items",
+    "limits_of",
+    "load_all",
+]
 
 SEGMENT_ROWS = 4096  # rows of one Ray Data execution; starting one costs about two seconds
 BLOCK_BYTES = 8 << 20  # decoded bytes of one block, as a guide

@@ -37,6 +37,11 @@ class VideoLimits:
     max_bytes: int = 512 << 20  # of the file
 
 
+def limits_of(max_pixels: int, max_source_frames: int) -> VideoLimits:
+    """Return the limits that the ``data`` section of a run's configuration states, the others at their defaults."""
+    return VideoLimits(max_pixels=max_pixels, max_frames=max_source_frames)
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What a video says about itself; ``width`` and ``height`` are as shown (rotation and pixel aspect applied)."""
