@@ -60,7 +60,7 @@ ALIVE = frozenset({S.STALE, S.READY, S.SUSPECT})
 COMING = frozenset({S.STARTING, S.RESTARTING})
 """States in which a process is being started."""
 
-Errand = Literal["start", "load", "probe", "call"]
+Errand = Literal["start", "load", "probe"]
 """What the pool asks of a worker beside requests; at most one at a time, and no request is sent meanwhile."""
 
 
@@ -81,6 +81,12 @@ class Worker:
     calls: dict[int, float] = field(default_factory=dict)
     """Calls under way: id → time of dispatch in seconds."""
     errand: Errand | None = None
+    side_calls: int = 0
+    """Calls of ``call_all`` under way; a probe would wait behind them and prove nothing."""
+    placed: bool = False
+    """The cluster had room: the process runs and loads, or has loaded, its model."""
+    seen: bool = False
+    """The process has been heard of since it loaded its model."""
     not_before: float = 0.0
     """Earliest time at which the process is started (seconds): restarts of a slot that keeps dying back off."""
     strikes: int = 0
@@ -105,6 +111,7 @@ class Worker:
     def started(self) -> None:
         """The process has loaded its model; whatever version it holds is not trusted."""
         self.version = None
+        self.placed = self.seen = True
         self.move(S.STALE)
 
     def loaded(self, version: int, current: int) -> None:
@@ -119,7 +126,9 @@ class Worker:
         self.move(S.RESTARTING)
         self.incarnation += 1
         self.version = None
+        self.placed = self.seen = False
         self.errand = None
+        self.side_calls = 0
         self.strikes = 0
         self.requests_done = 0
         self.not_before = not_before

@@ -1,0 +1,467 @@
+"""The pool's head: who gets which requests when, what is sent again, who is replaced. Pure: no Ray, no tasks, no clock.
+
+Events come in as method calls with the time as an argument; :meth:`Dispatcher.step` returns what is to be done as commands.
+The driver (``actors.pool.pool``) executes commands and reports what came of them; it decides nothing.
+
+Rules that the tests hold:
+
+* every ticket ends in exactly one Deliver or Reject;
+* a request is sent only to a READY worker, hence only to one that holds the current weights;
+* no worker has more than ``max_inflight`` calls or a call of more than ``max_batch`` requests;
+* a ticket is sent again at most ``max_retries`` times, at most ``max_restarts`` processes are replaced.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from actors.failures import Failure, Ok, Outcome
+from actors.pool.errors import PoolFailed, SampleFailed, WorkerBug
+from actors.pool.spec import Meter, PoolSpec, PoolStats, WorkerStats
+from actors.pool.state import ALIVE, COMING, S, Worker
+
+# --- commands -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """Create worker ``name``, wait for its place and call ``setup``; then ``started`` or ``died``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Load:
+    """Call ``load_weights(version)``; then ``loaded``, ``suspected`` or ``died``."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Call ``ping``; then ``probed``, ``suspected`` or ``died``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Send:
+    """Call ``process`` with these tickets' requests; then ``answered``, ``suspected`` or ``died``."""
+
+    call: int
+    name: str
+    tickets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class End:
+    """End the process of ``name``: at once, or after ``shutdown`` where it is ``healthy``."""
+
+    name: str
+    healthy: bool
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """Ticket's answer."""
+
+    ticket: int
+    value: object
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Ticket's failure."""
+
+    ticket: int
+    error: Exception
+
+
+Command = Start | Load | Probe | Send | End | Deliver | Reject
+
+
+@dataclass(eq=False)
+class _Ticket:
+    id: int
+    since: float  # in the queue since
+    retries: int = 0
+    avoid: str | None = None  # the worker on which it failed last
+    wanted: bool = True  # its submitter still waits
+    reasons: list[str] = field(default_factory=list)
+
+
+# --- the dispatcher -------------------------------------------------------------------------------------------------------
+
+
+class Dispatcher:
+    """State of one pool: workers, queue, calls, limits. Reports about a process that has been replaced are ignored."""
+
+    def __init__(self, pool: str, spec: PoolSpec) -> None:
+        self.pool = pool
+        self.spec = spec
+        self.version = 0
+        self.target = 0
+        self.failure: PoolFailed | WorkerBug | None = None
+        self.workers: list[Worker] = []
+        self.meter = Meter()
+        self.last_deaths: list[str] = []
+        self._incarnations: dict[int, int] = {}
+        self._queue: list[_Ticket] = []  # by id, so that what is sent again goes first
+        self._calls: dict[int, list[_Ticket]] = {}
+        self._out: list[Command] = []
+        self._next_ticket = self._next_call = 0
+
+    # --- requests
+
+    def submit(self, now: float) -> int:
+        """Queue a request; return its ticket."""
+        if self.failure is not None:
+            raise self.failure
+        ticket = _Ticket(self._next_ticket, now)
+        self._next_ticket += 1
+        self._queue.append(ticket)
+        return ticket.id
+
+    def forget(self, ticket: int) -> None:
+        """The submitter has gone: drop the ticket if it waits; if it is inside a worker, do not send it again."""
+        self._queue = [t for t in self._queue if t.id != ticket]
+        for tickets in self._calls.values():
+            for held in tickets:
+                held.wanted = held.wanted and held.id != ticket
+
+    def answered(self, call: int, outcomes: Sequence[Outcome], now: float) -> None:
+        """A worker answered ``call`` with one outcome per ticket."""
+        worker = self._holder(call)
+        if worker is None:
+            return
+        tickets = self._calls.pop(call)
+        if len(outcomes) != len(tickets):
+            fault = Failure("bug", f"process() answered {len(outcomes)} of {len(tickets)} requests")
+            outcomes = [fault] * len(tickets)
+        self.meter.served(now - worker.calls.pop(call), len(tickets))
+        worker.last_heard = now
+        struck = None
+        for ticket, outcome in zip(tickets, outcomes, strict=True):
+            if isinstance(outcome, Ok):
+                self.meter.done += 1
+                worker.requests_done += 1
+                self._out.append(Deliver(ticket.id, outcome.value))
+                continue
+            self.meter.failures[outcome.kind] += 1
+            if outcome.kind == "infrastructure":
+                struck = outcome.message
+                self._again(ticket, f"{worker.name}: {outcome.message}", worker.name, now)
+            elif outcome.kind == "data":
+                self._out.append(Reject(ticket.id, SampleFailed(f"{worker.name}: {outcome.message}")))
+            else:
+                self._out.append(
+                    Reject(ticket.id, WorkerBug(f"{worker.name}: {outcome.message}", outcome.traceback))
+                )
+        if struck is None:
+            worker.strikes = 0
+        else:
+            self._strike(worker, struck, now)
+
+    # --- workers
+
+    def placed(self, name: str) -> None:
+        """The cluster had room for ``name``: its process runs."""
+        worker = self._find(name)
+        if worker is not None:
+            worker.placed = True
+
+    def unplaced(self, name: str, reason: str) -> None:
+        """``name`` has waited for room for ``start_timeout_s``. The pool goes on with the others; without any, it fails."""
+        if self._find(name) is not None and not any(worker.placed for worker in self.workers):
+            self.fail(PoolFailed(f"pool {self.pool}: no worker could be placed. {reason}"))
+
+    def started(self, name: str, now: float) -> None:
+        """Worker ``name`` has loaded its model."""
+        worker = self._find(name)
+        if worker is None:
+            return
+        worker.errand = None
+        worker.last_heard = now
+        if worker.state in COMING:
+            worker.started()
+
+    def loaded(self, name: str, version: int, now: float) -> None:
+        """Worker ``name`` holds weights ``version``."""
+        worker = self._find(name)
+        if worker is None:
+            return
+        worker.errand = None
+        worker.last_heard = now
+        if worker.state is S.STALE:
+            worker.loaded(version, self.version)
+
+    def probed(self, name: str, now: float) -> None:
+        """Worker ``name`` answered a ping."""
+        worker = self._find(name)
+        if worker is None:
+            return
+        worker.errand = None
+        worker.last_heard = now
+        if worker.state is S.SUSPECT:
+            worker.move(S.STALE)
+
+    def suspected(self, name: str, reason: str, now: float, call: int | None = None) -> None:
+        """Worker ``name`` could not be reached, in ``call`` or (None) on its errand, but may be alive."""
+        worker = self._find(name)
+        if worker is None:
+            return
+        if call is None:
+            worker.errand = None
+        elif call in worker.calls:
+            del worker.calls[call]
+            for ticket in self._calls.pop(call):
+                self.meter.failures["infrastructure"] += 1
+                self._again(ticket, f"{name}: {reason}", name, now)
+        self._strike(worker, reason, now)
+
+    def hold(self, name: str, calls: int) -> None:
+        """``calls`` more (or fewer) calls beside requests are under way on ``name``."""
+        worker = self._find(name)
+        if worker is not None:
+            worker.side_calls = max(0, worker.side_calls + calls)
+
+    def struck(self, name: str, reason: str, now: float) -> None:
+        """Worker ``name`` could not be reached by such a call."""
+        worker = self._find(name)
+        if worker is not None:
+            self._strike(worker, reason, now)
+
+    def died(self, name: str, reason: str, now: float) -> None:
+        """Worker ``name`` is gone, or must go: its calls are sent again, its process is ended, its slot gets a new one."""
+        worker = self._find(name)
+        if worker is None or worker.state is S.DEAD:
+            return
+        self.last_deaths = [*self.last_deaths[-4:], f"{name}: {reason}"]
+        self._out.append(End(name, healthy=False))
+        for call in list(worker.calls):
+            for ticket in self._calls.pop(call):
+                self.meter.failures["infrastructure"] += 1
+                self._again(ticket, f"{name}: {reason}", name, now)
+        worker.calls.clear()
+        worker.errand = None
+        if worker.state is S.RETIRED:
+            self.workers.remove(worker)
+            return
+        worker.move(S.DEAD)
+        worker.failed_starts += 1
+        if self.meter.restarts >= self.spec.max_restarts:
+            self.fail(PoolFailed(self._too_many_restarts()))
+            return
+        self.meter.restarts += 1
+        wait = 0.0
+        if worker.failed_starts > 1:
+            wait = min(self.spec.max_backoff_s, self.spec.backoff_s * 2.0 ** (worker.failed_starts - 2))
+        worker.restart(now + wait)
+        self._incarnations[worker.slot] = worker.incarnation
+
+    def publish(self, version: int) -> None:
+        """``version`` is current from now on: no request waiting or submitted later is served by another."""
+        self.version = version
+        for worker in self.workers:
+            if worker.state is S.READY and worker.version != version:
+                worker.move(S.STALE)
+
+    def resize(self, target: int) -> None:
+        """Have ``target`` workers: start more, or retire those that serve least (not yet serving, then highest slots)."""
+        if target < 1:
+            raise ValueError(f"pool {self.pool}: {target} workers asked for; a pool has at least 1")
+        self.target = target
+        active = [w for w in self.workers if w.state is not S.RETIRED]
+        taken = {w.slot for w in active}
+        for slot in range(target + len(active)):
+            if len(active) >= target:
+                break
+            if slot not in taken:
+                self._incarnations[slot] = self._incarnations.get(slot, 0) + 1
+                active.append(Worker(self.pool, slot, self._incarnations[slot]))
+                self.workers.append(active[-1])
+        leaving = sorted(active, key=lambda w: (w.state in ALIVE, -w.slot))[: len(active) - target]
+        for worker in leaving:
+            worker.move(S.RETIRED)
+
+    def fail(self, error: PoolFailed | WorkerBug) -> None:
+        """End the pool: every ticket is rejected with ``error``, every worker is ended."""
+        if self.failure is not None:
+            return
+        self.failure = error
+        tickets = [t for call in self._calls.values() for t in call] + self._queue
+        self._queue, self._calls = [], {}
+        self._out += [Reject(ticket.id, error) for ticket in sorted(tickets, key=lambda t: t.id)]
+        self._out += [End(worker.name, healthy=False) for worker in self.workers]
+        self.workers = []
+
+    # --- what is to be done
+
+    def step(self, now: float) -> list[Command]:
+        """Return all that is to be done at ``now``."""
+        for worker in list(self.workers):
+            self._errands(worker, now)
+        self._dispatch(now)
+        alive = [w for w in self.workers if w.state in ALIVE]
+        self.meter.busy(sum(bool(w.calls) for w in alive), len(alive), now)
+        out, self._out = self._out, []
+        return out
+
+    def wake_at(self, now: float) -> float | None:
+        """Return the time at which ``step`` has to be called if nothing happens before, or None."""
+        times: list[float] = []
+        for worker in self.workers:
+            if worker.errand is None and worker.state in COMING:
+                times.append(worker.not_before)
+            elif worker.errand is None and worker.state is S.READY and not worker.calls and not worker.side_calls:
+                times.append(worker.last_heard + self.spec.probe_every_s)
+        if self._queue and any(self._free()):
+            times.append(min(t.since for t in self._queue) + self.spec.max_wait_s)
+        later = [time for time in times if time > now]
+        return min(later, default=None)
+
+    def stats(self, now: float) -> PoolStats:
+        """Return the pool's figures at ``now``."""
+        m = self.meter
+        alive = [w for w in self.workers if w.state in ALIVE]
+        m.busy(sum(bool(w.calls) for w in alive), len(alive), now)
+        return PoolStats(
+            name=self.pool,
+            version=self.version,
+            target=self.target,
+            ready=sum(w.state is S.READY for w in self.workers),
+            workers=tuple(
+                WorkerStats(w.name, w.state, w.version, len(w.calls), w.requests_done)
+                for w in sorted(self.workers, key=lambda w: (w.slot, w.incarnation))
+            ),
+            queue_len=len(self._queue),
+            inflight=sum(len(tickets) for tickets in self._calls.values()),
+            done=m.done,
+            queue_wait_s=m.queue_wait_s,
+            service_s=m.service_s,
+            queue_wait_total_s=m.queue_wait_total_s,
+            service_total_s=m.service_total_s,
+            batch_mean=m.call_requests / m.calls if m.calls else 0.0,
+            busy_ratio=m.busy_ratio,
+            retries=m.retries,
+            restarts=m.restarts,
+            failures=dict(m.failures),
+        )
+
+    # --- inside
+
+    def _errands(self, worker: Worker, now: float) -> None:
+        if worker.state is S.RETIRED and not worker.calls and not worker.side_calls and worker.errand != "load":
+            self.workers.remove(worker)  # one that still starts, perhaps waits for room, is not waited for
+            self._out.append(End(worker.name, healthy=worker.seen))
+            return
+        if worker.errand is not None:
+            return
+        if worker.state in COMING and now >= worker.not_before:
+            worker.errand = "start"
+            self._out.append(Start(worker.name))
+        elif worker.calls or worker.side_calls:
+            return  # everything below waits until the worker is idle: its calls finish on the weights they began with
+        elif worker.state is S.STALE:
+            worker.errand = "load"
+            self._out.append(Load(worker.name, self.version))
+        elif worker.state is S.SUSPECT or (
+            worker.state is S.READY and now >= worker.last_heard + self.spec.probe_every_s
+        ):
+            worker.errand = "probe"
+            self._out.append(Probe(worker.name))
+
+    def _free(self) -> Iterator[Worker]:
+        for worker in self.workers:
+            if worker.state is S.READY and worker.errand is None and len(worker.calls) < self.spec.max_inflight:
+                yield worker
+
+    def _dispatch(self, now: float) -> None:
+        """Send full batches at once and others when their oldest request has waited ``max_wait_s``, least busy worker first."""
+        while self._queue:
+            free = sorted(self._free(), key=lambda w: (len(w.calls), w.last_sent, w.slot))
+            oldest = min(t.since for t in self._queue)
+            if not free or (len(self._queue) < self.spec.max_batch and now < oldest + self.spec.max_wait_s):
+                return
+            size = min(self.spec.max_batch, math.ceil(len(self._queue) / len(free)))
+            for worker in free:
+                batch = self._take(worker, size)
+                if batch:
+                    self._send(worker, batch, now)
+                    break
+            else:
+                return  # what waits avoids every free worker; another one is on its way
+
+    def _take(self, worker: Worker, size: int) -> list[_Ticket]:
+        """Take up to ``size`` tickets for ``worker`` off the queue.
+
+        A ticket keeps away from the worker that failed it while there is another. One that has failed twice goes alone: if it
+        is what kills workers, it takes no neighbour with it a third time.
+        """
+        others = any(w.state in ALIVE and w is not worker for w in self.workers)
+        batch: list[_Ticket] = []
+        for ticket in self._queue:
+            if others and ticket.avoid == worker.name:
+                continue
+            if ticket.retries >= 2:
+                if not batch:
+                    batch = [ticket]
+                    break
+                continue
+            batch.append(ticket)
+            if len(batch) == size:
+                break
+        chosen = {ticket.id for ticket in batch}
+        self._queue = [ticket for ticket in self._queue if ticket.id not in chosen]
+        return batch
+
+    def _send(self, worker: Worker, batch: list[_Ticket], now: float) -> None:
+        self._next_call += 1
+        self._calls[self._next_call] = batch
+        worker.calls[self._next_call] = now
+        worker.last_sent = self._next_call
+        for ticket in batch:
+            self.meter.waited(now - ticket.since)
+        self._out.append(Send(self._next_call, worker.name, tuple(ticket.id for ticket in batch)))
+
+    def _again(self, ticket: _Ticket, reason: str, worker: str, now: float) -> None:
+        if not ticket.wanted:
+            return
+        ticket.reasons.append(reason)
+        if ticket.retries >= self.spec.max_retries:
+            tries = "\n".join(f"  {n}. {text}" for n, text in enumerate(ticket.reasons, 1))
+            error = PoolFailed(
+                f"pool {self.pool}: a request failed {len(ticket.reasons)} times for reasons of the machines "
+                f"(max_retries={self.spec.max_retries}):\n{tries}"
+            )
+            self._out.append(Reject(ticket.id, error))
+            return
+        ticket.retries += 1
+        ticket.avoid = worker
+        ticket.since = now
+        self.meter.retries += 1
+        bisect.insort(self._queue, ticket, key=lambda t: t.id)
+
+    def _strike(self, worker: Worker, reason: str, now: float) -> None:
+        worker.strikes += 1
+        if worker.strikes >= self.spec.max_strikes:
+            self.died(worker.name, f"{worker.strikes} failures in a row, the last: {reason}", now)
+        elif worker.state in (S.READY, S.STALE):
+            worker.move(S.SUSPECT)
+
+    def _too_many_restarts(self) -> str:
+        deaths = "\n".join(f"  {text}" for text in self.last_deaths)
+        return (
+            f"pool {self.pool}: workers died {self.meter.restarts + 1} times and max_restarts={self.spec.max_restarts}; "
+            f"the last:\n{deaths}"
+        )
+
+    def _find(self, name: str) -> Worker | None:
+        return next((worker for worker in self.workers if worker.name == name), None)
+
+    def _holder(self, call: int) -> Worker | None:
+        return next((worker for worker in self.workers if call in worker.calls), None)

@@ -1,0 +1,96 @@
+"""One question to one Ray actor, with a deadline and an answer that says what kind of failure it was.
+
+This is the only place where Ray's exceptions are told apart. Nothing here retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+
+from actors.failures import Failure, classify
+from cluster.errors import WorkerTimeoutError
+
+
+class WorkerGone(Exception):
+    """The actor's process has ended (or never began)."""
+
+
+class WorkerUnreachable(Exception):
+    """The call was lost on the way; the actor may be alive."""
+
+
+class WorkerRaised(Exception):
+    """The method raised; ``failure`` says of which class, with the worker's traceback."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+async def ask(
+    call: Callable[[], ray.ObjectRef], *, timeout_s: float, sender: Executor, who: str, what: str, hint: str = ""
+) -> Any:
+    """Await the answer of ``call``, which submits an actor method and returns its ref.
+
+    The submission copies its arguments into the object store, so it runs in ``sender`` and not on the event loop.
+
+    Raises:
+        WorkerTimeoutError: no answer within ``timeout_s`` (the submission included); names ``who`` and ``what``.
+        WorkerGone, WorkerUnreachable, WorkerRaised: see there.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    sent = loop.run_in_executor(sender, call)
+    try:
+        await asyncio.wait({sent}, timeout=timeout_s)
+        if not sent.done():
+            raise _overdue(who, what, timeout_s, hint)
+        answer = asyncio.wrap_future(sent.result().future())
+        # Not wait_for: it would cancel the future, which Ray still wants to fill.
+        answer.add_done_callback(_retrieve)
+        await asyncio.wait({answer}, timeout=max(0.0, deadline - loop.time()))
+        if not answer.done():
+            raise _overdue(who, what, timeout_s, hint)
+        return answer.result()
+    except RayError as error:
+        raise translate(error) from error
+
+
+def translate(error: RayError) -> Exception:
+    """Return Ray's ``error`` as one of this module's exceptions."""
+    if isinstance(error, ActorDiedError):
+        if error.actor_init_failed:  # the constructor raised; Ray keeps its text only
+            last = str(error).strip().splitlines()[-1]
+            return WorkerRaised(Failure("bug", f"the constructor raised {last}", str(error)))
+        return WorkerGone(_short(str(error)))
+    if isinstance(error, ActorUnavailableError):
+        return WorkerUnreachable(_short(str(error)))
+    if isinstance(error, RayTaskError):
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        # A Ray error inside the worker: an argument or a payload was lost, not our code.
+        kind = "infrastructure" if isinstance(cause, RayError) and cause is not error else classify(cause)
+        return WorkerRaised(Failure(kind, f"{type(cause).__name__}: {cause}", str(error)))
+    return WorkerUnreachable(f"{type(error).__name__}: {_short(str(error))}")
+
+
+def _short(text: str) -> str:
+    """Return Ray's message without the lines of ids that help nobody."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    dull = ("class_name:", "actor_id:", "namespace:", "pid:", "ip:", "name:")
+    return " ".join(line for line in lines if not line.startswith(dull))[:400]
+
+
+def _overdue(who: str, what: str, timeout_s: float, hint: str) -> WorkerTimeoutError:
+    return WorkerTimeoutError(f"{who} did not answer {what} within {timeout_s:g} s. {hint}".rstrip())
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Take the exception of a future that nobody may await any more, so that asyncio does not report it."""
+    if not future.cancelled():
+        future.exception()
