@@ -1,0 +1,335 @@
+"""One rank's learning, without Ray: a sharded policy, its optimizer, and the collective methods that all ranks call
+together.
+
+Responsible for the order of passes, gradients, the ratio gate, skipped steps, checkpoints of its own state. Not
+responsible for how the batch was cut (``batches``), the loss (``grpo``), processes and deadlines (``rank``, ``group``).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+
+from actors.learner import lora
+from actors.learner.batches import MicroBatch, RankPlan
+from actors.learner.grpo import grpo_loss, normaliser
+from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
+from actors.learner.spec import LearnerSpec, learning_rate
+from actors.learner.trainable import PolicyOutput, Trainable, torch_dtype, trainable_parameters
+from actors.records import VdmExperience, Weights
+from actors.weights import pack
+from cluster.errors import CheckpointError, TrainingError
+
+STATE_FILE = "learner.json"
+
+
+@dataclass
+class RankReport:
+    """One rank's share of an update's figures: the group adds ``sums``, takes the largest of ``maxima``; ``common``
+    is equal.
+    """
+
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    maxima: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    common: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Prepared:
+    """A collated micro-batch with what does not depend on the current weights."""
+
+    micro: MicroBatch
+    batch: Any
+    advantages: Tensor  # (B,)
+    rollout: Tensor  # (B, T)
+    old: Tensor | None = None  # (B, T)
+
+
+class Trainer:
+    """A rank's policy and optimizer. Methods are collectives: all ranks call the same ones in the same order."""
+
+    def __init__(self, policy: Trainable, spec: LearnerSpec, mesh: DeviceMesh, device: torch.device) -> None:
+        self.policy, self.spec, self.device = policy, spec, device
+        self.rank, self.world = mesh.get_local_rank(), mesh.size()
+        self.version = 0
+        self.steps = 0  # optimizer steps tried, skipped ones included; drives the learning rate
+        self.skipped = 0
+        dtype = torch_dtype(spec.dtype)
+        policy.module.eval()
+        self.initial_checksum = parameter_hash(policy.module, trainable=True)
+        self.frozen = None
+        if spec.grpo.kl_beta > 0 and not lora.has_lora(policy.module):
+            ids = {id(unit) for unit in policy.fsdp_units}
+            names = [name for name, m in policy.module.named_modules() if id(m) in ids]
+            self.frozen = copy.deepcopy(policy.module).requires_grad_(False)
+            shard(self.frozen, [self.frozen.get_submodule(n) for n in names], mesh, dtype, checkpointing=False)
+        shard(policy.module, policy.fsdp_units, mesh, dtype, spec.activation_checkpointing)
+        self.parameters = trainable_parameters(policy.module)
+        if not self.parameters:
+            raise TrainingError(
+                f"{spec.name}: the policy has no parameter that requires grad, so there is nothing to train"
+            )
+        optim = spec.optim
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
+        )
+
+    # --- learning
+    # ---------------------------------------------------------------------------------------------------------
+
+    def update(self, plan: RankPlan) -> RankReport:
+        """Run one optimizer step per entry of ``plan``; old log-probabilities of all entries are made before the first.
+
+        Raises:
+            TrainingError: ratio gate exceeded, too many skipped steps, or a batch without any step that counts; on all
+                ranks alike, before any rank has stepped.
+        """
+        report = RankReport()
+        prepared = [[self._prepare(micro) for micro in step] for step in plan]
+        if self.spec.grpo.old_logprobs == "learner":
+            for step in prepared:
+                for item in step:
+                    with torch.no_grad():
+                        out = self.policy.forward(item.batch)
+                    item.old = out.logprobs.detach()
+                    self._compare(report, item, out)
+        for index, step in enumerate(prepared):
+            self._step(step, report, first=index == 0)
+        report.common |= {"skipped": float(self.skipped), "updates": float(len(prepared))}
+        return report
+
+    def _prepare(self, micro: MicroBatch) -> _Prepared:
+        items = micro.items
+        advantages = torch.tensor([i.advantage for i in items], dtype=torch.float32, device=self.device)
+        rollout = self.policy.rollout_logprobs(items).to(self.device, torch.float32)
+        return _Prepared(micro, self.policy.collate(items), advantages, rollout)
+
+    def _step(self, step: list[_Prepared], report: RankReport, first: bool) -> None:
+        grpo, count, total, deviation = self.spec.grpo, 0.0, 0.0, 0.0
+        sums: dict[str, float] = defaultdict(float)
+        self.optimizer.zero_grad(set_to_none=True)
+        for k, item in enumerate(step):
+            sync_gradients(self.policy.module, k == len(step) - 1)
+            out = self.policy.forward(item.batch)
+            mask = out.mask if item.micro.real else torch.zeros_like(out.mask)
+            old = item.old if item.old is not None else item.rollout
+            if item.old is None and first:
+                self._compare(report, item, out)
+            # Divided by the global count after the last micro-batch: only then is it known, and gradients are linear
+            # in it.
+            loss, stats = grpo_loss(
+                out.logprobs,
+                old,
+                item.advantages,
+                mask,
+                clip_low=grpo.clip_low,
+                clip_high=grpo.clip_high,
+                loss_norm=grpo.loss_norm,
+                normaliser=1.0,
+                kl=self._kl(item.batch, out),
+                beta=grpo.kl_beta,
+                importance_cap=grpo.importance_cap if grpo.old_logprobs == "rollout" else None,
+            )
+            loss.backward()
+            total += float(loss.detach())
+            count += normaliser(mask, grpo.loss_norm, grpo.constant_length)
+            deviation = max(deviation, stats.ratio_max_dev)
+            for name in ("steps", "ratio", "clipped", "clipped_low", "clipped_high", "truncated", "kl"):
+                sums[name] += getattr(stats, name)
+            if out.entropy is not None:
+                sums["entropy"] += float(torch.where(mask, out.entropy, 0.0).sum())
+        if first:
+            self._gate(deviation, report)
+        self._apply(total, count, report)
+        for name, value in sums.items():
+            report.sums[name] += value
+
+    def _kl(self, batch: Any, out: PolicyOutput) -> Tensor | None:
+        if self.spec.grpo.kl_beta <= 0:
+            return None
+        with torch.no_grad(), self._reference():
+            ref = self.policy.forward(batch)
+        return self.policy.kl(out, ref)
+
+    @contextmanager
+    def _reference(self) -> Iterator[None]:
+        if self.frozen is None:
+            with self.policy.reference():
+                yield
+            return
+        trained = self.policy.module
+        self.policy.module = self.frozen
+        try:
+            yield
+        finally:
+            self.policy.module = trained
+
+    def _gate(self, deviation: float, report: RankReport) -> None:
+        """Nothing has been updated yet, so the ratio to the learner's own old policy must be 1 (ALGORITHM: ratio
+        gate).
+        """
+        grpo = self.spec.grpo
+        (deviation,) = self._reduce([deviation], dist.ReduceOp.MAX)
+        report.common["ratio_max_dev"] = deviation
+        if grpo.old_logprobs == "learner" and deviation > grpo.clip_low / 5:
+            raise TrainingError(
+                f"{self.spec.name}: ratio gate: before any update the log-ratio to the old policy reaches "
+                f"{deviation:.3g}, more "
+                f"than clip_low/5 = {grpo.clip_low / 5:.3g}; two passes of the same policy must agree. Look for "
+                "dropout or "
+                f"other randomness in the policy, or use dtype float32 (now {self.spec.dtype})"
+            )
+
+    def _apply(self, total: float, count: float, report: RankReport) -> None:
+        optim = self.spec.optim
+        sum_total, sum_count = self._reduce([total, count], dist.ReduceOp.SUM)
+        if sum_count == 0:
+            raise TrainingError(f"{self.spec.name}: no item of the batch has a step that counts (all masks are empty)")
+        scale = self.world / sum_count  # fully_shard averages over ranks; the loss is a sum
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, optim.max_grad_norm, foreach=True)
+        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        lr = learning_rate(optim, self.steps, self.spec.total_steps)
+        self.steps += 1
+        report.sums["loss"] += total / sum_count
+        report.common["lr"] = lr
+        if math.isfinite(grad_norm) and math.isfinite(sum_total):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.version += 1
+            report.common["grad_norm"] = grad_norm
+            report.sums["applied"] += 1.0 / self.world
+        else:
+            self.skipped += 1
+            if self.skipped > optim.max_skipped_steps:
+                raise TrainingError(
+                    f"{self.spec.name}: {self.skipped} optimizer steps had a non-finite loss or gradient (loss "
+                    f"{sum_total}, "
+                    f"gradient norm {grad_norm}), more than max_skipped_steps={optim.max_skipped_steps}; lower the "
+                    "learning "
+                    "rate, or look at the rewards and inputs of this batch"
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _reduce(self, values: list[float], op: Any) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=op)
+        return tensor.tolist()
+
+    @torch.no_grad()
+    def _compare(self, report: RankReport, item: _Prepared, out: PolicyOutput) -> None:
+        """Note |log-probability of the learner − of the sampler|, overall and, for the flow, per denoising step."""
+        if not item.micro.real:
+            return
+        difference = torch.where(out.mask, out.logprobs.detach() - item.rollout, 0.0).abs()
+        report.sums["logp_diff"] += float(difference.sum())
+        report.sums["logp_diff_steps"] += float(out.mask.sum())
+        report.maxima["logp_diff_max"] = max(report.maxima["logp_diff_max"], float(difference.max()))
+        for row, experience in zip(difference, item.micro.items):
+            if isinstance(experience, VdmExperience):
+                start = experience.trajectory.sde.window_start
+                for t in range(len(experience.trajectory.logprobs)):
+                    report.sums[f"logp_diff_t{start + t:02d}"] += float(row[t])
+                    report.sums[f"logp_diff_t{start + t:02d}_steps"] += 1.0
+
+    # --- weights
+    # ----------------------------------------------------------------------------------------------------------
+
+    def weights(self) -> Weights | None:
+        """Return the trained weights on rank 0, None elsewhere: the adapter under PEFT's names, or the whole state
+        dict.
+        """
+        adapter = lora.has_lora(self.policy.module)
+        state = gather_state(self.policy.module, trainable_only=adapter)
+        if self.rank != 0:
+            return None
+        if adapter:
+            config = lora.adapter_config(self.policy.module, self.spec.model_path)
+            return pack(self.version, "lora", lora.peft_names(state), config)
+        return pack(self.version, "full", state)
+
+    def export(self, folder: str) -> None:
+        """Write the policy's ordinary folder (adapter or whole model) on rank 0; all ranks return when it is there."""
+        state = gather_state(self.policy.module, trainable_only=lora.has_lora(self.policy.module))
+        if self.rank == 0:
+            self.policy.export(folder, state)
+        dist.barrier()
+
+    def base_hash(self) -> str:
+        """Return the hash of the frozen parameters; it must never change."""
+        return parameter_hash(self.policy.module, trainable=False)
+
+    def checksum(self) -> str:
+        """Return the hash of the trained parameters as this rank sees them; all ranks must agree."""
+        return parameter_hash(self.policy.module, trainable=True)
+
+    # --- checkpoints
+    # ------------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(
+            self.policy.module, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
+        )
+        return {"model": model, "optimizer": optimizer}
+
+    def save(self, folder: str) -> None:
+        """Write trained weights, optimizer, RNG and counters as a distributed checkpoint that any number of ranks
+        restores.
+        """
+        state = self._state() | {"rng": {f"rank{self.rank}": torch.get_rng_state()}}
+        dcp.save(state, checkpoint_id=folder)
+        if self.rank == 0:
+            facts = self._facts() | {"version": self.version, "steps": self.steps, "skipped": self.skipped}
+            Path(folder, STATE_FILE).write_text(json.dumps(facts | {"ranks": self.world}, indent=2) + "\n", "utf-8")
+        dist.barrier()
+
+    def restore(self, folder: str) -> None:
+        """Restore what ``save`` wrote. CheckpointError where the folder is not one, or is of another policy or
+        adapter.
+        """
+        path = Path(folder, STATE_FILE)
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is not a learner's checkpoint: {STATE_FILE} is missing")
+        facts = json.loads(path.read_text("utf-8"))
+        for name, value in self._facts().items():
+            if facts.get(name) != value:
+                raise CheckpointError(
+                    f"{folder} was saved with {name}={facts.get(name)}, this learner has {name}={value}"
+                )
+        state = self._state()
+        if self.rank < facts["ranks"]:
+            state["rng"] = {f"rank{self.rank}": torch.get_rng_state()}
+        dcp.load(state, checkpoint_id=folder)
+        options = StateDictOptions(ignore_frozen_params=True, strict=False)
+        set_state_dict(
+            self.policy.module,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=options,
+        )
+        if "rng" in state:
+            torch.set_rng_state(state["rng"][f"rank{self.rank}"])
+        self.version, self.steps, self.skipped = facts["version"], facts["steps"], facts["skipped"]
+
+    def _facts(self) -> dict[str, Any]:
+        spec = self.spec.lora
+        adapter = None if spec is None else {"rank": spec.rank, "alpha": spec.alpha}
+        return {"kind": self.spec.kind, "lora": adapter}
