@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class TensorCache:
-    """Maps a key to a tensor that must not be modified; the least recently used ones go when ``max_bytes`` is exceeded."""
+    """Maps a key to a tensor that must not be modified; beyond ``max_bytes`` the least recently used ones go."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

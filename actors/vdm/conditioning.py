@@ -1,13 +1,16 @@
-"""What goes into the Wan transformer beside noise: reference frames as clean latents, per-token times; and the way back to frames.
+"""What goes into the Wan transformer beside noise: reference frames as clean latents, per-token times; and the way
+back to frames.
 
-Responsible for geometry checks, VAE encoding and decoding, time concatenation and the flow-matching training pair. Not responsible
-for captions (``text``), sampling (``policy``) or caching. No new parameters: reference latents stand before the target latents along
-time, their tokens carry timestep 0, and only the target frames of the output are kept (arXiv 2511.16669, section on the VDM).
+Responsible for geometry checks, VAE encoding and decoding, time concatenation and the flow-matching training pair.
+Not responsible for captions (``text``), sampling (``policy``) or caching. No new parameters: reference latents stand
+before the target latents along time, their tokens carry timestep 0, and only the target frames of the output are kept
+(arXiv 2511.16669, section on the VDM).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +37,16 @@ class Geometry:
         if num_frames < 1 or num_frames % self.temporal != 1 % self.temporal:
             low = max(num_frames - 1, 0) // self.temporal * self.temporal + 1
             raise BadSampleError(
-                f"num_frames={num_frames}: Wan's causal VAE takes {self.temporal}k+1 frames and would drop the rest silently; "
-                f"use {low} or {low + self.temporal}"
+                f"num_frames={num_frames}: Wan's causal VAE takes {self.temporal}k+1 frames and would drop the rest "
+                f"silently; use {low} or {low + self.temporal}"
             )
         for name, size, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
             unit = self.spatial * patch
             if size < unit or size % unit:
                 low = max(size // unit, 1) * unit
                 raise BadSampleError(
-                    f"{name}={size} is not a multiple of {unit} ({self.spatial} pixels per latent x patch {patch}); use {low} or {low + unit}"
+                    f"{name}={size} is not a multiple of {unit} ({self.spatial} pixels per latent x patch {patch}); "
+                    f"use {low} or {low + unit}"
                 )
         shape = (self.channels, (num_frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial)
         frames = shape[1] + references
@@ -53,14 +57,15 @@ class Geometry:
         tokens = (frames // self.patch[0], shape[2] // self.patch[1], shape[3] // self.patch[2])
         if max(tokens) > self.rope_max:
             raise BadSampleError(
-                f"{num_frames} frames of {height}x{width} with {references} reference frames make {tokens} (time, height, width) tokens; "
-                f"this transformer's position embedding ends at {self.rope_max} (rope_max_seq_len): use fewer or smaller frames"
+                f"{num_frames} frames of {height}x{width} with {references} reference frames make {tokens} "
+                f"(time, height, width) tokens; this transformer's position embedding ends at {self.rope_max} "
+                "(rope_max_seq_len): use fewer or smaller frames"
             )
         return shape
 
 
 def geometry_of(transformer: Any, vae_config: Any) -> Geometry:
-    """Read the geometry from a WanTransformer3DModel and an AutoencoderKLWan configuration (any mapping with ``get``)."""
+    """Read the geometry from a WanTransformer3DModel and the configuration of an AutoencoderKLWan."""
     config = transformer.config
     return Geometry(
         channels=int(config.in_channels),
@@ -71,11 +76,11 @@ def geometry_of(transformer: Any, vae_config: Any) -> Geometry:
     )
 
 
-# --- frames ---------------------------------------------------------------------------------------------------------------
+# --- frames ---------------------------------------------------------------------------------------------------------
 
 
 def select_reference_frames(frames: np.ndarray, n: int) -> np.ndarray:
-    """Return n frames spread uniformly over ``frames`` (T, H, W, 3), the last one always included; repeats where T < n."""
+    """Return n frames spread uniformly over ``frames`` (T, H, W, 3), the last one included; repeats where T < n."""
     if n and not len(frames):
         raise BadSampleError(f"a video without frames has no {n} reference frames")
     picks = np.linspace(0, len(frames) - 1, n) if n > 1 else np.full(n, len(frames) - 1)
@@ -90,17 +95,17 @@ def frames_to_video(frames: np.ndarray) -> Tensor:
 
 
 def video_to_frames(video: Tensor) -> np.ndarray:
-    """Return float (..., 3, T, H, W) in -1..1 as uint8 (..., T, H, W, 3), rounded as diffusers' image processor rounds."""
+    """Return float (..., 3, T, H, W) in -1..1 as uint8 (..., T, H, W, 3), rounded as diffusers rounds."""
     unit = (video.float() * 0.5 + 0.5).clamp(0, 1)
     return (unit * 255).round().to(torch.uint8).movedim(-4, -1).cpu().numpy()
 
 
-# --- VAE ------------------------------------------------------------------------------------------------------------------
+# --- VAE ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def encode_videos(vae: Any, videos: Tensor) -> Tensor:
-    """Encode (B, 3, T, H, W) in -1..1, T = 4k+1, to normalised latents float32 (B, C, F, h, w); the posterior's mode, no noise."""
+    """Encode (B, 3, T, H, W) in -1..1, T = 4k+1, to normalised latents float32 (B, C, F, h, w); mode, no noise."""
     mean, std = _latent_stats(vae, videos.device)
     latents = vae.encode(videos.to(vae.dtype)).latent_dist.mode()
     return (latents.float() - mean) / std
@@ -109,8 +114,8 @@ def encode_videos(vae: Any, videos: Tensor) -> Tensor:
 def encode_references(vae: Any, frames: np.ndarray, device: torch.device) -> Tensor:
     """Encode n frames uint8 (n, H, W, 3), each as a video of its own, to float32 (C, n, h, w).
 
-    One at a time because the causal VAE drops frames that do not fill a chunk of 4. The call's batch is always one clip's n
-    frames, so that the sampler and the learner get equal bits.
+    One at a time because the causal VAE drops frames that do not fill a chunk of 4. The call's batch is always one
+    clip's n frames, so that the sampler and the learner get equal bits.
     """
     videos = frames_to_video(frames[:, None]).to(device)  # (n, 3, 1, H, W)
     return encode_videos(vae, videos)[:, :, 0].transpose(0, 1).contiguous()
@@ -130,14 +135,15 @@ def _latent_stats(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-# --- transformer input ----------------------------------------------------------------------------------------------------
+# --- transformer input ----------------------------------------------------------------------------------------------
 
 
 def token_timesteps(sigma: Tensor, references: int, shape: Sequence[int], patch: tuple[int, int, int]) -> Tensor:
-    """Return the transformer's timesteps: 1000 sigma on target tokens, 0 on those of the ``references`` leading latent frames.
+    """Return the transformer's timesteps: 1000 sigma on target tokens, 0 on those of the ``references`` leading
+    latent frames.
 
-    sigma: (B,) float32; shape: (C, F, h, w) of the target. Without references the result is (B,), the model's ordinary input;
-    with them (B, tokens), time slowest as the patch embedding flattens.
+    sigma: (B,) float32; shape: (C, F, h, w) of the target. Without references the result is (B,), the model's
+    ordinary input; with them (B, tokens), time slowest as the patch embedding flattens.
     """
     times = sigma * NUM_TRAIN_TIMESTEPS
     if not references:
@@ -150,12 +156,36 @@ def token_timesteps(sigma: Tensor, references: int, shape: Sequence[int], patch:
     return torch.cat([clean, noisy], dim=1)
 
 
-# --- supervised training --------------------------------------------------------------------------------------------------
+class ExactTimes:
+    """Hands the transformer's time embedding the float32 timesteps, whatever they were cast to on the way in.
+
+    FSDP mixed precision casts all of a forward's inputs; in bfloat16 the times 512…1000 would be rounded to multiples
+    of 4, and the learner would see another sigma than the sampler.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        self._value: Tensor | None = None
+        transformer.condition_embedder.timesteps_proj.register_forward_pre_hook(lambda _module, args: self._pick(args))
+
+    def _pick(self, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return args if self._value is None else (self._value,)
+
+    @contextmanager
+    def exactly(self, times: Tensor) -> Iterator[None]:
+        """Within it, the embedding sees ``times``, float32 (B,) or (B, tokens)."""
+        self._value = times.flatten()
+        try:
+            yield
+        finally:
+            self._value = None
+
+
+# --- supervised training --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FlowMatchingSpec:
-    """How the supervised loss samples: sigma = shift(sigmoid(N(mean, std))); share of captions replaced by the negative prompt."""
+    """How the supervised loss samples sigma = shift(sigmoid(N(mean, std))), and the share of captions it drops."""
 
     logit_mean: float = 0.0
     logit_std: float = 1.0

@@ -1,11 +1,12 @@
-"""Sampling a flow-matching model as an ODE or as an SDE: sigma grid, one step, its log-probability and KL, the SDE window.
+"""Sampling a flow-matching model as an ODE or as an SDE: sigma grid, one step, its log-probability and KL, the SDE
+window.
 
-Responsible for the mathematics alone, on tensors that are passed in; it knows no model, no guidance and no seeds. The sampler and
-the learner both call :func:`transition`, so equal inputs give equal log-probabilities. Conventions: sigma runs from 1 (noise) to 0
-(data), x_sigma = (1 - sigma) x0 + sigma eps, and the velocity is v = eps - x0.
+Responsible for the mathematics alone, on tensors that are passed in; it knows no model, no guidance and no seeds. The
+sampler and the learner both call :func:`transition`, so equal inputs give equal log-probabilities. Conventions: sigma
+runs from 1 (noise) to 0 (data), x_sigma = (1 - sigma) x0 + sigma eps, and the velocity is v = eps - x0.
 
-Sources: Flow-GRPO (arXiv 2505.05470) for the SDE of a rectified flow, DanceGRPO (arXiv 2505.07818) for the constant noise level,
-MixGRPO (arXiv 2507.21802) for the sliding window.
+Sources: Flow-GRPO (arXiv 2505.05470) for the SDE of a rectified flow, DanceGRPO (arXiv 2505.07818) for the constant
+noise level, MixGRPO (arXiv 2507.21802) for the sliding window.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def shift_sigma(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-# --- one step -------------------------------------------------------------------------------------------------------------
+# --- one step -------------------------------------------------------------------------------------------------------
 
 
 class Transition(NamedTuple):
@@ -60,8 +61,9 @@ def ode_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
 def noise_scale(sigma: Tensor, sigma_second: Tensor, schedule: NoiseSchedule, level: float) -> Tensor:
     """Return s(sigma) of the SDE (not of ``cps``), same shape as ``sigma``.
 
-    ``flow``: level * sqrt(sigma / (1 - sigma)), with ``sigma_second`` (the grid's second sigma) in the denominator at sigma = 1.
-    ``wan``: level * sigma, i.e. linear from 0 at the data to ``level`` at the noise. ``dance``: the constant ``level``.
+    ``flow``: level * sqrt(sigma / (1 - sigma)), with ``sigma_second`` (the grid's second sigma) in the denominator at
+    sigma = 1. ``wan``: level * sigma, i.e. linear from 0 at the data to ``level`` at the noise. ``dance``: the
+    constant ``level``.
     """
     if schedule == "flow":
         return level * torch.sqrt(sigma / (1 - torch.where(sigma >= 1, sigma_second, sigma)))
@@ -79,11 +81,11 @@ def transition(
 ) -> Transition:
     """Return the Gaussian from which x' of one stochastic step is drawn (ALGORITHM: flow-matching SDE).
 
-    x, v: (B, ...); sigma, sigma_next: (B,), sigma > sigma_next; sigma_second: (B,) or a scalar tensor, the grid's second sigma.
-    ``flow``, ``wan``, ``dance``: mean = x + dt [v + s^2 / (2 sigma) (x + (1 - sigma) v)], std = s sqrt(-dt), dt = sigma' - sigma.
-    ``cps`` keeps the coefficients of the marginal: std = sigma' sin(level pi / 2),
-    mean = (1 - sigma') x0 + sqrt(sigma'^2 - std^2) x1 with x0 = x - sigma v and x1 = x + (1 - sigma) v.
-    Everything is float32, whatever the model's dtype. level 0 is exactly the ODE step, with std 0.
+    x, v: (B, ...); sigma, sigma_next: (B,), sigma > sigma_next; sigma_second: (B,) or a scalar tensor, the grid's
+    second sigma. ``flow``, ``wan``, ``dance``: mean = x + dt [v + s^2 / (2 sigma) (x + (1 - sigma) v)], std = s
+    sqrt(-dt), dt = sigma' - sigma. ``cps`` keeps the coefficients of the marginal: std = sigma' sin(level pi / 2),
+    mean = (1 - sigma') x0 + sqrt(sigma'^2 - std^2) x1 with x0 = x - sigma v and x1 = x + (1 - sigma) v. Everything is
+    float32, whatever the model's dtype. level 0 is exactly the ODE step, with std 0.
     """
     x, v = x.float(), v.float()
     if level == 0:
@@ -127,16 +129,16 @@ def _rows(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.dim() - value.dim()))
 
 
-# --- which steps are stochastic --------------------------------------------------------------------------------------------
+# --- which steps are stochastic -------------------------------------------------------------------------------------
 
 
 def check_window(spec: SdeSpec, steps: int) -> None:
-    """Raise ConfigError unless the window of ``spec`` lies within the first ``steps - 1`` steps (the last is always an ODE step)."""
+    """Raise ConfigError unless the window lies within ``steps - 1`` steps (the last is always an ODE step)."""
     end = spec.window_start + spec.window_size
     if spec.window_size < 1 or spec.window_start < 0 or end > steps - 1:
         raise ConfigError(
-            f"SDE window [{spec.window_start}, {end}) does not fit {steps} denoising steps: it needs at least one step and must end "
-            f"at or before step {steps - 1}, because the last step is always an ODE step"
+            f"SDE window [{spec.window_start}, {end}) does not fit {steps} denoising steps: it needs at least one step "
+            f"and must end at or before step {steps - 1}, because the last step is always an ODE step"
         )
     if spec.schedule not in get_args(NoiseSchedule):
         raise ConfigError(
@@ -150,7 +152,8 @@ def check_window(spec: SdeSpec, steps: int) -> None:
 
 @dataclass
 class WindowSchedule:
-    """Where the SDE window of ``size`` steps starts, within the steps [first, last); moves every ``every`` optimizer steps.
+    """Where the SDE window of ``size`` steps starts, within the steps [first, last); moves every ``every`` optimizer
+    steps.
 
     ``fixed`` stays at ``first``; ``progressive`` moves one step towards the data and starts over at the end (MixGRPO);
     ``random`` jumps, as a pure function of (seed, number of moves). The only state is ``step``, optimizer steps so far.
@@ -171,8 +174,8 @@ class WindowSchedule:
             )
         if self.first < 0 or self.size < 1 or self.size > self.last - self.first or self.every < 1:
             raise ConfigError(
-                f"an SDE window of {self.size} steps cannot move within [{self.first}, {self.last}) every {self.every} optimizer "
-                f"steps: size must be 1…{max(self.last - self.first, 1)} and every at least 1"
+                f"an SDE window of {self.size} steps cannot move within [{self.first}, {self.last}) every {self.every} "
+                f"optimizer steps: size must be 1…{max(self.last - self.first, 1)} and every at least 1"
             )
 
     @property

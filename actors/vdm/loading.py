@@ -56,8 +56,8 @@ def load_parts(path: str | Path, dtype: torch.dtype, components: Sequence[str] =
     config = AutoencoderKLWan.load_config(folder / "vae")
     if transformer.config.in_channels != config["z_dim"]:
         raise CheckpointError(
-            f"{folder}: the transformer takes {transformer.config.in_channels} latent channels, the VAE makes {config['z_dim']}; "
-            "only text-to-video Wan pipelines are supported (image-to-video ones concatenate channels)"
+            f"{folder}: the transformer takes {transformer.config.in_channels} latent channels, the VAE makes "
+            f"{config['z_dim']}; only text-to-video Wan pipelines fit (image-to-video ones concatenate channels)"
         )
     return Parts(folder, transformer, vae, config, "vae_decoder" in components, text_encoder, tokenizer)
 
@@ -65,7 +65,8 @@ def load_parts(path: str | Path, dtype: torch.dtype, components: Sequence[str] =
 def save_full(
     source: Path, folder: str | Path, transformer: Any, state: Mapping[str, Tensor] | None, text_encoder: Any = None
 ) -> None:
-    """Write a WanPipeline folder: ``source``'s, with this transformer (and text encoder, where it was trained) in the place of its own.
+    """Write a WanPipeline folder: ``source``'s, with this transformer (and text encoder, where it was trained) in the
+    place of its own.
 
     ``state`` is the transformer's gathered state dict where the module itself is sharded.
     """
@@ -90,7 +91,8 @@ def save_full(
 
 
 def parameter_hash(modules: Mapping[str, nn.Module | None]) -> str:
-    """Return a hash of all parameters except adapters': equal before and after training exactly where the base stayed frozen.
+    """Return a hash of all parameters except adapters': equal before and after training exactly where the base stayed
+    frozen.
 
     Names are the plain model's, so the hash is the same with and without an injected adapter.
     """

@@ -1,8 +1,9 @@
 """The artist: a diffusers Wan pipeline that draws the next event from a caption and reference frames.
 
-Responsible for loading, sampling clips as ODE or SDE, recomputing the log-probabilities of given trajectories (the ``Trainable``
-protocol) and the supervised loss. Sampler and learner get velocities from the one function :meth:`VdmPolicy.velocity` and steps
-from ``flow_sde.transition``. Not responsible for weight versions on the wire or for Ray (``worker``).
+Responsible for loading, sampling clips as ODE or SDE, recomputing the log-probabilities of given trajectories (the
+``Trainable`` protocol) and the supervised loss. Sampler and learner get velocities from the one function
+:meth:`VdmPolicy.velocity` and steps from ``flow_sde.transition``. Not responsible for weight versions on the wire or
+for Ray (``worker``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +19,30 @@ import torch
 from torch import Tensor, nn
 
 from actors.failures import BadSampleError
+from actors.learner.lora import adapter_config, adapters_disabled, inject_lora, load_adapter_tensors, peft_names
 from actors.learner.trainable import LoraSpec, PolicyOutput, torch_dtype
 from actors.records import (
     Clip,
     Experience,
-    NoiseSchedule,
     RenderRequest,
     SdeSpec,
     Trajectory,
-    VdmExperience,
     derive_seed,
 )
-from actors.vdm import conditioning, flow_sde, lora
+from actors.vdm import conditioning, flow_sde, lora, trajectories
 from actors.vdm.cache import TensorCache, content_key
-from actors.vdm.conditioning import FlowMatchingSpec
+from actors.vdm.conditioning import ExactTimes, FlowMatchingSpec
 from actors.vdm.loading import COMPONENTS, Parts, load_parts, save_full
 from actors.vdm.text import CaptionEmbedder
+from actors.vdm.trajectories import Condition, VdmBatch
 from cluster.errors import CheckpointError, TrainingError
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a batch's velocity is conditioned on. ``references`` None: text only; ``negative`` None: no guidance."""
-
-    text: Tensor  # (B, L, D)
-    references: Tensor | None  # float32 (B, C, n, h, w)
-    negative: Tensor | None  # (B, L, D)
-    guidance: Tensor  # float32 (B,)
-
-
-@dataclass(frozen=True)
-class VdmBatch:
-    """Trajectories as the learner reads them; W is the longest window, shorter ones repeat their last step under a False mask."""
-
-    before: Tensor  # float32 (W, B, C, F, h, w), state before each window step
-    after: Tensor  # float32 (W, B, C, F, h, w), state after it
-    sigmas: Tensor  # float32 (W, 2, B): sigma and next sigma
-    second: Tensor  # float32 (B,): each grid's second sigma
-    mask: Tensor  # bool (B, W)
-    condition: Condition
-    schedule: NoiseSchedule
-    level: float
 
 
 class VdmPolicy:
     """A Wan text-to-video pipeline conditioned on reference frames by time concatenation; implements ``Trainable``.
 
-    ``module`` is the WanTransformer3DModel. VAE and text encoder are frozen; what they make of a caption or of frames is cached.
+    ``module`` is the WanTransformer3DModel. VAE and text encoder are frozen; what they make of a caption or of frames
+    is cached.
     """
 
     def __init__(
@@ -97,7 +74,8 @@ class VdmPolicy:
         self.decode_batch = decode_batch
         self.folder = parts.folder
         self.version = 0
-        self.lora_config: Any = None
+        self.adapter: LoraSpec | None = None
+        self._times = ExactTimes(parts.transformer)
         self._latents = TensorCache(cache_bytes)
 
     @classmethod
@@ -115,9 +93,9 @@ class VdmPolicy:
         """Load a diffusers WanPipeline folder (or hub name).
 
         ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree.
-        ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``). ``options`` are the
-        constructor's: shift, reference_frames, max_text_tokens, negative_prompt, decode_batch, cache_bytes.
-        Without LoRA all of the transformer's weights are trainable.
+        ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``).
+        ``options`` are the constructor's: shift, reference_frames, max_text_tokens, negative_prompt, decode_batch,
+        cache_bytes. Without LoRA all of the transformer's weights are trainable.
         """
         kind = torch_dtype(dtype)
         policy = cls(load_parts(path, kind, components), dtype=kind, device=device, **options)
@@ -131,34 +109,38 @@ class VdmPolicy:
 
     def inject(self, spec: LoraSpec) -> None:
         """Put a fresh adapter into the transformer; everything else is frozen."""
-        self.lora_config = lora.inject(self.module, spec)
+        inject_lora(self.module, spec, lora.DEFAULT_TARGETS)
+        self.adapter = spec
 
     def add_adapter(self, folder: str | Path, spec: LoraSpec | None = None) -> None:
-        """Put the PEFT adapter of ``folder`` into the transformer; CheckpointError where ``spec`` asks for another shape."""
+        """Put the PEFT adapter of ``folder`` into the transformer; ``spec``, where given, must have its shape."""
         saved, tensors = lora.read_adapter(folder)
-        if spec is not None:
-            wanted = set(spec.targets or lora.DEFAULT_TARGETS)
-            if (saved.rank, saved.alpha, set(saved.targets or ())) != (spec.rank, spec.alpha, wanted):
-                raise CheckpointError(f"adapter {folder} is {saved}, the configuration asks for {spec}: set them equal")
+        if spec is not None and not lora.same_shape(saved, spec):
+            raise CheckpointError(
+                f"the adapter in {folder} is {saved}, but the configuration asks for {spec}; set them equal"
+            )
         self.inject(saved)
-        lora.load_adapter_state(self.module, tensors)
+        self.load_adapter_state(tensors)
+
+    def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy PEFT-named tensors into the injected adapter; CheckpointError where they do not fit."""
+        try:
+            load_adapter_tensors(self.module, tensors)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
 
     def adapter_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return the adapter under PEFT names, on the CPU."""
-        return lora.adapter_state(self.module, state)
+        """Return the adapter under PEFT names, from ``state`` (the module's gathered state dict) or the module."""
+        return peft_names(self.module.state_dict() if state is None else state)
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within it, the adapter is off: the base model."""
-        if self.lora_config is None:
-            raise ValueError(
-                "this policy has no LoRA adapter to disable; its reference is a frozen copy that the learner keeps"
-            )
-        return lora.disabled(self.module)
+        """Within it, the adapter is off: the base model. ValueError without LoRA (the learner keeps a frozen copy)."""
+        return adapters_disabled(self.module)
 
     def export(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the trained weights: a PEFT adapter folder that diffusers reads too, or a whole WanPipeline folder without LoRA."""
-        if self.lora_config is not None:
-            lora.write_adapter(folder, self.lora_config, lora.adapter_state(self.module, state))
+        """Write the trained weights: a PEFT folder that diffusers reads too; without LoRA a WanPipeline folder."""
+        if self.adapter is not None:
+            lora.write_adapter(folder, adapter_config(self.module), self.adapter_state(state))
             return
         encoder = self.embedder.encoder if self.embedder is not None and self.embedder.trained else None
         save_full(self.folder, folder, self.module, state, encoder)
@@ -222,10 +204,11 @@ class VdmPolicy:
             )
             return out[0][:, :, n:].float()
 
-        v = run(condition.text)
-        if condition.negative is not None:
-            base = run(condition.negative)
-            v = base + condition.guidance.view(-1, 1, 1, 1, 1) * (v - base)
+        with self._times.exactly(times):
+            v = run(condition.text)
+            if condition.negative is not None:
+                base = run(condition.negative)
+                v = base + condition.guidance.view(-1, 1, 1, 1, 1) * (v - base)
         return v
 
     # --- sampling ---
@@ -255,8 +238,9 @@ class VdmPolicy:
     def sample(self, requests: Sequence[RenderRequest]) -> list[Clip]:
         """Render ``requests``, in their order; those that agree in steps, sizes, guidance and SDE share a batch.
 
-        Noise is drawn per request from its own seeds, so a clip depends on its batch by float noise only. A request with an SDE of
-        positive level comes back with its trajectory. Raises BadSampleError for a request that can never succeed.
+        Noise is drawn per request from its own seeds, so a clip depends on its batch by float noise only. A request
+        with an SDE of positive level comes back with its trajectory. Raises BadSampleError for a request that can
+        never succeed.
         """
         groups: dict[tuple, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
@@ -328,41 +312,19 @@ class VdmPolicy:
 
     def collate(self, items: Sequence[Experience]) -> VdmBatch:
         """Return trajectories as one batch; they must agree in noise schedule, level and sizes."""
-        steps = [_trajectory(item) for item in items]
-        first = steps[0]
-        for item, trajectory in zip(items, steps, strict=True):
-            same = (trajectory.sde.schedule, trajectory.sde.level, trajectory.latents.shape[1:])
-            if same != (first.sde.schedule, first.sde.level, first.latents.shape[1:]):
-                raise ValueError(
-                    f"{item.sample_id}[{item.index}]: trajectory of {same} cannot share a batch with "
-                    f"{(first.sde.schedule, first.sde.level, first.latents.shape[1:])}: schedule, level and latent shape must agree"
-                )
-        longest = max(t.sde.window_size for t in steps)
-        before, after, sigmas = [], [], []
-        for k in range(longest):
-            rows = [min(k, t.sde.window_size - 1) for t in steps]
-            before.append(np.stack([t.latents[j] for t, j in zip(steps, rows)]))
-            after.append(np.stack([t.latents[j + 1] for t, j in zip(steps, rows)]))
-            sigmas.append([[t.sigmas[t.sde.window_start + j + d] for t, j in zip(steps, rows)] for d in (0, 1)])
-        vdm = [item for item in items if isinstance(item, VdmExperience)]
-        return VdmBatch(
-            before=self._tensor(np.stack(before)),
-            after=self._tensor(np.stack(after)),
-            sigmas=self._tensor(np.array(sigmas, dtype=np.float32)),
-            second=self._tensor(np.array([t.sigmas[1] for t in steps], dtype=np.float32)),
-            mask=torch.tensor([[k < t.sde.window_size for k in range(longest)] for t in steps], device=self.device),
-            condition=self.condition(
-                [item.caption for item in vdm], [item.reference_frames for item in vdm], [t.guidance for t in steps]
-            ),
-            schedule=first.sde.schedule,
-            level=first.sde.level,
+        vdm = [trajectories.experience(item) for item in items]
+        condition = self.condition(
+            [item.caption for item in vdm],
+            [item.reference_frames for item in vdm],
+            [item.trajectory.guidance for item in vdm],
         )
+        return trajectories.collate(vdm, condition, self.device)
 
     def forward(self, batch: VdmBatch) -> PolicyOutput:
         """Return the log-probability, mean and std of every window step: (B, W), (B, W, C, F, h, w), (B, W), float32.
 
-        One call of the transformer per window step, on the batch as the sampler had it: with the same batch, weights and dtype the
-        result equals the sampler's bit for bit.
+        One call of the transformer per window step, on the batch as the sampler had it: with the same batch, weights
+        and dtype the result equals the sampler's bit for bit.
         """
         logprobs, means, stds = [], [], []
         for before, after, (sigma, following) in zip(batch.before, batch.after, batch.sigmas):
@@ -387,7 +349,7 @@ class VdmPolicy:
 
     def rollout_logprobs(self, items: Sequence[Experience]) -> Tensor:
         """Return the sampler's log-probabilities (B, W), 0 in the padding."""
-        rows = [torch.from_numpy(np.array(_trajectory(item).logprobs)) for item in items]
+        rows = [torch.from_numpy(np.array(trajectories.experience(item).trajectory.logprobs)) for item in items]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
 
     def sft_loss(
@@ -399,8 +361,8 @@ class VdmPolicy:
     ) -> tuple[Tensor, dict[str, float]]:
         """Return the flow-matching loss mean((v - (eps - x0))^2) over the target latents, and metrics.
 
-        batch: (reference frames uint8 (n, H, W, 3), caption, target frames uint8 (T, H, W, 3)), equal sizes. ``generator`` (CPU)
-        draws sigma, noise and dropped captions; None is torch's global one.
+        batch: (reference frames uint8 (n, H, W, 3), caption, target frames uint8 (T, H, W, 3)), equal sizes.
+        ``generator`` (CPU) draws sigma, noise and dropped captions; None is torch's global one.
         """
         spec = spec or FlowMatchingSpec()
         references = [reference for reference, _, _ in batch]
@@ -442,18 +404,9 @@ class VdmPolicy:
     def _encode_clip(self, frames: np.ndarray) -> Tensor:
         return conditioning.encode_videos(self.vae, conditioning.frames_to_video(frames)[None].to(self.device))[0]
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(self.device)
-
 
 def _stochastic_steps(sde: SdeSpec | None) -> range:
     """Return the steps that draw noise: none at level 0, which is the ODE."""
     if sde is None or sde.level == 0:
         return range(0)
     return range(sde.window_start, sde.window_start + sde.window_size)
-
-
-def _trajectory(item: Experience) -> Trajectory:
-    if not isinstance(item, VdmExperience):
-        raise TypeError(f"the VDM learner reads VdmExperience, got {type(item).__name__}")
-    return item.trajectory

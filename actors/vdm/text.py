@@ -1,7 +1,8 @@
 """Captions as the Wan transformer reads them: UMT5 embeddings, zero behind the caption's end.
 
-The transformer has no text mask, so the padding must be zero, as diffusers' pipeline makes it. Each caption is encoded alone and
-unpadded: its embedding does not depend on what it was batched with, so the sampler's and the learner's are equal bit for bit.
+The transformer has no text mask, so the padding must be zero, as diffusers' pipeline makes it. Each caption is
+encoded alone and unpadded: its embedding does not depend on what it was batched with, so the sampler's and the
+learner's are equal bit for bit.
 """
 
 from __future__ import annotations

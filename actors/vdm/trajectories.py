@@ -1,0 +1,80 @@
+"""Sampled trajectories as one batch of tensors, the way the learner reads them.
+
+Responsible for stacking and padding windows; computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.records import Experience, NoiseSchedule, Trajectory, VdmExperience
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch's velocity is conditioned on. ``references`` None: text only; ``negative`` None: no guidance."""
+
+    text: Tensor  # (B, L, D)
+    references: Tensor | None  # float32 (B, C, n, h, w)
+    negative: Tensor | None  # (B, L, D)
+    guidance: Tensor  # float32 (B,)
+
+
+@dataclass(frozen=True)
+class VdmBatch:
+    """Trajectories as the learner reads them; W is the longest window, shorter ones repeat their last step, masked."""
+
+    before: Tensor  # float32 (W, B, C, F, h, w), state before each window step
+    after: Tensor  # float32 (W, B, C, F, h, w), state after it
+    sigmas: Tensor  # float32 (W, 2, B): sigma and next sigma
+    second: Tensor  # float32 (B,): each grid's second sigma
+    mask: Tensor  # bool (B, W)
+    condition: Condition
+    schedule: NoiseSchedule
+    level: float
+
+
+def experience(item: Experience) -> VdmExperience:
+    """Return ``item``; TypeError where it is another policy's."""
+    if not isinstance(item, VdmExperience):
+        raise TypeError(f"the VDM learner reads VdmExperience, got {type(item).__name__}")
+    return item
+
+
+def collate(items: Sequence[VdmExperience], condition: Condition, device: torch.device) -> VdmBatch:
+    """Stack ``items``; ValueError unless they agree in noise schedule, level and latent shape."""
+    paths = [item.trajectory for item in items]
+    kind = _kind(paths[0])
+    for item in items:
+        if _kind(item.trajectory) != kind:
+            raise ValueError(
+                f"{item.sample_id}[{item.index}]: a trajectory of {_kind(item.trajectory)} cannot share a batch with "
+                f"one of {kind}: noise schedule, level and latent shape must agree"
+            )
+
+    def tensor(array: np.ndarray | list) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(device)
+
+    # Window steps come first, so that each step's batch is contiguous, as it was in the sampler.
+    longest = max(path.sde.window_size for path in paths)
+    picks = [[min(k, path.sde.window_size - 1) for path in paths] for k in range(longest)]
+    first = [path.sde.window_start for path in paths]
+    return VdmBatch(
+        before=tensor([[path.latents[j] for path, j in zip(paths, row)] for row in picks]),
+        after=tensor([[path.latents[j + 1] for path, j in zip(paths, row)] for row in picks]),
+        sigmas=tensor([[[p.sigmas[i + j + d] for p, i, j in zip(paths, first, row)] for d in (0, 1)] for row in picks]),
+        second=tensor([path.sigmas[1] for path in paths]),
+        mask=torch.tensor([[k < path.sde.window_size for k in range(longest)] for path in paths], device=device),
+        condition=condition,
+        schedule=paths[0].sde.schedule,
+        level=paths[0].sde.level,
+    )
+
+
+def _kind(path: Trajectory) -> tuple:
+    return path.sde.schedule, path.sde.level, path.latents.shape[1:]

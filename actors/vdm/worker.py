@@ -1,0 +1,151 @@
+"""The video diffusion pool's Ray actor: a :class:`VdmPolicy` behind the worker protocol of ``actors.pool.protocol``.
+
+Responsible for batching a call's requests, for classing what goes wrong with each of them, and for putting published
+weights into the policy. The class is undecorated, so that it also runs in process; make an actor with
+``ray.remote(VdmWorker).options(…)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.failures import Failure, InfrastructureError, Ok, Outcome, attempt, failure_of
+from actors.pool.protocol import WorkerInfo, worker_info
+from actors.records import Clip, RenderRequest, Weights
+from actors.vdm import lora
+from actors.vdm.loading import parameter_hash
+from actors.vdm.policy import VdmPolicy
+from actors.weights import as_tensors, receive
+from cluster.errors import CheckpointError
+
+
+class VdmWorker:
+    """Renders clips. ``adapter``: a PEFT folder, part of the base weights; ``options``: :meth:`VdmPolicy.load`'s."""
+
+    def __init__(
+        self,
+        name: str,
+        model_path: str,
+        *,
+        adapter: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        threads: int | None = 1,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name, self._path, self._adapter, self._dtype, self._device = name, model_path, adapter, dtype, device
+        self._threads = threads
+        self._options = dict(options or {})
+        self._policy: VdmPolicy | None = None
+        self._initial: dict[str, Tensor] = {}  # the adapter as set up: what "base weights" means while one is injected
+        self._full = False
+
+    @property
+    def policy(self) -> VdmPolicy:
+        """The policy; raises RuntimeError before :meth:`setup`."""
+        if self._policy is None:
+            raise RuntimeError(f"VDM worker {self.name}: used before setup()")
+        return self._policy
+
+    def setup(self) -> WorkerInfo:
+        """Load the pipeline. Raises CheckpointError for a folder that is not one."""
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        self._policy = self._load()
+        return worker_info(self.name, self._device, self._base_hash())
+
+    def load_weights(self, version: int, payload: list[Any] | None) -> int:
+        """Put the published weights into the policy and return ``version``; None brings back the base weights."""
+        if payload is None:
+            self._restore_base()
+        else:
+            self._apply(receive(payload))
+        self.policy.version = version
+        return version
+
+    def process(self, requests: Sequence[RenderRequest]) -> list[Outcome]:
+        """Render what can be rendered in as few batches as possible; a failure is pinned to its own request."""
+        outcomes: list[Outcome | None] = [self._refuse(request) for request in requests]
+        good = [i for i, refusal in enumerate(outcomes) if refusal is None]
+        if good:
+            for i, outcome in zip(good, self._render([requests[i] for i in good]), strict=True):
+                outcomes[i] = outcome
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def weights_hash(self) -> str:
+        """Return the hash of all parameters but the adapter's, and the version served."""
+        return f"{self._base_hash()}:{self.policy.version}"
+
+    def ping(self) -> str:
+        """Return the worker's name."""
+        return self.name
+
+    def _load(self) -> VdmPolicy:
+        policy = VdmPolicy.load(
+            self._path, dtype=self._dtype, adapter=self._adapter, device=self._device, **self._options
+        )
+        self._initial = _snapshot(policy) if policy.adapter is not None else {}
+        return policy
+
+    def _refuse(self, request: RenderRequest) -> Failure | None:
+        try:
+            self.policy.check(request)
+        except Exception as error:  # noqa: BLE001 - classed and returned to the pool
+            return failure_of(error)
+        return None
+
+    def _render(self, requests: list[RenderRequest]) -> list[Outcome]:
+        try:
+            return [Ok(clip) for clip in self._sample(requests)]
+        except Exception as error:  # noqa: BLE001 - classed and returned to the pool
+            if len(requests) == 1:
+                return [failure_of(error)]
+        return [attempt(lambda r=request: self._sample([r])[0]) for request in requests]  # type: ignore[misc]
+
+    def _sample(self, requests: list[RenderRequest]) -> list[Clip]:
+        try:
+            return self.policy.sample(requests)
+        except torch.OutOfMemoryError as error:
+            raise InfrastructureError(
+                f"{self.name}: out of memory while rendering {len(requests)} clips at once; "
+                f"lower pools.vdm.max_batch: {error}"
+            ) from error
+
+    def _apply(self, weights: Weights) -> None:
+        policy, tensors = self.policy, as_tensors(weights)
+        if weights.kind == "full":
+            if policy.adapter is not None:
+                raise CheckpointError(
+                    f"{self.name}: full weights cannot be loaded into a model that carries an adapter"
+                )
+            policy.module.load_state_dict(tensors, strict=True)
+            self._full = True
+            return
+        spec = lora.spec_of(weights.adapter_config)
+        if policy.adapter is None:
+            policy.inject(spec)
+            self._initial = _snapshot(policy)
+        elif not lora.same_shape(policy.adapter, spec):
+            raise CheckpointError(
+                f"{self.name}: published adapter {spec} does not fit the injected one {policy.adapter}"
+            )
+        policy.load_adapter_state(tensors)
+
+    def _restore_base(self) -> None:
+        if self._full:
+            self._policy, self._full = self._load(), False
+        elif self._initial:
+            self.policy.load_adapter_state(self._initial)
+
+    def _base_hash(self) -> str:
+        policy = self.policy
+        encoder = policy.embedder.encoder if policy.embedder is not None else None
+        return parameter_hash({"transformer": policy.module, "vae": policy.vae, "text_encoder": encoder})
+
+
+def _snapshot(policy: VdmPolicy) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in policy.adapter_state().items()}
