@@ -1,7 +1,7 @@
 """From a question and frames to what the VLM's forward takes: token ids, patches, and three-axis rotary positions.
 
-Responsible for: one encoded prompt per (question, frames, fps), cached, and its positions as vLLM computes them. Not responsible
-for: the prompt's wording (``actors.vlm.prompt``), completions, batching or the model (``actors.vlm.policy``).
+Responsible for: one encoded prompt per (question, frames, fps), cached, and its positions as vLLM computes them. Not
+responsible for: the prompt's wording (``actors.vlm.prompt``), completions, batching or the model (``actors.vlm.policy``).
 """
 
 from __future__ import annotations
@@ -67,15 +67,16 @@ def check_frames(frames: np.ndarray) -> None:
 def mrope_positions(token_types: Tensor, grids: Tensor, merge: int, time_interval: float | None) -> tuple[Tensor, int]:
     """Return rotary positions (3, P) of a prompt and the position that follows it.
 
-    Text counts up on all three axes; a video's tokens lie on their (t, h, w) grid, and the text after a video goes on at the
-    largest position used + 1, which is Qwen2-VL's definition (arXiv 2409.12191, M-RoPE) and what vLLM does. transformers 5.19
-    goes on at ``max(h, w) // merge`` for Qwen2.5-VL, whatever the video's length, so its log-probabilities differ by 1e-3.
+    Text counts up on all three axes; a video's tokens lie on their (t, h, w) grid, and the text after a video goes on
+    at the largest position used + 1, which is Qwen2-VL's definition (arXiv 2409.12191, M-RoPE) and what vLLM does.
+    transformers 5.19 goes on at ``max(h, w) // merge`` for Qwen2.5-VL, whatever the video's length, so its
+    log-probabilities differ by 1e-3.
 
     Args:
         token_types: (P,), 0 for text, 2 for video tokens.
         grids: (runs, 3) patch grid (t, h, w) of each run of video tokens.
         merge: spatial merge size; the language model sees h // merge × w // merge tokens per time step.
-        time_interval: positions per time step of the grid (Qwen2.5-VL: tokens per second × seconds per step); None means 1.
+        time_interval: positions per time step (Qwen2.5-VL: tokens per second × seconds per step); None means 1.
     """
     parts: list[Tensor] = []
     start, run = 0, 0
@@ -100,12 +101,12 @@ def mrope_positions(token_types: Tensor, grids: Tensor, merge: int, time_interva
 
 
 class PromptEncoder:
-    """Encodes prompts through the model's own processor, each (question, frames, fps) once while it stays in the cache."""
+    """Encodes prompts through the model's own processor; what is in the cache is not processed again."""
 
     def __init__(self, processor: Any, config: Any, cache_size: int = 64):
         self.processor = processor
         self._merge = int(config.vision_config.spatial_merge_size)
-        # Qwen2.5-VL spaces time by seconds; Qwen3-VL writes timestamps between frames and has a run of tokens per time step.
+        # Qwen2.5-VL spaces time by seconds; Qwen3-VL writes timestamps, with a run of tokens per time step between.
         self._tokens_per_second = getattr(config.vision_config, "tokens_per_second", None)
         self._cache: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
         self._cache_size = cache_size

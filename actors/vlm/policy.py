@@ -1,11 +1,12 @@
 """The VLM policy: log-probabilities of completions, the supervised loss, LoRA, and export. No Ray here.
 
-Responsible for: what a completion's log-probability *is* (same prompt, same banned tokens, same temperature as the sampler in
-``actors.vlm.engine``). Not responsible for: sampling, optimisation or sharding (``actors.learner``), rewards.
+Responsible for: what a completion's log-probability *is* (same prompt, same banned tokens, same temperature as the
+sampler in ``actors.vlm.engine``). Not responsible for: sampling, optimisation or sharding (``actors.learner``), rewards.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from actors.failures import BadSampleError
+from actors.learner.lora import adapter_config, adapters_disabled, has_lora, peft_names
 from actors.learner.trainable import LoraSpec, PolicyOutput, torch_dtype
 from actors.records import Experience, VlmExperience
-from actors.vlm.adapter import AdapterHandle, inject
+from actors.vlm.adapter import inject
 from actors.vlm.inputs import EncodedPrompt, PromptEncoder, VideoQuestion
 from actors.vlm.prompt import BAN_BIAS, banned_token_ids
 from cluster.errors import CheckpointError
@@ -39,8 +42,8 @@ class VlmBatch:
 class VlmPolicy:
     """A Qwen2.5-VL or Qwen3-VL model as a policy over answer tokens (``actors.learner.trainable.Trainable``).
 
-    ``temperature`` divides the logits of :meth:`forward`, as it does in the sampler (VLM-R1 and vLLM alike: the policy that is
-    optimised is the one that was sampled from). ``fps`` is what :meth:`sft_loss` tells the model, whose batches carry none.
+    ``temperature`` divides the logits of :meth:`forward`, as it does in the sampler: the policy that is optimised is the
+    one that was sampled from. ``fps`` is what :meth:`sft_loss` tells the model, whose batches carry none.
     """
 
     def __init__(
@@ -48,7 +51,6 @@ class VlmPolicy:
         model: nn.Module,
         processor: Any,
         *,
-        adapter: AdapterHandle | None = None,
         temperature: float = 1.0,
         fps: float = 8.0,
         cache_size: int = 64,
@@ -69,7 +71,6 @@ class VlmPolicy:
         self._bias = torch.zeros(vocab_size, device=self.device)
         self._bias[self.banned_ids] = BAN_BIAS
         self._prompts = PromptEncoder(processor, inner.config, cache_size)
-        self._adapter = adapter
 
     @classmethod
     def load(
@@ -84,19 +85,20 @@ class VlmPolicy:
         fps: float = 8.0,
         cache_size: int = 64,
     ) -> VlmPolicy:
-        """Load a transformers folder (or hub name). With ``lora`` only the adapter trains; ``adapter`` is a PEFT folder to start from.
+        """Load a transformers folder (or hub name).
+
+        With ``lora`` only the adapter trains; ``adapter`` is a PEFT folder to start from.
 
         Raises:
             CheckpointError: the folder is missing, of another architecture, or the adapter doesn't fit it.
         """
         model, processor = load_model(path, dtype)
-        handle = inject(model, lora, adapter) if lora is not None or adapter is not None else None
+        if lora is not None or adapter is not None:
+            inject(model, lora, adapter)
         model.eval().to(device)
-        return cls(
-            model, processor, adapter=handle, temperature=temperature, fps=fps, cache_size=cache_size, device=device
-        )
+        return cls(model, processor, temperature=temperature, fps=fps, cache_size=cache_size, device=device)
 
-    # --- batches --------------------------------------------------------------------------------------------------------------
+    # --- batches ---
 
     def collate(self, items: Sequence[Experience]) -> VlmBatch:
         """Return the completions of ``items`` joined with their prompts, on the policy's device.
@@ -120,7 +122,7 @@ class VlmPolicy:
         return pad_sequence(rows, batch_first=True).to(self.device)
 
     def _join(self, prompts: list[EncodedPrompt], completions: list[Tensor]) -> VlmBatch:
-        # The last completion token predicts nothing that is trained, but it stays: every mask and position has one meaning.
+        # The last completion token predicts nothing that is trained, but keeps masks and positions simple.
         ids = [torch.cat([p.input_ids, c]) for p, c in zip(prompts, completions, strict=True)]
         positions = [
             torch.cat([p.positions, (p.next_position + torch.arange(len(c))).expand(3, -1)], dim=1)
@@ -145,10 +147,10 @@ class VlmPolicy:
         }
         return VlmBatch(model_inputs, tokens.to(self.device), mask.to(self.device), rows.to(self.device))
 
-    # --- policy ---------------------------------------------------------------------------------------------------------------
+    # --- policy ---
 
     def forward(self, batch: VlmBatch) -> PolicyOutput:
-        """Return fp32 log-probabilities (B, T) of the completions at the sampling temperature, and the entropy per token."""
+        """Return fp32 log-probabilities (B, T) of the completions at the sampling temperature, and entropies."""
         return self._logprobs(batch, self.temperature)
 
     def _logprobs(self, batch: VlmBatch, temperature: float) -> PolicyOutput:
@@ -172,17 +174,15 @@ class VlmPolicy:
         Raises:
             ValueError: the policy has no adapter; a full-weights reference is a frozen copy, which the learner keeps.
         """
-        if self._adapter is None:
-            raise ValueError("reference() needs LoRA: without it the learner keeps a frozen copy of the weights")
-        with self._adapter.disabled():
+        with adapters_disabled(self.module):
             yield
 
     def kl(self, out: PolicyOutput, ref: PolicyOutput) -> Tensor:
-        """Return the k3 estimate of KL(current || reference) per token, (B, T) ≥ 0: exp(Δ) − Δ − 1, Δ = ref − current."""
+        """Return the k3 estimate of KL(current || reference) per token, (B, T): exp(Δ) − Δ − 1, Δ = ref − current."""
         delta = ref.logprobs - out.logprobs
         return torch.where(out.mask, torch.exp(delta) - delta - 1.0, torch.zeros((), device=self.device))
 
-    # --- supervised -----------------------------------------------------------------------------------------------------------
+    # --- supervised ---
 
     def sft_loss(self, batch: Sequence[tuple[Any, ...]]) -> tuple[Tensor, dict[str, float]]:
         """Return the mean negative log-likelihood per token of the answers (EOS included) and detached metrics.
@@ -191,7 +191,7 @@ class VlmPolicy:
             batch: (frames uint8 (T, H, W, 3), question, answer text) triples.
 
         Returns:
-            Scalar loss in nats per token; ``tokens`` (their number), ``token_accuracy`` is left to evaluation by sampling.
+            Scalar loss in nats per token, and metrics: ``loss``, ``tokens`` (their number), ``entropy`` (nats).
         """
         prompts = self._prompts.encode([VideoQuestion(question, frames, self.fps) for frames, question, _ in batch])
         joined = self._join(prompts, [self.answer_tokens(answer) for _, _, answer in batch])
@@ -213,27 +213,30 @@ class VlmPolicy:
             raise BadSampleError(f"the answer contains special tokens: {answer[:120]!r}")
         return torch.tensor([*ids, self.eos_token_id], dtype=torch.long)
 
-    # --- weights --------------------------------------------------------------------------------------------------------------
+    # --- weights ---
 
     @property
     def adapter_config(self) -> dict[str, Any]:
         """The adapter's configuration as PEFT writes it; empty without LoRA."""
-        return {} if self._adapter is None else self._adapter.config_dict()
+        return adapter_config(self.module) if has_lora(self.module) else {}
 
     def adapter_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the adapter under PEFT's file names (``base_model.model.….lora_A.weight``) on the CPU.
 
         ``state`` is ``module``'s gathered state dict; None reads ``module``, which then must not be sharded.
         """
-        if self._adapter is None:
-            raise ValueError("this policy has no adapter; its trained weights are module.state_dict()")
-        return self._adapter.peft_state(self.module.state_dict() if state is None else state)
+        named = peft_names(self.module.state_dict() if state is None else state)
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
 
     def export(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a PEFT adapter folder (LoRA) or a whole model folder with its processor, safetensors only."""
         folder = Path(folder)
-        if self._adapter is not None:
-            self._adapter.write(folder, self.adapter_state(state))
+        if has_lora(self.module):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "adapter_config.json").write_text(
+                json.dumps(self.adapter_config, indent=2, sort_keys=True) + "\n"
+            )
+            save_file(self.adapter_state(state), str(folder / "adapter_model.safetensors"))
             return
         module: Any = self.module
         module.save_pretrained(folder, state_dict=dict(module.state_dict() if state is None else state))
@@ -251,8 +254,8 @@ def load_model(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"cannot load a VLM from {str(path)!r}: {error}. It must be a transformers folder (or hub name) of Qwen2.5-VL or "
-            "Qwen3-VL with config, safetensors and processor files"
+            f"cannot load a VLM from {str(path)!r}: {error}. It must be a transformers folder (or hub name) "
+            "of Qwen2.5-VL or Qwen3-VL with config, safetensors and processor files"
         ) from error
     inner = getattr(model, "model", None)
     if not hasattr(inner, "language_model") or not hasattr(inner, "visual"):

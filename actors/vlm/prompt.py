@@ -1,7 +1,7 @@
 """The VLM's prompt: one text format shared by SFT, the learner and the engine.
 
 Responsible for: messages, the rendered chat text with exactly one video, and reading the caption back out of an answer.
-Not responsible for: tokens and pixels (``actors.vlm.inputs``), sampling (``actors.vlm.engine``), rewards (``rewards.format``).
+Not responsible for: tokens and pixels (``actors.vlm.inputs``), sampling (``actors.vlm.engine``), rewards (``rewards``).
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def special_tokens(tokenizer: Any) -> list[str]:
 
 
 def banned_token_ids(tokenizer: Any, vocab_size: int) -> list[int]:
-    """Return the ids that must not be sampled: special tokens except EOS, and rows of the embedding beyond the tokenizer.
+    """Return the ids that must not be sampled: special tokens except EOS, and embedding rows beyond the tokenizer.
 
-    A sampled ``<|video_pad|>`` would be taken for a piece of the video when the learner reads the completion. Engine and
-    learner lower the logits of the same ids by the same :data:`BAN_BIAS`, so their log-probabilities agree.
+    A sampled ``<|video_pad|>`` would be taken for a piece of the video when the learner reads the completion. Engine
+    and learner lower the logits of the same ids by the same :data:`BAN_BIAS`, so their log-probabilities agree.
     """
     special = {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= {int(i) for i in tokenizer.all_special_ids}
@@ -75,4 +75,4 @@ def banned_token_ids(tokenizer: Any, vocab_size: int) -> list[int]:
 
 
 BAN_BIAS = -1.0e4
-"""Added to the logits of banned ids: exp(-1e4) is exactly 0 in float32, and unlike -inf it makes no NaN in an entropy."""
+"""Added to banned logits: exp(-1e4) is exactly 0 in float32, and unlike -inf it makes no NaN in an entropy."""
