@@ -1,7 +1,7 @@
 """The pool's head: who gets which requests when, what is sent again, who is replaced. Pure: no Ray, no tasks, no clock.
 
-Events come in as method calls with the time as an argument; :meth:`Dispatcher.step` returns what is to be done as commands.
-The driver (``actors.pool.pool``) executes commands and reports what came of them; it decides nothing.
+Events come in as method calls with the time as an argument; :meth:`Dispatcher.step` returns what is to be done as
+commands. The driver (``actors.pool.pool``) executes commands and reports what came of them; it decides nothing.
 
 Rules that the tests hold:
 
@@ -19,69 +19,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from actors.failures import Failure, Ok, Outcome
+from actors.pool.commands import Command, Deliver, End, Load, Probe, Reject, Send, Start
 from actors.pool.errors import PoolFailed, SampleFailed, WorkerBug
 from actors.pool.spec import Meter, PoolSpec, PoolStats, WorkerStats
 from actors.pool.state import ALIVE, COMING, S, Worker
-
-# --- commands -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Start:
-    """Create worker ``name``, wait for its place and call ``setup``; then ``started`` or ``died``."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Load:
-    """Call ``load_weights(version)``; then ``loaded``, ``suspected`` or ``died``."""
-
-    name: str
-    version: int
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Call ``ping``; then ``probed``, ``suspected`` or ``died``."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Send:
-    """Call ``process`` with these tickets' requests; then ``answered``, ``suspected`` or ``died``."""
-
-    call: int
-    name: str
-    tickets: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class End:
-    """End the process of ``name``: at once, or after ``shutdown`` where it is ``healthy``."""
-
-    name: str
-    healthy: bool
-
-
-@dataclass(frozen=True)
-class Deliver:
-    """Ticket's answer."""
-
-    ticket: int
-    value: object
-
-
-@dataclass(frozen=True)
-class Reject:
-    """Ticket's failure."""
-
-    ticket: int
-    error: Exception
-
-
-Command = Start | Load | Probe | Send | End | Deliver | Reject
 
 
 @dataclass(eq=False)
@@ -92,9 +33,6 @@ class _Ticket:
     avoid: str | None = None  # the worker on which it failed last
     wanted: bool = True  # its submitter still waits
     reasons: list[str] = field(default_factory=list)
-
-
-# --- the dispatcher -------------------------------------------------------------------------------------------------------
 
 
 class Dispatcher:
@@ -158,9 +96,7 @@ class Dispatcher:
             elif outcome.kind == "data":
                 self._out.append(Reject(ticket.id, SampleFailed(f"{worker.name}: {outcome.message}")))
             else:
-                self._out.append(
-                    Reject(ticket.id, WorkerBug(f"{worker.name}: {outcome.message}", outcome.traceback))
-                )
+                self._out.append(Reject(ticket.id, WorkerBug(f"{worker.name}: {outcome.message}", outcome.traceback)))
         if struck is None:
             worker.strikes = 0
         else:
@@ -175,7 +111,7 @@ class Dispatcher:
             worker.placed = True
 
     def unplaced(self, name: str, reason: str) -> None:
-        """``name`` has waited for room for ``start_timeout_s``. The pool goes on with the others; without any, it fails."""
+        """``name`` has waited ``start_timeout_s`` for room. The pool goes on with the others; without any, it fails."""
         if self._find(name) is not None and not any(worker.placed for worker in self.workers):
             self.fail(PoolFailed(f"pool {self.pool}: no worker could be placed. {reason}"))
 
@@ -236,7 +172,7 @@ class Dispatcher:
             self._strike(worker, reason, now)
 
     def died(self, name: str, reason: str, now: float) -> None:
-        """Worker ``name`` is gone, or must go: its calls are sent again, its process is ended, its slot gets a new one."""
+        """Worker ``name`` is gone, or must go: its calls are sent again, its slot gets a new process."""
         worker = self._find(name)
         if worker is None or worker.state is S.DEAD:
             return
@@ -271,7 +207,7 @@ class Dispatcher:
                 worker.move(S.STALE)
 
     def resize(self, target: int) -> None:
-        """Have ``target`` workers: start more, or retire those that serve least (not yet serving, then highest slots)."""
+        """Have ``target`` workers: start more, or retire some (those not serving yet, then the highest slots)."""
         if target < 1:
             raise ValueError(f"pool {self.pool}: {target} workers asked for; a pool has at least 1")
         self.target = target
@@ -381,7 +317,10 @@ class Dispatcher:
                 yield worker
 
     def _dispatch(self, now: float) -> None:
-        """Send full batches at once and others when their oldest request has waited ``max_wait_s``, least busy worker first."""
+        """Send full batches at once, others when their oldest request has waited ``max_wait_s``.
+
+        Requests are spread evenly over the free workers, the least busy first.
+        """
         while self._queue:
             free = sorted(self._free(), key=lambda w: (len(w.calls), w.last_sent, w.slot))
             oldest = min(t.since for t in self._queue)
@@ -399,8 +338,8 @@ class Dispatcher:
     def _take(self, worker: Worker, size: int) -> list[_Ticket]:
         """Take up to ``size`` tickets for ``worker`` off the queue.
 
-        A ticket keeps away from the worker that failed it while there is another. One that has failed twice goes alone: if it
-        is what kills workers, it takes no neighbour with it a third time.
+        A ticket keeps away from the worker that failed it while there is another. One that has failed twice goes alone:
+        if it is what kills workers, it takes no neighbour with it a third time.
         """
         others = any(w.state in ALIVE and w is not worker for w in self.workers)
         batch: list[_Ticket] = []
@@ -456,8 +395,8 @@ class Dispatcher:
     def _too_many_restarts(self) -> str:
         deaths = "\n".join(f"  {text}" for text in self.last_deaths)
         return (
-            f"pool {self.pool}: workers died {self.meter.restarts + 1} times and max_restarts={self.spec.max_restarts}; "
-            f"the last:\n{deaths}"
+            f"pool {self.pool}: workers died {self.meter.restarts + 1} times "
+            f"and max_restarts={self.spec.max_restarts}; the last:\n{deaths}"
         )
 
     def _find(self, name: str) -> Worker | None:

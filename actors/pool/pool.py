@@ -1,7 +1,7 @@
-"""The pool that the pipeline uses: Ray actors behind one ``submit``. It executes what ``dispatch`` decides and reports back.
+"""The pool that the pipeline uses: Ray actors behind ``submit``. It does what ``dispatch`` decides and reports back.
 
-Responsible for actors, deadlines, futures and logging; not for decisions (``dispatch``), nor for what workers compute. One event
-loop owns a pool; its methods are called from that loop only.
+Responsible for actors, deadlines, futures and logging; not for decisions (``dispatch``), nor for what workers compute.
+One event loop owns a pool; its methods are called from that loop only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from actors.pool import dispatch
+from actors.pool import commands
 from actors.pool.dispatch import Dispatcher
 from actors.pool.errors import PoolFailed, WorkerBug
 from actors.pool.protocol import WorkerInfo
@@ -32,12 +32,12 @@ _TROUBLE = (WorkerTimeoutError, WorkerGone, WorkerUnreachable, WorkerRaised)
 class WorkerPool:
     """An elastic pool of Ray actors that follow ``actors.pool.protocol.Worker``.
 
-    ``make_worker(name)`` creates the actor of that name and returns its handle at once (``.options(...).remote(...)``); it runs in
-    a thread. ``cluster.names.slot_of(name)`` is the slot, which ``Placement.options`` turns into a bundle.
+    ``make_worker(name)`` creates the actor of that name and returns its handle at once (``.options(...).remote(...)``);
+    it runs in a thread. ``cluster.names.slot_of(name)`` is the slot, which ``Placement.options`` turns into a bundle.
 
-    Requests are idempotent: one whose worker died, hung or failed for a reason of its machine is sent again to another worker, and
-    gives the same result because it carries its own seed. A result may then be made with newer weights than were current at its
-    submission, if weights were set in between; results carry their version.
+    Requests are idempotent: one whose worker died, hung or failed for a reason of its machine is sent again to another
+    worker, and gives the same result because it carries its own seed. A result may then be made with newer weights than
+    were current at its submission, if weights were set in between; results carry their version.
     """
 
     def __init__(self, name: str, make_worker: Callable[[str], Any], spec: PoolSpec) -> None:
@@ -94,8 +94,8 @@ class WorkerPool:
     async def set_weights(self, version: int, payload: list[Any] | None) -> None:
         """Make ``version`` current; return when every worker that was alive has loaded it (or has been replaced).
 
-        Calls under way finish on the weights they began with; nothing submitted after this call begins is served by older ones.
-        ``payload`` (a list of object refs; None is the base weights) is kept for workers that start later.
+        Calls under way finish on the weights they began with; nothing submitted after this call begins is served by
+        older ones. ``payload`` (a list of object refs; None is the base weights) is kept for workers that start later.
         """
         if self._core.failure is not None:
             raise self._core.failure
@@ -104,8 +104,10 @@ class WorkerPool:
         self._pump_soon()
         alive = {worker.name for worker in self._core.workers if worker.state in ALIVE}
         await self._until(
-            lambda: not any(w.name in alive and w.state in ALIVE and w.version != version for w in self._core.workers)
-            or self._core.version != version
+            lambda: (
+                not any(w.name in alive and w.state in ALIVE and w.version != version for w in self._core.workers)
+                or self._core.version != version
+            )
         )
 
     async def resize(self, workers: int, *, wait: bool = False) -> None:
@@ -141,11 +143,12 @@ class WorkerPool:
     async def call_all(self, method: str, *args: Any, timeout_s: float | None = None) -> dict[str, Any]:
         """Call ``method`` on every live worker and return the answers by worker name.
 
-        A worker that dies or hangs meanwhile is replaced and missing from the answers; one whose method raises is a WorkerBug.
+        A worker that dies or hangs meanwhile is replaced and missing from the answers; one whose method raises is a
+        WorkerBug.
         """
         names = [worker.name for worker in self._core.workers if worker.state in ALIVE]
         answers = await asyncio.gather(*(self._call_one(name, method, args, timeout_s) for name in names))
-        return {name: answer[0] for name, answer in zip(names, answers, strict=True) if answer is not None}
+        return {name: answer[0] for name, answer in zip(names, answers, strict=True) if answer}
 
     async def close(self) -> None:
         """End all workers; whoever still waits for an answer gets PoolFailed. May be called again."""
@@ -198,21 +201,21 @@ class WorkerPool:
             if not future.done() and (self._core.failure is not None or predicate()):
                 future.set_result(None)
 
-    def _execute(self, command: dispatch.Command) -> None:
+    def _execute(self, command: commands.Command) -> None:
         match command:
-            case dispatch.Start(name):
+            case commands.Start(name):
                 self._spawn(name, self._start_worker(name))
-            case dispatch.Load(name, version):
+            case commands.Load(name, version):
                 self._spawn(name, self._load(name, version, self._payload))
-            case dispatch.Probe(name):
+            case commands.Probe(name):
                 self._spawn(name, self._probe(name))
-            case dispatch.Send(call, name, tickets):
+            case commands.Send(call, name, tickets):
                 self._spawn(name, self._process(call, name, [self._requests.get(ticket) for ticket in tickets]))
-            case dispatch.End(name, healthy):
+            case commands.End(name, healthy):
                 self._end(name, healthy)
-            case dispatch.Deliver(ticket, value):
+            case commands.Deliver(ticket, value):
                 self._settle(ticket, lambda future: future.set_result(value))
-            case dispatch.Reject(ticket, error):
+            case commands.Reject(ticket, error):
                 self._settle(ticket, lambda future: future.set_exception(error))
 
     def _settle(self, ticket: int, put: Callable[[asyncio.Future[Any]], None]) -> None:
@@ -253,8 +256,9 @@ class WorkerPool:
         loop = asyncio.get_running_loop()
         try:
             handle = await loop.run_in_executor(self._maker, self._make_worker, name)
-        except Exception as error:
-            self._core.fail(WorkerBug(f"pool {self.name}: worker {name} could not be created: {error!r}", "".join(traceback.format_exception(error))))
+        except Exception as error:  # noqa: BLE001 - the caller's code; its error ends the pool and reaches every submitter
+            text = "".join(traceback.format_exception(error))
+            self._core.fail(WorkerBug(f"pool {self.name}: worker {name} could not be created: {error!r}", text))
             return
         self._handles[name] = handle
         try:
@@ -271,6 +275,7 @@ class WorkerPool:
 
     async def _placement(self, name: str, handle: Any) -> None:
         """Wait for room, however long, as long as others can work meanwhile."""
+        loop = asyncio.get_running_loop()
         waited, patience = 0.0, self.spec.start_timeout_s
         ready: asyncio.Future[Any] = asyncio.wrap_future(handle.__ray_ready__.remote().future())
         ready.add_done_callback(lambda future: future.cancelled() or future.exception())
@@ -283,7 +288,8 @@ class WorkerPool:
                     raise translate(error) from error
                 return
             waited += patience
-            reason = f"Worker {name} has waited {waited:g} s for its resources; free in the cluster: {_free_resources()}"
+            free = await loop.run_in_executor(self._maker, _free_resources)
+            reason = f"Worker {name} has waited {waited:g} s for its resources; free in the cluster: {free}"
             log.warning("pool %s: %s", self.name, reason)
             self._core.unplaced(name, reason)
             self._pump_soon()
@@ -320,18 +326,19 @@ class WorkerPool:
         else:
             self._core.answered(call, outcomes, self._now())
 
-    async def _call_one(self, name: str, method: str, args: tuple[Any, ...], timeout_s: float | None) -> tuple[Any] | None:
+    async def _call_one(self, name: str, method: str, args: tuple[Any, ...], timeout_s: float | None) -> list[Any]:
+        """Return a list of the one answer, or an empty list if the worker gave none."""
         self._core.hold(name, 1)
         try:
-            return (await self._ask(name, method, *args, timeout_s=timeout_s or self.spec.request_timeout_s),)
+            return [await self._ask(name, method, *args, timeout_s=timeout_s or self.spec.request_timeout_s)]
         except WorkerRaised as error:
             raise WorkerBug(f"{self._who(name)}: {method}() raised {error}", error.failure.traceback) from None
         except WorkerUnreachable as error:
             self._core.struck(name, str(error), self._now())
-            return None
+            return []
         except _TROUBLE as error:
             self._report(name, error, method, fatal=False)
-            return None
+            return []
         finally:
             self._core.hold(name, -1)
             self._pump_soon()
@@ -400,4 +407,3 @@ class WorkerPool:
 def _free_resources() -> str:
     free = {key: value for key, value in ray.available_resources().items() if key in ("CPU", "GPU")}
     return ", ".join(f"{key} {value:g}" for key, value in sorted(free.items())) or "none"
-

@@ -36,13 +36,13 @@ def worker_info(name: str, device: str, model_hash: str = "") -> WorkerInfo:
 class Worker(Protocol):
     """Methods of a pool's Ray actor; an async actor defines them ``async``.
 
-    The actor is created with ``max_restarts=0``: Ray would bring it back with its first weights and let it serve. The pool
-    replaces a dead actor by a new one, which loads the current weights before it serves. A method ``shutdown()``, where there is
-    one, is called before a healthy worker is ended.
+    The actor is created with ``max_restarts=0``: Ray would bring it back with its first weights and let it serve. The
+    pool replaces a dead actor by a new one, which loads the current weights before it serves. A method ``shutdown()``,
+    where there is one, is called before a healthy worker is ended.
     """
 
     def setup(self) -> WorkerInfo:
-        """Load the model. An error that another attempt may survive is an ``InfrastructureError``; any other stops the pool."""
+        """Load the model. ``InfrastructureError``: another attempt may succeed; any other error stops the pool."""
         ...
 
     def load_weights(self, version: int, payload: list[Any] | None) -> int:
@@ -55,7 +55,8 @@ class Worker(Protocol):
     def process(self, requests: Sequence[Any]) -> list[Outcome]:
         """Answer each request with ``Ok`` or ``Failure``, in order; raise only if nothing can be answered.
 
-        A request may be sent more than once (its first worker died), so its answer depends on the request and the weights alone.
+        A request may be sent more than once (its first worker died), so its answer depends on the request and the
+        weights alone.
         """
         ...
 

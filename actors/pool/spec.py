@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from actors.pool.state import WorkerState
 
@@ -20,7 +20,7 @@ class PoolSpec:
     max_wait_s: float = 0.02
     """Longest a request waits for its batch to fill while a worker is free."""
     start_timeout_s: float = 300.0
-    """Deadline of ``setup`` and of ``load_weights``; also the longest a pool without a live worker waits for resources."""
+    """Deadline of ``setup`` and of ``load_weights``; the longest a pool without a live worker waits for resources."""
     request_timeout_s: float = 300.0
     """Deadline of one ``process`` call, the wait in the actor's own queue included."""
     max_retries: int = 3
@@ -90,9 +90,8 @@ class PoolStats:
 
     def metrics(self) -> dict[str, float]:
         """Return the figures as numbers by short name, for a tracker."""
-        names = ("ready", "target", "queue_len", "inflight", "done", "queue_wait_s", "service_s", "queue_wait_total_s")
-        names += ("service_total_s", "batch_mean", "busy_ratio", "retries", "restarts")
-        return {name: float(getattr(self, name)) for name in names}
+        figures = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
 
 
 class Meter:

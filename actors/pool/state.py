@@ -7,18 +7,20 @@
                  weights)
 
 * **STARTING**: the first process of this slot is being placed and loads its model.
-* **STALE**: alive, but its weights are not the current ones. Calls that it had before finish; it gets no new ones. It loads the
-  current weights when its last call has ended.
+* **STALE**: alive, but its weights are not the current ones. Calls that it had before finish; it gets no new ones. It
+  loads the current weights when its last call has ended.
 * **READY**: holds the current weights and serves.
-* **SUSPECT**: it could not be reached, or failed for a reason of its machine. It gets nothing until a probe is answered.
+* **SUSPECT**: it could not be reached, or failed for a reason of its machine. It gets nothing until a probe is
+  answered.
 * **DEAD**: its process is gone, or was killed because it did not answer in time. Its requests are sent again elsewhere.
 * **RESTARTING**: a new process takes the slot.
 * **RETIRED**: the pool shrank; its last calls finish, then it is ended.
 
-The transition that must not exist is DEAD → READY, and with it RESTARTING → READY, STARTING → READY and SUSPECT → READY. A new
-process holds the weights of the model folder, not those that were trained since: were it to serve at once, it would answer with
-weights of version 0 in the middle of a run, and nothing would look wrong but a slightly worse reward. The only way into READY
-therefore leads through STALE, and the only way out of STALE into READY is :meth:`Worker.loaded` with the current version.
+The transition that must not exist is DEAD → READY, and with it RESTARTING → READY, STARTING → READY and SUSPECT →
+READY. A new process holds the weights of the model folder, not those that were trained since: were it to serve at once,
+it would answer with weights of version 0 in the middle of a run, and nothing would look wrong but a slightly worse
+reward. The only way into READY therefore leads through STALE, and the only way out of STALE into READY is
+:meth:`Worker.loaded` with the current version.
 """
 
 from __future__ import annotations
