@@ -1,0 +1,168 @@
+"""Checkpoints survive a killed writer and a damaged disk, and refuse to continue another run."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import CheckpointError, ConfigError
+from pipeline.checkpoint import CheckpointStore, TrainState, require_same_config
+from pipeline.config import parse_config
+
+
+def write(store: CheckpointStore, stage: str, step: int, content: bytes = b"weights") -> Path:
+    with store.write(stage, step, TrainState(stage, step)) as folder:
+        (folder / "learner").mkdir()
+        (folder / "learner" / "rank0.bin").write_bytes(content * 100)
+    return store.root / f"{stage}-step{step:06d}"
+
+
+def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    state = TrainState.of(
+        parse_config({}),
+        "stage2",
+        7,
+        cursor={"epoch": 1, "position": 12},
+        window={"kind": "random", "step": 7},
+        rng={"numpy": {"state": 2**127, "inc": 3}},
+        mlflow_run_ids={"parent": "abc", "stage2": "def"},
+        weights_version=7,
+    )
+    with store.write("stage2", 7, state):
+        pass
+    latest = store.latest()
+    assert latest is not None and (latest.stage, latest.step) == ("stage2", 7)
+    assert latest.state == state
+
+
+def test_newest_is_by_time_of_writing_over_stages(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    assert store.latest() is None
+    write(store, "stage1", 100)
+    write(store, "stage2", 5)
+    latest, stage1 = store.latest(), store.latest("stage1")
+    assert latest is not None and (latest.stage, latest.step) == ("stage2", 5)
+    assert stage1 is not None and stage1.step == 100
+
+
+def test_exception_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(RuntimeError, match="disk"):
+        with store.write("stage1", 1) as folder:
+            (folder / "half.bin").write_bytes(b"x")
+            raise RuntimeError("disk")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_killed_half_way_costs_only_its_own_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, "stage1", 1)
+    script = (
+        "import sys, time; from pipeline.checkpoint import CheckpointStore\n"
+        "with CheckpointStore(sys.argv[1]).write('stage1', 2) as folder:\n"
+        "    (folder / 'half.bin').write_bytes(b'x' * 1000); print('half', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "half\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    latest = store.latest()
+    assert latest is not None and latest.step == 1
+    assert any(path.name.startswith(".writing-") for path in tmp_path.iterdir())
+    write(store, "stage1", 2)  # the next writer clears the remains
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+    assert [store.load(path).step for path in store.paths()] == [2, 1]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 10)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(flip, "SHA-256"), (cut, "10 bytes"), (Path.unlink, "missing")], ids=["flip", "cut", "loss"]
+)
+def test_damage_is_found_and_the_one_before_is_used(tmp_path, caplog, damage, message) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, "stage1", 1)
+    damaged = write(store, "stage1", 2)
+    damage(damaged / "learner" / "rank0.bin")
+    with pytest.raises(CheckpointError, match=message):
+        store.load(damaged)
+    with caplog.at_level(logging.WARNING):
+        latest = store.latest()
+    assert latest is not None and latest.step == 1
+    assert "rank0.bin" in caplog.text
+    damage(store.root / "stage1-step000001" / "learner" / "rank0.bin")
+    with pytest.raises(CheckpointError, match="no checkpoint under"):
+        store.latest()
+
+
+def test_damaged_manifest_is_reported_and_costs_no_good_checkpoint(tmp_path, caplog) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        write(store, "stage1", step)
+    (tmp_path / "stage1-step000003" / "manifest.json").write_text("{")
+    latest = store.latest()
+    assert latest is not None and latest.step == 2
+    assert "stage1-step000003" in caplog.text
+    write(store, "stage1", 4)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "3", "4"]
+
+
+def test_replacing_a_step_keeps_one_and_survives_a_kill_between_the_renames(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    first = write(store, "stage1", 3, b"old")
+    write(store, "stage1", 3, b"new")
+    assert (first / "learner" / "rank0.bin").read_bytes().startswith(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["stage1-step000003"]
+    first.rename(tmp_path / ".replaced-stage1-step000003")  # what a kill between the two renames leaves
+    write(store, "stage1", 4)
+    assert [store.load(path).step for path in store.paths()] == [4, 3]
+
+
+def test_prune_keeps_the_newest_of_each_stage(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for stage in ("stage1", "stage2"):
+        for step in (1, 2, 3):
+            write(store, stage, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{stage}-step00000{step}" for stage in ("stage1", "stage2") for step in (2, 3)
+    ]
+
+
+def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
+    config = parse_config({"seed": 3})
+    state = TrainState.of(config, "stage1", 20)
+    require_same_config(state, config)
+    moved = config.model_copy(update={"out": Path("elsewhere"), "name": "again"})
+    require_same_config(state, moved)
+    other = parse_config({"seed": 4, "stage1": {"optim": {"lr": 0.1}}})
+    with pytest.raises(ConfigError) as caught:
+        require_same_config(state, other)
+    text = str(caught.value)
+    assert "seed: 3 in the checkpoint, 4 now" in text
+    assert "stage1.optim.lr" in text and "stage1.rollout" not in text
+    require_same_config(state, other, may_differ=("seed", "stage1"))
+
+
+def test_folder_of_something_else_is_named(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        store.load(tmp_path / "nowhere")
+    with store.write("stage1", 1):
+        pass
+    latest = store.latest()
+    assert latest is not None
+    with pytest.raises(CheckpointError, match=r"no train_state\.json"):
+        _ = latest.state
