@@ -1,0 +1,187 @@
+"""Score any systems' predictions on the same samples: the paper's metrics, the alarms, and the toy world's own judges.
+
+Responsible for what is asked of the scorer and of the toy world per answer. The reward pool scores in a run
+(``score=pool.submit``), a scorer in this process elsewhere; means and layout are ``table``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from actors.failures import Failure
+from actors.records import Sample, ScoreRequest, Scores
+from actors.scoring.clip import ClipScorer
+from actors.scoring.scorer import VIDEO_FEATURES, Scorer
+from actors.scoring.video import VideoExtractor
+from cluster.errors import DataError
+from pipeline.data import toy
+from pipeline.data.video import VideoLimits
+from pipeline.evaluate.predictions import Prediction, check_cover
+from pipeline.evaluate.table import Answered, EvaluationTable, build_table
+
+Score = Callable[[ScoreRequest], Awaitable[Scores]]
+"""Scores one request or raises; a reward pool's ``submit`` is one."""
+
+TEXT_METRICS = ("rouge_l",)
+CLIP_METRICS = ("clip_v", "clip_t_truth", VIDEO_FEATURES)
+IN_FLIGHT = 32
+
+
+async def score_predictions(
+    systems: Mapping[str, Sequence[Prediction]],
+    samples: Sequence[Sample],
+    score: Score,
+    *,
+    extractor: str,
+    video: VideoExtractor | None = None,
+    limits: VideoLimits | None = None,
+    seed: int = 0,
+    on_done: Callable[[], None] = lambda: None,
+) -> EvaluationTable:
+    """Return the table of ``systems`` (name → predictions) on ``samples``.
+
+    ``extractor`` names the Fréchet features that ``score`` gives (``Scorer.fvd_extractor``); with ``video`` the
+    features are that extractor's instead. ``on_done`` is called after each answer. At most 32 answers are decoded and
+    in flight. Raises DataError when a system leaves out a sample or a video cannot be decoded; an error of ``score`` is
+    raised as it is, never counted as a bad answer.
+    """
+    ids = [sample.id for sample in samples]
+    if not ids or len(set(ids)) != len(ids):
+        raise DataError(
+            f"evaluation needs at least one sample and distinct ids, got {len(ids)} with {len(set(ids))} ids"
+        )
+    covered = {name: check_cover(name, predictions, ids) for name, predictions in systems.items()}
+    room = asyncio.Semaphore(IN_FLIGHT)
+
+    async def one(sample: Sample, prediction: Prediction) -> Answered:
+        async with room:
+            loaded = await asyncio.to_thread(prediction.load, sample.target_frames, limits)
+            answered = await _answer(sample, loaded, score, video)
+        on_done()
+        return answered
+
+    found: dict[str, list[Answered]] = {}
+    for name, by_id in covered.items():
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(s, p)) for s in samples for p in by_id[s.id]]
+        except ExceptionGroup as errors:
+            raise _first(errors) from None
+        found[name] = [task.result() for task in tasks]
+    return build_table(found, video.name if video else extractor, seed=seed)
+
+
+def evaluate_predictions(
+    systems: Mapping[str, Sequence[Prediction]],
+    samples: Sequence[Sample],
+    clip: ClipScorer,
+    *,
+    video: VideoExtractor | None = None,
+    limits: VideoLimits | None = None,
+    seed: int = 0,
+) -> EvaluationTable:
+    """As :func:`score_predictions`, with CLIP in this process. Not for use inside a running event loop."""
+    local = LocalScore(clip)
+    name = local.scorer.fvd_extractor
+    return asyncio.run(
+        score_predictions(systems, samples, local, extractor=name, video=video, limits=limits, seed=seed)
+    )
+
+
+class LocalScore:
+    """A :data:`Score` in this process; raises DataError for what cannot be scored and RuntimeError for a bug."""
+
+    def __init__(self, clip: ClipScorer) -> None:
+        self.scorer = Scorer(clip)
+
+    async def __call__(self, request: ScoreRequest) -> Scores:
+        """Return the scores of ``request``."""
+        outcome = self.scorer.score([request])[0]
+        if isinstance(outcome, Failure):
+            if outcome.kind == "data":
+                raise DataError(f"sample {request.sample_id} cannot be scored: {outcome.message}")
+            raise RuntimeError(f"scoring sample {request.sample_id} failed: {outcome.message}\n{outcome.traceback}")
+        scores: Scores = outcome.value
+        return scores
+
+
+async def _answer(sample: Sample, prediction: Prediction, score: Score, video: VideoExtractor | None) -> Answered:
+    scores = await score(_request(sample, prediction))
+    values = {"answered": float(prediction.frames is not None and bool(prediction.caption)), **scores.values}
+    values |= {name: value for name, value in scores.diagnostics.items() if name != "copy"}
+    values |= _toy_judgement(sample, prediction)
+    features = dict(scores.features)
+    if video is not None and prediction.frames is not None:
+        features = {"clip": video(prediction.frames), "target": video(sample.target_frames)}
+    return Answered(sample.id, prediction.index, sample.kind, prediction.caption, sample.caption, values, features)
+
+
+def _request(sample: Sample, prediction: Prediction) -> ScoreRequest:
+    components = list(TEXT_METRICS)
+    if prediction.text:
+        components.append("format")
+    if prediction.frames is not None:
+        components += CLIP_METRICS
+        if prediction.caption.strip():
+            components.append("clip_t")
+    return ScoreRequest(
+        sample_id=sample.id,
+        index=prediction.index,
+        components=tuple(components),
+        text=prediction.text,
+        caption=prediction.caption,
+        reference_caption=sample.caption,
+        target_frames=sample.target_frames,
+        last_input_frame=sample.context[-1],
+        clip=prediction.frames,
+    )
+
+
+def is_toy(sample: Sample) -> bool:
+    """Whether the toy world's judges know this sample."""
+    try:
+        meta = json.loads(sample.meta) if sample.meta else {}
+    except json.JSONDecodeError:
+        return False
+    return isinstance(meta, dict) and meta.get("world") == "toy"
+
+
+def _toy_judgement(sample: Sample, prediction: Prediction) -> dict[str, float]:
+    """Return what only the toy world can tell, nothing for other samples; an unanswered question fails it all.
+
+    Clips of another shape than the toy world's cannot be judged, so ``follow`` and ``faithful`` are left out for them.
+    """
+    if not is_toy(sample):
+        return {}
+    scene, event = toy.read_meta(sample.meta)
+    named = toy.parse_caption(prediction.caption)
+    found = {
+        "drawable": float(toy.drawable(prediction.caption)),
+        "event": float(named == event),
+    }
+    frames = prediction.frames
+    if frames is None:
+        return found | {"follow": 0.0, "faithful": 0.0}
+    if frames.shape == (toy.FRAMES, toy.SIZE, toy.SIZE, 3):
+        shown = toy.shown_event(scene, frames)  # one look serves both: toy.follow and toy.follow_caption
+        found["follow"] = float(shown == event)
+        found["faithful"] = float(named is not None and shown == named)
+    return found
+
+
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    """Return the first error of a task group: one is enough to act on, and callers know its class."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error
+
+
+def truth_as_predictions(samples: Iterable[Sample]) -> list[Prediction]:
+    """Return ground truth as predictions: the ceiling of every metric, and the check that the metrics are right."""
+    return [
+        Prediction(s.id, s.caption, f"<think></think><ans>{s.caption}</ans>", np.asarray(s.target_frames))
+        for s in samples
+    ]
