@@ -28,6 +28,7 @@ class ModelsSection(Section):
     clip: str = Field("tiny", description="CLIP model that scores: transformers folder or hub name.")
     vlm_adapter: str | None = Field(None, description="PEFT adapter folder the VLM starts from.")
     vdm_adapter: str | None = Field(None, description="PEFT adapter folder the VDM starts from.")
+    flow_shift: float = Field(3.0, gt=0, description="Shift of the artist's flow-matching sigma grid, as in its SFT.")
 
 
 class VideoSection(Section):
@@ -40,13 +41,17 @@ class VideoSection(Section):
     input_frames: Positive = Field(9, description="Frames of the input video that the VLM sees, sampled uniformly.")
     vlm_height: Positive = Field(32, description="Height of the frames that the VLM sees.")
     vlm_width: Positive = Field(32, description="Width of the frames that the VLM sees.")
-    reference_frames: Positive = Field(2, description="Reference frames that condition the VDM (n), last input frame included.")
+    reference_frames: Positive = Field(
+        2, description="Reference frames that condition the VDM (n), last input frame included."
+    )
 
     @model_validator(mode="after")
     def _causal_vae(self) -> VideoSection:
         if self.num_frames % 4 != 1:
             down, up = self.num_frames - (self.num_frames - 1) % 4, self.num_frames + 3 - (self.num_frames - 2) % 4
-            raise ValueError(f"num_frames={self.num_frames} must be 4k+1 (Wan's VAE drops frames silently), e.g. {down} or {up}")
+            raise ValueError(
+                f"num_frames={self.num_frames} must be 4k+1 (Wan's VAE drops frames silently), e.g. {down} or {up}"
+            )
         return self
 
 
@@ -79,7 +84,9 @@ class OptimSection(Section):
     warmup_steps: int = Field(0, ge=0, description="Linear warm-up, in optimizer steps.")
     schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="Learning rate after warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping by global norm.")
-    max_skipped_steps: int = Field(5, ge=0, description="Non-finite gradients skip a step; more than this stop the run.")
+    max_skipped_steps: int = Field(
+        5, ge=0, description="Non-finite gradients skip a step; more than this stop the run."
+    )
 
 
 class GrpoSection(Section):
@@ -88,12 +95,24 @@ class GrpoSection(Section):
     clip_low: float = Field(0.2, gt=0, description="Lower clip range of the ratio.")
     clip_high: float = Field(0.2, gt=0, description="Upper clip range of the ratio (DAPO clip-higher).")
     kl_beta: float = Field(0.0, ge=0, description="Weight of the KL to the reference policy.")
-    std_norm: Literal["group", "batch", "none"] = Field("group", description="Standard deviation that divides advantages; none is Dr.GRPO.")
-    normalise_rewards: bool = Field(False, description="Normalise each reward component within its group before the weighted sum.")
-    loss_norm: Literal["token", "sequence", "constant"] = Field("token", description="Token (DAPO), sequence (paper) or constant (Dr.GRPO).")
-    old_logprobs: Literal["learner", "rollout"] = Field("learner", description="Who computes the old log-probabilities.")
-    importance_cap: float = Field(2.0, gt=0, description="Cap C of truncated importance weights, used with old_logprobs=rollout.")
-    updates_per_batch: Positive = Field(1, description="Optimizer steps per rollout batch (its groups are split evenly).")
+    std_norm: Literal["group", "batch", "none"] = Field(
+        "group", description="Standard deviation that divides advantages; none is Dr.GRPO."
+    )
+    normalise_rewards: bool = Field(
+        False, description="Normalise each reward component within its group before the weighted sum."
+    )
+    loss_norm: Literal["token", "sequence", "constant"] = Field(
+        "token", description="Token (DAPO), sequence (paper) or constant (Dr.GRPO)."
+    )
+    old_logprobs: Literal["learner", "rollout"] = Field(
+        "learner", description="Who computes the old log-probabilities."
+    )
+    importance_cap: float = Field(
+        2.0, gt=0, description="Cap C of truncated importance weights, used with old_logprobs=rollout."
+    )
+    updates_per_batch: Positive = Field(
+        1, description="Optimizer steps per rollout batch (its groups are split evenly)."
+    )
     min_group: int = Field(2, ge=2, description="A group with fewer scored members is dropped.")
 
 
@@ -107,7 +126,9 @@ class RolloutSection(Section):
     @model_validator(mode="after")
     def _group(self) -> RolloutSection:
         if self.group_size < 2:
-            raise ValueError(f"group_size={self.group_size}: a group-relative advantage needs at least 2 trajectories (paper: 8)")
+            raise ValueError(
+                f"group_size={self.group_size}: a group-relative advantage needs at least 2 trajectories (paper: 8)"
+            )
         return self
 
 
@@ -116,7 +137,6 @@ class RenderSection(Section):
 
     steps: Positive = Field(10, description="Denoising steps. Training 10-20, evaluation 40-50 on Wan2.1.")
     guidance: float = Field(1.0, ge=1.0, description="Classifier-free guidance scale; 1 is off.")
-    shift: float = Field(3.0, gt=0, description="Shift of the flow-matching sigma schedule.")
 
 
 class TextSamplingSection(Section):
@@ -138,7 +158,9 @@ class SdeSection(Section):
     schedule: Literal["flow", "wan", "dance", "cps"] = Field("flow", description="Noise schedule s(sigma).")
     level: float = Field(0.7, ge=0, description="Noise level a (flow, cps), eta (dance) or sigma_max (wan).")
     window_size: Positive = Field(2, description="Stochastic, trained steps per trajectory.")
-    window_range: tuple[int, int] | None = Field(None, description="Steps [first, last) within which the window moves; default: all but the last.")
+    window_range: tuple[int, int] | None = Field(
+        None, description="Steps [first, last) within which the window moves; default: all but the last."
+    )
     window_schedule: Literal["fixed", "progressive", "random"] = Field("random", description="How the window moves.")
     window_every: Positive = Field(1, description="Optimizer steps between moves of the window.")
     same_latent: bool = Field(True, description="All members of a group start from the same noise.")
@@ -170,7 +192,9 @@ class Stage2Section(StageSection):
     rewards: RewardsSection = Field(RewardsSection(weights={"clip_v": 1.0, "clip_score": 1.0}))
     grpo: GrpoSection = Field(GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence"))
     sde: SdeSection = Field(default_factory=SdeSection)
-    anchor_min_rouge: Fraction = Field(0.6, description="Anchor captions with a lower ROUGE-L to ground truth are dropped. Paper: 0.6.")
+    anchor_min_rouge: Fraction = Field(
+        0.6, description="Anchor captions with a lower ROUGE-L to ground truth are dropped. Paper: 0.6."
+    )
     anchor_max_draws: Positive = Field(8, description="Batches drawn in search of enough anchors before the run stops.")
 
     @model_validator(mode="after")
@@ -221,7 +245,9 @@ class VlmPoolSection(PoolSection):
 class VdmPoolSection(PoolSection):
     """Diffusion sampling workers."""
 
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the transformer; latents stay float32.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Dtype of the transformer; latents stay float32."
+    )
 
 
 class PoolsSection(Section):
@@ -249,9 +275,13 @@ class ClusterSection(Section):
     """Where the run lives."""
 
     address: str | None = Field(None, description="Ray address; null starts a local cluster (RAY_ADDRESS wins).")
-    local_cpus: Positive | None = Field(None, description="CPU slots of the local cluster; null is 4 x the machine's cores (tiny models share).")
+    local_cpus: Positive | None = Field(
+        None, description="CPU slots of the local cluster; null is 4 x the machine's cores (tiny models share)."
+    )
     object_store_mib: Positive = Field(512, description="Object store of the local cluster.")
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", description="Placement strategy.")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="Placement strategy."
+    )
     placement_timeout_s: float = Field(60.0, gt=0, description="Longest wait for room.")
 
 

@@ -1,0 +1,273 @@
+"""The command line: ``vans`` and ``python -m pipeline``. Parses arguments, calls the rooms, prints; decides nothing.
+
+Heavy libraries are imported inside the commands, so that ``vans --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cluster.errors import VansError
+
+EXIT_USER_ERROR = 2
+
+
+class _Group(typer.core.TyperGroup):
+    """Print our own errors as one message; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VansError as error:
+            Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+            raise SystemExit(EXIT_USER_ERROR) from None
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+app = typer.Typer(
+    name="vans",
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Answer questions about a video with a video: align a vision-language model and a video diffusion model by "
+    "Joint-GRPO, on Ray.\n\nStart with `vans doctor`, then `vans demo`.",
+)
+data = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Make, import and inspect datasets of Parquet shards.",
+)
+app.add_typer(data, name="data")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides such as `stage1.rollout.group_size=4`.", metavar="[KEY=VALUE]…")
+]
+Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled run such as `toy`.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command()
+def doctor() -> None:
+    """Say in one screen what works on this machine, and how to cure what does not.
+
+    Example: `vans doctor`
+    """
+    from pipeline.doctor import print_report, run_doctor
+
+    raise typer.Exit(0 if print_report(run_doctor()) else 1)
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the whole demo.")] = 0,
+    quick: Annotated[
+        bool, typer.Option(help="A few steps only: shows that everything runs, not that it learns.")
+    ] = False,
+) -> None:
+    """Align the bundled tiny pair on the toy world, both stages, and show what changed. Two cores, minutes.
+
+    Examples: `vans demo`, `vans demo --seed 1 --out runs/demo-1`
+    """
+    from pipeline.demo import run_demo
+
+    run_demo(out, seed=seed, quick=quick)
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and the placement it needs.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in its folder from its last checkpoint.")
+    ] = False,
+) -> None:
+    """Run Joint-GRPO: stage 1 tunes the thinker through the frozen artist, stage 2 the artist against the frozen thinker.
+
+    Examples: `vans train toy`, `vans train run.yaml stage1.steps=200 pools.vdm.workers=4`, `vans train toy --dry-run`,
+    `ray job submit --working-dir . -- python -m pipeline train toy`
+    """
+    from pipeline.config import load_config
+    from pipeline.train import print_plan, run_training
+
+    run = load_config(config, overrides or [])
+    if dry_run:
+        print_plan(run)
+    else:
+        run_training(run, resume=resume)
+
+
+@app.command()
+def sft(
+    kind: Annotated[str, typer.Argument(help="`vlm` or `vdm`.")],
+    data: Annotated[Path, typer.Option(help="Folder of Parquet shards.")],
+    out: Out,
+    model: Annotated[str, typer.Option(help="Model folder, hub name or `tiny`.")] = "tiny",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 500,
+    batch: Annotated[int, typer.Option(help="Samples per step, over all ranks.")] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    ranks: Annotated[int, typer.Option(help="FSDP2 ranks.")] = 2,
+    lora_rank: Annotated[int, typer.Option(help="LoRA rank; 0 trains all weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of order and noise.")] = 0,
+) -> None:
+    """Fine-tune one model on (question, clip, answer) data, on Ray Train with FSDP2. Comes before `vans train`.
+
+    Examples: `vans sft vlm --data data/toy/sft --out runs/sft-vlm`, `vans sft vdm --data data/toy/train --out runs/sft-vdm --steps 200`
+    """
+    from pipeline.models import resolve_model
+    from pipeline.sft import SftSettings, run_sft
+
+    if kind not in ("vlm", "vdm"):
+        raise typer.BadParameter(f"{kind!r} is neither vlm nor vdm", param_hint="KIND")
+    settings = SftSettings(steps=steps, batch=batch, lr=lr, ranks=ranks, lora_rank=lora_rank, seed=seed)
+    run_sft(kind, resolve_model(model, kind), data, out, settings)  # type: ignore[arg-type]
+
+
+@app.command()
+def pretrain(
+    out: Out,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """Make the tiny pair and the tiny CLIP from random weights, SFT included, with a measured quality line each. About 30 minutes.
+
+    Example: `vans pretrain --out runs/tiny`
+    """
+    from pipeline.pretrain import pretrain as run_pretrain
+
+    run_pretrain(out, seed=seed)
+
+
+@app.command()
+def evaluate(
+    config: Config = "toy",
+    overrides: Overrides = None,
+    vlm: Annotated[str | None, typer.Option(help="VLM folder or hub name; default: the configuration's.")] = None,
+    vdm: Annotated[str | None, typer.Option(help="VDM folder or hub name; default: the configuration's.")] = None,
+    vlm_adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the VLM.")] = None,
+    vdm_adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the VDM.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score this folder of answers instead (docs/evaluation.md).")
+    ] = None,
+    out: Out = Path("runs/evaluate"),
+) -> None:
+    """Score a pair, or any system's answers, on held-out samples: table, JSON, contact sheet.
+
+    Examples: `vans evaluate toy`, `vans evaluate toy --vlm-adapter runs/toy/vlm_adapter --vdm-adapter runs/toy/vdm_adapter`,
+    `vans evaluate toy --predictions answers/`
+    """
+    from pipeline.config import load_config
+    from pipeline.evaluate.run import run_evaluation
+
+    chosen = {"vlm": vlm, "vdm": vdm, "vlm_adapter": vlm_adapter, "vdm_adapter": vdm_adapter}
+    extra = [f"models.{key}={value}" for key, value in chosen.items() if value is not None]
+    run_evaluation(load_config(config, [*(overrides or []), *extra]), out, predictions=predictions)
+
+
+@app.command()
+def answer(
+    video: Annotated[Path, typer.Option(help="The input video.")],
+    question: Annotated[list[str], typer.Option(help="A question; repeat it for several futures.")],
+    out: Annotated[Path, typer.Option(help="The mp4 to write; several questions number it.")],
+    config: Annotated[str, typer.Option(help="Run whose video shape and sampling are used.")] = "toy",
+    vlm: Annotated[str | None, typer.Option(help="VLM folder, or a PEFT adapter of the configuration's VLM.")] = None,
+    vdm: Annotated[str | None, typer.Option(help="VDM folder, or a PEFT adapter of the configuration's VDM.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+) -> None:
+    """Answer a question about a video with a video: mp4, caption and a contact sheet.
+
+    Example: `vans answer --vlm runs/demo/vlm_adapter --vdm runs/demo/vdm_adapter --video in.mp4 --question "what is the next step ?" --out answer.mp4`
+    """
+    from pipeline.answer import run_answer
+    from pipeline.config import load_config
+
+    run_answer(load_config(config), video, question, out, vlm=vlm, vdm=vdm, seed=seed)
+
+
+@data.command("toy")
+def data_toy(
+    out: Out = Path("data/toy"),
+    train: Annotated[int, typer.Option(help="Training samples.")] = 1024,
+    test: Annotated[int, typer.Option(help="Test samples, and as many for validation.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
+) -> None:
+    """Write the toy world: procedural and predictive samples with mp4 clips, as Parquet shards.
+
+    Example: `vans data toy --out data/toy --train 1024 --test 256 --seed 0`
+    """
+    from pipeline.data.toy.shards import write_toy
+
+    write_toy(out, train=train, test=test, seed=seed)
+    Console().print(
+        f"wrote {train} training and {test} test samples (and as many for validation) to {out}; look at them with: vans data inspect {out}/train"
+    )
+
+
+@data.command("inspect")
+def data_inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of Parquet shards.")],
+    sheet: Annotated[
+        Path | None, typer.Option(help="Where to write the contact sheet; default: beside the shards.")
+    ] = None,
+) -> None:
+    """Print counts, kinds and sizes, and write a contact sheet.
+
+    Example: `vans data inspect data/toy/train`
+    """
+    from pipeline.data.importers.inspect import inspect, print_report
+
+    print_report(inspect(folder, sheet=sheet))
+
+
+@data.command("import-vans")
+def data_import_vans(
+    csvs: Annotated[list[Path], typer.Argument(help="CSV files of VANS-Data-100K.")],
+    clips: Annotated[Path, typer.Option(help="Folder that the paths in the CSV are relative to.")],
+    out: Out,
+) -> None:
+    """Import VANS-Data-100K: `name, input_video_path, output_video_path, ENG_Instruction, ENG_GT_Caption` and a folder of clips.
+
+    Example: `vans data import-vans train.csv --clips clips/ --out data/vans`
+    """
+    from pipeline.data.importers.vans_csv import import_vans
+
+    import_vans(csvs, clips, out)
+
+
+@data.command("import-jsonl")
+def data_import_jsonl(
+    manifest: Annotated[Path, typer.Argument(help="JSON lines: id, kind, question, caption, input, target.")],
+    clips: Annotated[Path, typer.Option(help="Folder that the paths in the manifest are relative to.")],
+    out: Out,
+) -> None:
+    """Import a plain manifest of (input, next event) pairs (docs/data.md).
+
+    Example: `vans data import-jsonl pairs.jsonl --clips clips/ --out data/mine`
+    """
+    from pipeline.data.importers.jsonl import import_jsonl
+
+    import_jsonl(manifest, clips, out)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,128 @@
+"""Read a run's YAML, apply dotted overrides, and turn every mistake into one line that names the key, the value and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cluster.errors import ConfigError
+from pipeline.config.schema import RunConfig
+
+BUNDLED = Path(__file__).parent / "runs"
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the run described by ``source`` with ``overrides`` such as ``stage1.rollout.group_size=4``.
+
+    ``source`` is a YAML file, or the name of a bundled run (``toy``). Values of overrides are YAML.
+    Raises ConfigError with one line per mistake.
+    """
+    path = find_config(source)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a run is a mapping of sections, found {type(values).__name__}")
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, where=str(source))
+
+
+def find_config(source: str | Path) -> Path:
+    """Return the YAML file that ``source`` names: a path, or a bundled run without its suffix."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    bundled = BUNDLED / f"{source}.yaml"
+    if path.parent == Path(".") and bundled.is_file():
+        return bundled
+    names = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.yaml")))
+    raise ConfigError(f"no configuration {str(source)!r}: not a file, and not one of the bundled runs ({names})")
+
+
+def parse_config(values: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """Validate ``values``; raises ConfigError that lists every mistake."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ConfigError(f"{where}: " + (lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines))) from error
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in ``values`` in place."""
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"override {override!r}: expected section.key=value, e.g. stage1.rollout.group_size=4")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+    *parents, leaf = key.strip().split(".")
+    node = values
+    for name in parents:
+        child = node.setdefault(name, {})
+        scalar = node is values and name in RunConfig.model_fields and not _known_keys((name,))
+        if scalar or not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def config_digest(
+    config: RunConfig, ignore: Sequence[str] = ("out", "cluster", "tracking", "checkpoint", "name")
+) -> str:
+    """Return a digest of everything in ``config`` that changes what is learnt."""
+    values = config.model_dump(mode="json", exclude=set(ignore))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """Return ``config`` as dotted keys, for MLflow parameters."""
+
+    def walk(prefix: str, node: Any) -> dict[str, Any]:
+        if isinstance(node, dict) and node:
+            return {k: v for name, child in node.items() for k, v in walk(f"{prefix}{name}.", child).items()}
+        return {prefix.rstrip("."): node}
+
+    return walk("", config.model_dump(mode="json"))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _explain(detail: Any) -> str:
+    location = tuple(part for part in detail["loc"])
+    key = ".".join(str(part) for part in location)
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r} (value {detail['input']!r}); {hint}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{message}"
+    return f"{key}={detail['input']!r}: {message}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return []
+        model = field.annotation
+        for candidate in get_args(model):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

@@ -1,0 +1,60 @@
+"""Answer held-out samples with the pair in the pools: caption, then clip. Scoring the answers is ``pipeline.evaluate``'s other half.
+
+Every system that is compared answers with the same noise per sample, so that differences are the systems' own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from actors.pool import SampleFailed
+from actors.records import Clip, Completion, CompletionRequest, Sample, derive_seed
+from pipeline.config import RunConfig
+from pipeline.evaluate.predictions import Prediction
+from pipeline.fleet import Fleet
+from pipeline.stages.rendering import render_request
+from rewards.format import parse_answer
+
+
+async def answer_samples(
+    config: RunConfig, fleet: Fleet, samples: Sequence[Sample], *, on_done: Callable[[], None] = lambda: None
+) -> list[Prediction]:
+    """Return one prediction per sample, in order; a sample that cannot be answered has an empty caption and no clip."""
+
+    async def answer(sample: Sample) -> Prediction:
+        prediction = await answer_one(config, fleet, sample)
+        on_done()
+        return prediction
+
+    return list(await asyncio.gather(*(answer(sample) for sample in samples)))
+
+
+async def answer_one(config: RunConfig, fleet: Fleet, sample: Sample) -> Prediction:
+    """Answer one sample: the thinker's caption, drawn by the artist as an ODE."""
+    section = config.evaluate
+    request = CompletionRequest(
+        sample_id=sample.id,
+        question=sample.question,
+        frames=sample.input_frames,
+        n=1,
+        seed=derive_seed(section.seed, sample.id, "text"),
+        temperature=section.text.temperature,
+        max_tokens=section.text.max_tokens,
+        fps=sample.fps,
+    )
+    try:
+        completions: list[Completion] = await fleet.vlm.submit(request)
+        text = completions[0].text
+        answer = parse_answer(text)
+        if answer is None:
+            return Prediction(id=sample.id, caption="", text=text, frames=None)
+        noise = derive_seed(section.seed, sample.id, "noise")
+        clip: Clip = await fleet.vdm.submit(
+            render_request(config, sample, answer.caption, 0, section.render, noise_seed=noise)
+        )
+    except SampleFailed as error:
+        return Prediction(id=sample.id, caption="", text=str(error), frames=None)
+    return Prediction(id=sample.id, caption=answer.caption, text=text, frames=np.asarray(clip.frames))

@@ -1,0 +1,171 @@
+"""The three pools of a run, sized independently, and where they stand.
+
+Turns the configuration into worker actors; the pools themselves know nothing of models, the workers nothing of the configuration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from actors.vlm.worker import VlmWorker
+
+from actors.pool import PoolSpec, WorkerPool
+from actors.scoring.worker import RewardWorker
+from actors.vdm.worker import VdmWorker
+from actors.weights import read_adapter, send
+from cluster.resources import Ask, Placement, PlacementPlan, place
+from cluster.session import Session, connect
+from pipeline.config import RunConfig
+from pipeline.config.schema import PoolSection
+from pipeline.models import resolve_adapter, resolve_model
+
+POOLS = ("vlm", "vdm", "reward")
+LEARNER = "learner"
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The pools of a run and the room that was reserved for them and for the learner."""
+
+    vlm: WorkerPool
+    vdm: WorkerPool
+    reward: WorkerPool
+    placement: Placement
+
+    def pools(self) -> Iterator[WorkerPool]:
+        """Yield the pools in the order of a step."""
+        yield from (self.vlm, self.vdm, self.reward)
+
+
+@contextmanager
+def cluster_session(config: RunConfig) -> Iterator[Session]:
+    """Join the configured cluster, or start a local one for the length of the block."""
+    section = config.cluster
+    with connect(section.address, local_cpus=section.local_cpus, object_store_mib=section.object_store_mib) as session:
+        yield session
+
+
+def placement_plan(config: RunConfig, only: Sequence[str] = ()) -> PlacementPlan:
+    """Return what the run asks of the cluster. One learner group stands at a time: the two stages share its room.
+
+    ``only`` names the pools that are started (all, and the learner, by default).
+    """
+    learner = config.learner
+    asks = [
+        Ask(name, section.workers, section.cpus, section.gpus, section.resources)
+        for name, section in _sections(config).items()
+        if name in (only or POOLS)
+    ]
+    if not only:
+        asks.append(Ask(LEARNER, learner.ranks, learner.cpus, learner.gpus))
+    return PlacementPlan(tuple(asks), strategy=config.cluster.placement)
+
+
+@asynccontextmanager
+async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIterator[Fleet]:
+    """Reserve room, start the pools together, and end them with the block.
+
+    ``only`` starts the named pools alone; the others exist and refuse requests.
+    """
+    started = tuple(only or POOLS)
+    makers = _makers(config)
+    plan = placement_plan(config, only)
+    placement = await asyncio.to_thread(place, plan, config.cluster.placement_timeout_s)
+    pools = {
+        name: WorkerPool(name, makers[name](placement), _pool_spec(section))
+        for name, section in _sections(config).items()
+    }
+    try:
+        await _start_all([pools[name] for name in started])
+        yield Fleet(pools["vlm"], pools["vdm"], pools["reward"], placement)
+    finally:
+        await asyncio.gather(*(pool.close() for pool in pools.values()))
+        placement.remove()
+
+
+async def load_adapter(pool: WorkerPool, folder: str, version: int) -> None:
+    """Make every worker of ``pool`` serve the adapter in ``folder`` as ``version``."""
+    await pool.set_weights(version, send(read_adapter(folder, version)))
+
+
+async def _start_all(pools: list[WorkerPool]) -> None:
+    """Start ``pools`` together; the first that fails stops the others."""
+    tasks = [asyncio.create_task(pool.start()) for pool in pools]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _sections(config: RunConfig) -> dict[str, PoolSection]:
+    return {"vlm": config.pools.vlm, "vdm": config.pools.vdm, "reward": config.pools.reward}
+
+
+def _pool_spec(section: PoolSection) -> PoolSpec:
+    names = (
+        "workers",
+        "max_batch",
+        "max_inflight",
+        "max_wait_s",
+        "start_timeout_s",
+        "request_timeout_s",
+        "max_retries",
+        "max_restarts",
+    )
+    return PoolSpec(**{name: getattr(section, name) for name in names})
+
+
+def _makers(config: RunConfig) -> dict[str, Callable[[Placement], Callable[[str], Any]]]:
+    """Return, by pool, what makes its workers. Missing models are found here, before anything starts."""
+    models, vlm, vdm, reward = config.models, config.pools.vlm, config.pools.vdm, config.pools.reward
+    vlm_path, vdm_path, clip_path = (resolve_model(getattr(models, role), role) for role in ("vlm", "vdm", "clip"))  # type: ignore[arg-type]
+    vlm_adapter, vdm_adapter = resolve_adapter(models.vlm_adapter, "vlm"), resolve_adapter(models.vdm_adapter, "vdm")
+    components = sorted({*config.stage1.rewards.weights, *config.stage2.rewards.weights})
+
+    def make_vlm(placement: Placement) -> Callable[[str], Any]:
+        actor = ray.remote(VlmWorker)
+        return lambda name: actor.options(
+            **placement.options("vlm", name), max_restarts=0, max_concurrency=max(64, 4 * vlm.max_inflight)
+        ).remote(
+            name,
+            vlm_path,
+            adapter=vlm_adapter,
+            dtype=vlm.dtype,
+            max_model_len=vlm.max_model_len,
+            kv_cache_mib=vlm.kv_cache_mib,
+            gpu_memory_utilization=vlm.gpu_memory_utilization,
+            tensor_parallel=vlm.tensor_parallel,
+            enforce_eager=vlm.enforce_eager,
+            max_lora_rank=max(config.stage1.lora.rank, 8),
+        )
+
+    def make_vdm(placement: Placement) -> Callable[[str], Any]:
+        actor = ray.remote(VdmWorker)
+        return lambda name: actor.options(**placement.options("vdm", name), max_restarts=0, max_concurrency=2).remote(
+            name,
+            vdm_path,
+            adapter=vdm_adapter,
+            dtype=vdm.dtype,
+            device=_device(vdm),
+            options={"shift": models.flow_shift},
+        )
+
+    def make_reward(placement: Placement) -> Callable[[str], Any]:
+        actor = ray.remote(RewardWorker)
+        return lambda name: actor.options(
+            **placement.options("reward", name), max_restarts=0, max_concurrency=2
+        ).remote(name, clip_path, components, device=_device(reward))
+
+    return {"vlm": make_vlm, "vdm": make_vdm, "reward": make_reward}
+
+
+def _device(section: PoolSection) -> str:
+    return "cuda" if section.gpus > 0 else "cpu"

@@ -1,0 +1,41 @@
+"""The run's two sample sources, from its configuration."""
+
+from __future__ import annotations
+
+from pipeline.config import RunConfig
+from pipeline.data.source import SampleSource, VideoShape
+from pipeline.data.video import VideoLimits
+
+
+def video_shape(config: RunConfig) -> VideoShape:
+    """Return the shapes that clips are decoded to."""
+    names = VideoShape.__dataclass_fields__
+    return VideoShape(**{name: getattr(config.video, name) for name in names})
+
+
+def video_limits(config: RunConfig) -> VideoLimits:
+    """Return what is accepted from one source video."""
+    return VideoLimits(max_pixels=config.data.max_pixels, max_frames=config.data.max_source_frames)
+
+
+def training_source(config: RunConfig) -> SampleSource:
+    """Return the shuffled, endless source of training samples. Raises DataError for a folder without shards."""
+    return _source(config, config.data.train, shuffle=True)
+
+
+def evaluation_source(config: RunConfig) -> SampleSource:
+    """Return the held-out samples in stored order."""
+    return _source(config, config.data.eval, shuffle=False)
+
+
+def _source(config: RunConfig, folder: object, *, shuffle: bool) -> SampleSource:
+    data = config.data
+    return SampleSource(
+        str(folder),
+        video_shape(config),
+        seed=data.seed,
+        decoders=data.decoders,
+        max_quarantine_ratio=data.max_quarantine_ratio,
+        limits=video_limits(config),
+        shuffle=shuffle,
+    )

@@ -1,0 +1,67 @@
+"""Samples one after another from the streaming source, with a cursor that resumes at the exact next sample.
+
+The source (Ray Data) is a blocking iterator; it is advanced in a thread so that the driver's event loop never waits for decoding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from actors.records import Sample
+from pipeline.data.source import Cursor, QuarantinedRow, SampleSource
+
+
+@dataclass(frozen=True)
+class FeedCursor:
+    """Where to go on: the source's cursor of the current batch, and how many of its samples were already drawn."""
+
+    source: Cursor
+    drawn: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        """Return the cursor as plain numbers for the checkpoint."""
+        return {"epoch": self.source.epoch, "position": self.source.position, "drawn": self.drawn}
+
+    @classmethod
+    def from_json(cls, values: dict[str, int]) -> FeedCursor:
+        """Return the cursor that :meth:`to_json` wrote."""
+        return cls(Cursor(epoch=values["epoch"], position=values["position"]), values["drawn"])
+
+
+@dataclass
+class SampleFeed:
+    """Draw samples in the source's order. Not safe for concurrent draws: the stage loop holds a lock around them."""
+
+    source: SampleSource
+    batch_size: int
+    cursor: FeedCursor = field(default_factory=lambda: FeedCursor(Cursor(epoch=0, position=0)))
+    quarantined: list[QuarantinedRow] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._batches = self.source.batches(self.batch_size, self.cursor.source)
+        self._buffer: list[Sample] = []
+        self._after = self.cursor.source
+        self._skip = self.cursor.drawn
+
+    async def draw(self, count: int) -> list[Sample]:
+        """Return the next ``count`` samples."""
+        drawn: list[Sample] = []
+        while len(drawn) < count:
+            if not self._buffer:
+                await self._refill()
+            take = min(count - len(drawn), len(self._buffer))
+            drawn += self._buffer[:take]
+            del self._buffer[:take]
+            self.cursor = (
+                FeedCursor(self.cursor.source, self.cursor.drawn + take) if self._buffer else FeedCursor(self._after)
+            )
+        return drawn
+
+    async def _refill(self) -> None:
+        start = self._after
+        samples, bad, self._after = await asyncio.to_thread(next, self._batches)
+        self.quarantined += bad
+        skip, self._skip = self._skip, 0
+        self._buffer = list(samples[skip:])
+        self.cursor = FeedCursor(start, skip) if self._buffer else FeedCursor(self._after)

@@ -1,0 +1,106 @@
+"""From scored groups to what a learner reads: totals, advantages, and the metrics of a batch. Pure: no Ray, no clock.
+
+A member whose score could not be computed has left its group before it gets here; a group below the minimum size is dropped
+and counted. A reward is never imputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from actors.learner.advantages import group_advantages
+from actors.records import Clip, Completion, Sample, Scores
+from rewards.alarms import component_correlations
+from rewards.combine import combine_rewards
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One trajectory of a group with its scores; a completion (stage 1) or a clip with its trajectory (stage 2)."""
+
+    index: int
+    caption: str
+    scores: Scores
+    completion: Completion | None = None
+    clip: Clip | None = None
+    weights_version: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """All scored members for one sample, and what was lost on the way."""
+
+    sample: Sample
+    members: tuple[Member, ...]
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutBatch:
+    """What one step learns from: groups, advantages per group, and metrics."""
+
+    groups: tuple[Group, ...]
+    totals: tuple[np.ndarray, ...]
+    advantages: tuple[np.ndarray, ...]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def assemble(
+    groups: Sequence[Group | None],
+    weights: Mapping[str, float],
+    *,
+    std_norm: str,
+    normalise_rewards: bool,
+    min_group: int,
+    trained_version: int,
+) -> RolloutBatch:
+    """Turn ``groups`` (None for a sample that was quarantined) into a batch with advantages and metrics."""
+    kept = tuple(g for g in groups if g is not None and len(g.members) >= min_group)
+    values = [{name: np.array([m.scores.values[name] for m in g.members]) for name in weights} for g in kept]
+    totals = tuple(combine_rewards(v, weights, normalise=normalise_rewards) for v in values)
+    advantages, zero_std = group_advantages(totals, std_norm=std_norm)
+    metrics: dict[str, float] = {
+        "rollout/groups": float(len(kept)),
+        "rollout/dropped_groups": float(len(groups) - len(kept)),
+        "rollout/failed_members": float(sum(len(g.failures) for g in groups if g is not None)),
+    }
+    if kept:
+        metrics |= _reward_metrics(kept, values, totals, zero_std, trained_version)
+    return RolloutBatch(kept, totals, tuple(advantages), metrics)
+
+
+def _reward_metrics(
+    groups: Sequence[Group],
+    values: Sequence[Mapping[str, np.ndarray]],
+    totals: Sequence[np.ndarray],
+    zero_std: int,
+    version: int,
+) -> dict[str, float]:
+    members = [m for g in groups for m in g.members]
+    pooled = {name: np.concatenate([v[name] for v in values]) for name in values[0]}
+    total = np.concatenate(totals)
+    metrics: dict[str, float] = {
+        "reward/total_mean": float(total.mean()),
+        "reward/total_std": float(total.std()),
+        "advantage/zero_std_ratio": zero_std / len(groups),
+        "rollout/unique_caption_ratio": float(
+            np.mean([len({m.caption for m in g.members}) / len(g.members) for g in groups])
+        ),
+        "rollout/staleness_mean": float(np.mean([version - m.weights_version for m in members])),
+    }
+    for name, array in pooled.items():
+        metrics[f"reward/{name}_mean"] = float(array.mean())
+        metrics[f"reward/{name}_std"] = float(array.std())
+    for name in sorted({n for m in members for n in m.scores.diagnostics}):
+        seen = [m.scores.diagnostics[name] for m in members if name in m.scores.diagnostics]
+        metrics[f"alarm/{name}"] = float(np.mean(seen))
+    for (a, b), value in component_correlations(pooled).items():
+        metrics[f"alarm/corr_{a}_{b}"] = value
+    completions = [m.completion for m in members if m.completion is not None]
+    if completions:
+        metrics["rollout/completion_tokens_mean"] = float(np.mean([len(c.token_ids) for c in completions]))
+        metrics["rollout/truncated_ratio"] = float(np.mean([c.finish_reason == "length" for c in completions]))
+    return metrics

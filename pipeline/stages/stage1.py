@@ -1,0 +1,186 @@
+"""Stage 1, visualization-friendly VLM tuning (arXiv 2511.16669): the VLM is trained through the frozen artist.
+
+One coroutine carries one sample's group from completions through rendering to scores; groups do not wait for one another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.pool import SampleFailed
+from actors.records import (
+    Clip,
+    Completion,
+    CompletionRequest,
+    Experience,
+    Sample,
+    ScoreRequest,
+    Scores,
+    VlmExperience,
+    derive_seed,
+)
+from pipeline.config import RunConfig
+from pipeline.fleet import Fleet
+from pipeline.stages.feed import SampleFeed
+from pipeline.stages.groups import Group, Member, RolloutBatch
+from pipeline.stages.rendering import render_request
+from rewards.format import parse_answer
+
+
+@dataclass
+class Stage1:
+    """How stage 1 samples groups and what its learner reads."""
+
+    config: RunConfig
+    fleet: Fleet
+    name = "stage1"
+    title = "stage 1 · thinker"
+    policy = "vlm"
+
+    @property
+    def section(self):
+        """The stage's part of the configuration."""
+        return self.config.stage1
+
+    @property
+    def trained_pool(self):
+        """The pool that receives new weights."""
+        return self.fleet.vlm
+
+    @property
+    def frozen_pool(self):
+        """The pool whose weights must not change."""
+        return self.fleet.vdm
+
+    async def draw(self, feed: SampleFeed, step: int) -> list[asyncio.Task[Group | None]]:
+        """Draw the step's samples and start one coroutine per group."""
+        samples = await feed.draw(self.section.rollout.prompts_per_step)
+        return [
+            asyncio.create_task(self.group(sample, step), name=f"stage1 step {step} {sample.id}") for sample in samples
+        ]
+
+    async def group(self, sample: Sample, step: int) -> Group | None:
+        """Complete, parse, render and score one group; None when the sample itself is unusable."""
+        try:
+            completions: list[Completion] = await self.fleet.vlm.submit(self._completion_request(sample, step))
+        except SampleFailed:
+            return None
+        captions = [answer.caption if (answer := parse_answer(c.text)) else None for c in completions]
+        keys = [caption if self.section.dedupe else (caption, i) for i, caption in enumerate(captions)]
+        renders: dict[object, asyncio.Task[Clip]] = {}
+        for i, (key, caption) in enumerate(zip(keys, captions, strict=True)):
+            if caption is not None and key not in renders:
+                renders[key] = asyncio.create_task(self.fleet.vdm.submit(self._render(sample, caption, i, step)))
+        members = [
+            self._member(sample, i, c, caption, renders.get(key))
+            for i, (c, caption, key) in enumerate(zip(completions, captions, keys, strict=True))
+        ]
+        done = await asyncio.gather(*members, return_exceptions=True)
+        return collect(sample, done)
+
+    async def _member(
+        self, sample: Sample, index: int, completion: Completion, caption: str | None, render: asyncio.Task[Clip] | None
+    ) -> Member:
+        clip = await render if render is not None else None
+        names = tuple(self.section.rewards.weights)
+        wanted = names if clip is not None else tuple(n for n in names if n == "format")
+        scores: Scores = await self.fleet.reward.submit(
+            score_request(sample, index, wanted, completion.text, caption or "", clip)
+        )
+        # A malformed answer has no caption and no video: what judges them is 0 by definition, not by imputation.
+        values = {name: scores.values.get(name, 0.0) for name in names} if clip is None else scores.values
+        return Member(
+            index,
+            caption or "",
+            Scores(sample.id, index, values, scores.diagnostics),
+            completion,
+            clip,
+            completion.weights_version,
+        )
+
+    def experiences(self, batch: RolloutBatch) -> list[Experience]:
+        """Return what the learner reads, in a fixed order."""
+        items: list[Experience] = []
+        for group, advantages in zip(batch.groups, batch.advantages, strict=True):
+            for member, advantage in zip(group.members, advantages, strict=True):
+                c = member.completion
+                assert c is not None
+                items.append(
+                    VlmExperience(
+                        sample_id=group.sample.id,
+                        index=member.index,
+                        question=group.sample.question,
+                        frames=group.sample.input_frames,
+                        fps=group.sample.fps,
+                        token_ids=c.token_ids,
+                        rollout_logprobs=c.logprobs,
+                        advantage=float(advantage),
+                    )
+                )
+        return items
+
+    def metrics(self, batch: RolloutBatch) -> dict[str, float]:
+        """Return what only stage 1 measures."""
+        captions = [m.caption for g in batch.groups for m in g.members]
+        return {"rollout/format_rate": float(np.mean([bool(c) for c in captions]))} if captions else {}
+
+    def state(self) -> dict:
+        """Return the stage's resumable state: none beyond step and cursor."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """Restore what :meth:`state` returned."""
+
+    def after_update(self, step: int) -> None:
+        """Nothing moves between the steps of stage 1."""
+
+    def _completion_request(self, sample: Sample, step: int) -> CompletionRequest:
+        return CompletionRequest(
+            sample_id=sample.id,
+            question=sample.question,
+            frames=sample.input_frames,
+            n=self.section.rollout.group_size,
+            seed=derive_seed(self.config.seed, "stage1", step, sample.id, "text"),
+            temperature=self.section.text.temperature,
+            max_tokens=self.section.text.max_tokens,
+            fps=sample.fps,
+        )
+
+    def _render(self, sample: Sample, caption: str, index: int, step: int):
+        # One noise per group: the caption alone makes the difference, and equal captions are equal clips.
+        seed = derive_seed(self.config.seed, "stage1", step, sample.id, "noise")
+        return render_request(self.config, sample, caption, index, self.section.render, noise_seed=seed)
+
+
+def score_request(
+    sample: Sample, index: int, components: tuple[str, ...], text: str, caption: str, clip: Clip | None
+) -> ScoreRequest:
+    """Return the reward pool's request for one answer to ``sample``."""
+    context = sample.context
+    return ScoreRequest(
+        sample_id=sample.id,
+        index=index,
+        components=components,
+        text=text,
+        caption=caption,
+        reference_caption=sample.caption,
+        target_frames=sample.target_frames,
+        last_input_frame=context[-1],
+        clip=None if clip is None else clip.frames,
+    )
+
+
+def collect(sample: Sample, done: list[Member | BaseException]) -> Group:
+    """Return the group of the members that succeeded; a data failure leaves the group, anything else is raised."""
+    members, failures = [], []
+    for result in done:
+        if isinstance(result, SampleFailed):
+            failures.append(str(result))
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            members.append(result)
+    return Group(sample, tuple(members), tuple(failures))

@@ -1,0 +1,205 @@
+"""Stage 2, context-faithful VDM adaptation (arXiv 2511.16669): the artist is trained against the frozen, tuned thinker.
+
+The thinker writes an anchor caption; anchors that say something else than the ground truth (ROUGE-L below the threshold) are
+dropped; for the others the artist samples G trajectories as an SDE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from actors.pool import SampleFailed
+from actors.records import Clip, Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
+from actors.vdm.flow_sde import WindowSchedule
+from cluster.errors import TrainingError
+from pipeline.config import RunConfig
+from pipeline.fleet import Fleet
+from pipeline.stages.feed import SampleFeed
+from pipeline.stages.groups import Group, Member, RolloutBatch
+from pipeline.stages.rendering import render_request
+from pipeline.stages.stage1 import collect, score_request
+from rewards.format import parse_answer
+from rewards.text import rouge_l
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What the frozen thinker says about a sample, and how close that is to the truth."""
+
+    text: str
+    caption: str | None
+    rouge_l: float
+
+
+@dataclass
+class Stage2:
+    """How stage 2 samples groups and what its learner reads."""
+
+    config: RunConfig
+    fleet: Fleet
+    name = "stage2"
+    title = "stage 2 · artist"
+    policy = "vdm"
+    _anchors: dict[str, Anchor] = field(default_factory=dict)
+    _seen: list[Anchor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        sde = self.section.sde
+        first, last = sde.window_range or (0, self.section.render.steps - 1)
+        self.window = WindowSchedule(
+            kind=sde.window_schedule,
+            first=first,
+            last=last,
+            size=sde.window_size,
+            every=sde.window_every,
+            seed=self.config.seed,
+        )
+
+    @property
+    def section(self):
+        """The stage's part of the configuration."""
+        return self.config.stage2
+
+    @property
+    def trained_pool(self):
+        """The pool that receives new weights."""
+        return self.fleet.vdm
+
+    @property
+    def frozen_pool(self):
+        """The pool whose weights must not change."""
+        return self.fleet.vlm
+
+    async def draw(self, feed: SampleFeed, step: int) -> list[asyncio.Task[Group | None]]:
+        """Draw samples until enough anchors pass the filter; each that passes starts rendering at once."""
+        wanted = self.section.rollout.prompts_per_step
+        tasks: list[asyncio.Task[Group | None]] = []
+        spec = self._sde(step)
+        for _ in range(self.section.anchor_max_draws):
+            samples = await feed.draw(wanted - len(tasks))
+            for sample, anchor in zip(
+                samples, await asyncio.gather(*(self._anchor(s, step) for s in samples)), strict=True
+            ):
+                if anchor is None or anchor.caption is None or anchor.rouge_l < self.section.anchor_min_rouge:
+                    continue
+                name = f"stage2 step {step} {sample.id}"
+                tasks.append(asyncio.create_task(self.group(sample, anchor, step, spec), name=name))
+            if len(tasks) == wanted:
+                return tasks
+        if tasks:
+            return tasks
+        raise TrainingError(
+            f"stage2: no anchor caption out of {len(self._seen)} reached stage2.anchor_min_rouge={self.section.anchor_min_rouge}; "
+            f"best {max((a.rouge_l for a in self._seen), default=0.0):.2f}. Train stage 1 longer or lower the threshold"
+        )
+
+    async def group(self, sample: Sample, anchor: Anchor, step: int, spec: SdeSpec) -> Group | None:
+        """Sample, and score, G trajectories of the anchor caption."""
+        done = await asyncio.gather(
+            *(self._member(sample, anchor, i, step, spec) for i in range(self.section.rollout.group_size)),
+            return_exceptions=True,
+        )
+        return collect(sample, done)
+
+    async def _member(self, sample: Sample, anchor: Anchor, index: int, step: int, spec: SdeSpec) -> Member:
+        assert anchor.caption is not None
+        seed = (self.config.seed, "stage2", step, sample.id)
+        request = render_request(
+            self.config,
+            sample,
+            anchor.caption,
+            index,
+            self.section.render,
+            noise_seed=derive_seed(*seed, "noise", 0 if self.section.sde.same_latent else index),
+            sde=spec,
+            sde_seed=derive_seed(*seed, "sde", index),
+        )
+        clip: Clip = await self.fleet.vdm.submit(request)
+        names = tuple(self.section.rewards.weights)
+        scores = await self.fleet.reward.submit(score_request(sample, index, names, anchor.text, anchor.caption, clip))
+        return Member(index, anchor.caption, scores, None, clip, clip.weights_version)
+
+    def experiences(self, batch: RolloutBatch) -> list[Experience]:
+        """Return what the learner reads, in a fixed order."""
+        items: list[Experience] = []
+        for group, advantages in zip(batch.groups, batch.advantages, strict=True):
+            reference = select_context(self.config, group.sample)
+            for member, advantage in zip(group.members, advantages, strict=True):
+                assert member.clip is not None and member.clip.trajectory is not None
+                items.append(
+                    VdmExperience(
+                        sample_id=group.sample.id,
+                        index=member.index,
+                        caption=member.caption,
+                        reference_frames=reference,
+                        trajectory=member.clip.trajectory,
+                        advantage=float(advantage),
+                    )
+                )
+        return items
+
+    def metrics(self, batch: RolloutBatch) -> dict[str, float]:
+        """Return what only stage 2 measures, over the anchors seen since the last call."""
+        seen, self._seen = self._seen, []
+        kept = [a.rouge_l >= self.section.anchor_min_rouge and a.caption is not None for a in seen]
+        start = self.window.start
+        metrics = {"sde/window_start": float(start)}
+        if seen:
+            metrics |= {
+                "anchor/kept_ratio": float(np.mean(kept)),
+                "anchor/rouge_l": float(np.mean([a.rouge_l for a in seen])),
+            }
+        return metrics
+
+    def state(self) -> dict:
+        """Return the stage's resumable state: the SDE window."""
+        return self.window.state()
+
+    def restore(self, state: dict) -> None:
+        """Restore what :meth:`state` returned."""
+        self.window.restore(state)
+
+    def after_update(self, step: int) -> None:
+        """Move the window."""
+        self.window.advance()
+
+    async def _anchor(self, sample: Sample, step: int) -> Anchor | None:
+        greedy = self.section.text.temperature == 0
+        if greedy and sample.id in self._anchors:  # the thinker is frozen, so its greedy answer never changes
+            anchor = self._anchors[sample.id]
+        else:
+            request = CompletionRequest(
+                sample_id=sample.id,
+                question=sample.question,
+                frames=sample.input_frames,
+                n=1,
+                seed=derive_seed(self.config.seed, "stage2", step, sample.id, "anchor"),
+                temperature=self.section.text.temperature,
+                max_tokens=self.section.text.max_tokens,
+                fps=sample.fps,
+            )
+            try:
+                completions: list[Completion] = await self.fleet.vlm.submit(request)
+            except SampleFailed:
+                return None
+            answer = parse_answer(completions[0].text)
+            caption = answer.caption if answer else None
+            anchor = Anchor(completions[0].text, caption, rouge_l(caption, sample.caption) if caption else 0.0)
+            if greedy:
+                self._anchors[sample.id] = anchor
+        self._seen.append(anchor)
+        return anchor
+
+    def _sde(self, step: int) -> SdeSpec:
+        sde = self.section.sde
+        return SdeSpec(
+            schedule=sde.schedule, level=sde.level, window_start=self.window.start, window_size=sde.window_size
+        )
+
+
+def select_context(config: RunConfig, sample: Sample) -> np.ndarray:
+    """Return the reference frames that the sampler saw."""
+    return render_request(config, sample, "", 0, config.stage2.render, noise_seed=0).reference_frames

@@ -1,0 +1,255 @@
+"""``vans train``: one run, from the configuration to two tuned models. The order of things, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+from actors.learner.group import LearnerGroup
+from actors.learner.spec import GrpoSpec, LearnerSpec, OptimSpec
+from actors.learner.trainable import LoraSpec
+from actors.records import Sample, derive_seed
+from cluster.errors import CheckpointError, ConfigError
+from pipeline.checkpoint import Checkpoint, CheckpointStore, TrainState, require_same_config
+from pipeline.config import RunConfig, to_yaml
+from pipeline.evaluate.predictions import Prediction
+from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
+from pipeline.evaluate.table import EvaluationTable
+from pipeline.fleet import LEARNER, Fleet, cluster_session, load_adapter, open_fleet, placement_plan
+from pipeline.models import resolve_adapter, resolve_model
+from pipeline.progress import bar, step_note
+from pipeline.sources import training_source
+from pipeline.stages.feed import FeedCursor, SampleFeed
+from pipeline.stages.loop import Stage, StageResult, StepReport, run_stage
+from pipeline.stages.stage1 import Stage1
+from pipeline.stages.stage2 import Stage2
+from pipeline.tracking import Tracker
+
+STAGES: tuple[type[Stage1] | type[Stage2], ...] = (Stage1, Stage2)
+SYSTEMS = ("SFT", "Joint-GRPO")
+
+
+@dataclass
+class RunReport:
+    """What a run leaves behind for whoever called it."""
+
+    stages: dict[str, StageResult] = field(default_factory=dict)
+    wall_s: dict[str, float] = field(default_factory=dict)
+    table: EvaluationTable | None = None
+    samples: list[Sample] = field(default_factory=list)
+    predictions: dict[str, list[Prediction]] = field(default_factory=dict)
+    run_id: str = ""
+    tracking_uri: str = ""
+
+
+def run_training(
+    config: RunConfig, *, resume: bool = False, evaluate: bool = False, console: Console | None = None
+) -> RunReport:
+    """Run both stages of ``config``; with ``evaluate`` the pair answers the held-out samples before and after.
+
+    Raises ConfigError, DataError, CheckpointError or PlacementError before anything is trained, TrainingError later.
+    """
+    console = console or Console()
+    checkpoint = _starting_point(config, resume)
+    source = training_source(config)
+    for role in ("vlm", "vdm", "clip"):
+        resolve_model(getattr(config.models, role), role)  # type: ignore[arg-type]
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    run_ids = checkpoint.state.mlflow_run_ids if checkpoint else {}
+    with cluster_session(config), Tracker.start(config, resume_run_id=run_ids.get("parent")) as tracker:
+        tracker.log_dataset(config.data.train, source.digest, source.count)
+        run = _Run(config, tracker, console, SampleFeed(source, config.stage1.rollout.prompts_per_step), checkpoint)
+        return asyncio.run(run.go(evaluate))
+
+
+def print_plan(config: RunConfig) -> None:
+    """Print the resolved configuration and what it asks of the cluster."""
+    console = Console()
+    console.print(to_yaml(config), highlight=False, markup=False)
+    console.print(placement_plan(config).table(), highlight=False, markup=False)
+
+
+def _starting_point(config: RunConfig, resume: bool) -> Checkpoint | None:
+    store = CheckpointStore(config.out / "checkpoints", config.checkpoint.keep)
+    if not resume:
+        if store.paths():
+            raise ConfigError(
+                f"out={config.out} already holds a run; continue it with --resume, or choose another folder (out=…)"
+            )
+        return None
+    checkpoint = store.latest()
+    if checkpoint is None:
+        raise CheckpointError(f"--resume: there is no checkpoint under {store.root}; start the run without --resume")
+    require_same_config(checkpoint.state, config)
+    return checkpoint
+
+
+@dataclass
+class _Run:
+    """The state of one run while it goes on."""
+
+    config: RunConfig
+    tracker: Tracker
+    console: Console
+    feed: SampleFeed
+    checkpoint: Checkpoint | None
+    report: RunReport = field(default_factory=RunReport)
+    run_ids: dict[str, str] = field(default_factory=dict)
+
+    async def go(self, evaluate: bool) -> RunReport:
+        started = time.monotonic()
+        self.run_ids = {"parent": self.tracker.run_id}
+        self.report.run_id, self.report.tracking_uri = self.tracker.run_id, self.tracker.uri
+        state = self.checkpoint.state if self.checkpoint else None
+        if state is not None:
+            self.feed = SampleFeed(self.feed.source, self.feed.batch_size, FeedCursor.from_json(state.cursor))
+            self.run_ids |= state.mlflow_run_ids
+        with self.console.status("starting the pools (vLLM engine, artist, scorers)"):
+            samples = asyncio.create_task(asyncio.to_thread(load_samples, self.config)) if evaluate else None
+            fleet_context = open_fleet(self.config)
+            fleet = await fleet_context.__aenter__()
+        try:
+            self.report.wall_s["start"] = round(time.monotonic() - started, 1)
+            if samples is not None:
+                self.report.samples = await samples
+                await self._answer(fleet, SYSTEMS[0])
+            for kind in STAGES:
+                await self._stage(kind(self.config, fleet), fleet, state)
+            if evaluate:
+                await self._answer(fleet, SYSTEMS[1])
+                self.report.table = await score_systems(
+                    self.config, fleet, self.report.predictions, self.report.samples
+                )
+                self.tracker.log_evaluation(self.report.table)
+        finally:
+            await fleet_context.__aexit__(None, None, None)
+        return self.report
+
+    async def _answer(self, fleet: Fleet, system: str) -> None:
+        started = time.monotonic()
+        self.report.predictions[system] = await answer_with_progress(
+            self.config, fleet, self.report.samples, self.console, f"held out · {system}"
+        )
+        self.report.wall_s["evaluate"] = round(self.report.wall_s.get("evaluate", 0.0) + time.monotonic() - started, 1)
+
+    async def _stage(self, stage: Stage1 | Stage2, fleet: Fleet, state: TrainState | None) -> None:
+        """Train one stage, or load what it made before the run was interrupted."""
+        adapter = self.config.out / f"{stage.policy}_adapter"
+        names = [kind.name for kind in STAGES]
+        done_before = state is not None and names.index(stage.name) < names.index(state.stage)
+        if done_before or stage.section.steps == 0:
+            if done_before:
+                await load_adapter(stage.trained_pool, str(adapter), version=state.extra["versions"][stage.policy])  # type: ignore[union-attr]
+            return
+        started = time.monotonic()
+        here = state if state is not None and state.stage == stage.name else None
+        async with self._learner(stage, fleet) as learner:
+            if here is not None:
+                assert self.checkpoint is not None
+                await learner.restore(str(self.checkpoint.path / "learner"))
+                stage.restore(here.window)
+                await stage.trained_pool.set_weights(learner.version, await learner.publish())
+            with self.tracker.stage(stage.name, resume_run_id=self.run_ids.get(stage.name)) as run_id:
+                self.run_ids[stage.name] = run_id
+                first = here.step if here else 0
+                with bar(self.console, stage.title, stage.section.steps, first) as progress:
+                    hook = _StepHook(self, stage, learner, progress)
+                    result = await run_stage(stage, self.feed, learner, first_step=first, on_step=hook)
+                await learner.export(str(adapter))
+                self.tracker.log_checkpoint(adapter)
+        self.report.stages[stage.name] = result
+        self.report.wall_s[stage.name] = round(time.monotonic() - started, 1)
+
+    async def save(self, stage: Stage, learner: LearnerGroup, step: int, cursor: FeedCursor) -> None:
+        """Write a checkpoint from which ``step`` is the next step."""
+        store = CheckpointStore(self.config.out / "checkpoints", self.config.checkpoint.keep)
+        versions = {**{pool.name: pool.stats().version for pool in stage.fleet.pools()}, stage.policy: learner.version}
+        state = TrainState.of(
+            self.config,
+            stage.name,
+            step,
+            cursor=cursor.to_json(),
+            window=stage.state(),
+            mlflow_run_ids=dict(self.run_ids),
+            weights_version=learner.version,
+            extra={"versions": versions},
+        )
+        with store.write(stage.name, step, state) as folder:
+            await learner.save(str(folder / "learner"))
+            await learner.export(str(folder / "adapter"))
+        self.tracker.log_checkpoint(store.root / f"{stage.name}-step{step:06d}")
+
+    @asynccontextmanager
+    async def _learner(self, stage: Stage1 | Stage2, fleet: Fleet) -> AsyncIterator[LearnerGroup]:
+        learner = LearnerGroup(learner_spec(self.config, stage), fleet.placement.group(LEARNER))
+        try:
+            with self.console.status(f"starting the {stage.policy} learner ({self.config.learner.ranks} ranks)"):
+                await learner.start()
+            yield learner
+        finally:
+            await learner.close()
+
+
+@dataclass
+class _StepHook:
+    """What happens after each step: figures to MLflow, a line to the person, a checkpoint now and then."""
+
+    run: _Run
+    stage: Stage1 | Stage2
+    learner: LearnerGroup
+    progress: Any
+
+    async def __call__(self, report: StepReport) -> None:
+        run, section, done = self.run, self.run.config, report.step + 1
+        self.progress.advance(step_note(report.metrics))
+        run.tracker.log_metrics(report.metrics, report.step)
+        every = section.tracking.clips_every
+        if every and report.step % every == 0:
+            for member in (m for g in report.batch.groups[:2] for m in g.members[:1] if m.clip is not None):
+                run.tracker.log_clip(member.clip.frames, member.caption, report.step, fps=section.video.fps)
+        last = done == self.stage.section.steps
+        if last or (section.checkpoint.every and done % section.checkpoint.every == 0):
+            await run.save(self.stage, self.learner, done, report.cursor)
+
+
+def learner_spec(config: RunConfig, stage: Stage1 | Stage2) -> LearnerSpec:
+    """Return the learner group that ``stage`` trains with."""
+    section, learner, models = stage.section, config.learner, config.models
+    grpo = {
+        f.name: getattr(section.grpo, f.name) for f in dataclasses.fields(GrpoSpec) if hasattr(section.grpo, f.name)
+    }
+    lora = section.lora
+    seed = derive_seed(config.seed, stage.name, "learner")
+    options: dict[str, Any] = (
+        {"temperature": section.text.temperature} if stage.policy == "vlm" else {"shift": models.flow_shift}
+    )
+    return LearnerSpec(
+        kind=stage.policy,
+        model_path=resolve_model(getattr(models, stage.policy), stage.policy),  # type: ignore[arg-type]
+        adapter_path=resolve_adapter(getattr(models, f"{stage.policy}_adapter"), stage.policy),  # type: ignore[arg-type]
+        lora=LoraSpec(lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, seed=seed % 2**31)
+        if lora.rank
+        else None,
+        ranks=learner.ranks,
+        cpus=learner.cpus,
+        gpus=learner.gpus,
+        dtype=learner.dtype,
+        micro_batch=learner.micro_batch,
+        activation_checkpointing=learner.activation_checkpointing,
+        grpo=GrpoSpec(**grpo, constant_length=section.text.max_tokens),
+        optim=OptimSpec(**section.optim.model_dump()),
+        policy_kwargs=options,
+        seed=seed % 2**31,
+        start_timeout_s=learner.start_timeout_s,
+        step_timeout_s=learner.step_timeout_s,
+        name=f"{stage.policy}-learner",
+        total_steps=section.steps * section.grpo.updates_per_batch,
+    )

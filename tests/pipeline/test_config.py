@@ -1,0 +1,74 @@
+"""Every mistake in a configuration is one line that names the key, the value and what would be right."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from cluster.errors import ConfigError
+from pipeline.config import RunConfig, config_digest, flatten, load_config, parse_config, to_yaml
+
+
+def test_bundled_run_loads_and_overrides_apply() -> None:
+    run = load_config("toy", ["stage1.rollout.group_size=4", "name=other", "stage2.sde.window_range=[1, 5]"])
+    assert run.stage1.rollout.group_size == 4
+    assert run.name == "other"
+    assert run.stage2.sde.window_range == (1, 5)
+
+
+def test_resolved_yaml_is_the_same_run(tmp_path) -> None:
+    run = load_config("toy", ["seed=7"])
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(run))
+    assert load_config(path) == run
+    assert flatten(run)["stage1.rollout.group_size"] == run.stage1.rollout.group_size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["stage1.rollout.group_sise=4"], "did you mean 'group_size'"),
+        (["stagee1.steps=4"], "did you mean 'stage1'"),
+        (["stage1.rollout.group_size=many"], "stage1.rollout.group_size='many'"),
+        (["stage1.rollout.group_size=1"], "needs at least 2 trajectories"),
+        (["stage2.sde.window_size=9"], "longer than the"),
+        (["stage2.sde.window_range=[0, 40]"], "the last step is always an ODE step"),
+        (["video.num_frames=8"], "must be 4k+1"),
+        (["learner.ranks=0"], "greater than 0"),
+        (["stage1.rollout=3"], "stage1.rollout=3"),
+        (["seed.x=3"], "seed is a value, not a section"),
+        (["stage1.steps"], "expected section.key=value"),
+        (["name=../evil"], "name='../evil'"),
+    ],
+)
+def test_mistakes_are_named(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("toy", overrides)
+    assert expected in str(caught.value)
+
+
+def test_all_mistakes_are_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"nmae": "x", "seed": "y", "stage1": {"steps": -1}})
+    assert all(key in str(caught.value) for key in ("'nmae'", "seed='y'", "stage1.steps=-1"))
+
+
+def test_unknown_file_lists_the_bundled_runs() -> None:
+    with pytest.raises(ConfigError, match="toy"):
+        load_config("no-such-run")
+
+
+def test_broken_yaml_is_named(tmp_path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("stage1: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(path)
+    path.write_text(yaml.safe_dump(["a", "list"]))
+    with pytest.raises(ConfigError, match="mapping of sections"):
+        load_config(path)
+
+
+def test_digest_sees_what_changes_learning_and_nothing_else() -> None:
+    base = RunConfig()
+    assert config_digest(base) == config_digest(parse_config({"out": "elsewhere", "name": "b"}))
+    assert config_digest(base) != config_digest(parse_config({"stage1": {"optim": {"lr": 1e-3}}}))
