@@ -1,7 +1,7 @@
 """Names of pool workers: which slot of which pool, and which incarnation of it.
 
-``vdm-3`` is the first worker in slot 3 of pool ``vdm``; ``vdm-3.2`` is the second one to be started there. The slot decides the
-placement-group bundle, so that a replacement starts where the dead worker was.
+``vdm-3`` is the first worker in slot 3 of pool ``vdm``; ``vdm-3.2`` is the second one to be started there. The slot
+decides the placement-group bundle, so that a replacement starts where the dead worker was.
 """
 
 from __future__ import annotations

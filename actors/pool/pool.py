@@ -23,6 +23,7 @@ from actors.pool.remote import WorkerGone, WorkerRaised, WorkerUnreachable, ask,
 from actors.pool.spec import PoolSpec, PoolStats
 from actors.pool.state import ALIVE, S
 from cluster.errors import WorkerTimeoutError
+from cluster.resources import amounts, view
 
 log = logging.getLogger(__name__)
 
@@ -288,8 +289,8 @@ class WorkerPool:
                     raise translate(error) from error
                 return
             waited += patience
-            free = await loop.run_in_executor(self._maker, _free_resources)
-            reason = f"Worker {name} has waited {waited:g} s for its resources; free in the cluster: {free}"
+            cluster = await loop.run_in_executor(self._maker, view)
+            reason = f"Worker {name} has waited {waited:g} s for room; free in the cluster: {amounts(cluster.free)}"
             log.warning("pool %s: %s", self.name, reason)
             self._core.unplaced(name, reason)
             self._pump_soon()
@@ -402,8 +403,3 @@ class WorkerPool:
         self._infos.pop(name, None)
         if handle is not None:
             ray.kill(handle, no_restart=True)
-
-
-def _free_resources() -> str:
-    free = {key: value for key, value in ray.available_resources().items() if key in ("CPU", "GPU")}
-    return ", ".join(f"{key} {value:g}" for key, value in sorted(free.items())) or "none"

@@ -1,0 +1,218 @@
+"""The run's connection to Ray: joins a cluster, or starts an embedded one on this machine and ends it again.
+
+Responsible for addresses, environment of the workers, signal handlers and shutdown. Resources are
+``cluster.resources``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import VansError
+from cluster.resources import ClusterView, view
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("actors", "cluster", "pipeline", "rewards")
+
+WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+"""Environment of workers unless the driver's own says otherwise. One thread each: workers share cores, and two threads
+that compete for one are many times slower than one."""
+
+_FORWARDED = (
+    "HF_HUB_OFFLINE",
+    "TORCH_COMPILE_DISABLE",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_CPU_KVSPACE",
+    "VANS_STRICT_METRICS",
+)
+"""Switches of the driver that workers on other nodes are to have too."""
+
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
+
+
+class ClusterError(VansError):
+    """The Ray cluster could not be joined or started."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A live connection."""
+
+    address: str
+    """GCS address, host:port."""
+    embedded: bool
+    """Whether this run started the cluster, and will end it."""
+
+    def view(self) -> ClusterView:
+        """Return what the cluster has."""
+        return view()
+
+
+@contextmanager
+def connect(
+    address: str | None = None,
+    *,
+    local_cpus: int | None = None,
+    local_gpus: int | None = None,
+    object_store_mib: int = 512,
+    env: Mapping[str, str] | None = None,
+    worker_logs: bool = False,
+) -> Iterator[Session]:
+    """Join the cluster at ``address``, or start an embedded one, for the length of the ``with`` block.
+
+    The environment's ``RAY_ADDRESS`` wins over ``address``. ``None`` and ``"local"`` start an embedded cluster that
+    listens on the loopback interface only, without a dashboard: ``local_cpus`` CPU slots (default 4 × cores, because
+    tiny models share them), ``local_gpus`` GPUs (default: those found), an object store of ``object_store_mib`` MiB.
+    ``"auto"`` joins the one on this machine. A Ray that this process has already initialised is used as it is and left
+    running.
+
+    Workers get ``env`` over ``WORKER_ENV``, and can import this project's packages from a clone, an editable install or
+    a submitted job's working directory. ``worker_logs`` prints what workers print.
+
+    Raises ClusterError when there is nothing at the address.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield Session(ray.get_runtime_context().gcs_address, embedded=False)
+        return
+    where = resolve_address(address, os.environ)
+    options: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": worker_logs,
+        "runtime_env": runtime_env(os.environ, env or {}, embedded=where is None),
+    }
+    # Ray puts its own handler in the place of whoever wanted to know of SIGTERM.
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        if where is None:
+            _start_embedded(local_cpus, local_gpus, object_store_mib, options)
+        else:
+            _join(where, options)
+        _restore(handler)
+        session = Session(ray.get_runtime_context().gcs_address, embedded=where is None)
+        log.info("Ray %s at %s", "started" if session.embedded else "joined", session.address)
+        yield session
+    finally:
+        ray.shutdown()
+        _restore(handler)
+
+
+def resolve_address(address: str | None, environ: Mapping[str, str]) -> str | None:
+    """Return the address to join, or None to start an embedded cluster.
+
+    Raises ClusterError for addresses that a driver cannot join.
+    """
+    source, where = "cluster.address", address
+    if environ.get("RAY_ADDRESS"):
+        source, where = "RAY_ADDRESS", environ["RAY_ADDRESS"]
+    if where is None or where == "local":
+        return None
+    if where.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{source}={where} is a dashboard's address, which takes jobs: `ray job submit --address {where} "
+            "--working-dir . -- python -m pipeline train …`. To join the cluster from here give host:6379, or auto on "
+            "its own machine."
+        )
+    if where.startswith("ray://"):
+        raise ClusterError(
+            f"{source}={where}: Ray Client cannot host a run; use `ray job submit`, or host:6379 on one of its nodes"
+        )
+    return where
+
+
+def runtime_env(environ: Mapping[str, str], env: Mapping[str, str], *, embedded: bool) -> dict[str, Any]:
+    """Return the runtime environment of the workers (pure; ``environ`` is the driver's environment).
+
+    Embedded workers inherit the driver's environment and read this clone's files. A submitted job brings its working
+    directory along, and Ray refuses a variable that the job has set. Otherwise a clone's packages are uploaded to the
+    cluster.
+    """
+    inherited = {name: environ[name] for name in (*WORKER_ENV, *_FORWARDED) if name in environ}
+    variables = {**WORKER_ENV, **inherited, **env}
+    job = json.loads(environ[_JOB_CONFIG]).get("runtime_env") or {} if environ.get(_JOB_CONFIG) else {}
+    variables = {name: value for name, value in variables.items() if name not in job.get("env_vars", {})}
+    result: dict[str, Any] = {"env_vars": variables}
+    clone = (ROOT / "pyproject.toml").is_file()  # installed packages are found anyway
+    if clone and embedded:
+        path = [str(ROOT), *environ.get("PYTHONPATH", "").split(os.pathsep)]
+        variables["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(entry for entry in path if entry))
+    elif clone and not {"working_dir", "py_modules"} & job.keys():
+        result["py_modules"] = [str(ROOT / package) for package in PACKAGES]
+    return result
+
+
+def _start_embedded(cpus: int | None, gpus: int | None, object_store_mib: int, options: dict[str, Any]) -> None:
+    import ray
+    from ray._private import ray_constants
+
+    slots = cpus if cpus is not None else 4 * (os.cpu_count() or 1)
+    # What Ray does by itself on macOS and Windows: the node's address is 127.0.0.1, and all its servers listen there
+    # only. Ray has no option for it on Linux; the variable is for the processes it starts, the constant for this one.
+    remembered = ray_constants.ENABLE_RAY_CLUSTER
+    with _environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}):
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            ray.init(
+                address="local",
+                num_cpus=slots,
+                num_gpus=gpus,
+                object_store_memory=object_store_mib * 2**20,
+                include_dashboard=False,
+                **options,
+            )
+        except (RuntimeError, ValueError, ConnectionError, OSError) as error:
+            raise ClusterError(f"The embedded Ray cluster ({slots} CPU slots) did not start: {error}") from error
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = remembered
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
+    import ray
+
+    host, _, port = address.rpartition(":")
+    if address != "auto":
+        if not host or not port.isdigit():
+            raise ClusterError(f"Ray address {address!r}: give host:port (the head's, usually 6379), auto or local")
+        try:  # Ray itself keeps trying for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ClusterError(
+                f"No Ray cluster answers at {address} ({error}). Is its head running, and is this its port?"
+            ) from error
+    try:
+        ray.init(address=address, **options)
+    except (RuntimeError, ValueError, ConnectionError, OSError) as error:
+        raise ClusterError(f"The Ray cluster at {address} could not be joined: {error}") from error
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set ``variables`` for the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _restore(handler: Any) -> None:
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
