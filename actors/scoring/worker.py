@@ -92,6 +92,10 @@ class RewardWorker:
         """Return the worker's name."""
         return self.name
 
+    def fvd_extractor(self) -> str:
+        """Return the name of the Fréchet features that this worker gives."""
+        return self.scorer.fvd_extractor
+
     def stats(self) -> dict[str, float]:
         """Return the feature cache's hits, misses and bytes, and the captions that CLIP's limit cut."""
         cache = self.scorer.cache

@@ -37,11 +37,6 @@ class Prediction:
     index: int = 0
     video: Path | None = None
 
-    @property
-    def has_clip(self) -> bool:
-        """Whether there is a video."""
-        return self.frames is not None or self.video is not None
-
     def load(self, like: np.ndarray, limits: VideoLimits | None = None) -> Prediction:
         """Return this prediction with frames; a file is decoded to the frame count and size of ``like`` (T, H, W, 3).
 
@@ -58,28 +53,30 @@ class Prediction:
 def write_predictions(folder: Path, predictions: Iterable[Prediction], fps: float) -> Path:
     """Write ``predictions`` as ``folder``/predictions.jsonl and ``folder``/videos/*.mp4; returns the jsonl's path.
 
-    Videos are near lossless, so that scoring the folder gives the scores of the frames. Raises DataError when the
-    folder already holds predictions.
+    Videos are near lossless, so that scoring the folder gives the scores of the frames. Predictions that the folder holds
+    already are replaced; the jsonl is written last, so that a folder without one is unfinished.
     """
     path = folder / FILE
-    if path.exists():
-        raise DataError(f"{folder} already holds {FILE}; write to another folder or delete it")
+    path.unlink(missing_ok=True)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as stream:
-        for number, prediction in enumerate(predictions):
-            row: dict[str, Any] = {"id": prediction.id, "index": prediction.index, "caption": prediction.caption}
-            row["text"] = prediction.text
-            row["video"] = None
-            if prediction.has_clip:
-                slug = re.sub(r"[^\w-]+", "_", prediction.id, flags=re.ASCII)[:64]
-                row["video"] = f"videos/{number:06d}-{slug}.mp4"
-                data = prediction.video.read_bytes() if prediction.frames is None and prediction.video else None
-                if data is None:
-                    assert prediction.frames is not None
-                    data = encode_mp4(prediction.frames, fps)
-                (folder / row["video"]).write_bytes(data)
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = []
+    for number, prediction in enumerate(predictions):
+        row: dict[str, Any] = {"id": prediction.id, "index": prediction.index, "caption": prediction.caption}
+        row |= {"text": prediction.text, "video": None}
+        if prediction.frames is not None or prediction.video is not None:
+            slug = re.sub(r"[^\w-]+", "_", prediction.id, flags=re.ASCII)[:64]
+            row["video"] = f"videos/{number:06d}-{slug}.mp4"
+            (folder / row["video"]).write_bytes(_mp4(prediction, fps))
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def _mp4(prediction: Prediction, fps: float) -> bytes:
+    if prediction.frames is not None:
+        return encode_mp4(prediction.frames, fps)
+    assert prediction.video is not None
+    return prediction.video.read_bytes()
 
 
 def read_predictions(folder: Path) -> list[Prediction]:

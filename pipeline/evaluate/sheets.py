@@ -24,7 +24,7 @@ ACCENTS = ("#7b8794", "#2f9e6e", "#3267d6", "#d9730d", "#a33fb5", "#c0392b", "#0
 """Colours of the bars beside a card's strips: input, ground truth, then the systems in turn."""
 
 LABEL_WIDTH, GAP, PAD, MARGIN = 250, 4, 14, 20
-THUMB_HEIGHT, MAX_STRIP_WIDTH, MAX_FRAMES = 84, 820, 9
+THUMB_HEIGHT, MAX_STRIP_WIDTH, MAX_FRAMES = 84, 904, 9
 _PIXEL_ART = 64  # frames smaller than this are enlarged without blurring
 
 
@@ -47,7 +47,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Strip]]], path: Path, *, ti
         raise ValueError("a contact sheet needs at least one row, and each row at least one strip")
     cards = [_card(heading, strips) for heading, strips in rows]
     width = max(card.width for card in cards)
-    columns = 2 if len(cards) > 3 and width <= 1150 else 1
+    columns = 2 if len(cards) > 3 and width <= 1250 else 1
     ranks = [cards[i : i + columns] for i in range(0, len(cards), columns)]
     top = MARGIN + (44 if title else 0)
     heights = [max(card.height for card in rank) for rank in ranks]

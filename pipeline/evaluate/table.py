@@ -158,7 +158,10 @@ class EvaluationTable:
         rows = []
         for metric in self._present("all", choice):
             estimates = [self.systems[n].metrics["all"].get(metric) for n in names]
-            row = [self._heading(metric), *(_with_interval(e, self._count(n, e)) for n, e in zip(names, estimates))]
+            row = [
+                self._heading(metric),
+                *(_value(metric, e, _interval(e) + self._count(n, e)) for n, e in zip(names, estimates)),
+            ]
             if delta:
                 row.append(self._change(delta, names[0], metric))
             rows.append(row)
@@ -167,7 +170,10 @@ class EvaluationTable:
     def _rows_kinds(self, names: Sequence[str], kinds: Sequence[str]) -> list[list[str]]:
         metrics = [m for m in self._present("all") if any(m in self._present(k) for k in kinds)]
         return [
-            [self._heading(m), *(" / ".join(_number(self.systems[n].metrics[k].get(m)) for k in kinds) for n in names)]
+            [
+                self._heading(m),
+                *(" / ".join(_value(m, self.systems[n].metrics[k].get(m)) for k in kinds) for n in names),
+            ]
             for m in metrics
         ]
 
@@ -177,9 +183,11 @@ class EvaluationTable:
     def _change(self, system: str, baseline: str, metric: str) -> str:
         paired = self.difference(system, baseline, metric)
         if paired is not None:
-            return _with_interval(paired, "", sign="+")
-        pair = [self.systems[s].metrics["all"].get(metric) for s in (system, baseline)]
-        return _digits(pair[0].value - pair[1].value, "+") if pair[0] is not None and pair[1] is not None else "–"
+            return _value(metric, paired, _interval(paired, "+"), "+")
+        new, old = (self.systems[s].metrics["all"].get(metric) for s in (system, baseline))
+        if new is None or old is None or new.n != old.n:  # corpus metrics compare at equal N only
+            return "–"
+        return (_distance if metric == "frechet" else _digits)(new.value - old.value, "+")
 
     def _notes(self, names: Sequence[str]) -> str:
         lines = []
@@ -242,22 +250,26 @@ def _per_sample(answers: Sequence[Answered], metric: str, group: str) -> dict[st
     return {i: float(np.mean(v)) for i, v in values.items()}
 
 
-def _number(estimate: Estimate | None) -> str:
-    return "–" if estimate is None else _digits(estimate.value)
-
-
-def _with_interval(estimate: Estimate | None, suffix: str, sign: str = "") -> str:
+def _value(metric: str, estimate: Estimate | None, suffix: str = "", sign: str = "") -> str:
+    """Return an estimate's value as text, or a dash where there is none."""
     if estimate is None:
         return "–"
-    text = _digits(estimate.value, sign)
-    if estimate.low is not None and estimate.high is not None:
-        text += f" [{_digits(estimate.low, sign)}, {_digits(estimate.high, sign)}]"
-    return text + suffix
+    return (_distance if metric == "frechet" else _digits)(estimate.value, sign) + suffix
+
+
+def _interval(estimate: Estimate | None, sign: str = "") -> str:
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return ""
+    return f" [{_digits(estimate.low, sign)}, {_digits(estimate.high, sign)}]"
 
 
 def _digits(value: float, sign: str = "") -> str:
-    """Return three decimals, or three significant digits where those would all be 0 (small Fréchet distances)."""
-    return format(value, f"{sign}.3f" if abs(value) >= 0.0095 or abs(value) < 1e-9 else f"{sign}.2e")
+    return format(value, f"{sign}.3f")
+
+
+def _distance(value: float, sign: str = "") -> str:
+    """Return four significant digits: the scale of a Fréchet distance is its features' own."""
+    return format(value, f"{sign}.4g") if abs(value) > 1e-9 else "0"
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
