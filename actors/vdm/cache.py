@@ -18,18 +18,28 @@ class TensorCache:
         self.hits = self.misses = self._bytes = 0
         self._items: OrderedDict[Hashable, Tensor] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Return the tensor of ``key``, calling ``make`` when it is not held."""
-        if key in self._items:
-            self.hits += 1
-            self._items.move_to_end(key)
-            return self._items[key]
-        self.misses += 1
-        value = self._items[key] = make()
+    def find(self, key: Hashable) -> Tensor | None:
+        """Return the tensor of ``key`` where it is held."""
+        value = self._items.get(key)
+        if value is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._items.move_to_end(key)
+        return value
+
+    def put(self, key: Hashable, value: Tensor) -> Tensor:
+        """Hold ``value`` under a new ``key`` and return it."""
+        self._items[key] = value
         self._bytes += value.nbytes
         while self._bytes > self.max_bytes and len(self._items) > 1:
             self._bytes -= self._items.popitem(last=False)[1].nbytes
         return value
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Return the tensor of ``key``, calling ``make`` when it is not held."""
+        value = self.find(key)
+        return self.put(key, make()) if value is None else value
 
     def clear(self) -> None:
         """Forget everything."""

@@ -395,14 +395,16 @@ class VdmPolicy:
             raise CheckpointError(
                 "target frames cannot be encoded: the policy was loaded without the component 'vae_encoder'"
             )
-        rows = []
         for frames in targets:
             self.geometry.latent_shape(len(frames), frames.shape[1], frames.shape[2], references)
-            rows.append(self._latents.get(("target", content_key(frames)), lambda f=frames: self._encode_clip(f)))  # type: ignore[misc]
-        return torch.stack(rows)
-
-    def _encode_clip(self, frames: np.ndarray) -> Tensor:
-        return conditioning.encode_videos(self.vae, conditioning.frames_to_video(frames)[None].to(self.device))[0]
+        keys = [("target", content_key(frames)) for frames in targets]
+        rows = {key: self._latents.find(key) for key in keys}
+        new = {key: frames for key, frames in zip(keys, targets) if rows[key] is None}
+        if new:
+            videos = torch.stack([conditioning.frames_to_video(frames) for frames in new.values()]).to(self.device)
+            for key, latents in zip(new, conditioning.encode_videos(self.vae, videos)):
+                rows[key] = self._latents.put(key, latents.clone())
+        return torch.stack([rows[key] for key in keys])
 
 
 def _stochastic_steps(sde: SdeSpec | None) -> range:

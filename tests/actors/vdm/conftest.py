@@ -24,8 +24,12 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A WanPipeline folder with random weights and latent statistics that are not trivial."""
-    from pipeline.pretrain.architectures import build_tiny_text_encoder, build_tiny_transformer, build_tiny_vae
-    from pipeline.pretrain.architectures import vdm_pipeline
+    from pipeline.pretrain.architectures import (
+        build_tiny_text_encoder,
+        build_tiny_transformer,
+        build_tiny_vae,
+        vdm_pipeline,
+    )
     from pipeline.pretrain.tokenizers import word_tokenizer
 
     vae = build_tiny_vae(1)
