@@ -175,6 +175,8 @@ def shard_paths(folder: str | Path, *, required: bool = True) -> list[Path]:
     shards = sorted(path for path in folder.glob("*.parquet") if path.is_file())
     if required and not shards:
         reason = "holds no .parquet shards" if folder.is_dir() else "does not exist"
+        if below := sorted({path.parent.name for path in folder.glob("*/*.parquet")}):
+            raise DataError(f"dataset folder {folder} {reason}; did you mean a folder in it: {', '.join(below)}?")
         raise DataError(f"dataset folder {folder} {reason}; make one with `vans data toy` or `vans data import-vans`")
     return shards
 

@@ -1,0 +1,93 @@
+"""From a clip somewhere under a folder to the mp4 bytes of a dataset row.
+
+Responsible for: keeping paths inside that folder, cutting, and deciding between the original bytes and a smaller copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import av
+
+from cluster.errors import DataError
+from pipeline.data.video import VideoInfo, VideoLimits, decode_video, encode_mp4, probe
+
+
+@dataclass(frozen=True)
+class Span:
+    """A clip as a manifest names it: a path relative to the clips folder, or [start, end) seconds of it."""
+
+    path: str
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """How clips are stored. Training reads 33 frames of 352x640 at most, so larger originals only cost space."""
+
+    max_side: int = 640  # pixels of the longer side of a copy
+    max_fps: float = 30.0  # frames per second of a copy
+    max_frames: int = 256  # of a copy; a longer clip is thinned out in time, not cut
+    embed_bytes: int = 8 << 20  # an mp4/h264 up to this size is stored as it is …
+    embed_side: int = 1280  # … unless its longer side is larger than this
+    limits: VideoLimits = field(default_factory=VideoLimits)
+
+
+def confined(root: Path, relative: str) -> Path:
+    """Return the regular file ``relative`` under ``root``; raises DataError for anything that leads elsewhere.
+
+    Refused: absolute paths, drive letters, ``..``, and links whose target lies outside ``root``.
+    """
+    text = relative.strip().replace("\\", "/")
+    pure = PurePosixPath(text)
+    if not text or "\0" in text:
+        raise DataError(f"{relative!r} is not a path")
+    if pure.is_absolute() or PureWindowsPath(text).drive or ".." in pure.parts:
+        raise DataError(f"{relative!r} must be a path inside the clips folder: not absolute, without '..'")
+    try:
+        found = (root / pure).resolve()
+        inside, regular = found.is_relative_to(root.resolve()), found.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # name too long, loop of links
+        raise DataError(f"{relative!r} is not a usable path: {error}") from error
+    if not inside:
+        raise DataError(f"{relative!r} is a link that leads out of the clips folder")
+    if not regular:
+        raise DataError(f"no such clip: {relative!r}")
+    return found
+
+
+def load_clip(root: Path, span: Span, spec: ClipSpec | None = None) -> tuple[bytes, bool]:
+    """Return (mp4 bytes, whether they are the original's) of ``span``, having decoded all of it. Raises DataError."""
+    spec = spec or ClipSpec()
+    path = confined(root, span.path)
+    if span.start is None and span.end is None:
+        info = probe(path, spec.limits)
+        if _embeddable(info, path.stat().st_size, spec):
+            data = path.read_bytes()
+            decode_video(data, 2, 16, 16, spec.limits)  # a clip that is damaged further in is found now
+            return data, True
+    return copy_clip(path, span.start, span.end, spec), False
+
+
+def copy_clip(path: Path, start: float | None, end: float | None, spec: ClipSpec) -> bytes:
+    """Return the part [start, end) of ``path`` as mp4 bytes of constant frame rate, upright, within ``spec``."""
+    info = probe(path, spec.limits, start=start, end=end)
+    scale = min(1.0, spec.max_side / max(info.width, info.height))
+    # Even sizes, because copies are yuv420p: small, and played everywhere.
+    width, height = (max(2, 2 * round(side * scale / 2)) for side in (info.width, info.height))
+    fps = min(spec.max_fps, info.fps) if info.fps > 0 else 1.0
+    # Frames are spread from the first to the last one, so that n of them show n - 1 intervals.
+    span = info.seconds * (info.frames - 1) / info.frames
+    frames = min(spec.max_frames, round(span * fps) + 1)
+    if frames > 1:
+        fps = (frames - 1) / span
+    return encode_mp4(
+        decode_video(path, frames, height, width, spec.limits, start=start, end=end), fps, near_lossless=False
+    )
+
+
+def _embeddable(info: VideoInfo, size: int, spec: ClipSpec) -> bool:
+    small = size <= spec.embed_bytes and max(info.width, info.height) <= spec.embed_side
+    return small and "mp4" in info.container and av.codec.Codec(info.codec, "r").canonical_name == "h264"

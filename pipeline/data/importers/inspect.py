@@ -1,0 +1,134 @@
+"""Look at a dataset: counts, sizes, caption lengths, and a contact sheet. Reads Parquet alone, without Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import DataError
+from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
+from pipeline.data.video import decode_video, probe
+from pipeline.evaluate.sheets import Strip, contact_sheet
+
+TEXT = ["id", "kind", "question", "caption"]
+SHEET_FRAMES = 6
+SHEET_HEIGHT = 96  # pixels of a frame on the sheet, unless it is smaller itself
+
+
+@dataclass
+class DatasetReport:
+    """What a dataset holds. Sizes are of a few rows spread over the set, lengths of all of them."""
+
+    folder: Path
+    shards: int
+    rows: int
+    file_bytes: int
+    video_bytes: int
+    digest: str
+    kinds: Counter[str] = field(default_factory=Counter)
+    questions: int = 0  # different ones
+    captions: int = 0  # different ones
+    caption_words: tuple[int, float, int] = (0, 0.0, 0)  # shortest, mean, longest
+    sizes: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    broken: list[tuple[str, str]] = field(default_factory=list)  # (id, reason), among the rows looked at
+    looked_at: int = 0
+    sheet: Path | None = None
+
+
+def inspect(folder: str | Path, sheet: str | Path | None = None, *, rows: int = 8) -> DatasetReport:
+    """Read the dataset in ``folder`` and write a contact sheet of ``rows`` rows spread evenly over it.
+
+    ``sheet``: the PNG, by default ``contact_sheet.png`` beside the shards. Raises DataError where there are no shards.
+    """
+    folder = Path(folder)
+    shards = shard_paths(folder)
+    footers = [shard_metadata(path) for path in shards]
+    total = sum(footer.num_rows for footer in footers)
+    digests = [shard_digest(path, footer)[:16] for path, footer in zip(shards, footers)]
+    report = DatasetReport(
+        folder, len(shards), total, sum(path.stat().st_size for path in shards), 0, " ".join(digests[:4])
+    )
+    if not total:
+        raise DataError(f"dataset folder {folder} holds shards without rows")
+    questions: set[str] = set()
+    captions: Counter[str] = Counter()
+    for path in shards:
+        for batch in pq.ParquetFile(path).iter_batches(64, columns=[*TEXT, "input_video", "target_video"]):
+            report.kinds.update(batch["kind"].to_pylist())
+            questions.update(batch["question"].to_pylist())
+            captions.update(batch["caption"].to_pylist())
+            for name in ("input_video", "target_video"):
+                report.video_bytes += pc.sum(pc.binary_length(batch[name])).as_py() or 0
+    lengths = np.repeat([len(text.split()) for text in captions], list(captions.values()))
+    report.questions, report.captions = len(questions), len(captions)
+    report.caption_words = (int(lengths.min()), float(lengths.mean()), int(lengths.max()))
+    _look(report, shards, [footer.num_rows for footer in footers], rows, Path(sheet or folder / "contact_sheet.png"))
+    return report
+
+
+def _look(report: DatasetReport, shards: list[Path], counts: list[int], rows: int, sheet: Path) -> None:
+    """Decode ``rows`` rows spread over the dataset, note their sizes, and draw them."""
+    cards = []
+    for number in np.unique(np.linspace(0, sum(counts) - 1, max(1, rows)).astype(int)):
+        row = _row(shards, counts, int(number))
+        report.looked_at += 1
+        try:
+            strips = []
+            for part, label in (("input_video", "input"), ("target_video", f"next event\n{row['caption']}")):
+                info = probe(row[part])
+                report.sizes[f"{info.width}x{info.height}, {info.fps:.3g} fps, {info.codec}"] += 1
+                report.seconds.append(info.seconds)
+                height = min(SHEET_HEIGHT, info.height)
+                width = max(1, round(height * info.width / info.height))
+                strips.append(
+                    Strip(label, decode_video(row[part], SHEET_FRAMES, height, width), f"{info.seconds:.1f} s")
+                )
+            cards.append((f"{row['id']} ({row['kind']}): {row['question']}", strips))
+        except DataError as error:
+            report.broken.append((row["id"], str(error)))
+    if cards:
+        report.sheet = contact_sheet(cards, sheet, title=report.folder.name)
+
+
+def _row(shards: list[Path], counts: list[int], number: int) -> dict:
+    for path, count in zip(shards, counts):
+        if number >= count:
+            number -= count
+            continue
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if number < size:
+                    return file.read_row_group(group).slice(number, 1).to_pylist()[0]
+                number -= size
+    raise IndexError(number)
+
+
+def print_report(report: DatasetReport) -> None:
+    """Print ``report`` as a table."""
+    low, mean, high = report.caption_words
+    lines = {
+        "rows": f"{report.rows} in {report.shards} shards",
+        "kinds": ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items())),
+        "on disk": f"{report.file_bytes / 2**20:.2f} MiB, {report.video_bytes / 2 / report.rows / 1024:.1f} KiB a clip",
+        "questions": f"{report.questions} different",
+        "captions": f"{report.captions} different, {low} to {high} words, {mean:.1f} on average",
+        "clips": "; ".join(f"{count} of {size}" for size, count in report.sizes.most_common(4))
+        + f" (of {report.looked_at} rows looked at)",
+        "seconds": f"{min(report.seconds):.2f} to {max(report.seconds):.2f}" if report.seconds else "-",
+        "content": report.digest,
+        "broken": "; ".join(f"{name}: {reason}" for name, reason in report.broken) or "none of those looked at",
+        "sheet": str(report.sheet or "none: no row could be decoded"),
+    }
+    table = Table(title=str(report.folder), show_header=False, title_justify="left")
+    for name, value in lines.items():
+        table.add_row(name, value)
+    Console().print(table, markup=False)
