@@ -1,0 +1,286 @@
+"""Every metric's name, unit and meaning, in one place; ``docs/metrics.md`` is written from it.
+
+``python -m pipeline.tracking.metrics`` prints the glossary; a test holds the file to it. A name that is not declared here
+is refused by the tracker (strict mode, used in tests) or logged with a warning. ``<…>`` in a name stands for any part.
+This module declares names; it measures nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric, or a family of them where ``name`` holds ``<placeholders>``."""
+
+    name: str
+    unit: str  # "1" for a plain number, "ratio" for 0…1
+    meaning: str
+    reading: str  # what to look for
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches the names that this entry declares."""
+        parts = re.split(r"<[a-z_]+>", self.name)
+        return re.compile(r"[A-Za-z0-9_.:\- ]+".join(re.escape(part) for part in parts))
+
+
+@dataclass(frozen=True)
+class Family:
+    """Metrics that are read together."""
+
+    title: str
+    about: str
+    metrics: tuple[Metric, ...]
+
+
+# The entries are kept dense, so that they read as the tables they become.
+# fmt: off
+ROLLOUT = Family(
+    "Rollouts and rewards",
+    "Over the trajectories that one step learns from. Rewards are training rewards: judge a run by `eval/`.",
+    (
+        Metric("reward/total_mean", "1", "Weighted sum of the components, mean over all trajectories.",
+               "Rises while the policy learns; rising while an alarm moves is reward hacking."),
+        Metric("reward/total_std", "1", "Standard deviation of the total over all trajectories of the step.",
+               "Near 0: nothing to choose between, so nothing to learn."),
+        Metric("reward/<component>_mean", "1", "One component before its weight, mean over all trajectories.",
+               "Shows which component drives the total."),
+        Metric("reward/<component>_std", "1", "Standard deviation of one component.",
+               "A component with a much larger spread than the others decides the advantages."),
+        Metric("advantage/zero_std_ratio", "ratio", "Groups whose rewards are all equal; they carry no gradient.",
+               "Above 0.5 most of the rollout is wasted: raise the temperature or the group size, or take harder "
+               "samples."),
+        Metric("rollout/groups", "groups", "Groups that the step learns from.",
+               "Below prompts_per_step: see dropped_groups."),
+        Metric("rollout/dropped_groups", "groups", "Groups left out: sample quarantined, or too few scored members.",
+               "Should be 0; each one shrinks the batch."),
+        Metric("rollout/failed_members", "trajectories",
+               "Trajectories that left their group because a worker refused them.",
+               "Should be 0; the reasons are in the log."),
+        Metric("rollout/completion_tokens_mean", "tokens", "Length of the sampled completions, end token included.",
+               "A steady climb without reward is length hacking; a fall towards 1 is collapse."),
+        Metric("rollout/truncated_ratio", "ratio", "Completions cut off by max_tokens.",
+               "Above 0.05 raise max_tokens: a cut answer has no closing tag and scores 0 on format."),
+        Metric("rollout/format_rate", "ratio", "Completions from which a caption could be read.",
+               "Should approach 1 within a few steps."),
+        Metric("rollout/unique_caption_ratio", "ratio",
+               "Different captions per group, divided by its size, mean over groups.",
+               "Falls as the policy decides; near 1/G there is nothing left to compare."),
+        Metric("rollout/staleness_mean", "versions",
+               "Weights versions between the learner and the worker that sampled.",
+               "0 in synchronous runs, at most max_staleness × updates otherwise."),
+    ),
+)
+
+STAGE2 = Family(
+    "Anchors and the SDE (stage 2)",
+    "The frozen thinker's captions, and where the flow is sampled as an SDE.",
+    (
+        Metric("anchor/kept_ratio", "ratio", "Anchor captions that pass the ROUGE-L filter.",
+               "Low: stage 1 has not learnt enough for this threshold."),
+        Metric("anchor/rouge_l", "ratio", "ROUGE-L of the anchor captions against ground truth, before the filter.",
+               "Constant up to sampling: the thinker is frozen."),
+        Metric("sde/window_start", "step", "First denoising step of the stochastic, trained window.",
+               "Moves as sde.window_schedule says."),
+    ),
+)
+
+LEARNER = Family(
+    "Learner",
+    "One update of the learner group; sums and means are over all ranks.",
+    (
+        Metric("learner/loss", "1", "Clipped surrogate plus β·KL, mean over the optimizer steps of the batch.",
+               "Near 0 and noisy by construction: it is no measure of progress."),
+        Metric("learner/kl", "nats",
+               "Distance to the reference policy: k3 per token (stage 1), closed form per denoising step (stage 2).",
+               "Grows slowly; a jump means the step was too large."),
+        Metric("learner/entropy", "nats", "Mean entropy of the token distribution (stage 1).",
+               "A quick fall to 0 ends exploration."),
+        Metric("learner/ratio", "1", "Mean of π_new/π_old over trained tokens or steps.",
+               "Stays within a few clip ranges of 1."),
+        Metric("learner/ratio_max_dev", "nats", "Largest |log ratio| before anything was updated: the ratio gate.",
+               "Exactly 0 in fp32 with old_logprobs=learner; the run stops above clip_low/5."),
+        Metric("learner/clip_frac", "ratio", "Tokens or steps whose ratio left the clip range.",
+               "0 with one update per batch; above 0.3 lower the learning rate."),
+        Metric("learner/clip_frac_low", "ratio", "The part of clip_frac below 1 − clip_low.", "As clip_frac."),
+        Metric("learner/clip_frac_high", "ratio", "The part of clip_frac above 1 + clip_high.", "As clip_frac."),
+        Metric("learner/truncated_frac", "ratio", "Importance weights cut at importance_cap (old_logprobs=rollout).",
+               "Above 0.1 engine and learner disagree too much: use old_logprobs=learner."),
+        Metric("learner/grad_norm", "1", "Global gradient norm before clipping.",
+               "Steady; spikes go with bad batches."),
+        Metric("learner/lr", "1", "Learning rate of the update.", "Follows optim.schedule."),
+        Metric("learner/skipped", "steps", "Optimizer steps skipped so far because loss or gradient was not finite.",
+               "Should be 0; the run stops above optim.max_skipped_steps."),
+        Metric("learner/skipped_steps", "steps", "The same, as a stage reports it.", "Should be 0."),
+        Metric("learner/steps", "count", "Tokens (stage 1) or denoising steps (stage 2) that were trained on.",
+               "The size of the batch."),
+        Metric("learner/applied", "steps", "Optimizer steps of this batch that were applied.",
+               "Equals updates unless one was skipped."),
+        Metric("learner/updates", "steps", "Optimizer steps planned for this batch.", "grpo.updates_per_batch."),
+        Metric("learner/empty_batches", "count", "1 for a step without any usable group.", "Should never appear."),
+        Metric("learner/checksum", "1", "A number made from the trained parameters, equal on all ranks.",
+               "Changes with every update; the same in a repeated run."),
+        Metric("learner/logp_diff_mean", "nats",
+               "Mean |learner log-probability − sampler's|, over tokens or denoising steps.",
+               "Numerics of two engines: 1e-6 in fp32, 1e-3…1e-2 in bf16. A jump means stale weights."),
+        Metric("learner/logp_diff_max", "nats", "The largest such difference.",
+               "As the mean, some ten times larger."),
+        Metric("learner/logp_diff_t<step>", "nats", "The same at one denoising step (stage 2).",
+               "Largest where the noise is smallest."),
+        Metric("logp_diff/<which>", "nats",
+               "The difference of log-probabilities as a stage summarises it: mean or max.",
+               "As learner/logp_diff_mean."),
+    ),
+)
+
+ALARMS = Family(
+    "Reward-hacking alarms",
+    "Means over the rendered clips of a step, each relative to ground truth. They are watched, never rewarded.",
+    (
+        Metric("alarm/motion_ratio", "1", "Motion (mean |frame difference|) divided by ground truth's.",
+               "1 is right; towards 0 the artist freezes the video, the collapse known without CLIPScore."),
+        Metric("alarm/copy", "cosine", "CLIP similarity of the clip to the last input frame.",
+               "Read with copy_excess."),
+        Metric("alarm/copy_excess", "cosine", "That similarity minus ground truth's own.",
+               "Above 0.05 the artist copies its input instead of answering."),
+        Metric("alarm/sharpness_ratio", "1", "Sharpness divided by ground truth's.",
+               "1 is right; far above 1 is texture that pleases CLIP."),
+        Metric("alarm/saturation_shift", "1", "Mean saturation (0…1) minus ground truth's.",
+               "0 is right; drift in one direction is a colour hack."),
+        Metric("alarm/caption_truncated", "ratio", "Captions longer than CLIP's text limit.",
+               "Above 0: CLIP judges only the beginning."),
+        Metric("alarm/corr_<a>_<b>", "−1…1",
+               "Pearson correlation of two reward components over the step's trajectories.",
+               "Towards −1 one component is bought with the other."),
+        Metric("alarm/<name>_rel", "1",
+               "A figure of the clips relative to ground truth: motion, copy, sharpness or saturation.",
+               "1 is right."),
+    ),
+)
+
+POOLS = Family(
+    "Worker pools",
+    "`<pool>` is vlm, vdm or reward. The pool whose queue_wait_s grows is the one to give workers to.",
+    (
+        Metric("pool/<pool>/ready", "workers", "Workers that can serve now, with the current weights.",
+               "Below target for long: workers fail to start."),
+        Metric("pool/<pool>/target", "workers", "Workers that the pool should have.",
+               "What was configured or scaled to."),
+        Metric("pool/<pool>/queue_len", "requests", "Requests waiting for a worker when the step ended.",
+               "0 in synchronous runs."),
+        Metric("pool/<pool>/inflight", "requests", "Requests inside workers when the step ended.",
+               "0 in synchronous runs."),
+        Metric("pool/<pool>/done", "requests", "Requests answered since the start.", "Grows steadily."),
+        Metric("pool/<pool>/queue_wait_s", "s", "From submission to dispatch, moving average.",
+               "The bottleneck's is the longest."),
+        Metric("pool/<pool>/service_s", "s", "From dispatch to answer of one call, moving average.",
+               "What a worker needs; the planner reads it."),
+        Metric("pool/<pool>/queue_wait_total_s", "s", "Sum of all queue waits since the start.",
+               "Divide by done for the mean."),
+        Metric("pool/<pool>/service_total_s", "s", "Sum of all calls' times since the start.",
+               "Worker seconds spent."),
+        Metric("pool/<pool>/batch_mean", "requests", "Requests per call.",
+               "Far below max_batch: batches do not fill."),
+        Metric("pool/<pool>/busy_ratio", "ratio", "Share of workers with a call under way, over about 30 s.",
+               "Near 1 add workers, near 0 take some away."),
+        Metric("pool/<pool>/version", "version", "Weights version that the pool serves.",
+               "Follows the learner in the trained pool, stays in the frozen one."),
+        Metric("pool/<pool>/retries", "requests",
+               "Requests sent again after an infrastructure failure, since the start.",
+               "Should be 0; they cost time, not samples."),
+        Metric("pool/<pool>/restarts", "workers", "Workers replaced since the start.",
+               "Should be 0; the run stops above max_restarts."),
+    ),
+)
+
+REST = Family(
+    "Data and time",
+    "Seconds are wall seconds of the driver.",
+    (
+        Metric("data/quarantined", "rows", "Rows that could not be decoded, since the start.",
+               "The reasons are in the quarantine table; the run stops above data.max_quarantine_ratio."),
+        Metric("time/step_s", "s", "One step: waiting for its rollout, update and publication.", "1/throughput."),
+        Metric("time/rollout_s", "s", "From drawing the step's samples to its last score.",
+               "The larger part; see the pools for where it goes."),
+        Metric("time/wait_s", "s", "How long the learner waited for the rollout.",
+               "Near rollout_s when synchronous, near 0 when staleness hides it."),
+        Metric("time/update_s", "s", "The learner group's update.", "Scales with ranks."),
+        Metric("time/publish_s", "s", "New weights from the learner into every worker of the pool.",
+               "Seconds; grows with full weights."),
+        Metric("time/checkpoint_s", "s", "Writing a checkpoint.", "Compare with the time between checkpoints."),
+        Metric("tracking/spooled", "records",
+               "Tracking records kept in the local spool because the store could not be reached.",
+               "Returns to 0 when the store is back."),
+        Metric("system/<name>", "as named", "Machine figures that MLflow samples itself, where switched on.",
+               "See MLflow's documentation."),
+    ),
+)
+
+TRAINING = Family(
+    "Supervised training",
+    "`vans pretrain` and `vans sft`; `<part>` is vae, clip, vdm or vlm.",
+    (
+        Metric("sft/<name>", "as named", "A figure of the supervised loss or its parts.",
+               "loss falls; compare with the value on held-out samples."),
+        Metric("pretrain/<part>/<name>", "as named", "A figure of pretraining one part of the tiny pair.",
+               "loss falls."),
+    ),
+)
+
+EVAL = Family(
+    "Evaluation",
+    "On held-out samples, by `vans evaluate` or at the end of a stage. In MLflow the name may carry the system: "
+    "`eval/<system>/<metric>`.",
+    (
+        Metric("eval/<metric>", "as named",
+               "ROUGE-L, BLEU, CLIP-V, CLIP-T, Fréchet distance (named after its extractor), follow, drawable, "
+               "format.",
+               "The figures that count; higher is better except for Fréchet distances."),
+        Metric("eval/<system>/<metric>", "as named", "The same for one of several systems.",
+               "Compare systems on the same samples only."),
+    ),
+)
+
+# fmt: on
+
+FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, REST, TRAINING, EVAL)
+
+
+@cache
+def find(name: str) -> Metric | None:
+    """Return the entry that declares ``name``, the most literal one first; None where no entry does."""
+    matching = [m for family in FAMILIES for m in family.metrics if m.pattern.fullmatch(name)]
+    return min(matching, key=lambda metric: metric.name.count("<"), default=None)
+
+
+def glossary() -> str:
+    """Return ``docs/metrics.md``."""
+    lines = [
+        "# Metrics",
+        "",
+        "What a run logs to MLflow: name, unit, meaning, and how to read it. Written by",
+        "`python -m pipeline.tracking.metrics > docs/metrics.md` from `pipeline/tracking/metrics.py`, and held to it by a test.",
+        "`<…>` stands for any part of a name; a ratio lies in 0…1.",
+    ]
+    for family in FAMILIES:
+        lines += [
+            "",
+            f"## {family.title}",
+            "",
+            family.about,
+            "",
+            "| metric | unit | meaning | how to read it |",
+            "|---|---|---|---|",
+        ]
+        for metric in family.metrics:
+            cells = (f"`{metric.name}`", metric.unit, metric.meaning, metric.reading)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(glossary(), end="")
