@@ -1,0 +1,322 @@
+"""The VLM's sampler: vLLM, with our prompt, our banned tokens, and a weights version on every completion.
+
+Responsible for: turning a :class:`CompletionRequest` into completions, and for switching weights without mixing versions. Not
+responsible for: how vLLM is run (``actors.vlm.backends``), Ray (``actors.vlm.worker``), log-probabilities for training
+(``actors.vlm.policy``, which agrees with this one).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.failures import BadSampleError, InfrastructureError
+from actors.records import Completion, CompletionRequest, Weights
+from actors.vlm.backends import AsyncBackend, Backend, InProcessBackend
+from actors.vlm.inputs import check_frames, video_metadata
+from actors.vlm.prompt import BAN_BIAS, banned_token_ids, render_prompt
+
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How to run vLLM. ``lora_rank`` 0 means that full weights are published; otherwise the largest adapter rank."""
+
+    model_path: str
+    dtype: str = "float32"
+    max_model_len: int = 512
+    kv_cache_mib: int | None = 256
+    gpu_memory_utilization: float = 0.85
+    tensor_parallel: int = 1
+    enforce_eager: bool = True
+    lora_rank: int = 0
+    adapter: str | None = None  # PEFT folder that is part of the base weights (version 0)
+    in_process: bool | None = None  # None: in this process without a GPU, in vLLM's own processes with one
+    max_num_seqs: int = 256
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Adapter:
+    """One LoRA version that vLLM may still be serving."""
+
+    request: Any  # vllm LoRARequest
+    folder: Path
+    users: int = 0
+    retired: bool = False
+
+
+class VlmEngine:
+    """Samples completions; one event loop, any number of concurrent :meth:`generate` calls (vLLM batches them)."""
+
+    def __init__(self, spec: EngineSpec):
+        self.spec = spec
+        self.version = 0
+        self._backend: Backend | None = None
+        self._adapter: _Adapter | None = None
+        self._lora_ids = 0
+        self._full = False  # the live model's weights are no longer the folder's
+        self._folder: Path | None = None
+
+    async def start(self) -> None:
+        """Load the model. Raises InfrastructureError where another attempt may succeed; see the message otherwise."""
+        _prepare_environment(self.spec)
+        from transformers import AutoConfig, AutoProcessor
+
+        self.processor = AutoProcessor.from_pretrained(self.spec.model_path)
+        config: Any = AutoConfig.from_pretrained(self.spec.model_path)
+        banned = banned_token_ids(self.processor.tokenizer, int(config.text_config.vocab_size))
+        self._bias = dict.fromkeys(banned, BAN_BIAS)
+        self._folder = Path(tempfile.mkdtemp(prefix="vans-vlm-", dir=_memory_folder()))
+        backend = InProcessBackend if _in_process(self.spec) else AsyncBackend
+        self._backend = backend(_engine_args(self.spec))
+        await self._backend.start()
+        await self._serve_base()
+
+    @property
+    def backend(self) -> Backend:
+        """The running backend; InfrastructureError before :meth:`start` and after :meth:`close`."""
+        if self._backend is None:
+            raise InfrastructureError("the VLM engine is not started")
+        return self._backend
+
+    async def generate(self, request: CompletionRequest) -> list[Completion]:
+        """Return ``request.n`` completions; completion i is drawn with seed ``request.seed + i``. Temperature 0 is greedy.
+
+        Raises:
+            BadSampleError: frames or question cannot be used, or the prompt leaves no room in the context.
+            InfrastructureError: the engine died.
+        """
+        check_frames(request.frames)
+        prompt = {
+            "prompt": render_prompt(self.processor, request.question),
+            "multi_modal_data": {
+                "video": (
+                    request.frames,
+                    {**video_metadata(request.frames, request.fps), "do_sample_frames": False},
+                )
+            },
+        }
+        adapter, version = self._adapter, self.version
+        if adapter is not None:
+            adapter.users += 1
+        try:
+            output = await self.backend.generate(prompt, self._sampling(request), adapter and adapter.request)
+        except ValueError as error:  # vLLM's validation errors are ValueErrors too
+            raise BadSampleError(f"sample {request.sample_id!r} cannot be completed: {error}") from error
+        finally:
+            if adapter is not None:
+                adapter.users -= 1
+                await self._sweep(adapter)
+        completions = [_completion(o, version) for o in sorted(output.outputs, key=lambda o: o.index)]
+        return completions * request.n if request.temperature == 0 else completions
+
+    async def load(self, weights: Weights | None, version: int | None = None) -> int:
+        """Serve ``weights`` (None: those of the model folder) from now on, and return their version.
+
+        Requests that are running keep an adapter they began with; full weights wait for them.
+        """
+        if weights is None:
+            await self._serve_base()
+        elif weights.kind == "lora":
+            await self._serve_adapter(weights)
+        else:
+            await self._reload(weights)
+        self.version = version if version is not None else (0 if weights is None else weights.version)
+        return self.version
+
+    async def weights_hash(self) -> str:
+        """Return the hash of the base weights in the engine's memory, and the version served."""
+        return f"{await self.base_hash()}:{self.version}"
+
+    async def base_hash(self) -> str:
+        """Return the hash of the base (frozen) weights in the engine's memory."""
+        return str(await self.backend.rpc("vans_base_hash"))
+
+    def check(self) -> None:
+        """Raise InfrastructureError if the engine is dead."""
+        self.backend.check()
+
+    def close(self) -> None:
+        """End the engine; its folder of adapters is removed."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    # --- weights ---
+
+    async def _serve_base(self) -> None:
+        if self._full:
+            from safetensors.torch import save_file
+
+            from actors.vlm.policy import load_model
+
+            assert self._folder is not None
+            path = self._folder / "base.safetensors"
+            model, _ = load_model(self.spec.model_path, "float32")
+            save_file({k: v.clone() for k, v in model.state_dict().items()}, str(path))
+            await self._reload_file(path)
+            self._full = False
+        if self.spec.adapter is not None:
+            from actors.weights import read_adapter
+
+            await self._serve_adapter(read_adapter(self.spec.adapter, 0))
+        else:
+            await self._switch(None)
+
+    async def _serve_adapter(self, weights: Weights) -> None:
+        from vllm.lora.request import LoRARequest
+
+        from actors.weights import write_adapter
+
+        rank = int(weights.adapter_config.get("r", 0))
+        if rank > self.spec.lora_rank:
+            raise ValueError(
+                f"an adapter of rank {rank} was published to an engine started with lora_rank={self.spec.lora_rank}; "
+                "start the VLM pool with the rank of the run (stage1.lora.rank)"
+            )
+        assert self._folder is not None
+        # An id of its own for every load: vLLM keeps adapters and prefix caches by id and name.
+        self._lora_ids += 1
+        name = f"v{weights.version}-{self._lora_ids}"
+        folder = write_adapter(weights, self._folder / name)
+        await self._switch(_Adapter(LoRARequest(name, self._lora_ids, str(folder)), Path(folder)))
+
+    async def _switch(self, adapter: _Adapter | None) -> None:
+        old, self._adapter = self._adapter, adapter
+        if old is not None:
+            old.retired = True
+            await self._sweep(old)
+
+    async def _sweep(self, adapter: _Adapter) -> None:
+        """Remove a retired adapter once nobody uses it; until then vLLM may read its folder again."""
+        if adapter.retired and adapter.users == 0 and adapter.folder.exists():
+            shutil.rmtree(adapter.folder, ignore_errors=True)
+            await self.backend.remove_lora(adapter.request.lora_int_id)
+
+    async def _reload(self, weights: Weights) -> None:
+        from safetensors.torch import save_file
+
+        from actors.weights import as_tensors
+
+        if self.spec.lora_rank:
+            raise ValueError("full weights were published to an engine started for LoRA; start it with lora_rank=0")
+        assert self._folder is not None
+        path = self._folder / f"full-{weights.version}.safetensors"
+        save_file(as_tensors(weights), str(path))
+        await self._reload_file(path)
+        self._full = True
+
+    async def _reload_file(self, path: Path) -> None:
+        try:
+            await self.backend.rpc("vans_reload", str(path), exclusive=True)
+        finally:
+            path.unlink(missing_ok=True)
+
+    # --- requests ---
+
+    def _sampling(self, request: CompletionRequest) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        greedy = request.temperature == 0
+        return SamplingParams(
+            n=1 if greedy else request.n,
+            temperature=request.temperature,
+            top_p=1.0,
+            top_k=0,
+            seed=None if greedy else request.seed % (1 << 62),
+            max_tokens=request.max_tokens,
+            logprobs=0,
+            logit_bias=self._bias,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def _completion(output: Any, version: int) -> Completion:
+    ids = np.asarray(output.token_ids, dtype=np.int32)
+    logprobs = [entry[int(token)].logprob for entry, token in zip(output.logprobs, ids, strict=True)]
+    return Completion(
+        text=output.text,
+        token_ids=ids,
+        logprobs=np.asarray(logprobs, dtype=np.float32),
+        finish_reason=str(output.finish_reason),
+        weights_version=version,
+    )
+
+
+def _engine_args(spec: EngineSpec) -> dict[str, Any]:
+    args: dict[str, Any] = {
+        "model": spec.model_path,
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_model_len,
+        "gpu_memory_utilization": spec.gpu_memory_utilization,
+        "tensor_parallel_size": spec.tensor_parallel,
+        "enforce_eager": spec.enforce_eager,
+        "max_num_seqs": spec.max_num_seqs,
+        "limit_mm_per_prompt": {"video": 1, "image": 0},
+        "skip_mm_profiling": True,
+        "mm_processor_cache_gb": 1.0,
+        # The log-probabilities of the distribution that was sampled from: after the ban and the temperature.
+        "logprobs_mode": "processed_logprobs",
+        # The folder's generation_config must not bend top_p or penalties behind our back.
+        "generation_config": "vllm",
+        "worker_extension_cls": "actors.vlm.extension.WeightsExtension",
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if spec.kv_cache_mib is not None:
+        args["kv_cache_memory_bytes"] = spec.kv_cache_mib << 20
+    if not _on_gpu():
+        # On a CPU, vLLM 0.32 dies of a seeded request whose prompt is prefilled in chunks ("CPU Generator does not use
+        # offset"), so prompts are prefilled whole.
+        args["enable_chunked_prefill"] = False
+        args["max_num_batched_tokens"] = max(4096, spec.max_model_len)
+    if spec.lora_rank:
+        args["enable_lora"] = True
+        args["max_lora_rank"] = next(r for r in _LORA_RANKS if r >= spec.lora_rank)
+        args["max_loras"] = 2  # a new version is served while requests of the old one finish
+    return args
+
+
+def _in_process(spec: EngineSpec) -> bool:
+    if spec.in_process is not None:
+        return spec.in_process
+    return spec.tensor_parallel == 1 and not _on_gpu()
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _prepare_environment(spec: EngineSpec) -> None:
+    """Set what vLLM and torch read when they are imported; a value that is already set wins, ``spec.env`` over both."""
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if spec.enforce_eager:
+        defaults["TORCH_COMPILE_DISABLE"] = "1"  # first batch 15 s → 0.5 s on a CPU
+    if _in_process(spec):
+        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ.update(spec.env)
+
+
+def _memory_folder() -> str | None:
+    shared = Path("/dev/shm")  # noqa: S108 - tmpfs where there is one; the folder in it is private
+    return str(shared) if shared.is_dir() and os.access(shared, os.W_OK) else None
