@@ -64,7 +64,7 @@ def encode_mp4(frames: np.ndarray, fps: float, near_lossless: bool = True) -> by
 
     ``frames``: uint8 (T, H, W, 3) RGB, T ≥ 1. ``near_lossless`` keeps full colour resolution (yuv444p, for datasets of
     small clips); otherwise yuv420p at ordinary quality, which every browser plays, where odd sizes gain one repeated
-    row or column.
+    row or column. Near lossless means that the codec loses nothing and RGB → YUV → RGB rounds by 2 or 3 levels at most.
     Raises DataError for another shape, dtype or rate.
     """
     frames = np.asarray(frames)
@@ -77,7 +77,7 @@ def encode_mp4(frames: np.ndarray, fps: float, near_lossless: bool = True) -> by
     buffer = io.BytesIO()
     # Bit-exact flags leave the library's version out of the file, so that datasets can be compared by hash.
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        quality = {"crf": "2", "preset": "medium"} if near_lossless else {"crf": "18", "preset": "veryfast"}
+        quality = {"crf": "0", "preset": "medium"} if near_lossless else {"crf": "18", "preset": "veryfast"}
         options = {**quality, "x264-params": "threads=1"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = frames.shape[1:3]

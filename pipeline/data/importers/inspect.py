@@ -46,7 +46,7 @@ class DatasetReport:
 def inspect(folder: str | Path, sheet: str | Path | None = None, *, rows: int = 8) -> DatasetReport:
     """Read the dataset in ``folder`` and write a contact sheet of ``rows`` rows spread evenly over it.
 
-    ``sheet``: the PNG, by default ``contact_sheet.png`` beside the shards. Raises DataError where there are no shards.
+    ``sheet``: the PNG, by default ``_contact_sheet.png`` beside the shards. Raises DataError where there are no shards.
     """
     folder = Path(folder)
     shards = shard_paths(folder)
@@ -70,7 +70,7 @@ def inspect(folder: str | Path, sheet: str | Path | None = None, *, rows: int = 
     lengths = np.repeat([len(text.split()) for text in captions], list(captions.values()))
     report.questions, report.captions = len(questions), len(captions)
     report.caption_words = (int(lengths.min()), float(lengths.mean()), int(lengths.max()))
-    _look(report, shards, [footer.num_rows for footer in footers], rows, Path(sheet or folder / "contact_sheet.png"))
+    _look(report, shards, [footer.num_rows for footer in footers], rows, Path(sheet or folder / "_contact_sheet.png"))
     return report
 
 

@@ -63,7 +63,7 @@ def import_jsonl(
 ) -> ImportReport:
     """Write the entries of ``manifest``, with the clips that they name under ``clips``, as Parquet shards in ``out``.
 
-    Lines that fail are listed with their reasons in ``out/rejected.csv``. Raises DataError when nothing could be
+    Lines that fail are listed with their reasons in ``out/_rejected.csv``. Raises DataError when nothing could be
     imported.
     """
     path = Path(manifest)

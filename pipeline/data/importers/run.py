@@ -17,7 +17,7 @@ from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span, load_clip
 from pipeline.data.schema import Row, ShardWriter
 
-REJECTED = "rejected.csv"
+REJECTED = "_rejected.csv"  # readers of Parquet folders pass over names that begin with an underscore
 _PREDICTIVE = re.compile(
     r"\bwhat\s+(if|happens?|will|would|might|could)\b|\bif\b|\bhappens?\b|\bpredict", re.IGNORECASE
 )
@@ -89,7 +89,7 @@ def run_import(
     workers: int | None = None,
     quiet: bool = False,
 ) -> ImportReport:
-    """Write the candidates whose clips load to shards in ``out``, the others to ``out/rejected.csv``, in their order.
+    """Write the candidates whose clips load to shards in ``out``, the others to ``out/_rejected.csv``, in their order.
 
     ``workers`` threads decode (default: one a core, 8 at most). Prints a summary unless ``quiet``. Raises DataError
     when the clips folder is missing, ``out`` holds a dataset already, or no row could be imported.

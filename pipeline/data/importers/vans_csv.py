@@ -32,7 +32,7 @@ def import_vans(
     """Write the rows of ``csvs``, with the clips that they name under ``clips``, as Parquet shards in ``out``.
 
     ``kind``: of all rows, or None to infer it from each question (what-if and what-happens questions are predictive).
-    Rows that fail are listed with their reasons in ``out/rejected.csv``. Raises DataError for a file that is not such a
+    Rows that fail are listed with their reasons in ``out/_rejected.csv``. Raises DataError for a file that is not such a
     CSV, and when nothing could be imported.
     """
     if kind is not None and kind not in KINDS:
