@@ -1,0 +1,17 @@
+"""One elastic pool for all kinds of workers: queue, batches, deadlines, retries, replacement, resizing, weights versions."""
+
+from actors.pool.errors import PoolFailed, SampleFailed, WorkerBug
+from actors.pool.pool import WorkerPool
+from actors.pool.protocol import WorkerInfo, worker_info
+from actors.pool.spec import PoolSpec, PoolStats
+
+__all__ = [
+    "PoolFailed",
+    "PoolSpec",
+    "PoolStats",
+    "SampleFailed",
+    "WorkerBug",
+    "WorkerInfo",
+    "WorkerPool",
+    "worker_info",
+]

@@ -327,12 +327,13 @@ class Dispatcher:
             if not free or (len(self._queue) < self.spec.max_batch and now < oldest + self.spec.max_wait_s):
                 return
             size = min(self.spec.max_batch, math.ceil(len(self._queue) / len(free)))
+            sent = 0
             for worker in free:
                 batch = self._take(worker, size)
                 if batch:
                     self._send(worker, batch, now)
-                    break
-            else:
+                    sent += 1
+            if not sent:
                 return  # what waits avoids every free worker; another one is on its way
 
     def _take(self, worker: Worker, size: int) -> list[_Ticket]:

@@ -65,7 +65,8 @@ class WorkerPool:
     async def start(self) -> None:
         """Start all workers together; return when all serve (or, after ``start_timeout_s``, those that found room).
 
-        Raises PoolFailed or WorkerBug when the pool cannot start; it is closed then.
+        When the pool cannot start it is closed, and raises PoolFailed (machines, or a VansError in the worker's ``setup``) or
+        WorkerBug (any other error there).
         """
         try:
             await self.resize(self.spec.workers, wait=True)
@@ -81,6 +82,8 @@ class WorkerPool:
             WorkerBug: our code raised in the worker; carries its traceback.
             PoolFailed: infrastructure failed more often than the limits allow, or the pool is closed.
         """
+        if self._core.target == 0:
+            raise PoolFailed(f"pool {self.name} has not been started")
         ticket = self._core.submit(self._now())
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._requests[ticket], self._futures[ticket] = request, future
@@ -349,7 +352,9 @@ class WorkerPool:
         now = self._now()
         log.warning("pool %s: %s failed at %s: %s", self.name, self._who(name), what, error)
         match error:
-            case WorkerRaised() if error.failure.kind != "infrastructure" and fatal:
+            case WorkerRaised() if fatal and error.for_people:
+                self._core.fail(PoolFailed(f"pool {self.name}: {what} of worker {name} failed. {error}"))
+            case WorkerRaised() if fatal and error.failure.kind != "infrastructure":
                 self._core.fail(WorkerBug(f"{self._who(name)}: {what} raised {error}", error.failure.traceback))
             case WorkerUnreachable():
                 self._core.suspected(name, str(error), now, call)

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
 from actors.failures import Failure, classify
-from cluster.errors import WorkerTimeoutError
+from cluster.errors import VansError, WorkerTimeoutError
 
 
 class WorkerGone(Exception):
@@ -26,11 +26,15 @@ class WorkerUnreachable(Exception):
 
 
 class WorkerRaised(Exception):
-    """The method raised; ``failure`` says of which class, with the worker's traceback."""
+    """The method raised; ``failure`` says of which class, with the worker's traceback.
 
-    def __init__(self, failure: Failure) -> None:
+    ``for_people``: it was raised on purpose, and its message says what to do (a missing model, say); no traceback needed.
+    """
+
+    def __init__(self, failure: Failure, for_people: bool = False) -> None:
         super().__init__(failure.message)
         self.failure = failure
+        self.for_people = for_people
 
 
 async def ask(
@@ -75,7 +79,8 @@ def translate(error: RayError) -> Exception:
         cause = error.cause if isinstance(error.cause, Exception) else error
         # A Ray error inside the worker: an argument or a payload was lost, not our code.
         kind = "infrastructure" if isinstance(cause, RayError) and cause is not error else classify(cause)
-        return WorkerRaised(Failure(kind, f"{type(cause).__name__}: {cause}", str(error)))
+        failure = Failure(kind, f"{type(cause).__name__}: {cause}", str(error))
+        return WorkerRaised(failure, for_people=isinstance(cause, VansError))
     return WorkerUnreachable(f"{type(error).__name__}: {_short(str(error))}")
 
 

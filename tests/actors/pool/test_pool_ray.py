@@ -19,6 +19,7 @@ from actors.pool.pool import WorkerPool
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.pool.spec import PoolSpec
 from actors.pool.state import S
+from cluster.errors import CheckpointError
 from cluster.names import slot_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -77,11 +78,22 @@ class Squarer:
 
 class Broken(Squarer):
     def setup(self) -> WorkerInfo:
-        raise FileNotFoundError("model folder 'nowhere' does not exist")
+        raise ZeroDivisionError("setup divides by zero")
+
+
+class NoModel(Squarer):
+    def setup(self) -> WorkerInfo:
+        raise CheckpointError("model folder 'nowhere' does not exist")
 
 
 def make_pool(folder: Path, cls: type = Squarer, cpus: float = 0.5, **limits: Any) -> WorkerPool:
-    spec = {"workers": 2, "max_batch": 4, "start_timeout_s": 60.0, "request_timeout_s": 30.0, "probe_every_s": 1.0} | limits
+    spec = {
+        "workers": 2,
+        "max_batch": 4,
+        "start_timeout_s": 60.0,
+        "request_timeout_s": 30.0,
+        "probe_every_s": 1.0,
+    } | limits
     actor = ray.remote(cls)
 
     def make(name: str) -> Any:
@@ -143,7 +155,10 @@ def test_hung_worker_is_named_killed_and_replaced(tmp_path: Path, caplog: pytest
             assert [value for value, _, _ in await work] == [n * n for n in range(6)]
             await until(lambda: ready(pool) == ["sq-0", "sq-1.2"])
             node = pool.infos()["sq-0"].node
-            assert f"worker sq-1 of pool sq (on node {node}, pid {pids['sq-1']}) did not answer process() within 1.5 s" in caplog.text
+            assert (
+                f"worker sq-1 of pool sq (on node {node}, pid {pids['sq-1']}) did not answer process() within 1.5 s"
+                in caplog.text
+            )
 
     run(story)
 
@@ -157,7 +172,9 @@ def test_new_weights_wait_for_calls_under_way_and_bind_all_later_requests(tmp_pa
             await asyncio.sleep(0)
             after = [asyncio.create_task(pool.submit((n, 0.0, ""))) for n in range(8)]
             assert [(value, version) for value, version, _ in await asyncio.gather(*before)] == [(0, 0), (1, 0)]
-            assert [(value, version) for value, version, _ in await asyncio.gather(*after)] == [(n * n + 10, 1) for n in range(8)]
+            assert [(value, version) for value, version, _ in await asyncio.gather(*after)] == [
+                (n * n + 10, 1) for n in range(8)
+            ]
             await weights
             await pool.set_weights(2, None)
             assert (await pool.submit((3, 0.0, "")))[:2] == (9, 2)
@@ -224,11 +241,16 @@ def test_bounds_and_broken_workers_end_in_a_clear_error(tmp_path: Path) -> None:
         with pytest.raises(PoolFailed):
             await pool.submit((5, 0.0, ""))
         await pool.close()
-        with pytest.raises(WorkerBug, match="model folder 'nowhere' does not exist"):
-            await make_pool(tmp_path, Broken).start()
+        with pytest.raises(WorkerBug, match="divides by zero"):
+            await make_pool(tmp_path, Broken, workers=1).start()
+        with pytest.raises(PoolFailed, match="model folder 'nowhere' does not exist"):
+            await make_pool(tmp_path, NoModel, workers=1).start()
         began = time.monotonic()
+        homeless = make_pool(tmp_path, cpus=1000.0, start_timeout_s=1.0)
+        with pytest.raises(PoolFailed, match="not been started"):
+            await homeless.submit((1, 0.0, ""))
         with pytest.raises(PoolFailed, match="no worker could be placed"):
-            await make_pool(tmp_path, cpus=1000.0, start_timeout_s=1.0).start()
+            await homeless.start()
         assert time.monotonic() - began < 5
 
     run(story)

@@ -1,0 +1,61 @@
+"""The worker's state machine: the way into READY leads through the current weights, and there is no other."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from actors.pool.state import TRANSITIONS, IllegalTransition, S, Worker, WorkerState
+
+
+def paths_to_ready(start: WorkerState) -> list[list[WorkerState]]:
+    """All simple paths from ``start`` to READY."""
+    found, open_paths = [], [[start]]
+    while open_paths:
+        path = open_paths.pop()
+        for state in TRANSITIONS[path[-1]]:
+            if state is S.READY:
+                found.append([*path, state])
+            elif state not in path:
+                open_paths.append([*path, state])
+    return found
+
+
+@pytest.mark.parametrize("start", [state for state in WorkerState if state not in (S.READY, S.RETIRED)])
+def test_every_way_to_ready_ends_with_stale(start: WorkerState) -> None:
+    paths = paths_to_ready(start)
+    assert paths and all(path[-2] is S.STALE for path in paths)
+
+
+def test_a_retired_worker_stays_retired() -> None:
+    assert not TRANSITIONS[S.RETIRED]
+
+
+@pytest.mark.parametrize("state", [S.STARTING, S.DEAD, S.RESTARTING, S.SUSPECT, S.RETIRED])
+def test_no_direct_transition_into_service(state: WorkerState) -> None:
+    worker = Worker("vdm", 0, state=state)
+    with pytest.raises(IllegalTransition, match=f"vdm-0: {state} → ready"):
+        worker.move(S.READY)
+    assert worker.state is state
+
+
+def test_life_of_a_worker_that_dies_once() -> None:
+    worker = Worker("vdm", 2)
+    seen = [worker.state]
+    worker.started()
+    seen.append(worker.state)
+    worker.loaded(4, current=5)  # weights moved on while it loaded
+    assert worker.state is S.STALE and worker.version == 4
+    worker.loaded(5, current=5)
+    seen.append(worker.state)
+    for state in (S.SUSPECT, S.DEAD):
+        worker.move(state)
+        seen.append(state)
+    worker.restart(not_before=3.0)
+    seen.append(worker.state)
+    assert worker.version is None and worker.name == "vdm-2.2"  # a new process, whose weights are unknown
+    worker.started()
+    seen.append(worker.state)
+    assert seen == [S.STARTING, S.STALE, S.READY, S.SUSPECT, S.DEAD, S.RESTARTING, S.STALE]
+    assert all(b in TRANSITIONS[a] for a, b in pairwise(seen))
