@@ -1,0 +1,229 @@
+"""The train loop that Ray Train runs on every rank: FSDP2, AdamW, moving average, checkpoints, export.
+
+Responsible for one rank's loop. Not responsible for the loss (the policies), data order (``items``), or the driver
+(``run``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import tempfile
+import time
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from actors.learner.rank import POLICIES
+from actors.learner.sharding import gather_state, shard, sync_gradients
+from actors.learner.spec import OptimSpec, learning_rate
+from actors.learner.trainable import LoraSpec, torch_dtype, trainable_parameters
+from actors.records import derive_seed
+from cluster.errors import TrainingError
+from pipeline.sft.items import Items
+from pipeline.sft.settings import SftSettings
+
+
+def load_policy(kind: str, model: str, settings: SftSettings, samples: int, device: torch.device) -> Any:
+    """Load the policy of ``kind`` unsharded, with caches as large as the dataset where that is kept in memory."""
+    target, _, name = POLICIES[kind].partition(":")
+    lora = None
+    if settings.lora_rank:
+        lora = LoraSpec(settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
+    options: dict[str, Any] = {"cache_bytes": settings.cache_mib * 2**20, "reference_frames": settings.reference_frames}
+    if kind == "vlm":
+        fits = samples * settings.shape.row_bytes <= settings.cache_mib * 2**20
+        options = {"fps": settings.shape.fps, "cache_size": samples if fits else 64}
+    return getattr(importlib.import_module(target), name).load(
+        model,
+        dtype="float32",
+        lora=lora,
+        adapter=settings.adapter,
+        device=str(device),
+        **(options | settings.policy_kwargs),
+    )
+
+
+class Average:
+    """Exponential moving average of (sharded) parameters; ``swap`` exchanges it with them."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.values = [_local(p).clone() for p in parameters]
+
+    def update(self, step: int) -> None:
+        """Take in the parameters after ``step``; early steps weigh more, so that the random start is forgotten."""
+        weight = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
+        torch._foreach_lerp_(self.values, [_local(p) for p in self.parameters], weight)
+
+    def swap(self) -> None:
+        """Exchange the parameters with their average."""
+        for parameter, value in zip(self.parameters, self.values):
+            local = _local(parameter)
+            held = local.clone()
+            local.copy_(value)
+            value.copy_(held)
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    value = parameter.detach()
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+class Loop:
+    """One rank's training state."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.kind, self.model, self.out = config["kind"], config["model"], config["out"]
+        self.settings: SftSettings = config["settings"]
+        self.total, self.samples = config["total_steps"], config["samples"]
+        settings, context = self.settings, ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        torch.set_num_threads(max(1, int(settings.cpus)))
+        self.policy = load_policy(self.kind, self.model, settings, self.samples, self.device)
+        mesh: DeviceMesh = init_device_mesh(self.device.type, (self.world,))
+        dtype = torch_dtype(settings.dtype)
+        self.nets = nn.ModuleDict({"module": self.policy.module})
+        shard(self.policy.module, self.policy.fsdp_units, mesh, dtype, settings.activation_checkpointing)
+        if settings.train_text_encoder:
+            encoder = self.policy.train_text_encoder()
+            shard(encoder, [], mesh, dtype, False)
+            self.nets["text_encoder"] = encoder
+        self.parameters = trainable_parameters(self.nets)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+        )
+        self.optim = OptimSpec(lr=settings.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)
+        self.average = Average(self.parameters, settings.ema) if settings.ema > 0 else None
+        self.step = self.skipped = 0
+        torch.manual_seed(derive_seed("sft", settings.seed, self.rank))
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: list[tuple[Any, ...]]) -> tuple[float, float]:
+        """Run one optimizer step; returns this rank's loss and the global gradient norm."""
+        settings, total = self.settings, 0.0
+        size = settings.micro_batch or len(batch)
+        parts = [batch[i : i + size] for i in range(0, len(batch), size)]
+        for k, part in enumerate(parts):
+            for net in self.nets.values():
+                sync_gradients(net, k == len(parts) - 1)
+            loss, _ = self.policy.sft_loss(part)
+            share = len(part) / len(batch)
+            (loss * share).backward()
+            total += float(loss.detach()) * share
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm, foreach=True)
+        norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # equal on all ranks
+        if math.isfinite(norm_value):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.optim, self.step, self.total)
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.step)
+        else:
+            self.skipped += 1
+            if self.skipped > settings.max_skipped_steps:
+                raise TrainingError(
+                    f"sft {self.kind}: {self.skipped} steps had a non-finite gradient (loss {total}), more than "
+                    f"max_skipped_steps={settings.max_skipped_steps}; lower the learning rate (now {settings.lr:g})"
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total, norm_value
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(
+            self.nets, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
+        )
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "counters": {"step": self.step}}
+        if self.average is not None:
+            state["average"] = {
+                str(i): DTensor.from_local(v, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                for i, (v, p) in enumerate(zip(self.average.values, self.parameters))
+                if isinstance(p, DTensor)
+            }
+        return state
+
+    def save(self, metrics: dict[str, float]) -> None:
+        """Report ``metrics`` with a distributed checkpoint; Ray Train merges the ranks' files into one folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            dcp.save(self._state(), checkpoint_id=folder)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def restore(self, checkpoint: ray.train.Checkpoint) -> None:
+        """Continue from a checkpoint of this run, by any number of ranks."""
+        with checkpoint.as_directory() as folder:
+            state = self._state()
+            dcp.load(state, checkpoint_id=folder)
+            options = StateDictOptions(ignore_frozen_params=True, strict=False)
+            set_state_dict(
+                self.nets,
+                self.optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+                options=options,
+            )
+        self.step = state["counters"]["step"]
+
+    def export(self) -> None:
+        """Write the (averaged) weights as an ordinary folder, on rank 0."""
+        if self.average is not None:
+            self.average.swap()
+        states = {n: gather_state(net, trainable_only=self.settings.lora_rank > 0) for n, net in self.nets.items()}
+        if self.rank == 0:
+            policy = self.policy
+            if "text_encoder" in states:  # a whole encoder to save, beside the sharded one
+                policy = load_policy(self.kind, self.model, self.settings, 0, torch.device("cpu"))
+                policy.train_text_encoder().load_state_dict(states["text_encoder"])
+            policy.export(self.out, states["module"])
+        torch.distributed.barrier()
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """Train to the last step, logging to the driver's mailbox; the entry point of Ray Train."""
+    loop = Loop(config)
+    settings = loop.settings
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+    items = Items(ray.train.get_dataset_shard("train"), loop.kind, settings, config["shards"], loop.rank, loop.samples)
+    losses: list[float] = []
+    metrics: dict[str, float] = {}
+    started = time.monotonic()
+    for batch in items.batches(loop.step) if loop.step < loop.total else ():
+        if not losses:
+            started = started if metrics else time.monotonic()  # the first batch waits for decoding
+        loss, norm = loop.train_step(batch)
+        losses.append(loss)
+        last = loop.step >= loop.total
+        if len(losses) == settings.log_every or last:
+            mean = torch.tensor([sum(losses) / len(losses), float(len(items.quarantined))], device=loop.device)
+            torch.distributed.all_reduce(mean)
+            metrics = {
+                "step": float(loop.step),
+                "loss": float(mean[0]) / loop.world,
+                "grad_norm": norm,
+                "lr": loop.optimizer.param_groups[0]["lr"],
+                "skipped": float(loop.skipped),
+                "quarantined": float(mean[1]),
+                "samples_per_s": settings.batch * len(losses) / max(time.monotonic() - started, 1e-9),
+            }
+            losses, started = [], time.monotonic()
+            if loop.rank == 0:
+                config["mailbox"].add.remote(metrics)
+        if settings.checkpoint_every and loop.step % settings.checkpoint_every == 0 and not last:
+            loop.save(metrics)
+        if last:
+            break
+    loop.save(metrics)
+    loop.export()

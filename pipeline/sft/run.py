@@ -1,0 +1,206 @@
+"""The driver of a supervised run: checks, Ray Train's ``TorchTrainer`` over Ray Data, figures back, ``sft.json``.
+
+Only this side may log to MLflow, through ``on_metrics``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import ray.data
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.errors import ConfigError, PlacementError, TrainingError, VansError
+from cluster.session import connect
+from pipeline.data.source import SampleSource
+from pipeline.sft.loop import train_loop
+from pipeline.sft.settings import SftResult, SftSettings
+
+OnMetrics = Callable[[int, dict[str, float]], None]
+
+
+class Mailbox:
+    """Ray actor that carries figures from rank 0 to the driver."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def add(self, row: dict[str, float]) -> None:
+        """Append one row."""
+        self.rows.append(row)
+
+    def since(self, count: int) -> list[dict[str, float]]:
+        """Return the rows after the first ``count``."""
+        return self.rows[count:]
+
+
+def run_sft(
+    kind: Literal["vlm", "vdm"],
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    settings: SftSettings | None = None,
+    *,
+    on_metrics: OnMetrics | None = None,
+) -> SftResult:
+    """Fine-tune ``model`` on the Parquet shards in ``data``; ``out`` becomes an ordinary model (or adapter) folder.
+
+    Joins the Ray of this process, or starts an embedded one. A run that was cut short continues from its last
+    checkpoint when it is called again with the same arguments.
+
+    Args:
+        kind: ``vlm`` (question and video to answer) or ``vdm`` (caption and reference frames to video).
+        model: transformers or diffusers folder, or hub name.
+        data: folder of VNEP shards.
+        out: folder to write; with more than one node, on storage that all nodes share.
+        settings: see :class:`SftSettings`.
+        on_metrics: called with (step, metrics) while training runs, from a thread of this process.
+
+    Raises:
+        ConfigError: contradictory arguments. DataError: no usable data. PlacementError: no room for the ranks.
+        TrainingError: training failed; the message has the rank's error.
+    """
+    settings = settings or SftSettings()
+    if kind not in ("vlm", "vdm"):
+        raise ConfigError(f"sft: kind {kind!r} must be vlm or vdm")
+    if settings.train_text_encoder and kind != "vdm":
+        raise ConfigError("sft: train_text_encoder is for the vdm; a vlm has no text encoder of its own")
+    target = Path(out).resolve()
+    source = Path(model).resolve() if Path(model).exists() else model
+    if target == source:
+        raise ConfigError(f"sft: out={target} is the model itself; write to another folder")
+    started = time.monotonic()
+    with connect():
+        shards = SampleSource(
+            data,
+            settings.shape,
+            seed=settings.seed,
+            decoders=settings.decoders,
+            max_quarantine_ratio=settings.max_quarantine_ratio,
+        )
+        total = settings.total_steps(shards.count)
+        check_room(settings)
+        target.mkdir(parents=True, exist_ok=True)
+        history = fit(kind, str(source), shards, target, settings, total, on_metrics)
+    if not history:
+        previous = target / "sft.json"  # every step had been done before: the figures are the earlier run's
+        history = json.loads(previous.read_text("utf-8"))["history"] if previous.is_file() else []
+    result = SftResult(
+        folder=target,
+        steps=total,
+        samples=shards.count,
+        quarantined=int(history[-1]["quarantined"]) if history else 0,
+        loss_first=history[0]["loss"] if history else float("nan"),
+        loss_last=history[-1]["loss"] if history else float("nan"),
+        history=history,
+        wall_s=time.monotonic() - started,
+    )
+    facts = asdict(result) | {"folder": target.name, "kind": kind, "model": str(model), "settings": asdict(settings)}
+    (target / "sft.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    return result
+
+
+def check_room(settings: SftSettings) -> None:
+    """Raise PlacementError where the cluster can never hold the ranks and decoders: Ray Train would wait for ever."""
+    have = ray.cluster_resources()
+    cpus = settings.ranks * settings.cpus + settings.decoders * 0.5
+    gpus = settings.ranks * settings.gpus
+    if cpus > have.get("CPU", 0.0) or gpus > have.get("GPU", 0.0):
+        raise PlacementError(
+            f"sft: {settings.ranks} ranks and {settings.decoders} decoders need {cpus:g} CPU and {gpus:g} GPU; the "
+            "cluster "
+            f"has {have.get('CPU', 0.0):g} CPU and {have.get('GPU', 0.0):g} GPU. Use fewer ranks, or smaller ones"
+        )
+
+
+def fit(
+    kind: str,
+    model: str,
+    source: SampleSource,
+    target: Path,
+    settings: SftSettings,
+    total: int,
+    on_metrics: OnMetrics | None,
+) -> list[dict[str, float]]:
+    """Run Ray Train and return the logged rows."""
+    facts = json.dumps([kind, model, source.digest, asdict(settings)], sort_keys=True, default=str)
+    name = f"sft-{kind}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"  # Ray Train resumes a run by its name
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    config: dict[str, Any] = {
+        "kind": kind,
+        "model": model,
+        "out": str(target),
+        "settings": settings,
+        "total_steps": total,
+        "samples": source.count,
+        "shards": [str(path) for path in source.shards],
+        "mailbox": mailbox,
+    }
+    dataset = source.dataset()
+    options = dataset.context.execution_options.copy()
+    resources = {"CPU": settings.cpus} | ({"GPU": settings.gpus} if settings.gpus else {})
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if settings.gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.ranks, use_gpu=settings.gpus > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(target / "checkpoints"),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+        datasets={"train": dataset},
+        dataset_config=ray.train.DataConfig(execution_options=options),
+    )
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    rows: list[dict[str, float]] = []
+    done = threading.Event()
+    reader = threading.Thread(target=forward, args=(mailbox, rows, done, on_metrics), name="sft-metrics", daemon=True)
+    reader.start()
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise verdict(kind, error) from error
+    finally:
+        done.set()
+        reader.join(timeout=30.0)
+        ray.kill(mailbox)
+    return rows
+
+
+def forward(mailbox: Any, rows: list[dict[str, float]], done: threading.Event, on_metrics: OnMetrics | None) -> None:
+    """Move rows from the mailbox to ``rows`` and to ``on_metrics`` until ``done``, and once more after it."""
+    while True:
+        last = done.wait(timeout=1.0)
+        for row in ray.get(mailbox.since.remote(len(rows)), timeout=60.0):
+            rows.append(row)
+            if on_metrics is not None:
+                on_metrics(int(row["step"]), row)
+        if last:
+            return
+
+
+def verdict(kind: str, error: Exception) -> VansError:
+    """Return the rank's own error where it is one of ours, else a TrainingError that names rank and cause."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause = failure
+        while cause is not None:
+            if isinstance(cause, VansError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__  # type: ignore[assignment]
+    told = "; ".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())) or str(error)
+    return TrainingError(f"sft {kind} failed: {told}")

@@ -1,0 +1,83 @@
+"""What a supervised run is told, and what it tells: frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.errors import ConfigError
+from pipeline.data.decoder import VideoShape
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """Settings of ``run_sft``; the defaults train the tiny models on a laptop."""
+
+    steps: int | None = 500  # optimizer steps; or
+    epochs: float | None = None  # passes over the data, where steps is None
+    batch: int = 64  # samples per step, over all ranks
+    micro_batch: int | None = None  # samples per forward on one rank; None: all of them
+    lr: float = 1e-3
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup_steps: int = 10
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_skipped_steps: int = 5
+    ema: float = 0.0  # decay of the weights' moving average that is exported; 0 exports the weights themselves
+    lora_rank: int = 0  # 0 trains all weights
+    lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] | None = None
+    adapter: str | None = None  # PEFT folder to start from
+    train_text_encoder: bool = False  # VDM only: train its text encoder jointly
+    ranks: int = 1
+    cpus: float = 1.0  # per rank
+    gpus: float = 0.0  # per rank
+    decoders: int = 1  # Ray Data actors that decode video
+    dtype: str = "float32"  # compute dtype; parameters stay float32
+    activation_checkpointing: bool = False
+    seed: int = 0
+    shape: VideoShape = field(default_factory=VideoShape)
+    reference_frames: int = 2
+    cache_mib: int = 2048  # decoded samples stay in a rank's memory up to this; larger sets are streamed each epoch
+    max_quarantine_ratio: float = 0.05
+    checkpoint_every: int = 0  # steps between checkpoints; 0 writes one at the end
+    max_failures: int = 0  # times Ray Train restarts the ranks from the last checkpoint
+    log_every: int = 10
+    policy_kwargs: dict[str, Any] = field(default_factory=dict)  # more arguments of the policy's load
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(f"sft: give either steps or epochs (steps={self.steps}, epochs={self.epochs})")
+        if self.ranks < 1 or self.batch < self.ranks or self.batch % self.ranks:
+            raise ConfigError(f"sft: batch={self.batch} must be a multiple of ranks={self.ranks}")
+        if self.adapter is not None and self.lora_rank == 0:
+            raise ConfigError("sft: an adapter to start from needs lora_rank > 0, equal to the adapter's")
+        if self.train_text_encoder and self.lora_rank:
+            raise ConfigError("sft: train_text_encoder trains full weights; it cannot go with lora_rank > 0")
+        if not 0.0 <= self.ema < 1.0:
+            raise ConfigError(f"sft: ema={self.ema} must be in [0, 1)")
+        if self.log_every < 1:
+            raise ConfigError(f"sft: log_every={self.log_every} must be at least 1")
+
+    def total_steps(self, samples: int) -> int:
+        """Return the optimizer steps that ``samples`` samples make."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * samples / self.batch))
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """What came out: the exported folder and the figures on the way (also in ``sft.json`` inside it)."""
+
+    folder: Path
+    steps: int
+    samples: int
+    quarantined: int
+    loss_first: float  # mean of the first log_every steps
+    loss_last: float  # mean of the last log_every steps
+    history: list[dict[str, float]]  # step, loss, lr, grad_norm, skipped, samples_per_s
+    wall_s: float
