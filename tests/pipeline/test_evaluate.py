@@ -1,0 +1,203 @@
+"""Evaluation of predictions: the table, its intervals, the folder format and the contact sheet."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from actors.records import Sample, ScoreRequest, Scores
+from actors.scoring.clip import ClipScorer
+from cluster.errors import DataError
+from pipeline.data.toy import make_sample
+from pipeline.evaluate.bootstrap import mean_estimate
+from pipeline.evaluate.predictions import Prediction, read_predictions, write_predictions
+from pipeline.evaluate.score import evaluate_predictions, score_predictions, truth_as_predictions
+from pipeline.evaluate.sheets import Strip, contact_sheet, evaluation_sheet
+from pipeline.evaluate.table import EvaluationTable
+
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_clip_dir: Path) -> ClipScorer:
+    return ClipScorer(tiny_clip_dir, name="tiny-clip")
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    toys = [make_sample(i, "test") for i in range(COUNT)]
+    return [
+        Sample(t.id, t.kind, t.question, t.caption, t.input_frames, t.target_frames, meta=t.meta_json) for t in toys
+    ]
+
+
+@pytest.fixture(scope="module")
+def frozen(samples: list[Sample]) -> list[Prediction]:
+    """A system that repeats the last input frame, and leaves the first question unanswered."""
+    stills = [Prediction(s.id, s.caption, "junk", np.repeat(s.input_frames[-1:], 9, axis=0)) for s in samples[1:]]
+    return [Prediction(samples[0].id, "", "junk"), *stills]
+
+
+@pytest.fixture(scope="module")
+def table(samples: list[Sample], frozen: list[Prediction], clip: ClipScorer) -> EvaluationTable:
+    return evaluate_predictions({"frozen": frozen, "truth": truth_as_predictions(samples)}, samples, clip)
+
+
+def test_ground_truth_is_the_ceiling_of_every_metric(table: EvaluationTable) -> None:
+    figures = table.figures("truth")
+    for name in ("rouge_l", "clip_v", "follow", "event", "faithful", "format", "answered", "bleu_1", "bleu_4"):
+        assert figures[name] == pytest.approx(1.0), name
+    assert figures["frechet"] == pytest.approx(0.0, abs=1e-6) and figures["n"] == COUNT
+    assert figures["motion_ratio"] == pytest.approx(1.0) and figures["copy_excess"] == pytest.approx(0.0)
+    assert 0.0 <= figures["drawable"] < 1.0, "ground truth uses words that the artist does not know"
+    assert table.alarms("truth") == ()
+
+
+def test_a_frozen_system_loses_and_an_unanswered_question_counts(table: EvaluationTable) -> None:
+    frozen, truth = table.figures("frozen"), table.figures("truth")
+    assert frozen["follow"] == 0.0 and frozen["faithful"] == 0.0 and frozen["format"] == 0.0
+    assert frozen["rouge_l"] == frozen["event"] == frozen["answered"] == pytest.approx((COUNT - 1) / COUNT)
+    assert frozen["clip_v"] < truth["clip_v"] and frozen["frechet"] > truth["frechet"]
+    assert any(text.startswith("frozen") for text in table.alarms("frozen"))
+    assert table.systems["frozen"].metrics["all"]["clip_v"].n == COUNT - 1, "there is no CLIP-V without a video"
+    change = table.difference("truth", "frozen", "follow")
+    assert change is not None and (change.value, change.n) == (1.0, COUNT)
+
+
+def test_kinds_stand_apart_and_together(table: EvaluationTable, samples: list[Sample]) -> None:
+    assert table.samples == {"all": COUNT, "procedural": COUNT // 2, "predictive": COUNT // 2}
+    metrics = table.systems["frozen"].metrics
+    apart = [metrics[kind]["rouge_l"].value for kind in ("procedural", "predictive")]
+    assert metrics["all"]["rouge_l"].value == pytest.approx(np.mean(apart)) and apart[0] != apart[1]
+
+
+def test_the_table_as_markdown_and_json(table: EvaluationTable, tmp_path: Path) -> None:
+    table.write(tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "FVD[tiny-clip-frames-16]" in text and "| FVD " not in text
+    assert f"all N={COUNT}" in text and "fewer clips than features" in text
+    assert "**alarm** frozen" in text and "procedural / predictive" in text
+    widths = {line.count("|") for line in text.split("\n\n")[1].splitlines()}
+    assert widths == {5}, "metric, two systems and their difference"
+    stored = json.loads((tmp_path / "table.json").read_text())
+    truth = stored["systems"]["truth"]
+    assert truth["metrics"]["all"]["rouge_l"] == {"value": 1.0, "n": COUNT, "low": 1.0, "high": 1.0}
+    assert truth["frechet"]["all"]["name"] == "FVD[tiny-clip-frames-16]" and len(truth["answers"]) == COUNT
+
+
+def test_several_answers_to_one_question_are_averaged_per_sample(samples: list[Sample], clip: ClipScorer) -> None:
+    truth = truth_as_predictions(samples[:2])
+    extra = [Prediction(samples[0].id, "nonsense", "", None, index=i) for i in (1, 2, 3)]
+    table = evaluate_predictions({"sampled": [*truth, *extra]}, samples[:2], clip)
+    assert table.figures("sampled")["rouge_l"] == pytest.approx((0.25 + 1.0) / 2)
+    assert table.systems["sampled"].metrics["all"]["rouge_l"].n == 2
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = [
+        (e := mean_estimate(rng.normal(0.5, 0.2, size=60).tolist(), seed=i)).low <= 0.5 <= e.high for i in range(300)
+    ]
+    assert 0.90 <= np.mean(covered) <= 0.98
+    assert mean_estimate([1.0, 0.0, 1.0], 7) == mean_estimate([1.0, 0.0, 1.0], 7)
+    assert mean_estimate([0.3], 0).low is None
+
+
+def test_a_system_may_not_choose_its_questions(samples: list[Sample], clip: ClipScorer) -> None:
+    with pytest.raises(DataError, match=r"'picky' leaves out 1 of 8 samples"):
+        evaluate_predictions({"picky": truth_as_predictions(samples)[1:]}, samples, clip)
+
+
+async def _failing(request: ScoreRequest) -> Scores:
+    raise DataError("the scorer is broken")
+
+
+def test_a_scorer_that_fails_fails_the_evaluation(samples: list[Sample]) -> None:
+    import asyncio
+
+    with pytest.raises(DataError, match="the scorer is broken"):
+        asyncio.run(score_predictions({"x": truth_as_predictions(samples)}, samples, _failing, extractor="x"))
+
+
+def test_a_folder_of_predictions_scores_like_the_frames(
+    samples: list[Sample], clip: ClipScorer, table: EvaluationTable, frozen: list[Prediction], tmp_path: Path
+) -> None:
+    for name, predictions in (("frozen", frozen), ("truth", truth_as_predictions(samples))):
+        write_predictions(tmp_path / name, predictions, fps=8.0)
+        found = read_predictions(tmp_path / name)
+        assert [(p.id, p.caption, p.text, p.index) for p in found] == [
+            (p.id, p.caption, p.text, p.index) for p in predictions
+        ]
+        again = evaluate_predictions({name: found}, samples, clip).figures(name)
+        expected = table.figures(name)
+        for metric in ("rouge_l", "follow", "faithful", "drawable", "format", "answered", "clip_v"):
+            assert again[metric] == pytest.approx(expected[metric], abs=2e-3), metric
+    write_predictions(tmp_path / "truth", found, fps=8.0)  # a second run replaces the first, from files to files
+
+
+LINE = '{"id": "a", "caption": "c", "video": null}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        (LINE + "{", "line 2: not JSON"),
+        ('{"id": "a", "caption": "c"}', "at least the keys id, caption and video"),
+        ('{"id": "a", "caption": "c", "video": null, "score": 1}', r"unknown keys \['score'\]"),
+        ('{"id": 3, "caption": "c", "video": null}', "'id' must be text"),
+        ('{"id": "a", "caption": null, "video": null}', "'caption' must be text"),
+        ('{"id": "a", "caption": "c", "video": null, "index": -1}', "'index' must be a whole number"),
+        (LINE + LINE, "stands there twice"),
+        ('{"id": "a", "caption": "c", "video": "videos/a.mp4"}', "there is no video"),
+        ('{"id": "a", "caption": "c", "video": "../secret.mp4"}', "plain path inside"),
+        ('{"id": "a", "caption": "c", "video": "videos/../../secret.mp4"}', "plain path inside"),
+        ('{"id": "a", "caption": "c", "video": "SECRET"}', "plain path inside"),
+        ('{"id": "a", "caption": "c", "video": "http://host/a.mp4"}', "plain path inside"),
+        ('{"id": "a", "caption": "c", "video": "link.mp4"}', "leads outside"),
+        ('{"id": "a", "caption": "c", "video": 7}', "path relative"),
+    ],
+)
+def test_a_bad_folder_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(b"private")
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    (folder / "link.mp4").symlink_to(secret)
+    (folder / "predictions.jsonl").write_text(text.replace("SECRET", str(secret)))
+    with pytest.raises(DataError, match=message):
+        read_predictions(folder)
+
+
+def test_a_video_that_cannot_be_decoded_is_named(samples: list[Sample], clip: ClipScorer, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"this is no video")
+    row = {"id": samples[0].id, "caption": "c", "video": "a.mp4"}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"a\.mp4"):
+        evaluate_predictions({"x": read_predictions(tmp_path)}, samples[:1], clip)
+    with pytest.raises(DataError, match="holds no predictions"):
+        read_predictions(tmp_path / "elsewhere")
+
+
+def test_the_sheet_shows_every_frame_that_fits(
+    samples: list[Sample], frozen: list[Prediction], table: EvaluationTable, tmp_path: Path
+) -> None:
+    systems = {"frozen": frozen, "truth": truth_as_predictions(samples)}
+    path = evaluation_sheet(samples, systems, tmp_path / "sheets" / "s.png", table=table, count=2, title="held out")
+    picture = np.asarray(Image.open(path))
+    # The pixels of a known frame, enlarged three times, stand in the sheet unchanged.
+    target = samples[0].target_frames[-1].repeat(3, axis=0).repeat(3, axis=1)
+    corners = [picture[y : y - 95 or None, x : x - 95 or None] == target[y, x] for y in (0, 95) for x in (0, 95)]
+    places = np.argwhere(np.logical_and.reduce([c.all(axis=-1) for c in corners]))
+    assert any(np.array_equal(picture[y : y + 96, x : x + 96], target) for y, x in places)
+
+
+def test_sheets_take_real_sizes_long_text_and_missing_videos(tmp_path: Path) -> None:
+    clip = np.zeros((33, 352, 640, 3), np.uint8)
+    strips = [Strip("input", clip), Strip("x\n" + "pours " * 60 + "w" * 200, clip, "note"), Strip("y\nsaid", None)]
+    picture = Image.open(contact_sheet([("why? " * 80, strips)], tmp_path / "s.png"))
+    assert picture.width < 1400 and picture.height < 1200
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet([], tmp_path / "none.png")

@@ -1,0 +1,81 @@
+"""Totals of a group, and rewards by dotted path."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rewards.combine import combine_rewards
+from rewards.custom import ARGUMENTS, call_reward, load_reward
+from rewards.errors import RewardError
+
+VALUES = {"format": [1, 1, 1, 0], "clip_v": [0.9, 0.8, 0.5, 0.6]}
+
+
+def test_the_total_is_the_weighted_sum() -> None:
+    total = combine_rewards(VALUES, {"format": 0.5, "clip_v": 2.0})
+    assert total == pytest.approx([2.3, 2.1, 1.5, 1.2])
+
+
+def test_normalised_components_count_by_weight_and_not_by_scale() -> None:
+    weights = {"format": 1.0, "clip_v": 1.0}
+    scaled = {"format": VALUES["format"], "clip_v": [100 * v for v in VALUES["clip_v"]]}
+    a, b = (combine_rewards(v, weights, normalise=True) for v in (VALUES, scaled))
+    assert a == pytest.approx(b, abs=2e-3)
+    x = np.array(VALUES["clip_v"])
+    constant = combine_rewards({"format": [1.0] * 4, "clip_v": x}, weights, normalise=True)
+    assert constant == pytest.approx((x - x.mean()) / (x.std() + 1e-4)), "a constant component says nothing"
+
+
+@pytest.mark.parametrize(
+    ("values", "weights", "message"),
+    [
+        ({"clip_v": [0.1, np.nan]}, {"clip_v": 1.0}, "members \\[1\\]"),
+        ({"clip_v": [0.1, np.inf]}, {"clip_v": 1.0}, "not finite"),
+        ({"clip_v": [0.1, 0.2]}, {"clip_v": 1.0, "format": 1.0}, "format"),
+        ({"clip_v": [0.1, 0.2], "format": [1.0]}, {"clip_v": 1.0, "format": 1.0}, "one value per member"),
+        ({"clip_v": [0.1, 0.2]}, {"clip_v": np.nan}, "weight"),
+        ({"clip_v": [0.1, 0.2]}, {}, "no reward weights"),
+    ],
+)
+def test_nothing_is_imputed(values: dict, weights: dict, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        combine_rewards(values, weights)
+
+
+@pytest.fixture
+def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = "my_rewards_for_test"
+    (tmp_path / f"{name}.py").write_text(
+        "def redness(*, clip, **_):\n    return clip[..., 0].mean() / 255\n"
+        "def demanding(clip, colour):\n    return 1.0\n"
+        "def wordy(**_):\n    return 'good'\n"
+        "limit = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_a_reward_by_dotted_path(my_rewards: str) -> None:
+    arguments = dict.fromkeys(ARGUMENTS) | {"clip": np.full((2, 4, 4, 3), 51, np.uint8)}
+    assert call_reward("p", load_reward(f"{my_rewards}:redness"), arguments) == pytest.approx(0.2)
+    with pytest.raises(TypeError, match="must return a float"):
+        call_reward("p", load_reward(f"{my_rewards}:wordy"), arguments)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("redness", "package.module:function"),
+        ("no_such_module_here:redness", "cannot import"),
+        ("MODULE:blueness", "no function 'blueness'"),
+        ("MODULE:limit", "no function 'limit'"),
+        ("MODULE:demanding", "keyword arguments"),
+        ("os.path; rm:x", "package.module:function"),
+    ],
+)
+def test_a_wrong_path_says_what_is_wrong(my_rewards: str, path: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        load_reward(path.replace("MODULE", my_rewards))

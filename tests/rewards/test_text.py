@@ -1,0 +1,99 @@
+"""Format and caption agreement, against the packages that define them."""
+
+import numpy as np
+import pytest
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+
+from rewards.errors import RewardError
+from rewards.format import Answer, format_reward, parse_answer
+from rewards.text import bleu, rouge_l
+
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "circle",
+    "squares",
+    "rises",
+    "rising",
+    "falls",
+    "slowly",
+    "quickly,",
+    "Then",
+    "Pours",
+    "water",
+    "2",
+    "pans",
+    "don't",
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>a</think><ans>b</ans>",
+        "\n <think> a </think>\n<ans> b </ans> ",
+        "<think></think><ans>b</ans>",
+        "<think>a < b</think><ans>b</ans>",
+    ],
+)
+def test_the_format_is_one_thought_and_one_answer(text: str) -> None:
+    assert format_reward(text) == 1.0
+    assert parse_answer(text).caption == "b"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "b",
+        "<ans>b</ans>",
+        "<think>a</think>",
+        "<think>a</think><ans> \n</ans>",
+        "<think>a</think><ans>b</ans> and more",
+        "so <think>a</think><ans>b</ans>",
+        "<think>a</think> hm <ans>b</ans>",
+        "<think>a</think><ans>b</ans><ans>c</ans>",
+        "<think>a<think></think></think><ans>b</ans>",
+        "<think>a<ans>b</ans></think>",
+        "<ans>b</ans><think>a</think>",
+        "<think>a</think><ans>b",
+    ],
+)
+def test_anything_else_is_not_an_answer(text: str) -> None:
+    assert format_reward(text) == 0.0
+    assert parse_answer(text) is None
+
+
+def test_the_caption_is_folded_so_that_equal_captions_compare_equal() -> None:
+    assert parse_answer("<think> x\ny </think><ans> the  red\nball </ans>") == Answer("x\ny", "the red ball")
+
+
+def test_rouge_l_equals_rouge_score_with_stemming() -> None:
+    rng, reference = np.random.default_rng(0), RougeScorer(["rougeL"], use_stemmer=True)
+    for _ in range(200):
+        a, b = (" ".join(rng.choice(WORDS, size=rng.integers(1, 12))) for _ in range(2))
+        assert rouge_l(a, b) == reference.score(b, a)["rougeL"].fmeasure
+
+
+def test_rouge_l_by_hand() -> None:
+    # LCS "the red ball" = 3 of 4 candidate and 5 reference words: F = 2·3/(4+5); "rises" and "rise" share a stem.
+    assert rouge_l("the red ball rolls", "the big red ball sinks") == pytest.approx(6 / 9)
+    assert rouge_l("the ball rises", "the ball rise") == 1.0
+    assert rouge_l("", "the ball") == 0.0
+    with pytest.raises(RewardError, match="Latin"):
+        rouge_l("anything", "球が上がる")
+
+
+def test_bleu_equals_sacrebleu() -> None:
+    rng = np.random.default_rng(1)
+    a, b = ([" ".join(rng.choice(WORDS, size=rng.integers(3, 12))) for _ in range(30)] for _ in range(2))
+    found = bleu(a, b)
+    assert found["bleu_4"] == pytest.approx(sacrebleu.corpus_bleu(a, [b], lowercase=True).score / 100)
+    assert bleu(b, b) == pytest.approx({f"bleu_{n}": 1.0 for n in (1, 2, 3, 4)})
+    # BLEU@1 by hand: clipped precision 2/3, and no brevity penalty for a longer candidate.
+    assert bleu(["the the ball"], ["the ball"])["bleu_1"] == pytest.approx(2 / 3)
+    with pytest.raises(RewardError):
+        bleu(["a"], [])

@@ -1,0 +1,141 @@
+"""Similarities, alarms and the Fréchet distance, against hand calculations and SciPy."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from rewards import alarms
+from rewards.errors import RewardError
+from rewards.frechet import I3D, clip_frames_feature, frechet_distance, fvd_name, gaussian_frechet
+from rewards.similarity import clip_score, clip_t, clip_v, resample_frames
+
+X, Y = np.array([1.0, 0.0]), np.array([0.0, 2.0])
+
+
+def test_resampling_keeps_both_ends_and_is_uniform() -> None:
+    assert resample_frames(np.arange(9), 5).tolist() == [0, 2, 4, 6, 8]
+    assert resample_frames(np.arange(3), 5).tolist() == [0, 1, 1, 2, 2]
+    assert resample_frames(np.arange(9), 1).tolist() == [4]
+    assert resample_frames(np.arange(4), 4).tolist() == [0, 1, 2, 3]
+    with pytest.raises(RewardError):
+        resample_frames(np.arange(0), 4)
+
+
+def test_clip_v_compares_frames_at_equal_times() -> None:
+    assert clip_v([X, Y], [X, Y]) == pytest.approx(1.0)
+    assert clip_v([Y, X], [X, Y]) == pytest.approx(0.0), "the same frames in the wrong order are not the same video"
+    assert clip_v([X, X, Y, Y], [X, Y]) == pytest.approx(1.0), "another frame rate is the same video"
+    assert clip_v([X, X], [X, X + Y / 2]) == pytest.approx((1 + np.sqrt(0.5)) / 2)
+
+
+def test_clip_t_and_clip_score() -> None:
+    assert clip_t([X, Y], 3 * X) == pytest.approx(0.5)
+    assert clip_t([X, X], -X) == pytest.approx(-1.0)
+    assert clip_score([X, X], -X) == 0.0
+    assert clip_score([X, Y], X) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 2)), np.full((2, 2), np.nan), np.zeros((0, 2))])
+def test_features_without_a_direction_are_an_error_not_a_zero(bad: np.ndarray) -> None:
+    with pytest.raises(RewardError):
+        clip_v(bad, [X, Y])
+    with pytest.raises(RewardError):
+        clip_t([X, Y], bad)
+
+
+def moving(frames: int = 9, size: int = 16) -> np.ndarray:
+    """A white square on grey that moves one pixel per frame."""
+    clip = np.full((frames, size, size, 3), 60, np.uint8)
+    for t in range(frames):
+        clip[t, 4:9, t : t + 5] = 250
+    return clip
+
+
+def test_motion_by_hand() -> None:
+    clip = np.zeros((3, 4, 4, 3), np.uint8)
+    clip[1] = 51
+    assert alarms.motion(clip) == pytest.approx(0.2)  # |51/255| twice, over two differences
+    assert alarms.motion(clip[:1]) == 0.0
+    assert alarms.motion_ratio(clip, clip) == 1.0
+    assert alarms.motion_ratio(clip * 0, clip * 0) == 1.0, "a still answer to a still truth is right"
+
+
+def test_a_frozen_video_raises_the_alarm_and_the_truth_does_not() -> None:
+    truth = moving()
+    frozen = np.repeat(truth[:1], 9, axis=0)
+    assert alarms.alarms(alarms.frame_diagnostics(truth, truth)) == ()
+    found = alarms.alarms(alarms.frame_diagnostics(frozen, truth))
+    assert len(found) == 1 and found[0].startswith("frozen")
+
+
+def test_blur_noise_and_colour_drift_raise_their_alarms() -> None:
+    truth = moving()
+    rng = np.random.default_rng(0)
+    noisy = np.clip(truth + rng.normal(0, 90, truth.shape), 0, 255).astype(np.uint8)
+    assert any(a.startswith("sharpness") for a in alarms.alarms(alarms.frame_diagnostics(noisy, truth)))
+    red = truth.copy()
+    red[..., 1:] = red[..., 1:] // 2
+    diagnostics = alarms.frame_diagnostics(red, truth)
+    assert diagnostics["saturation_shift"] == pytest.approx(0.5, abs=0.01)
+    assert any(a.startswith("saturation") for a in alarms.alarms(diagnostics))
+    assert alarms.sharpness(np.full((2, 8, 8, 3), 99, np.uint8)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_copying_is_measured_against_the_truth_s_own() -> None:
+    assert alarms.copying([X, X], [X, Y], X) == (pytest.approx(1.0), pytest.approx(0.5))
+    assert alarms.alarms({"copy_excess": 0.5})[0].startswith("copying")
+
+
+def test_correlations_equal_numpy_and_constants_have_none() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=50), rng.normal(size=50)
+    found = alarms.component_correlations({"a": a, "b": b, "c": np.full(50, 0.3), "d": -a})
+    assert found["a", "b"] == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert found["a", "d"] == pytest.approx(-1.0)
+    assert not any("c" in pair for pair in found)
+    assert any("trade-off" in text for text in alarms.alarms({}, found))
+
+
+def sqrtm_distance(m1: np.ndarray, c1: np.ndarray, m2: np.ndarray, c2: np.ndarray) -> float:
+    """The textbook formula, with SciPy's matrix square root."""
+    return float(((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * np.real(scipy.linalg.sqrtm(c1 @ c2))))
+
+
+def test_frechet_equals_the_textbook_formula() -> None:
+    rng = np.random.default_rng(0)
+    for dim in (1, 3, 16):
+        x, y = rng.normal(size=(80, dim)), rng.normal(1.0, 2.0, size=(60, dim)) @ rng.normal(size=(dim, dim))
+        result = frechet_distance(x, y, "test")
+        covariances = [np.atleast_2d(np.cov(v, rowvar=False)) for v in (x, y)]
+        expected = sqrtm_distance(x.mean(0), covariances[0], y.mean(0), covariances[1])
+        assert result.value == pytest.approx(expected, rel=1e-9)
+        assert (result.n, result.n_truth, result.dim) == (80, 60, dim)
+
+
+def test_frechet_in_closed_form() -> None:
+    # Two one-dimensional Gaussians: (μ1−μ2)² + (σ1−σ2)².
+    assert gaussian_frechet([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(4 + 1)
+    # Commuting covariances: Σ (√a − √b)².
+    assert gaussian_frechet([0, 0], np.diag([1, 4]), [0, 0], np.diag([9, 4])) == pytest.approx(4.0)
+    x = np.random.default_rng(0).normal(size=(10, 32))  # fewer clips than features: singular covariances
+    same = frechet_distance(x, x, "test")
+    assert same.value == pytest.approx(0.0, abs=1e-6) and not same.well_posed
+
+
+def test_only_i3d_features_are_called_fvd() -> None:
+    assert fvd_name(I3D) == "FVD"
+    assert frechet_distance(np.eye(4), np.eye(4), "tiny-clip-frames-16").name == "FVD[tiny-clip-frames-16]"
+    with pytest.raises(RewardError, match="at least 2"):
+        frechet_distance(np.ones((1, 3)), np.ones((4, 3)), "x")
+
+
+def test_the_clip_feature_sees_motion() -> None:
+    rng = np.random.default_rng(0)
+    frames = rng.normal(size=(9, 8))
+    still = np.repeat(frames.mean(axis=0, keepdims=True), 9, axis=0)
+    a, b = clip_frames_feature(frames, 6), clip_frames_feature(still, 6)
+    assert a.shape == (6,) and a.dtype == np.float32
+    assert np.abs(a - b).max() > 0.05
+    assert np.array_equal(a, clip_frames_feature(frames * 7.0, 6)) or np.allclose(
+        a, clip_frames_feature(frames * 7.0, 6)
+    )
