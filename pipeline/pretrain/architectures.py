@@ -36,20 +36,25 @@ _HALF = [0.5, 0.5, 0.5]
 
 
 def build_tiny_vae(seed: int = 0) -> AutoencoderKLWan:
-    """A Wan VAE: (B, 3, 9, 32, 32) in -1..1 to (B, 16, 3, 4, 4) latents, 0.9M parameters."""
+    """A Wan VAE: (B, 3, 9, 32, 32) in -1..1 to (B, 16, 5, 4, 4) latents, 8x in space and 2x in time.
+
+    Patches of 4 and one downsampling instead of Wan's patches of 2 and two: the 3-D convolutions then run on 8x8 cells, which
+    is what makes it trainable on a CPU in minutes.
+    """
     torch.manual_seed(seed)
     return AutoencoderKLWan(
         base_dim=32,
+        decoder_base_dim=48,
         z_dim=Z_DIM,
-        dim_mult=[1, 1, 1],
+        dim_mult=[1, 1],
         num_res_blocks=1,
-        temperal_downsample=[True, True],
+        temperal_downsample=[True],
         is_residual=True,
-        patch_size=2,
-        in_channels=12,
-        out_channels=12,
+        patch_size=4,
+        in_channels=48,
+        out_channels=48,
         scale_factor_spatial=8,
-        scale_factor_temporal=4,
+        scale_factor_temporal=2,
         # The defaults have 16 entries whatever z_dim is; pretraining replaces these by measured ones.
         latents_mean=[0.0] * Z_DIM,
         latents_std=[1.0] * Z_DIM,

@@ -49,6 +49,8 @@ _FORMAT_WORDS = [
     "<think> </think><ans> </ans>",
 ]
 
+_PADDING, _UNKNOWN = "<pad>", "<unk>"
+
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE over the grammar (about 550 tokens), with Qwen's special tokens; any UTF-8 text can be encoded."""
@@ -66,8 +68,8 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     # Specials come last, as in Qwen's own vocabulary.
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",  # noqa: S106
+        pad_token="<|endoftext|>",  # noqa: S106
         additional_special_tokens=QWEN_SPECIAL,
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
@@ -87,9 +89,9 @@ def word_tokenizer(*, max_length: int, clip: bool) -> PreTrainedTokenizerFast:
     ``clip=False`` ends it with ``</s>`` as UMT5 does, pad id 0.
     """
     words = caption_words()
-    specials = ["<pad>", "<unk>"] + ([] if clip else ["</s>"])
+    specials = [_PADDING, _UNKNOWN] + ([] if clip else ["</s>"])
     vocabulary = specials + words + (["<start>", "<end>"] if clip else [])
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=_UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if clip:
@@ -102,5 +104,5 @@ def word_tokenizer(*, max_length: int, clip: bool) -> PreTrainedTokenizerFast:
         )
         names = {"eos_token": "</s>"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=max_length, **names
+        tokenizer_object=tokenizer, pad_token=_PADDING, unk_token=_UNKNOWN, model_max_length=max_length, **names
     )

@@ -2,6 +2,7 @@
 
 from .language import Event, drawable, parse_caption
 from .scene import FRAMES, SIZE, Scene, Thing, render
+from .shards import write_toy
 from .world import SPLITS, ToySample, follow, follow_caption, make_sample, possible_outcomes, read_meta, shown_event
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "read_meta",
     "render",
     "shown_event",
+    "write_toy",
 ]

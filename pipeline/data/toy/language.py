@@ -54,9 +54,23 @@ HEAD_SHARE = 0.7
 """Share of ground-truth captions that use a concept's head wording; the rest is split evenly over the other two."""
 
 HEAD_WORDING: dict[str, int] = {
-    **{"red": 0, "green": 2, "blue": 1, "yellow": 2, "purple": 0, "cyan": 2},
-    **{"circle": 1, "square": 2, "triangle": 0},
-    **{"rise": 0, "fall": 2, "left": 1, "right": 2, "grow": 2, "shrink": 0, "fade": 1, "whiten": 2},
+    "red": 0,
+    "green": 2,
+    "blue": 1,
+    "yellow": 2,
+    "purple": 0,
+    "cyan": 2,
+    "circle": 1,
+    "square": 2,
+    "triangle": 0,
+    "rise": 0,
+    "fall": 2,
+    "left": 1,
+    "right": 2,
+    "grow": 2,
+    "shrink": 0,
+    "fade": 1,
+    "whiten": 2,
 }
 
 QUESTIONS: dict[str, tuple[str, str]] = {

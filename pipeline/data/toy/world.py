@@ -42,7 +42,6 @@ SFT_WRONG_EVENTS = 0.3
 ARTIST_MISMATCHED = 0.22
 """Share of ``artist`` rows whose target clip does not show the caption, as in web-scale video captions."""
 
-_JITTER = 1.0
 _SHARED_COLOUR, _SHARED_SHAPE = 0.5, 0.2
 _KIND_BLOCK = 4
 
@@ -115,8 +114,8 @@ def _draw_any_scene(rng: np.random.Generator) -> Scene:
     slots = rng.permutation(len(SLOTS))[:count]
     things = []
     for (c, s), slot in zip(names, slots, strict=True):
-        x, y = np.array(SLOTS[slot]) + rng.uniform(-_JITTER, _JITTER, size=2)
-        things.append(Thing(c, s, round(float(x), 2), round(float(y), 2)))
+        x, y = SLOTS[slot]
+        things.append(Thing(c, s, x, y))
     return Scene(str(rng.choice(list(BACKGROUNDS))), tuple(things))
 
 

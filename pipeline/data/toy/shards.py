@@ -1,0 +1,66 @@
+"""Writes the toy world as an ordinary VNEP dataset: one folder of Parquet shards per split.
+
+Responsible for turning samples into rows. The schema and the shard format are ``pipeline.data.schema``'s, the mp4 encoding
+is ``pipeline.data.video``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.errors import DataError
+from pipeline.data.schema import Row, ShardWriter
+from pipeline.data.video import encode_mp4
+
+from .world import ToySample, make_sample
+
+FPS = 8.0
+
+
+def toy_row(sample: ToySample) -> Row:
+    """The sample as a row; ``meta`` holds scene and true event, ``answer`` the text the VLM's SFT trains on."""
+    return Row(
+        id=sample.id,
+        kind=sample.kind,
+        question=sample.question,
+        caption=sample.caption,
+        input_video=encode_mp4(sample.input_frames, FPS),
+        target_video=encode_mp4(sample.target_frames, FPS),
+        source="toy world, pipeline.data.toy",
+        meta=sample.meta_json,
+        answer=sample.answer_text,
+    )
+
+
+def write_toy(
+    out_dir: str | Path,
+    train: int,
+    test: int,
+    seed: int = 0,
+    *,
+    val: int | None = None,
+    sft: int = 0,
+    artist: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, int]:
+    """Writes ``out_dir/{train,val,test}`` and, where asked for, ``sft`` and ``artist``; returns rows per split.
+
+    ``val`` (default: as many as ``test``) is for choosing, ``test`` for reporting. ``sft`` holds the VLM's SFT answers,
+    30% of them wrong; ``artist`` the VDM's SFT pairs, 22% of them mismatched. Rows are a pure function of ``seed``.
+    ``progress(split, done, total)`` is called after every row. Raises DataError for a negative count, for a run without
+    training rows, and when a folder already holds a dataset.
+    """
+    counts = {"train": train, "val": test if val is None else val, "test": test, "sft": sft, "artist": artist}
+    for split, count in counts.items():
+        if count < 0 or (split == "train" and count == 0):
+            raise DataError(f"{split}={count}: a toy dataset needs at least 1 training row and no negative count")
+    for split, count in counts.items():
+        if count == 0:
+            continue
+        with ShardWriter(Path(out_dir) / split) as writer:
+            for index in range(count):
+                writer.write(toy_row(make_sample(index, split, seed)))
+                if progress is not None:
+                    progress(split, index + 1, count)
+    return {split: count for split, count in counts.items() if count}

@@ -1,0 +1,225 @@
+"""``vans pretrain``: the tiny pair and the tiny CLIP from random weights, with a measured quality line for each.
+
+Responsible for the order of the parts, the processes they run in, progress, and the folder that comes out. Two lanes run side
+by side, one thread each: VAE then artist, CLIP then thinker. Every part is a pure function of (seed, effort) and the parts
+before it in its lane, so the command repeats itself.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import queue
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.errors import TrainingError
+
+LANES: tuple[tuple[str, ...], ...] = (("vae", "artist"), ("clip", "thinker"))
+PARTS = tuple(part for lane in LANES for part in lane)
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long each part trains. The defaults take under 30 minutes on two cores."""
+
+    vae_steps: int = 1600
+    clip_steps: int = 900
+    artist_steps: int = 2400
+    artist_samples: int = 4000
+    thinker_steps: int = 900
+    thinker_samples: int = 6000
+    quality_samples: int = 128
+
+
+def pretrain(
+    out_dir: str | Path,
+    seed: int = 0,
+    *,
+    effort: Effort | None = None,
+    parts: tuple[str, ...] = PARTS,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Trains ``parts`` (a part needs the one before it in its lane, trained now or before) and writes vlm/, vdm/, clip/ and
+    quality.json into ``out_dir``. Returns what quality.json holds. Raises TrainingError with the traceback of a part that failed.
+    """
+    console = console or Console()
+    effort = effort or Effort()
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    quality: dict[str, Any] = _read(out / "quality.json")
+    context = multiprocessing.get_context("spawn")
+    messages: Queue[tuple[Any, ...]] = context.Queue()
+    lanes = []
+    for lane in LANES:
+        chosen = tuple(part for part in lane if part in parts)
+        if chosen:
+            process = context.Process(target=_run_lane, args=(chosen, str(out), seed, effort, messages), daemon=True)
+            process.start()
+            lanes.append(process)
+    try:
+        _follow_lanes(lanes, messages, parts, quality, console)
+    finally:
+        for process in lanes:
+            if process.is_alive():
+                process.terminate()
+            process.join(timeout=10)
+    quality["seed"], quality["effort"] = seed, asdict(effort)
+    quality["wall_s"] = round(time.monotonic() - started, 1)
+    quality["size_mb"] = {name: round(_size(out / name) / 2**20, 2) for name in ("vlm", "vdm", "clip")}
+    (out / "quality.json").write_text(json.dumps(quality, indent=2, sort_keys=True) + "\n")
+    console.print(f"the tiny pair is in {out}: {quality['size_mb']} MB, {quality['wall_s'] / 60:.1f} min")
+    return quality
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def _follow_lanes(
+    lanes: list[Any],
+    messages: Queue[tuple[Any, ...]],
+    parts: tuple[str, ...],
+    quality: dict[str, Any],
+    console: Console,
+) -> None:
+    """Shows progress and collects quality lines until every lane has said that it is done."""
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    open_lanes = len(lanes)
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
+        tasks = {part: progress.add_task(part, total=None, start=False, note="") for part in parts}
+        while open_lanes:
+            try:
+                kind, part, *rest = messages.get(timeout=_POLL_S)
+            except queue.Empty:
+                dead = [p for p in lanes if not p.is_alive() and p.exitcode not in (0, None)]
+                if dead:
+                    raise TrainingError(f"a pretraining process died with exit code {dead[0].exitcode}") from None
+                continue
+            if kind == "start":
+                progress.start_task(tasks[part])
+            elif kind == "step":
+                progress.update(tasks[part], completed=rest[0], total=rest[1], note=f"loss {rest[2]:.4f}")
+            elif kind == "quality":
+                quality[part] = rest[0]
+                line = ", ".join(f"{name} {value:.3f}" for name, value in rest[0].items())
+                progress.console.print(f"{part}: {line}")
+            elif kind == "error":
+                raise TrainingError(f"pretraining of {part} failed:\n{rest[0]}")
+            elif kind == "done":
+                open_lanes -= 1
+
+
+def _run_lane(parts: tuple[str, ...], out: str, seed: int, effort: Effort, messages: Queue[tuple[Any, ...]]) -> None:
+    """Child process: trains the lane's parts one after another on one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    part = parts[0]
+    try:
+        for part in parts:
+            messages.put(("start", part))
+            started = time.process_time()
+
+            def tick(step: int, steps: int, loss: float, part: str = part) -> None:
+                if step % 10 == 9 or step == steps - 1:
+                    messages.put(("step", part, step + 1, steps, loss))
+
+            line = _TRAIN[part](Path(out), seed, effort, tick)
+            messages.put(("quality", part, {**line, "cpu_s": round(time.process_time() - started, 1)}))
+        messages.put(("done", part))
+    except Exception:  # noqa: BLE001 - told to the parent, which raises
+        # Crosses a process border: the parent raises it again with this text.
+        messages.put(("error", part, traceback.format_exc()))
+
+
+def _train_vae(out: Path, seed: int, effort: Effort, tick: Callable[[int, int, float], None]) -> Mapping[str, float]:
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    from .architectures import build_tiny_vdm
+    from .vae import measure_latents, train_vae, vae_quality
+
+    shutil.rmtree(out / "vdm", ignore_errors=True)
+    folder = build_tiny_vdm(out / "vdm", seed) / "vae"
+    vae = AutoencoderKLWan.from_pretrained(folder)
+    train_vae(vae, steps=effort.vae_steps, seed=seed, tick=tick)
+    # Stored in half the bytes; the quality below, and the artist, are the stored weights'.
+    vae.to(torch.bfloat16).to(torch.float32)
+    mean, std = measure_latents(vae, seed=seed)
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    line = vae_quality(vae, count=effort.quality_samples)
+    vae.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
+    return line
+
+
+def _train_artist(out: Path, seed: int, effort: Effort, tick: Callable[[int, int, float], None]) -> Mapping[str, float]:
+    from .architectures import FLOW_SHIFT, build_tiny_text_encoder, build_tiny_transformer
+    from .artist import artist_quality, drawings, load_artist, train_artist
+
+    policy = load_artist(out / "vdm", FLOW_SHIFT)
+    assert policy.embedder is not None
+    # A part trained again starts from random weights again.
+    policy.module.load_state_dict(build_tiny_transformer(seed).state_dict())
+    encoder = policy.embedder.encoder
+    encoder.load_state_dict(build_tiny_text_encoder(encoder.config.vocab_size, seed).state_dict())
+    train_artist(policy, drawings(effort.artist_samples, seed), steps=effort.artist_steps, seed=seed, tick=tick)
+    module: Any = policy.module
+    module.save_pretrained(out / "vdm" / "transformer", safe_serialization=True)
+    encoder.save_pretrained(out / "vdm" / "text_encoder", safe_serialization=True)
+    return artist_quality(policy, count=effort.quality_samples)
+
+
+def _train_clip(out: Path, seed: int, effort: Effort, tick: Callable[[int, int, float], None]) -> Mapping[str, float]:
+    from transformers import CLIPModel
+
+    from .architectures import build_tiny_clip, clip_processor
+    from .clip import clip_quality, train_clip
+
+    shutil.rmtree(out / "clip", ignore_errors=True)
+    folder = build_tiny_clip(out / "clip", seed)
+    model = CLIPModel.from_pretrained(folder)
+    train_clip(model, clip_processor(), steps=effort.clip_steps, seed=seed, tick=tick)
+    model.save_pretrained(folder, safe_serialization=True)
+    return clip_quality(model, clip_processor(), scenes=effort.quality_samples // 2)
+
+
+def _train_thinker(
+    out: Path, seed: int, effort: Effort, tick: Callable[[int, int, float], None]
+) -> Mapping[str, float]:
+    from actors.vlm.policy import VlmPolicy
+    from pipeline.data.toy.world import make_sample
+
+    from .architectures import build_tiny_vlm
+    from .thinker import thinker_quality, train_thinker
+
+    shutil.rmtree(out / "vlm", ignore_errors=True)
+    folder = build_tiny_vlm(out / "vlm", seed)
+    policy = VlmPolicy.load(folder, cache_size=effort.thinker_samples)
+    samples = [make_sample(i, "sft", seed) for i in range(effort.thinker_samples)]
+    train_thinker(policy, samples, steps=effort.thinker_steps, seed=seed, tick=tick)
+    policy.export(folder)
+    return thinker_quality(policy, count=effort.quality_samples)
+
+
+_TRAIN: dict[str, Callable[[Path, int, Effort, Callable[[int, int, float], None]], Mapping[str, float]]] = {
+    "vae": _train_vae,
+    "artist": _train_artist,
+    "clip": _train_clip,
+    "thinker": _train_thinker,
+}
