@@ -9,25 +9,8 @@ from rewards.errors import RewardError
 from rewards.format import Answer, format_reward, parse_answer
 from rewards.text import bleu, rouge_l
 
-WORDS = [
-    "the",
-    "a",
-    "red",
-    "blue",
-    "circle",
-    "squares",
-    "rises",
-    "rising",
-    "falls",
-    "slowly",
-    "quickly,",
-    "Then",
-    "Pours",
-    "water",
-    "2",
-    "pans",
-    "don't",
-]
+SENTENCE = "the a red blue circle squares rises rising falls slowly quickly, Then Pours water 2 pans don't"
+WORDS = SENTENCE.split()
 
 
 @pytest.mark.parametrize(
