@@ -110,8 +110,8 @@ def tiny_clip_dir(models_dir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with ``train/`` (24 samples) and ``test/`` (8 samples) of the toy world."""
-    from pipeline.data.toy.write import write_toy
+    """Folder with ``train/`` (24 samples), ``val/`` and ``test/`` (8 each) of the toy world."""
+    from pipeline.data.toy.shards import write_toy
 
     folder = tmp_path_factory.mktemp("toy")
     write_toy(folder, train=24, test=8, seed=0)

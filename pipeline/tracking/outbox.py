@@ -66,7 +66,10 @@ class Outbox:
         self._current: list[Record] = []
         self._unfinished = 0
         self._idle = threading.Condition()
-        self.counts = OutboxCounts(spooled=len(self._spooled()))
+        left = self._spooled()
+        if left:  # of an earlier process; written anew, because a kill may have cut its last line short
+            _write_lines(spool, left, "w")
+        self.counts = OutboxCounts(spooled=len(left))
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 

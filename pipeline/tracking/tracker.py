@@ -51,8 +51,8 @@ class Tracker:
         Raises TrackingError where the store does not answer or does not know the run to resume.
         """
         uri, artifacts = location(config)
-        if uri.startswith("sqlite:"):
-            config.out.mkdir(parents=True, exist_ok=True)
+        if artifacts is not None:
+            artifacts.parent.mkdir(parents=True, exist_ok=True)
         store = MlflowStore(uri, config.tracking.experiment, artifacts)
         known: dict[str, str] = {}
         if resume_run_id is None:
@@ -247,11 +247,11 @@ class Tracker:
 
 
 def location(config: RunConfig) -> tuple[str, Path | None]:
-    """Return the tracking URI of ``config``, and where a local store keeps artifacts (None: the server decides)."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri
-    if uri:
-        return uri, None
-    return f"sqlite:///{(config.out / 'mlflow.db').resolve()}", config.out / "mlartifacts"
+    """Return the tracking URI of ``config``, and where artifacts of a local store go (None: the server decides)."""
+    local = f"sqlite:///{(config.out / 'mlflow.db').resolve()}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri or local
+    scheme, _, database = uri.partition(":///")
+    return uri, Path(database).parent / "mlartifacts" if scheme == "sqlite" else None
 
 
 def _strict() -> bool:
