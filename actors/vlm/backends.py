@@ -30,8 +30,11 @@ class Backend(Protocol):
     async def generate(self, prompt: dict[str, Any], params: Any, lora: Any) -> Any:
         """Return the finished ``RequestOutput``; ``ValueError`` for a request that vLLM refuses."""
 
-    async def rpc(self, method: str, *args: Any, exclusive: bool = False) -> Any:
-        """Call ``method`` of the (first) worker; ``exclusive`` waits for running requests and drops all caches after."""
+    async def rpc(self, method: str, *args: Any) -> Any:
+        """Call ``method`` of the (first) worker."""
+
+    async def drop_caches(self) -> None:
+        """Forget every cache that was computed with the old weights: prefixes, processed inputs, vision features."""
 
     async def remove_lora(self, lora_id: int) -> None:
         """Forget an adapter."""
@@ -49,7 +52,6 @@ class InProcessBackend:
     def __init__(self, engine_args: dict[str, Any]):
         self._args = engine_args
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._idle_jobs: list[Callable[[], None]] = []
         self._waiting: dict[str, asyncio.Future[Any]] = {}
         self._ids = itertools.count()
         self._dead: BaseException | None = None
@@ -79,19 +81,19 @@ class InProcessBackend:
         self._inbox.put(add)
         return await done
 
-    async def rpc(self, method: str, *args: Any, exclusive: bool = False) -> Any:
-        def call() -> Any:
-            result = self._engine.collective_rpc(method, args=args)[0]
-            if exclusive:
-                self._engine.reset_prefix_cache()
-                self._engine.reset_mm_cache()
-                self._engine.reset_encoder_cache()
-            return result
+    async def rpc(self, method: str, *args: Any) -> Any:
+        return await self._call(lambda: self._engine.collective_rpc(method, args=args)[0])
 
-        return await self._call(call, idle=exclusive)
+    async def drop_caches(self) -> None:
+        def drop() -> None:
+            self._engine.reset_prefix_cache()
+            self._engine.reset_mm_cache()
+            self._engine.reset_encoder_cache()
+
+        await self._call(drop)
 
     async def remove_lora(self, lora_id: int) -> None:
-        await self._call(lambda: self._engine.remove_lora(lora_id), idle=False)
+        await self._call(lambda: self._engine.remove_lora(lora_id))
 
     def check(self) -> None:
         if self._dead is not None:
@@ -126,13 +128,8 @@ class InProcessBackend:
             self._engine.engine_core.shutdown()
 
     def _take(self) -> None:
-        """Run what has come in; wait for it when there is nothing else to do. Idle jobs hold back new requests."""
+        """Run what has come in; wait for it when there is nothing else to do."""
         while True:
-            if self._idle_jobs and not self._engine.has_unfinished_requests():
-                self._idle_jobs.pop(0)()
-                continue
-            if self._idle_jobs:
-                return
             try:
                 job = self._inbox.get(block=not self._engine.has_unfinished_requests())
             except queue.Empty:
@@ -157,7 +154,7 @@ class InProcessBackend:
             raise InfrastructureError("the vLLM engine is not running")
         return self._loop.create_future()
 
-    async def _call(self, function: Callable[[], Any], *, idle: bool) -> Any:
+    async def _call(self, function: Callable[[], Any]) -> Any:
         key = f"call-{next(self._ids)}"
         done = self._future()
         self._waiting[key] = done
@@ -170,7 +167,7 @@ class InProcessBackend:
             else:
                 self._resolve(key, result)
 
-        self._inbox.put((lambda: self._idle_jobs.append(job)) if idle else job)
+        self._inbox.put(job)
         return await done
 
     def _post(self, future: asyncio.Future[Any], result: Any) -> None:
@@ -213,24 +210,19 @@ class AsyncBackend:
             raise InfrastructureError(f"the vLLM engine failed: {error!r} (cause: {error.__cause__!r})") from error
         return final
 
-    async def rpc(self, method: str, *args: Any, exclusive: bool = False) -> Any:
+    async def rpc(self, method: str, *args: Any) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self.check()
         try:
-            if not exclusive:
-                return (await self._engine.collective_rpc(method, args=args))[0]
-            await self._engine.pause_generation(mode="wait")
-            try:
-                result = (await self._engine.collective_rpc(method, args=args))[0]
-                await self._engine.reset_prefix_cache()
-                await self._engine.reset_mm_cache()
-                await self._engine.reset_encoder_cache()
-            finally:
-                await self._engine.resume_generation()
-            return result
+            return (await self._engine.collective_rpc(method, args=args))[0]
         except EngineDeadError as error:
             raise InfrastructureError(f"the vLLM engine died during {method}") from error
+
+    async def drop_caches(self) -> None:
+        await self._engine.reset_prefix_cache()
+        await self._engine.reset_mm_cache()
+        await self._engine.reset_encoder_cache()
 
     async def remove_lora(self, lora_id: int) -> None:
         await self._engine.remove_lora(lora_id)

@@ -7,10 +7,12 @@ responsible for: how vLLM is run (``actors.vlm.backends``), Ray (``actors.vlm.wo
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """How to run vLLM. ``lora_rank`` 0 means that full weights are published; otherwise the largest adapter rank."""
+    """How to run vLLM. ``lora_rank``: the largest adapter rank that will be published; 0 switches LoRA off."""
 
     model_path: str
     dtype: str = "float32"
@@ -62,11 +64,18 @@ class VlmEngine:
         self._backend: Backend | None = None
         self._adapter: _Adapter | None = None
         self._lora_ids = 0
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._load = asyncio.Lock()
         self._full = False  # the live model's weights are no longer the folder's
         self._folder: Path | None = None
 
     async def start(self) -> None:
         """Load the model. Raises InfrastructureError where another attempt may succeed; see the message otherwise."""
+        self.spec = _with_adapter_rank(self.spec)
         _prepare_environment(self.spec)
         from transformers import AutoConfig, AutoProcessor
 
@@ -78,7 +87,7 @@ class VlmEngine:
         backend = InProcessBackend if _in_process(self.spec) else AsyncBackend
         self._backend = backend(_engine_args(self.spec))
         await self._backend.start()
-        await self._serve_base()
+        await self._serve_base(0)
 
     @property
     def backend(self) -> Backend:
@@ -104,7 +113,12 @@ class VlmEngine:
                 )
             },
         }
+        while not self._open.is_set():  # it may be closed again before a waiter runs
+            await self._open.wait()
+        # Nothing is awaited between here and the count: what is served and what is stamped cannot come apart.
         adapter, version = self._adapter, self.version
+        self._running += 1
+        self._idle.clear()
         if adapter is not None:
             adapter.users += 1
         try:
@@ -112,6 +126,9 @@ class VlmEngine:
         except ValueError as error:  # vLLM's validation errors are ValueErrors too
             raise BadSampleError(f"sample {request.sample_id!r} cannot be completed: {error}") from error
         finally:
+            self._running -= 1
+            if self._running == 0:
+                self._idle.set()
             if adapter is not None:
                 adapter.users -= 1
                 await self._sweep(adapter)
@@ -123,14 +140,15 @@ class VlmEngine:
 
         Requests that are running keep an adapter they began with; full weights wait for them.
         """
-        if weights is None:
-            await self._serve_base()
-        elif weights.kind == "lora":
-            await self._serve_adapter(weights)
-        else:
-            await self._reload(weights)
-        self.version = version if version is not None else (0 if weights is None else weights.version)
-        return self.version
+        new = version if version is not None else (0 if weights is None else weights.version)
+        async with self._load:
+            if weights is None:
+                await self._serve_base(new)
+            elif weights.kind == "lora":
+                await self._serve_adapter(weights, new)
+            else:
+                await self._serve_full(weights, new)
+        return new
 
     async def weights_hash(self) -> str:
         """Return the hash of the base weights in the engine's memory, and the version served."""
@@ -154,26 +172,21 @@ class VlmEngine:
 
     # --- weights ---
 
-    async def _serve_base(self) -> None:
+    async def _serve_base(self, version: int) -> None:
         if self._full:
-            from safetensors.torch import save_file
-
             from actors.vlm.policy import load_model
 
-            assert self._folder is not None
-            path = self._folder / "base.safetensors"
             model, _ = load_model(self.spec.model_path, "float32")
-            save_file({k: v.clone() for k, v in model.state_dict().items()}, str(path))
-            await self._reload_file(path)
+            await self._reload(model.state_dict(), version)
             self._full = False
         if self.spec.adapter is not None:
             from actors.weights import read_adapter
 
-            await self._serve_adapter(read_adapter(self.spec.adapter, 0))
+            await self._serve_adapter(read_adapter(self.spec.adapter, 0), version)
         else:
-            await self._switch(None)
+            await self._switch(None, version)
 
-    async def _serve_adapter(self, weights: Weights) -> None:
+    async def _serve_adapter(self, weights: Weights, version: int) -> None:
         from vllm.lora.request import LoRARequest
 
         from actors.weights import write_adapter
@@ -187,12 +200,18 @@ class VlmEngine:
         assert self._folder is not None
         # An id of its own for every load: vLLM keeps adapters and prefix caches by id and name.
         self._lora_ids += 1
-        name = f"v{weights.version}-{self._lora_ids}"
+        name = f"v{version}-{self._lora_ids}"
         folder = write_adapter(weights, self._folder / name)
-        await self._switch(_Adapter(LoRARequest(name, self._lora_ids, str(folder)), Path(folder)))
+        await self._switch(_Adapter(LoRARequest(name, self._lora_ids, str(folder)), Path(folder)), version)
 
-    async def _switch(self, adapter: _Adapter | None) -> None:
-        old, self._adapter = self._adapter, adapter
+    async def _serve_full(self, weights: Weights, version: int) -> None:
+        from actors.weights import as_tensors
+
+        await self._reload(as_tensors(weights), version)
+        self._full = True
+
+    async def _switch(self, adapter: _Adapter | None, version: int) -> None:
+        old, self._adapter, self.version = self._adapter, adapter, version
         if old is not None:
             old.retired = True
             await self._sweep(old)
@@ -203,24 +222,23 @@ class VlmEngine:
             shutil.rmtree(adapter.folder, ignore_errors=True)
             await self.backend.remove_lora(adapter.request.lora_int_id)
 
-    async def _reload(self, weights: Weights) -> None:
+    async def _reload(self, tensors: Mapping[str, Any], version: int) -> None:
+        """Replace the model's own weights while nothing runs; requests that arrive meanwhile wait for the new ones."""
         from safetensors.torch import save_file
 
-        from actors.weights import as_tensors
-
-        if self.spec.lora_rank:
-            raise ValueError("full weights were published to an engine started for LoRA; start it with lora_rank=0")
         assert self._folder is not None
-        path = self._folder / f"full-{weights.version}.safetensors"
-        save_file(as_tensors(weights), str(path))
-        await self._reload_file(path)
-        self._full = True
-
-    async def _reload_file(self, path: Path) -> None:
+        path = self._folder / "full.safetensors"
+        # Clones: tied weights (embedding and head) share memory, which the file format refuses.
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, str(path))
+        self._open.clear()
         try:
-            await self.backend.rpc("vans_reload", str(path), exclusive=True)
+            await self._idle.wait()
+            await self.backend.rpc("vans_reload", str(path))
+            await self.backend.drop_caches()
+            await self._switch(None, version)
         finally:
             path.unlink(missing_ok=True)
+            self._open.set()
 
     # --- requests ---
 
@@ -286,6 +304,16 @@ def _engine_args(spec: EngineSpec) -> dict[str, Any]:
         args["max_lora_rank"] = next(r for r in _LORA_RANKS if r >= spec.lora_rank)
         args["max_loras"] = 2  # a new version is served while requests of the old one finish
     return args
+
+
+def _with_adapter_rank(spec: EngineSpec) -> EngineSpec:
+    """Return ``spec`` with room for the adapter it starts from."""
+    if spec.adapter is None:
+        return spec
+    from actors.weights import read_adapter
+
+    rank = int(read_adapter(spec.adapter).adapter_config["r"])
+    return replace(spec, lora_rank=max(rank, spec.lora_rank))
 
 
 def _in_process(spec: EngineSpec) -> bool:

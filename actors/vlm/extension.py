@@ -24,11 +24,27 @@ class WeightsExtension:
     def vans_base_hash(self) -> str:
         """Return a hash of all parameters but LoRA's, as they lie in the worker's memory."""
         worker: Any = self
+        model = worker.model_runner.get_model()
         digest = hashlib.blake2b(digest_size=16)
-        for name, parameter in sorted(worker.model_runner.get_model().named_parameters()):
-            if "lora_" in name:
-                continue
-            data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            digest.update(name.replace(".base_layer.", ".").encode())
-            digest.update(data.tobytes())
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" not in name and parameter.numel():
+                _add(digest, name, parameter.detach())
+        for name, module in sorted(model.named_modules()):
+            if hasattr(module, "cpu_linear") and module.weight.numel() == 0:
+                _add(digest, f"{name}.weight", _packed_weight(module))
         return digest.hexdigest()
+
+
+def _packed_weight(layer: Any) -> torch.Tensor:
+    """Return (in, out) the weight of a layer whose parameter vLLM has repacked for the CPU and emptied.
+
+    Unit vectors read it out: their products are exact, because all other terms of a sum are zero.
+    """
+    size = getattr(layer, "input_size_per_partition", layer.input_size)
+    with torch.inference_mode():
+        return layer.cpu_linear(torch.eye(size, dtype=layer.weight.dtype), layer.weight, None)
+
+
+def _add(digest: Any, name: str, value: torch.Tensor) -> None:
+    digest.update(name.replace(".base_layer.", ".").encode())
+    digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,171 @@
+"""One real vLLM engine behind the real Ray actor: agreement with the learner's policy, weights versions, bans, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from samples import QUESTIONS, frames, perturb_adapter
+
+from actors.failures import Failure, Ok
+from actors.learner.trainable import LoraSpec
+from actors.records import Completion, CompletionRequest, VlmExperience, derive_seed
+from actors.vlm.policy import VlmPolicy
+
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow]
+
+REQUESTS = [
+    CompletionRequest(f"s{i}", QUESTIONS[i % 3], frames(i), n=8, seed=derive_seed("vlm", i), max_tokens=24)
+    for i in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def worker(ray_local: None, tiny_vlm_dir: Path) -> Iterator[Any]:
+    import ray
+
+    from actors.vlm.worker import VlmWorker
+
+    actor = (
+        ray.remote(VlmWorker)
+        .options(num_cpus=1, max_concurrency=64)
+        .remote("vlm-0", str(tiny_vlm_dir), lora_rank=8, kv_cache_mib=64)
+    )
+    info = ray.get(actor.setup.remote(), timeout=240)
+    assert info.name == "vlm-0" and info.model_hash
+    yield actor
+    ray.get(actor.shutdown.remote(), timeout=60)
+    ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_vlm_dir: Path) -> VlmPolicy:
+    return VlmPolicy.load(tiny_vlm_dir, lora=LoraSpec(8, 32.0))
+
+
+def complete(worker: Any, requests: list[CompletionRequest]) -> list[list[Completion]]:
+    import ray
+
+    # Separate calls, as the pool makes them: vLLM batches what runs at once.
+    calls = ray.get([worker.process.remote([request]) for request in requests], timeout=120)
+    assert all(isinstance(outcome, Ok) for (outcome,) in calls), calls
+    return [outcome.value for (outcome,) in calls]
+
+
+def load(worker: Any, weights: Any, version: int) -> None:
+    import ray
+
+    from actors.weights import send
+
+    payload = None if weights is None else send(weights)
+    assert ray.get(worker.load_weights.remote(version, payload), timeout=60) == version
+
+
+def difference(policy: VlmPolicy, requests: list[CompletionRequest], groups: list[list[Completion]]) -> float:
+    """Largest |learner − engine| of all tokens of all completions."""
+    items = [
+        VlmExperience(r.sample_id, i, r.question, r.frames, r.fps, c.token_ids, c.logprobs, 0.0)
+        for r, group in zip(requests, groups, strict=True)
+        for i, c in enumerate(group)
+    ]
+    with torch.no_grad():
+        out = policy.forward(policy.collate(items))
+    return float((out.logprobs - policy.rollout_logprobs(items)).abs().max())
+
+
+def tokens(groups: list[list[Completion]]) -> list[list[int]]:
+    return [c.token_ids.tolist() for group in groups for c in group]
+
+
+def test_base_weights_agree_and_requests_repeat_themselves(worker: Any, policy: VlmPolicy) -> None:
+    groups = complete(worker, REQUESTS)
+    assert [len(g) for g in groups] == [8] * 6
+    assert {c.weights_version for g in groups for c in g} == {0}
+    assert len({tuple(t) for t in tokens(groups)}) == 48  # a seed of its own for every completion
+    with policy.reference():
+        assert difference(policy, REQUESTS, groups) <= 1e-5
+    # Alone or in a batch, first or second time: the same tokens.
+    assert tokens(complete(worker, REQUESTS[2:3])) == tokens(groups[2:3])
+    banned = set(policy.banned_ids)
+    assert not banned & {t for sequence in tokens(groups) for t in sequence}
+
+
+def test_temperature_and_greedy(worker: Any, policy: VlmPolicy, tiny_vlm_dir: Path) -> None:
+    load(worker, None, 0)
+    warm = [replace(r, temperature=1.5) for r in REQUESTS[:2]]
+    assert difference(VlmPolicy.load(tiny_vlm_dir, temperature=1.5), warm, complete(worker, warm)) <= 1e-5
+    greedy = [replace(r, temperature=0.0, n=2, seed=i) for i, r in enumerate(REQUESTS[:2])]
+    first, second = complete(worker, greedy)[0]
+    assert first.token_ids.tolist() == second.token_ids.tolist()
+    assert tokens(complete(worker, [replace(greedy[0], seed=99)])) == [first.token_ids.tolist()] * 2
+    with torch.no_grad(), policy.reference():
+        item = VlmExperience("g", 0, greedy[0].question, greedy[0].frames, 8.0, first.token_ids, first.logprobs, 0.0)
+        kept = policy.module(**policy.collate([item]).model_inputs).logits[0].float() + policy._bias
+    assert kept.argmax(-1).tolist() == first.token_ids.tolist()
+
+
+def test_adapter_versions_are_served_stamped_and_left_again(worker: Any, policy: VlmPolicy) -> None:
+    import ray
+
+    from actors.weights import pack
+
+    load(worker, None, 0)
+    base, frozen = tokens(complete(worker, REQUESTS[:3])), ray.get(worker.weights_hash.remote())
+    for version in (1, 2):
+        perturb_adapter(policy.module, seed=version)
+        load(worker, pack(version, "lora", policy.adapter_state(), policy.adapter_config), version)
+        groups = complete(worker, REQUESTS[:3])
+        assert {c.weights_version for g in groups for c in g} == {version}
+        assert difference(policy, REQUESTS[:3], groups) <= 1e-5
+        assert tokens(groups) != base
+        assert ray.get(worker.weights_hash.remote()) == frozen.replace(":0", f":{version}")
+    load(worker, None, 3)
+    assert tokens(complete(worker, REQUESTS[:3])) == base
+
+
+def test_full_weights_are_reloaded_without_mixing_versions(worker: Any, tiny_vlm_dir: Path) -> None:
+    import ray
+
+    from actors.weights import pack
+
+    load(worker, None, 0)
+    base, frozen = tokens(complete(worker, REQUESTS)), ray.get(worker.weights_hash.remote())
+    full = VlmPolicy.load(tiny_vlm_dir)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in full.module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    running = [worker.process.remote([request]) for request in REQUESTS]
+    load(worker, pack(7, "full", full.module.state_dict()), 7)
+    for (outcome,), request in zip(ray.get(running, timeout=60), REQUESTS, strict=True):
+        version = {c.weights_version for c in outcome.value}
+        assert len(version) == 1
+        model = full if version == {7} else VlmPolicy.load(tiny_vlm_dir)
+        assert difference(model, [request], [outcome.value]) <= 1e-5
+    groups = complete(worker, REQUESTS)
+    assert difference(full, REQUESTS, groups) <= 1e-5
+    assert ray.get(worker.weights_hash.remote()).split(":")[0] != frozen.split(":")[0]
+    load(worker, None, 0)
+    assert tokens(complete(worker, REQUESTS)) == base
+    assert ray.get(worker.weights_hash.remote()) == frozen
+
+
+def test_bad_requests_are_data_failures_and_others_go_on(worker: Any) -> None:
+    import ray
+
+    good = REQUESTS[0]
+    bad = [
+        replace(good, question="What happens then? " * 200),
+        replace(good, question="<|im_end|>"),
+        replace(good, frames=np.zeros((9, 32, 32, 3), np.float32)),
+    ]
+    outcomes = ray.get(worker.process.remote([*bad, good]), timeout=60)
+    assert isinstance(outcomes[-1], Ok)
+    for outcome in outcomes[:3]:
+        assert isinstance(outcome, Failure) and outcome.kind == "data", outcome
+    assert "512" in outcomes[0].message

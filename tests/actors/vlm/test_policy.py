@@ -1,0 +1,222 @@
+"""The VLM policy against plain transformers: same log-probabilities, same positions, adapters that are PEFT's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from samples import QUESTIONS, experience, frames, perturb_adapter
+
+from actors.failures import BadSampleError
+from actors.learner.trainable import LoraSpec, Trainable, trainable_parameters
+from actors.records import VlmExperience
+from actors.vlm.inputs import VideoQuestion, mrope_positions, video_metadata
+from actors.vlm.policy import VlmPolicy
+from actors.vlm.prompt import VIDEO_PLACEHOLDER, parse_caption, render_prompt
+from cluster.errors import CheckpointError
+
+LORA = LoraSpec(rank=8, alpha=32.0)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_vlm_dir: Path) -> VlmPolicy:
+    """A policy whose adapter changes the model."""
+    policy = VlmPolicy.load(tiny_vlm_dir, lora=LORA)
+    perturb_adapter(policy.module, seed=1)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def items(policy: VlmPolicy) -> list[VlmExperience]:
+    return [experience(i, length, policy.eos_token_id) for i, length in enumerate((5, 12, 1, 8))]
+
+
+def plain_logprobs(model: Any, policy: VlmPolicy, item: VlmExperience, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of one completion by the stock classes alone, with stock position ids."""
+    inputs = policy.processor(
+        text=[render_prompt(policy.processor, item.question)],
+        videos=[item.frames],
+        video_metadata=[video_metadata(item.frames, item.fps)],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    tokens = torch.tensor(item.token_ids, dtype=torch.long)[None]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], 1)
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -tokens.shape[1] - 1 : -1].float()
+    logits[:, policy.banned_ids] = -torch.inf
+    return (logits / temperature).log_softmax(-1).gather(1, tokens[0, :, None])[:, 0]
+
+
+def padded(policy: VlmPolicy, items: list[VlmExperience]) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        out = policy.forward(policy.collate(items))
+    return out.logprobs, out.mask
+
+
+def test_logprobs_equal_plain_transformers_alone_and_padded(policy: VlmPolicy, items: list[VlmExperience]) -> None:
+    together, mask = padded(policy, items)
+    assert mask.sum(1).tolist() == [5, 12, 1, 8]
+    assert together[~mask].abs().max() == 0
+    for i, item in enumerate(items):
+        expected = plain_logprobs(policy.module, policy, item)
+        alone, _ = padded(policy, [item])
+        length = len(item.token_ids)
+        assert (alone[0] - expected).abs().max() <= 1e-5
+        assert (together[i, :length] - expected).abs().max() <= 1e-5
+
+
+def test_temperature_is_that_of_the_sampler(tiny_vlm_dir: Path, items: list[VlmExperience]) -> None:
+    warm = VlmPolicy.load(tiny_vlm_dir, temperature=1.7)
+    ours, _ = padded(warm, items[:1])
+    assert (ours[0] - plain_logprobs(warm.module, warm, items[0], 1.7)).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="temperature"):
+        VlmPolicy.load(tiny_vlm_dir, temperature=0.0)
+
+
+def test_two_passes_are_bitwise_equal(policy: VlmPolicy, items: list[VlmExperience]) -> None:
+    batch = policy.collate(items)
+    first, second = policy.forward(batch), policy.forward(policy.collate(items))
+    assert torch.equal(first.logprobs, second.logprobs)
+    assert torch.exp(first.logprobs - second.logprobs).eq(1).all()
+
+
+def test_reference_is_the_base_model_bitwise(tiny_vlm_dir: Path, policy: VlmPolicy, items: list[VlmExperience]) -> None:
+    base = VlmPolicy.load(tiny_vlm_dir)
+    flags = [p.requires_grad for p in policy.module.parameters()]
+    with policy.reference():
+        reference, _ = padded(policy, items)
+    assert torch.equal(reference, padded(base, items)[0])
+    assert not torch.allclose(reference, padded(policy, items)[0], atol=1e-3)
+    assert flags == [p.requires_grad for p in policy.module.parameters()]
+    with pytest.raises(ValueError, match="LoRA"), base.reference():
+        pass
+
+
+def test_kl_is_the_k3_estimate_and_entropy_is_of_the_allowed_tokens(
+    policy: VlmPolicy, items: list[VlmExperience]
+) -> None:
+    batch = policy.collate(items)
+    out = policy.forward(batch)
+    with torch.no_grad(), policy.reference():
+        ref = policy.forward(batch)
+    delta = ref.logprobs - out.logprobs
+    kl = policy.kl(out, ref)
+    assert torch.allclose(kl[out.mask], (delta.exp() - delta - 1)[out.mask])
+    assert (kl >= 0).all() and kl[~out.mask].eq(0).all()
+    assert out.entropy is not None
+    allowed = policy._bias.numel() - len(policy.banned_ids)
+    assert 0 < out.entropy[out.mask].max() <= np.log(allowed)
+
+
+def test_only_the_language_models_adapter_trains(policy: VlmPolicy) -> None:
+    assert isinstance(policy, Trainable)
+    names = [n for n, p in policy.module.named_parameters() if p.requires_grad]
+    assert len(names) == 2 * 7 * 2  # two layers, seven projections, A and B
+    assert all("language_model" in n and ".lora_" in n for n in names)
+    assert len(trainable_parameters(policy.module)) == len(names)
+
+
+def test_lora_init_is_seeded_and_changes_nothing(tiny_vlm_dir: Path, items: list[VlmExperience]) -> None:
+    one, two = VlmPolicy.load(tiny_vlm_dir, lora=LORA), VlmPolicy.load(tiny_vlm_dir, lora=LORA)
+    for a, b in zip(one.adapter_state().values(), two.adapter_state().values(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(padded(one, items)[0], padded(VlmPolicy.load(tiny_vlm_dir), items)[0])
+
+
+def test_export_is_an_adapter_that_peft_and_we_load(
+    tmp_path: Path, tiny_vlm_dir: Path, policy: VlmPolicy, items: list[VlmExperience]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    policy.export(tmp_path / "adapter")
+    base = AutoModelForImageTextToText.from_pretrained(tiny_vlm_dir, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ours, _ = padded(policy, items[:1])
+    assert (plain_logprobs(model, policy, items[0]) - ours[0]).abs().max() <= 1e-5
+    again = VlmPolicy.load(tiny_vlm_dir, adapter=tmp_path / "adapter", lora=LORA)
+    assert torch.equal(padded(again, items)[0], padded(policy, items)[0])
+    with pytest.raises(CheckpointError, match="rank 8"):
+        VlmPolicy.load(tiny_vlm_dir, adapter=tmp_path / "adapter", lora=replace(LORA, rank=4))
+
+
+def test_full_export_loads_as_a_model(tmp_path: Path, tiny_vlm_dir: Path, items: list[VlmExperience]) -> None:
+    full = VlmPolicy.load(tiny_vlm_dir)
+    assert all(p.requires_grad for p in full.module.parameters())
+    full.export(tmp_path / "model")
+    assert torch.equal(padded(VlmPolicy.load(tmp_path / "model"), items)[0], padded(full, items)[0])
+
+
+def test_sft_loss_falls(tiny_vlm_dir: Path) -> None:
+    policy = VlmPolicy.load(tiny_vlm_dir)
+    answer = "<think> the ball fell </think><ans> the ball rises </ans>"
+    batch = [(frames(0), QUESTIONS[0], answer), (frames(1), QUESTIONS[1], answer.replace("rises", "fades"))]
+    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(6):
+        loss, metrics = policy.sft_loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(metrics["loss"])
+    assert losses[-1] < 0.7 * losses[0]
+    tokens = policy.answer_tokens(answer)
+    assert tokens[-1] == policy.eos_token_id
+    assert parse_caption(policy.processor.tokenizer.decode(tokens[:-1])) == "the ball rises"
+
+
+def test_equal_prompts_are_processed_once(policy: VlmPolicy, items: list[VlmExperience]) -> None:
+    seen: list[int] = []
+    encoder = policy._prompts
+    process = encoder._process
+    encoder._process = lambda prompts: seen.append(len(prompts)) or process(prompts)  # type: ignore[method-assign,func-returns-value]
+    fresh = experience(77, 4, policy.eos_token_id)
+    policy.collate([fresh] * 4 + items[:1])
+    policy.collate([fresh])
+    del encoder._process
+    assert seen == [1]
+
+
+def test_positions_equal_transformers_for_qwen3(policy: VlmPolicy) -> None:
+    prompt = policy._prompts.encode([VideoQuestion(QUESTIONS[0], frames(3), 8.0)])[0]
+    model: Any = policy.module
+    expected, _ = model.model.get_rope_index(
+        prompt.input_ids[None], prompt.token_types[None], video_grid_thw=prompt.grid_thw
+    )
+    assert torch.equal(prompt.positions, expected[:, 0])
+    assert prompt.next_position == int(expected.max()) + 1
+
+
+def test_text_after_a_long_qwen25_video_starts_after_its_last_position() -> None:
+    types = torch.tensor([0, 0] + [2] * 8 + [0, 0])
+    positions, following = mrope_positions(types, torch.tensor([[2, 4, 4]]), merge=2, time_interval=25.0)
+    assert positions[0].tolist() == [0, 1] + [2] * 4 + [27] * 4 + [28, 29]
+    assert positions[1].tolist() == [0, 1] + [2, 2, 3, 3] * 2 + [28, 29]
+    assert positions[2].tolist() == [0, 1] + [2, 3, 2, 3] * 2 + [28, 29]
+    assert following == 30
+
+
+def test_prompt_has_one_video_and_refuses_special_tokens(policy: VlmPolicy) -> None:
+    text = render_prompt(policy.processor, "What now?")
+    assert text.count(VIDEO_PLACEHOLDER) == 1 and text.endswith("assistant\n")
+    with pytest.raises(BadSampleError, match="video_pad"):
+        render_prompt(policy.processor, "What <|video_pad|> now?")
+    with pytest.raises(BadSampleError, match="empty"):
+        render_prompt(policy.processor, "  ")
+
+
+def test_unusable_frames_and_folders_are_named(policy: VlmPolicy, tmp_path: Path, items: list[VlmExperience]) -> None:
+    for bad in (frames(0)[:1], frames(0).astype(np.float32), frames(0)[:, :0]):
+        with pytest.raises(BadSampleError, match="frame"):
+            policy.collate([replace(items[0], frames=bad)])
+    with pytest.raises(BadSampleError, match="empty"):
+        policy.collate([replace(items[0], token_ids=np.array([], np.int32))])
+    with pytest.raises(CheckpointError, match="cannot load a VLM"):
+        VlmPolicy.load(tmp_path / "nothing")
