@@ -1,4 +1,4 @@
-"""Decode dataset rows inside Ray Data's actors, and turn decoded blocks into samples.
+"""Decode dataset rows inside Ray Data's tasks, and turn decoded blocks into samples.
 
 Responsible for what happens to one block of rows; no Ray import. Not responsible for the order (``source``).
 """
@@ -6,9 +6,9 @@ Responsible for what happens to one block of rows; no Ray import. Not responsibl
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,19 @@ class VideoShape:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A shard as the decoding tasks know it; ``stamp`` tells a rewritten file from the one that stood there before."""
+
+    path: str
+    stamp: int  # modification time, ns
+
+    @classmethod
+    def of(cls, path: Path) -> Shard:
+        """Return the shard at ``path``."""
+        return cls(str(path), path.stat().st_mtime_ns)
+
+
+@dataclass(frozen=True)
 class QuarantinedRow:
     """A row that could not be used, and why."""
 
@@ -60,90 +73,85 @@ class QuarantinedRow:
     reason: str
 
 
-class Decoder:
-    """What a Ray Data actor runs: row places in, decoded frames or reasons out."""
+def decode_block(
+    batch: dict[str, np.ndarray], shards: tuple[Shard, ...], shape: VideoShape, limits: VideoLimits
+) -> dict[str, np.ndarray]:
+    """Decode the rows whose places ``batch`` holds; this is what the Ray Data tasks run.
 
-    def __init__(self, shards: list[str], shape: VideoShape, limits: VideoLimits) -> None:
-        self._files = [Path(path) for path in shards]
-        self._shape, self._limits = shape, limits
-        self._groups: OrderedDict[tuple[int, int], list[dict[str, Any]] | DataError] = OrderedDict()
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the rows of ``batch`` with columns ``record`` (JSON of the text), frames, ``fps`` and ``error``."""
-        shape, rows = self._shape, len(batch["shard"])
-        out: dict[str, np.ndarray] = dict(batch)
-        out["input_frames"] = np.zeros((rows, shape.input_frames, shape.vlm_height, shape.vlm_width, 3), np.uint8)
-        out["target_frames"] = np.zeros((rows, shape.num_frames, shape.height, shape.width, 3), np.uint8)
-        if shape.two_sizes:
-            out["context_frames"] = np.zeros((rows, shape.input_frames, shape.height, shape.width, 3), np.uint8)
-        out["fps"] = np.full(rows, shape.fps, np.float64)
-        records, errors = [], []
-        for index in range(rows):
-            text: dict[str, Any] = {}
-            error = ""
-            try:
-                row = self._row(*(int(batch[name][index]) for name in ("shard", "group", "offset")))
-                text = {name: row.get(name) for name in TEXT_COLUMNS}
-                self._decode(row, out, index)
-            except DataError as found:
-                error = str(found) or "unknown"
-            records.append(json.dumps(text))
-            errors.append(error)
-        out["record"], out["error"] = np.array(records, object), np.array(errors, object)
-        return out
-
-    def _row(self, shard: int, group: int, offset: int) -> dict[str, Any]:
-        key = (shard, group)
-        if key not in self._groups:
-            self._groups[key] = _read_group(self._files[shard], group)
-            while len(self._groups) > 4:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        rows = self._groups[key]
-        if isinstance(rows, DataError):
-            raise DataError(str(rows))
-        return rows[offset]
-
-    def _decode(self, row: dict[str, Any], out: dict[str, np.ndarray], index: int) -> None:
-        for name in SCHEMA.names:
-            if row.get(name) is None and not SCHEMA.field(name).nullable:
-                raise DataError(f"{name} is missing")
-        for name in ("id", "question", "caption"):
-            if not row[name].strip():
-                raise DataError(f"{name} is empty")
-        if row["kind"] not in KINDS:
-            raise DataError(f"kind {row['kind']!r} must be one of {', '.join(KINDS)}")
-        shape, limits = self._shape, self._limits
+    Adds the columns ``record`` (JSON of the text), ``input_frames``, ``target_frames``, ``fps`` and, where the VLM sees
+    another size than the one rendered, ``context_frames``; ``error`` says why a row is unusable, or is empty.
+    """
+    rows = len(batch["shard"])
+    out: dict[str, np.ndarray] = dict(batch)
+    out["input_frames"] = np.zeros((rows, shape.input_frames, shape.vlm_height, shape.vlm_width, 3), np.uint8)
+    out["target_frames"] = np.zeros((rows, shape.num_frames, shape.height, shape.width, 3), np.uint8)
+    if shape.two_sizes:
+        out["context_frames"] = np.zeros((rows, shape.input_frames, shape.height, shape.width, 3), np.uint8)
+    out["fps"] = np.full(rows, shape.fps, np.float64)
+    records, errors = [], []
+    for index in range(rows):
+        text: dict[str, Any] = {}
+        error = ""
         try:
-            frames, seconds = decode_timed(
-                row["input_video"], shape.input_frames, shape.vlm_height, shape.vlm_width, limits
-            )
-            out["input_frames"][index] = frames
-            if shape.two_sizes:
-                out["context_frames"][index] = decode_video(
-                    row["input_video"], shape.input_frames, shape.height, shape.width, limits
-                )
-        except DataError as error:
-            raise DataError(f"input video: {error}") from error
-        if seconds > 0 and shape.input_frames > 1:
-            out["fps"][index] = round((shape.input_frames - 1) / seconds, 4)
-        try:
-            out["target_frames"][index] = decode_video(
-                row["target_video"], shape.num_frames, shape.height, shape.width, limits
-            )
-        except DataError as error:
-            raise DataError(f"target video: {error}") from error
+            shard, group, offset = (int(batch[name][index]) for name in ("shard", "group", "offset"))
+            group_rows = _read_group(shards[shard], group)
+            if isinstance(group_rows, DataError):
+                raise DataError(str(group_rows))
+            row = group_rows[offset]
+            text = {name: row.get(name) for name in TEXT_COLUMNS}
+            _check_text(row)
+            _decode_row(row, out, index, shape, limits)
+        except DataError as found:
+            error = str(found) or "unknown"
+        records.append(json.dumps(text))
+        errors.append(error)
+    out["record"], out["error"] = np.array(records, object), np.array(errors, object)
+    return out
 
 
-def _read_group(path: Path, group: int) -> list[dict[str, Any]] | DataError:
+@lru_cache(maxsize=4)
+def _read_group(shard: Shard, group: int) -> list[dict[str, Any]] | DataError:
     """Return the rows of a row group; damage is returned, so that each of its rows is quarantined with the reason."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(shard.path) as file:
             return file.read_row_group(group).to_pylist()
     except FileNotFoundError:
         raise  # the storage is gone, which no row is to blame for
     except (pa.ArrowException, OSError) as error:
         return DataError(f"damaged row group {group}: {error}")
+
+
+def _check_text(row: dict[str, Any]) -> None:
+    for name in SCHEMA.names:
+        if row.get(name) is None and not SCHEMA.field(name).nullable:
+            raise DataError(f"{name} is missing")
+    for name in ("id", "question", "caption"):
+        if not row[name].strip():
+            raise DataError(f"{name} is empty")
+    if row["kind"] not in KINDS:
+        raise DataError(f"kind {row['kind']!r} must be one of {', '.join(KINDS)}")
+
+
+def _decode_row(
+    row: dict[str, Any], out: dict[str, np.ndarray], index: int, shape: VideoShape, limits: VideoLimits
+) -> None:
+    """Write the frames of ``row`` to place ``index`` of ``out``."""
+    try:
+        video = row["input_video"]
+        frames, seconds = decode_timed(video, shape.input_frames, shape.vlm_height, shape.vlm_width, limits)
+        out["input_frames"][index] = frames
+        if shape.two_sizes:
+            frames = decode_video(video, shape.input_frames, shape.height, shape.width, limits)
+            out["context_frames"][index] = frames
+    except DataError as error:
+        raise DataError(f"input video: {error}") from error
+    if seconds > 0 and shape.input_frames > 1:
+        out["fps"][index] = round((shape.input_frames - 1) / seconds, 4)
+    try:
+        video = row["target_video"]
+        out["target_frames"][index] = decode_video(video, shape.num_frames, shape.height, shape.width, limits)
+    except DataError as error:
+        raise DataError(f"target video: {error}") from error
 
 
 def block_items(

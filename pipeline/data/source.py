@@ -1,7 +1,7 @@
 """Stream the samples of a dataset: shuffled, decoded on the way, resumable to the exact row.
 
 The order is a pure function of (seed, epoch) over the row index; a :class:`Cursor` is (epoch, position) and nothing
-else. Ray Data carries row positions through decoder actors (``from_items → map_batches → iter_batches``), so that only
+else. Ray Data carries row positions through decoding tasks (``from_items → map_batches → iter_batches``), so that only
 a few blocks are ever decoded ahead. A row that cannot be decoded carries its reason in an error column, is quarantined,
 and is replaced by the row that follows. Not responsible for what is in the shards (``schema``) or for decoding them
 (``decoder``, ``video``).
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from actors.records import Sample, derive_seed
 from cluster.errors import DataError
-from pipeline.data.decoder import Decoder, QuarantinedRow, VideoShape, block_items
+from pipeline.data.decoder import QuarantinedRow, Shard, VideoShape, block_items, decode_block
 from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
 from pipeline.data.video import VideoLimits, limits_of
 
@@ -88,7 +88,7 @@ class _Place(NamedTuple):
 class SampleSource:
     """All samples of a folder of shards, in an order that (seed, epoch) decides, for ever.
 
-    ``decoders`` Ray actors of ``cpus_per_decoder`` each decode; Ray must be running. ``max_quarantine_ratio``: share of
+    ``decoders`` Ray tasks of ``cpus_per_decoder`` each decode at a time; Ray must be running. ``max_quarantine_ratio``: share of
     broken rows above which reading stops with a DataError.
     """
 
@@ -246,16 +246,17 @@ class SampleSource:
         # Without a limit the decoders run hundreds of rows ahead, on cores that training needs.
         ahead = max(BLOCKS_AHEAD, 2 * self.decoders) * block * self.shape.row_bytes
         context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=ahead)
+        # Tasks, not an actor pool: they hold no CPU while the consumer trains, and their processes outlive an execution.
         return dataset.map_batches(
-            Decoder,
-            fn_constructor_kwargs={
-                "shards": [str(path) for path in self.shards],
+            decode_block,
+            fn_kwargs={
+                "shards": tuple(Shard.of(path) for path in self.shards),
                 "shape": self.shape,
                 "limits": self.limits,
             },
             batch_size=block,
             batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=self.decoders),
+            compute=ray.data.TaskPoolStrategy(size=self.decoders),
             num_cpus=self.cpus_per_decoder,
         )
 
