@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,14 +156,9 @@ def runtime_env(environ: Mapping[str, str], env: Mapping[str, str], *, embedded:
 
 def _start_embedded(cpus: int | None, gpus: int | None, object_store_mib: int, options: dict[str, Any]) -> None:
     import ray
-    from ray._private import ray_constants
 
     slots = cpus if cpus is not None else 4 * (os.cpu_count() or 1)
-    # What Ray does by itself on macOS and Windows: the node's address is 127.0.0.1, and all its servers listen there
-    # only. Ray has no option for it on Linux; the variable is for the processes it starts, the constant for this one.
-    remembered = ray_constants.ENABLE_RAY_CLUSTER
-    with _environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}):
-        ray_constants.ENABLE_RAY_CLUSTER = False
+    with _loopback(), _environment({"RAY_USAGE_STATS_ENABLED": "0"}):
         try:
             ray.init(
                 address="local",
@@ -175,27 +170,53 @@ def _start_embedded(cpus: int | None, gpus: int | None, object_store_mib: int, o
             )
         except (RuntimeError, ValueError, ConnectionError, OSError) as error:
             raise ClusterError(f"The embedded Ray cluster ({slots} CPU slots) did not start: {error}") from error
-        finally:
-            ray_constants.ENABLE_RAY_CLUSTER = remembered
 
 
 def _join(address: str, options: dict[str, Any]) -> None:
     import ray
+    from ray.util import get_node_ip_address
 
     host, _, port = address.rpartition(":")
+    mode: AbstractContextManager[None] = nullcontext()
     if address != "auto":
         if not host or not port.isdigit():
             raise ClusterError(f"Ray address {address!r}: give host:port (the head's, usually 6379), auto or local")
-        try:  # Ray itself keeps trying for minutes
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        except OSError as error:
-            raise ClusterError(
-                f"No Ray cluster answers at {address} ({error}). Is its head running, and is this its port?"
-            ) from error
+        problem = _unreachable(host, int(port))  # Ray itself keeps trying for minutes
+        if problem is not None:
+            raise ClusterError(f"No Ray cluster answers at {address} ({problem}). Is its head running on this port?")
+        if host in ("localhost", "127.0.0.1") and _unreachable(get_node_ip_address(), int(port)):
+            mode = _loopback()  # Ray would replace the loopback address by one at which a private head does not listen
+    with mode:
+        try:
+            ray.init(address=address, **options)
+        except (RuntimeError, ValueError, ConnectionError, OSError) as error:
+            raise ClusterError(f"The Ray cluster at {address} could not be joined: {error}") from error
+
+
+def _unreachable(host: str, port: int) -> str | None:
+    """Return why nothing answers there, or None."""
     try:
-        ray.init(address=address, **options)
-    except (RuntimeError, ValueError, ConnectionError, OSError) as error:
-        raise ClusterError(f"The Ray cluster at {address} could not be joined: {error}") from error
+        socket.create_connection((host.strip("[]"), port), timeout=5).close()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Make Ray use 127.0.0.1 as this node's address and listen there only, as it does by itself on macOS and Windows.
+
+    Ray has no option for it on Linux; the variable is for the processes that it starts, the constant for this one.
+    """
+    from ray._private import ray_constants
+
+    remembered = ray_constants.ENABLE_RAY_CLUSTER
+    with _environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            yield
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = remembered
 
 
 @contextmanager

@@ -384,7 +384,7 @@ class WorkerPool:
     def _end(self, name: str, healthy: bool) -> None:
         if not healthy:
             for task, owner in list(self._tasks.items()):
-                if owner == name and task is not asyncio.current_task():
+                if owner == name:
                     task.cancel()
             self._kill(name)
         else:

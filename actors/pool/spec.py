@@ -29,7 +29,7 @@ class PoolSpec:
     """Worker replacements in the pool's life before it fails."""
     probe_every_s: float = 10.0
     """An idle worker that has not been heard of for this long is pinged."""
-    probe_timeout_s: float = 30.0
+    probe_timeout_s: float = 60.0
     """Deadline of a ping, and of a worker's ``shutdown``."""
     max_strikes: int = 3
     """Infrastructure failures in a row after which a worker that still answers pings is replaced."""

@@ -147,7 +147,7 @@ def test_killed_worker_loses_no_request_and_its_replacement_loads_the_current_we
 
 def test_hung_worker_is_named_killed_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def story() -> None:
-        async with make_pool(tmp_path, request_timeout_s=1.5, max_batch=1) as pool:
+        async with make_pool(tmp_path, request_timeout_s=3.0, max_batch=1) as pool:
             pids = await pool.call_all("pid")
             work = asyncio.gather(*(pool.submit((n, 0.2, "")) for n in range(6)))
             await asyncio.sleep(0.3)
@@ -156,7 +156,7 @@ def test_hung_worker_is_named_killed_and_replaced(tmp_path: Path, caplog: pytest
             await until(lambda: ready(pool) == ["sq-0", "sq-1.2"])
             node = pool.infos()["sq-0"].node
             assert (
-                f"worker sq-1 of pool sq (on node {node}, pid {pids['sq-1']}) did not answer process() within 1.5 s"
+                f"worker sq-1 of pool sq (on node {node}, pid {pids['sq-1']}) did not answer process() within 3 s"
                 in caplog.text
             )
 
