@@ -87,12 +87,13 @@ class LearnerGroup:
                 )
         except BaseException:
             self._kill("its start failed")
+            self._release()
             raise
 
     async def _place(self) -> None:
         spec = self.spec
         bundle = {k: v for k, v in {"CPU": spec.cpus, "GPU": spec.gpus}.items() if v > 0} or {"CPU": 0.001}
-        self._pg = placement_group([bundle] * spec.ranks, strategy="PACK", name=spec.name)
+        self._pg = placement_group([bundle] * spec.ranks, strategy="PACK", name=f"{spec.name}-{uuid.uuid4().hex[:6]}")
         try:
             await asyncio.wait_for(self._pg.ready(), spec.start_timeout_s)
         except TimeoutError as error:
@@ -116,6 +117,9 @@ class LearnerGroup:
                 task.cancel()
             await asyncio.gather(*leaving, return_exceptions=True)  # they are killed next, whatever they said
         self._kill("it has been closed")
+        self._release()
+
+    def _release(self) -> None:
         if self._own_pg and self._pg is not None:
             remove_placement_group(self._pg)
             self._pg = None

@@ -5,6 +5,7 @@ Only this side may log to MLflow, through ``on_metrics``.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -29,19 +30,23 @@ from pipeline.sft.settings import SftResult, SftSettings
 OnMetrics = Callable[[int, dict[str, float]], None]
 
 
-class Mailbox:
-    """Ray actor that carries figures from rank 0 to the driver."""
+def start_mailbox() -> Any:
+    """Start the Ray actor that carries figures from rank 0 to the driver.
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
+    Its class is local, so that Ray sends it by value and its process need not import torch with this module.
+    """
 
-    def add(self, row: dict[str, float]) -> None:
-        """Append one row."""
-        self.rows.append(row)
+    class Mailbox:
+        def __init__(self) -> None:
+            self.rows: list[dict[str, float]] = []
 
-    def since(self, count: int) -> list[dict[str, float]]:
-        """Return the rows after the first ``count``."""
-        return self.rows[count:]
+        def add(self, row: dict[str, float]) -> None:
+            self.rows.append(row)
+
+        def since(self, count: int) -> list[dict[str, float]]:
+            return self.rows[count:]
+
+    return ray.remote(num_cpus=0)(Mailbox).remote()
 
 
 def run_sft(
@@ -135,7 +140,7 @@ def fit(
     """Run Ray Train and return the logged rows."""
     facts = json.dumps([kind, model, source.digest, asdict(settings)], sort_keys=True, default=str)
     name = f"sft-{kind}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"  # Ray Train resumes a run by its name
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    mailbox = start_mailbox()
     config: dict[str, Any] = {
         "kind": kind,
         "model": model,
@@ -147,7 +152,7 @@ def fit(
         "mailbox": mailbox,
     }
     dataset = source.dataset()
-    options = dataset.context.execution_options.copy()
+    options = copy.deepcopy(dataset.context.execution_options)
     resources = {"CPU": settings.cpus} | ({"GPU": settings.gpus} if settings.gpus else {})
     trainer = TorchTrainer(
         train_loop,

@@ -1,0 +1,69 @@
+"""Supervised fine-tuning on Ray Train: the loss falls, and what is exported is an ordinary folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.vdm.policy import VdmPolicy
+from actors.vlm.policy import VlmPolicy
+from cluster.errors import ConfigError, DataError, PlacementError
+from pipeline.sft import SftSettings, run_sft
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+SETTINGS = SftSettings(steps=30, batch=8, lr=3e-3, warmup_steps=2, log_every=5, cpus=0.5)
+
+
+def test_vlm_sft_lowers_the_loss_and_exports_a_model_that_has_it(
+    toy_shards: Path, tiny_vlm_dir: Path, tmp_path: Path
+) -> None:
+    seen: list[int] = []
+    out = tmp_path / "sft"
+    settings = replace(SETTINGS, ranks=2, micro_batch=2)
+    result = run_sft("vlm", tiny_vlm_dir, toy_shards / "train", out, settings, on_metrics=lambda s, _: seen.append(s))
+    assert seen == [5, 10, 15, 20, 25, 30] and result.samples == 24 and result.quarantined == 0
+    assert result.loss_last < 0.6 * result.loss_first
+    assert json.loads((out / "sft.json").read_text())["loss_last"] == result.loss_last
+    frames = np.zeros((9, 32, 32, 3), np.uint8)
+    batch = [(frames, "what comes next?", "<think> the circle rises </think> <ans> the circle rises </ans>")]
+    with torch.no_grad():
+        before, after = (float(VlmPolicy.load(p).sft_loss(batch)[0]) for p in (tiny_vlm_dir, out))
+    assert after < 0.8 * before
+
+
+def test_vdm_sft_trains_the_text_encoder_too_and_exports_the_average(
+    toy_shards: Path, tiny_vdm_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "sft"
+    settings = replace(SETTINGS, train_text_encoder=True, ema=0.9)
+    result = run_sft("vdm", tiny_vdm_dir, toy_shards / "train", out, settings)
+    assert result.loss_last < 0.9 * result.loss_first
+    before, after = VdmPolicy.load(tiny_vdm_dir), VdmPolicy.load(out)
+    assert before.embedder is not None and after.embedder is not None
+    for old, new in ((before.module, after.module), (before.embedder.encoder, after.embedder.encoder)):
+        assert any(not torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values()))
+    # Called again it finds its last checkpoint and has nothing left to do.
+    again = run_sft("vdm", tiny_vdm_dir, toy_shards / "train", out, settings)
+    assert again.history == result.history
+    for a, b in zip(after.module.state_dict().values(), VdmPolicy.load(out).module.state_dict().values()):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_cannot_work_is_said_before_training(toy_shards: Path, tiny_vlm_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="multiple of ranks"):
+        SftSettings(batch=5, ranks=2)
+    with pytest.raises(ConfigError, match="steps or epochs"):
+        SftSettings(steps=None)
+    with pytest.raises(ConfigError, match="must be vlm or vdm"):
+        run_sft("clip", tiny_vlm_dir, toy_shards / "train", tmp_path / "o")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="the model itself"):
+        run_sft("vlm", tiny_vlm_dir, toy_shards / "train", tiny_vlm_dir)
+    with pytest.raises(PlacementError, match="64 ranks"):
+        run_sft("vlm", tiny_vlm_dir, toy_shards / "train", tmp_path / "o", SftSettings(ranks=64))
+    with pytest.raises(DataError):
+        run_sft("vlm", tiny_vlm_dir, tmp_path / "nothing", tmp_path / "o")
