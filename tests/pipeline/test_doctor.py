@@ -1,0 +1,52 @@
+"""The doctor reports what is broken with a cure, and one broken library does not hide the others."""
+
+import io
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.doctor import PROBES, Probe, print_report, run_doctor
+
+REAL = tuple(probe for probe in PROBES if probe.name in ("torchvision", "video (PyAV)"))
+
+
+def report(checks) -> tuple[bool, str]:
+    screen = io.StringIO()
+    fine = print_report(checks, Console(file=screen, width=200))
+    return fine, screen.getvalue()
+
+
+def test_this_environment_is_healthy(tmp_path: Path) -> None:
+    checks = run_doctor(tmp_path / "runs", REAL)
+    fine, text = report(checks)
+    assert fine, text
+    assert {check.name for check in checks} >= {"python", "torchvision", "cores", "memory", "GPU", "runs folder"}
+    assert not (tmp_path / "runs").exists()  # looking leaves no trace
+
+
+def test_broken_crashing_and_hanging_libraries_are_told_apart_from_working_ones(tmp_path: Path) -> None:
+    probes = (
+        Probe("fine", "print('1.2.3')", "nothing"),
+        Probe("missing", "import no_such_library", "install it"),
+        Probe("crashing", "import os; os.kill(os.getpid(), 11)", "reinstall [it]"),
+        Probe("hanging", "import time; time.sleep(60)", "look why", timeout_s=1.0),
+    )
+    started = time.monotonic()
+    checks = run_doctor(tmp_path, probes)
+    assert time.monotonic() - started < 30
+    found = {check.name: check for check in checks}
+    assert (found["fine"].status, found["fine"].detail) == ("works", "1.2.3")
+    assert found["missing"].detail == "ModuleNotFoundError: No module named 'no_such_library'"
+    assert "status -11" in found["crashing"].detail
+    assert found["hanging"].detail == "no answer within 1 s"
+    fine, text = report(checks)
+    assert not fine
+    assert "broken: missing, crashing, hanging" in text
+    assert "cure: install it" in text and "cure: reinstall [it]" in text
+
+
+def test_folder_that_cannot_be_written_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = run_doctor(tmp_path / "file" / "runs", ())[-1]
+    assert folder.status == "broken" and "--out" in folder.cure
