@@ -28,7 +28,7 @@ class Backend(Protocol):
         """Load the model."""
 
     async def generate(self, prompt: dict[str, Any], params: Any, lora: Any) -> Any:
-        """Return the finished ``RequestOutput``; ``ValueError`` for a request that vLLM refuses."""
+        """Return the finished ``RequestOutput``; ``ValueError`` or ``VLLMClientError`` if vLLM refuses it."""
 
     async def rpc(self, method: str, *args: Any) -> Any:
         """Call ``method`` of the (first) worker."""

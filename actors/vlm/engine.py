@@ -123,7 +123,7 @@ class VlmEngine:
             adapter.users += 1
         try:
             output = await self.backend.generate(prompt, self._sampling(request), adapter and adapter.request)
-        except ValueError as error:  # vLLM's validation errors are ValueErrors too
+        except (ValueError, _client_error()) as error:
             raise BadSampleError(f"sample {request.sample_id!r} cannot be completed: {error}") from error
         finally:
             self._running -= 1
@@ -258,6 +258,13 @@ class VlmEngine:
             logit_bias=self._bias,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+
+def _client_error() -> type[Exception]:
+    """Return vLLM's class of errors that are the request's own fault."""
+    from vllm.exceptions import VLLMClientError
+
+    return VLLMClientError
 
 
 def _completion(output: Any, version: int) -> Completion:
