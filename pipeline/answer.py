@@ -16,7 +16,7 @@ from rich.console import Console
 from actors.records import Clip, Completion, CompletionRequest, Sample, derive_seed
 from cluster.errors import DataError, VansError
 from pipeline.config import RunConfig
-from pipeline.data.video import decode_video, encode_mp4
+from pipeline.data.video import decode_timed, decode_video, encode_mp4
 from pipeline.evaluate.sheets import Strip, contact_sheet
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.sources import video_limits
@@ -51,7 +51,7 @@ def run_answer(
     answers = asyncio.run(_answer(config, sample, list(questions), answer_paths(out, len(questions)), vlm, vdm, seed))
     out.parent.mkdir(parents=True, exist_ok=True)
     for item in answers:
-        item.path.write_bytes(encode_mp4(item.frames, config.video.fps))
+        item.path.write_bytes(encode_mp4(item.frames, config.video.fps, near_lossless=False))
         console.print(f"[bold]{item.question}[/]\n  {item.caption}\n  {item.path}", highlight=False)
     sheet = out.with_suffix(".png")
     strips = [Strip("input", sample.context), *(Strip(f"{a.question}\n{a.caption}", a.frames) for a in answers)]
@@ -72,9 +72,10 @@ def load_video(config: RunConfig, video: Path) -> Sample:
     if not video.is_file():
         raise DataError(f"--video {video}: no such file")
     shape, limits = config.video, video_limits(config)
-    seen = decode_video(video, shape.input_frames, shape.vlm_height, shape.vlm_width, limits)
+    seen, seconds = decode_timed(video, shape.input_frames, shape.vlm_height, shape.vlm_width, limits)
+    fps = round((len(seen) - 1) / seconds, 4) if seconds > 0 else shape.fps  # as training data is read
     context = decode_video(video, shape.input_frames, shape.height, shape.width, limits)
-    return Sample(video.stem, "predictive", "", "", seen, context, fps=shape.fps, context_frames=context)
+    return Sample(video.stem, "predictive", "", "", seen, context, fps=fps, context_frames=context)
 
 
 async def _answer(
@@ -86,15 +87,13 @@ async def _answer(
     vdm: str | None,
     seed: int,
 ) -> list[VideoAnswer]:
-    from actors.vlm.engine import VlmEngine
-
     from actors.vdm.policy import VdmPolicy
-    from actors.weights import read_adapter
+    from actors.vlm.engine import EngineSpec, VlmEngine
 
     vlm_model, vlm_adapter = split_model(config, "vlm", vlm)
     vdm_model, vdm_adapter = split_model(config, "vdm", vdm)
     section, pool = config.evaluate, config.pools.vlm
-    engine = VlmEngine(
+    spec = EngineSpec(
         vlm_model,
         dtype=pool.dtype,
         max_model_len=pool.max_model_len,
@@ -102,12 +101,11 @@ async def _answer(
         gpu_memory_utilization=pool.gpu_memory_utilization,
         tensor_parallel=pool.tensor_parallel,
         enforce_eager=pool.enforce_eager,
-        max_lora_rank=max(config.stage1.lora.rank, 8),
+        adapter=vlm_adapter,
     )
+    engine = VlmEngine(spec)
     await engine.start()
     try:
-        if vlm_adapter:
-            await engine.load(read_adapter(vlm_adapter, version=1))
         texts: list[list[Completion]] = await asyncio.gather(
             *(
                 engine.generate(
@@ -126,7 +124,7 @@ async def _answer(
             )
         )
     finally:
-        await engine.close()
+        await asyncio.to_thread(engine.close)
     captions = [
         caption_of(question, completions[0].text) for question, completions in zip(questions, texts, strict=True)
     ]

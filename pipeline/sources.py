@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config import RunConfig
 from pipeline.data.source import SampleSource, VideoShape
-from pipeline.data.video import VideoLimits
+from pipeline.data.video import VideoLimits, limits_of
 
 
 def video_shape(config: RunConfig) -> VideoShape:
@@ -15,7 +15,7 @@ def video_shape(config: RunConfig) -> VideoShape:
 
 def video_limits(config: RunConfig) -> VideoLimits:
     """Return what is accepted from one source video."""
-    return VideoLimits(max_pixels=config.data.max_pixels, max_frames=config.data.max_source_frames)
+    return limits_of(config.data.max_pixels, config.data.max_source_frames)
 
 
 def training_source(config: RunConfig) -> SampleSource:

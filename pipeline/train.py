@@ -130,6 +130,7 @@ class _Run:
                 )
                 self.tracker.log_evaluation(self.report.table)
         finally:
+            self.feed.close()
             await fleet_context.__aexit__(None, None, None)
         return self.report
 

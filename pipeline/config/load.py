@@ -1,4 +1,4 @@
-"""Read a run's YAML, apply dotted overrides, and turn every mistake into one line that names the key, the value and what would be right."""
+"""Read a run's YAML, apply dotted overrides, and turn every mistake into one line: key, value, and what would be right."""
 
 from __future__ import annotations
 

@@ -202,8 +202,8 @@ class Stage2Section(StageSection):
         first, last = self.sde.window_range or (0, self.render.steps - 1)
         if last > self.render.steps - 1 or first < 0:
             raise ValueError(
-                f"sde.window_range=({first}, {last}) leaves the schedule: with render.steps={self.render.steps} the stochastic steps are "
-                f"0…{self.render.steps - 2}, because the last step is always an ODE step"
+                f"sde.window_range=({first}, {last}) leaves the schedule: with render.steps={self.render.steps} the stochastic steps "
+                f"are 0…{self.render.steps - 2}, because the last step is always an ODE step"
             )
         if self.sde.window_size > last - first:
             raise ValueError(

@@ -58,6 +58,10 @@ class SampleFeed:
             )
         return drawn
 
+    def close(self) -> None:
+        """Stop the decoders. The feed cannot be drawn from afterwards."""
+        self._batches.close()
+
     async def _refill(self) -> None:
         start = self._after
         samples, bad, self._after = await asyncio.to_thread(next, self._batches)

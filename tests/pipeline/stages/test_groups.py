@@ -1,0 +1,61 @@
+"""Totals, advantages and metrics of a batch, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from actors.records import Completion, Sample, Scores
+from pipeline.stages.groups import Group, Member, assemble
+
+FRAMES = np.zeros((1, 8, 8, 3), np.uint8)
+OPTIONS = {"std_norm": "group", "normalise_rewards": False, "min_group": 2, "trained_version": 3}
+
+
+def member(index: int, version: int = 3, caption: str | None = None, **values: float) -> Member:
+    completion = Completion(
+        "", np.arange(4, dtype=np.int32), np.zeros(4, np.float32), "length" if index else "stop", version
+    )
+    return Member(
+        index, f"c{index}" if caption is None else caption, Scores("s", index, values), completion, None, version
+    )
+
+
+def group(name: str, *members: Member, failures: tuple[str, ...] = ()) -> Group:
+    return Group(Sample(name, "predictive", "q", "c", FRAMES, FRAMES), members, failures)
+
+
+def test_weighted_totals_and_group_advantages() -> None:
+    batch = assemble([group("a", member(0, x=1.0, y=0.0), member(1, x=0.0, y=1.0))], {"x": 2.0, "y": 1.0}, **OPTIONS)
+    np.testing.assert_allclose(batch.totals[0], [2.0, 1.0])
+    np.testing.assert_allclose(batch.advantages[0], [0.5 / (0.5 + 1e-4), -0.5 / (0.5 + 1e-4)])
+    assert batch.metrics["reward/total_mean"] == pytest.approx(1.5)
+    assert batch.metrics["reward/x_mean"] == pytest.approx(0.5)
+    assert batch.metrics["alarm/corr_x_y"] == pytest.approx(-1.0)
+    assert batch.metrics["rollout/truncated_ratio"] == pytest.approx(0.5)
+
+
+def test_quarantined_samples_and_groups_that_shrank_are_dropped_and_counted() -> None:
+    whole = group("a", member(0, x=1.0), member(1, x=0.0), failures=("a scorer failed",))
+    batch = assemble([whole, None, group("b", member(0, x=1.0))], {"x": 1.0}, **OPTIONS)
+    assert [g.sample.id for g in batch.groups] == ["a"]
+    assert batch.metrics["rollout/dropped_groups"] == 2
+    assert batch.metrics["rollout/failed_members"] == 1
+
+
+def test_equal_rewards_carry_no_gradient_and_are_counted() -> None:
+    flat = group("a", member(0, x=0.3, caption="same"), member(1, x=0.3, caption="same"))
+    batch = assemble([flat, group("b", member(0, x=1.0), member(1, x=0.0))], {"x": 1.0}, **OPTIONS)
+    assert batch.advantages[0].tolist() == [0.0, 0.0]
+    assert batch.metrics["advantage/zero_std_ratio"] == 0.5
+    assert batch.metrics["rollout/unique_caption_ratio"] == pytest.approx(0.75)
+
+
+def test_staleness_is_the_age_of_the_weights() -> None:
+    batch = assemble([group("a", member(0, version=1, x=1.0), member(1, version=3, x=0.0))], {"x": 1.0}, **OPTIONS)
+    assert batch.metrics["rollout/staleness_mean"] == 1.0
+
+
+def test_a_batch_without_groups_has_no_reward_metrics() -> None:
+    batch = assemble([None], {"x": 1.0}, **OPTIONS)
+    assert batch.groups == () and "reward/total_mean" not in batch.metrics
