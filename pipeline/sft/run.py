@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +22,14 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.errors import ConfigError, PlacementError, TrainingError, VansError
+from cluster.errors import ConfigError, PlacementError, TrainingError, VansError, WorkerTimeoutError
 from cluster.session import connect
 from pipeline.data.source import SampleSource
 from pipeline.sft.loop import train_loop
 from pipeline.sft.settings import SftResult, SftSettings
 
 OnMetrics = Callable[[int, dict[str, float]], None]
+_MAILBOX_S = 120.0
 
 
 def start_mailbox() -> Any:
@@ -171,31 +173,36 @@ def fit(
         dataset_config=ray.train.DataConfig(execution_options=options),
     )
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    rows: list[dict[str, float]] = []
     done = threading.Event()
-    reader = threading.Thread(target=forward, args=(mailbox, rows, done, on_metrics), name="sft-metrics", daemon=True)
-    reader.start()
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise verdict(kind, error) from error
-    finally:
-        done.set()
-        reader.join(timeout=30.0)
-        ray.kill(mailbox)
-    return rows
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="sft-metrics") as threads:
+        rows = threads.submit(forward, mailbox, done, on_metrics)
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise verdict(kind, error) from error
+        finally:
+            done.set()
+            wait([rows])
+            ray.kill(mailbox)
+    return rows.result()
 
 
-def forward(mailbox: Any, rows: list[dict[str, float]], done: threading.Event, on_metrics: OnMetrics | None) -> None:
-    """Move rows from the mailbox to ``rows`` and to ``on_metrics`` until ``done``, and once more after it."""
+def forward(mailbox: Any, done: threading.Event, on_metrics: OnMetrics | None) -> list[dict[str, float]]:
+    """Move rows from the mailbox to ``on_metrics`` until ``done``, and once more after it; returns them all."""
+    rows: list[dict[str, float]] = []
     while True:
         last = done.wait(timeout=1.0)
-        for row in ray.get(mailbox.since.remote(len(rows)), timeout=60.0):
+        new = mailbox.since.remote(len(rows))
+        if not ray.wait([new], timeout=_MAILBOX_S if last else 1.0)[0]:
+            if last:
+                raise WorkerTimeoutError(f"sft: the mailbox of the metrics did not answer within {_MAILBOX_S:.0f} s")
+            continue
+        for row in ray.get(new):
             rows.append(row)
             if on_metrics is not None:
                 on_metrics(int(row["step"]), row)
         if last:
-            return
+            return rows
 
 
 def verdict(kind: str, error: Exception) -> VansError:
