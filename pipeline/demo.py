@@ -110,15 +110,16 @@ def tell(console: Console, out: Path, summary: dict[str, Any]) -> None:
     sft, joint, wall = summary["evaluation"]["sft"], summary["evaluation"]["joint_grpo"], summary["wall_s"]
     one, two = summary["stage1"], summary["stage2"]
     console.rule("[bold]What happened")
-    console.print(
-        f"Stage 1 tuned the thinker for {one['steps']} steps ({wall['stage1']:.0f} s) against the videos that the frozen artist "
-        f"drew of its captions: reward {one['reward_first']:.2f} → {one['reward_last']:.2f}. It learnt to say what the artist can draw: "
-        f"{sft['drawable']:.0%} → {joint['drawable']:.0%} of its captions are drawable.\n"
+    story = (
+        f"Stage 1 tuned the thinker for {one['steps']} steps ({wall['stage1']:.0f} s) against the videos that the frozen "
+        f"artist drew of its captions: reward {one['reward_first']:.2f} → {one['reward_last']:.2f}.",
+        f"It learnt to say what the artist can draw: {sft['drawable']:.0%} → {joint['drawable']:.0%} of its captions.",
         f"Stage 2 tuned the artist for {two['steps']} steps ({wall['stage2']:.0f} s) against the frozen thinker: "
-        f"reward {two['reward_first']:.2f} → {two['reward_last']:.2f}.\n"
-        f"On {joint['n']} held-out questions the video shows the right event in {sft['follow']:.0%} → {joint['follow']:.0%} of the answers.",
-        highlight=False,
+        f"reward {two['reward_first']:.2f} → {two['reward_last']:.2f}.",
+        f"On {joint['n']} held-out questions the video shows the right event in {sft['follow']:.0%} → "
+        f"{joint['follow']:.0%} of the answers.",
     )
+    console.print("\n".join(story), highlight=False)
     console.print(Markdown((out / "table.md").read_text(encoding="utf-8")))
     console.print(
         f"frozen models unchanged: {'yes' if summary['frozen_ok'] else 'NO'} · first-update ratio off by {summary['ratio_gate']} · "
