@@ -9,6 +9,7 @@ before the target latents along time, their tokens carry timestep 0, and only th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from actors.failures import BadSampleError
 from actors.vdm.flow_sde import NUM_TRAIN_TIMESTEPS, shift_sigma
+
+_VAE_CHUNK = 4  # frames that AutoencoderKLWan encodes at a time after the first, whatever its temporal compression
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,12 @@ class Geometry:
 
     def latent_shape(self, num_frames: int, height: int, width: int, references: int) -> tuple[int, int, int, int]:
         """Return (C, F, h, w) of a clip; BadSampleError names what does not fit and the nearest size that does."""
-        if num_frames < 1 or num_frames % self.temporal != 1 % self.temporal:
-            low = max(num_frames - 1, 0) // self.temporal * self.temporal + 1
+        chunk = math.lcm(_VAE_CHUNK, self.temporal)
+        if num_frames < 1 or num_frames % chunk != 1:
+            low = max(num_frames - 1, 0) // chunk * chunk + 1
             raise BadSampleError(
-                f"num_frames={num_frames}: Wan's causal VAE takes {self.temporal}k+1 frames and would drop the rest "
-                f"silently; use {low} or {low + self.temporal}"
+                f"num_frames={num_frames}: Wan's causal VAE takes {chunk}k+1 frames and would drop the rest "
+                f"silently; use {low} or {low + chunk}"
             )
         for name, size, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
             unit = self.spatial * patch

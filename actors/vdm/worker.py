@@ -7,6 +7,7 @@ weights into the policy. The class is undecorated, so that it also runs in proce
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ class VdmWorker:
         self._policy: VdmPolicy | None = None
         self._initial: dict[str, Tensor] = {}  # the adapter as set up: what "base weights" means while one is injected
         self._full = False
+        self._busy = threading.Lock()  # one call at a time uses the models; the actor's other thread answers ping()
 
     @property
     def policy(self) -> VdmPolicy:
@@ -60,11 +62,13 @@ class VdmWorker:
 
     def load_weights(self, version: int, payload: list[Any] | None) -> int:
         """Put the published weights into the policy and return ``version``; None brings back the base weights."""
-        if payload is None:
-            self._restore_base()
-        else:
-            self._apply(receive(payload))
-        self.policy.version = version
+        weights = receive(payload) if payload is not None else None
+        with self._busy:
+            if weights is None:
+                self._restore_base()
+            else:
+                self._apply(weights)
+            self.policy.version = version
         return version
 
     def process(self, requests: Sequence[RenderRequest]) -> list[Outcome]:
@@ -72,13 +76,16 @@ class VdmWorker:
         outcomes: list[Outcome | None] = [self._refuse(request) for request in requests]
         good = [i for i, refusal in enumerate(outcomes) if refusal is None]
         if good:
-            for i, outcome in zip(good, self._render([requests[i] for i in good]), strict=True):
+            with self._busy:
+                rendered = self._render([requests[i] for i in good])
+            for i, outcome in zip(good, rendered, strict=True):
                 outcomes[i] = outcome
         return [outcome for outcome in outcomes if outcome is not None]
 
     def weights_hash(self) -> str:
         """Return the hash of all parameters but the adapter's, and the version served."""
-        return f"{self._base_hash()}:{self.policy.version}"
+        with self._busy:
+            return f"{self._base_hash()}:{self.policy.version}"
 
     def ping(self) -> str:
         """Return the worker's name."""

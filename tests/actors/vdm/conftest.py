@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from actors.learner.trainable import LoraSpec
-from actors.records import RenderRequest, SdeSpec
+from actors.records import RenderRequest
 from actors.vdm.policy import VdmPolicy
 
-SDE = SdeSpec("flow", 0.7, 0, 2)
+LAYERS = 2
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,22 +25,47 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A WanPipeline folder with random weights and latent statistics that are not trivial."""
-    from pipeline.pretrain.architectures import (
-        build_tiny_text_encoder,
-        build_tiny_transformer,
-        build_tiny_vae,
-        vdm_pipeline,
-    )
+    """A WanPipeline folder with random weights, Wan's own compression (4x8x8) and latent statistics that matter."""
     from pipeline.pretrain.tokenizers import word_tokenizer
 
-    vae = build_tiny_vae(1)
-    vae.register_to_config(
-        latents_mean=[0.1 * (i % 5 - 2) for i in range(16)], latents_std=[0.8 + 0.05 * i for i in range(16)]
+    torch.manual_seed(1)
+    tokenizer = word_tokenizer(max_length=16, clip=False)
+    vae = AutoencoderKLWan(
+        base_dim=16,
+        z_dim=16,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        scale_factor_spatial=8,
+        scale_factor_temporal=4,
+        latents_mean=[0.1 * (i % 5 - 2) for i in range(16)],
+        latents_std=[0.8 + 0.05 * i for i in range(16)],
     )
-    vocabulary = len(word_tokenizer(max_length=16, clip=False))
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=2,
+        attention_head_dim=32,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=96,
+        num_layers=LAYERS,
+        rope_max_seq_len=32,
+    )
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(text).eval(),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer,
+    )
     folder = tmp_path_factory.mktemp("tiny_vdm")
-    pipe = vdm_pipeline(vae, build_tiny_transformer(1), build_tiny_text_encoder(vocabulary, 1))
     pipe.save_pretrained(str(folder), safe_serialization=True)
     return folder
 
@@ -49,20 +76,26 @@ def policy(tiny: Path) -> VdmPolicy:
     return VdmPolicy.load(tiny)
 
 
+@pytest.fixture(scope="session")
+def load_adapted(tiny: Path) -> Callable[[], VdmPolicy]:
+    """Loads the pipeline with an adapter whose B is not zero: the same one each time."""
+
+    def load() -> VdmPolicy:
+        policy = VdmPolicy.load(tiny, lora=LoraSpec(rank=4, alpha=8.0, seed=3))
+        generator = torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for name, parameter in policy.module.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        return policy
+
+    return load
+
+
 @pytest.fixture
-def lora_policy(tiny: Path) -> VdmPolicy:
-    """The pipeline with an adapter whose B is not zero."""
-    return with_random_adapter(VdmPolicy.load(tiny, lora=LoraSpec(rank=4, alpha=8.0, seed=3)))
-
-
-def with_random_adapter(policy: VdmPolicy, scale: float = 0.05) -> VdmPolicy:
-    """Give lora_B seeded random values."""
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, parameter in policy.module.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return policy
+def lora_policy(load_adapted: Callable[[], VdmPolicy]) -> VdmPolicy:
+    """A fresh adapted pipeline."""
+    return load_adapted()
 
 
 @pytest.fixture(scope="session")

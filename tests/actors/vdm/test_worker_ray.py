@@ -21,14 +21,14 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def worker(tiny, ray_local):
     actor = ray.remote(VdmWorker).options(num_cpus=0.5).remote("vdm-0", str(tiny))
-    info = ray.get(actor.setup.remote(), timeout=120)
+    info = ray.get(actor.setup.remote(), timeout=280)
     assert info.name == "vdm-0" and info.device == "cpu" and len(info.model_hash) == 32
     yield actor
     ray.kill(actor)
 
 
 def call(method, *arguments):
-    return ray.get(method.remote(*arguments), timeout=60)
+    return ray.get(method.remote(*arguments), timeout=120)
 
 
 def test_good_requests_are_answered_and_bad_ones_classed(worker, make_request):
