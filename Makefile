@@ -15,12 +15,13 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Where byte code may not be written, every worker would compile the libraries anew, each taking some ten seconds more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check docs clean
 
 help:
 	@echo "make demo    install what is needed, then align the tiny pair with Joint-GRPO (runs/demo)"
 	@echo "make test    install what is needed, then run the test suite"
 	@echo "make check   lint, formatting, types and import layering"
+	@echo "make docs    write docs/metrics.md from the code"
 	@echo "make setup   install only"
 	@echo "make clean   remove .venv, caches and runs/demo"
 
@@ -57,6 +58,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: setup
+	$(BIN)/python -W ignore -m pipeline.tracking.metrics > docs/metrics.md
 
 clean:
 	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info

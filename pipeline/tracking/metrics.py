@@ -1,6 +1,6 @@
 """Every metric's name, unit and meaning, in one place; ``docs/metrics.md`` is written from it.
 
-``python -m pipeline.tracking.metrics`` prints the glossary; a test holds the file to it. A name that is not declared here
+``make docs`` writes it; a test holds the file to it. A name that is not declared here
 is refused by the tracker (strict mode, used in tests) or logged with a warning. ``<…>`` in a name stands for any part.
 This module declares names; it measures nothing.
 """
@@ -115,15 +115,12 @@ LEARNER = Family(
         Metric("learner/lr", "1", "Learning rate of the update.", "Follows optim.schedule."),
         Metric("learner/skipped", "steps", "Optimizer steps skipped so far because loss or gradient was not finite.",
                "Should be 0; the run stops above optim.max_skipped_steps."),
-        Metric("learner/skipped_steps", "steps", "The same, as a stage reports it.", "Should be 0."),
         Metric("learner/steps", "count", "Tokens (stage 1) or denoising steps (stage 2) that were trained on.",
                "The size of the batch."),
         Metric("learner/applied", "steps", "Optimizer steps of this batch that were applied.",
                "Equals updates unless one was skipped."),
         Metric("learner/updates", "steps", "Optimizer steps planned for this batch.", "grpo.updates_per_batch."),
         Metric("learner/empty_batches", "count", "1 for a step without any usable group.", "Should never appear."),
-        Metric("learner/checksum", "1", "A number made from the trained parameters, equal on all ranks.",
-               "Changes with every update; the same in a repeated run."),
         Metric("learner/logp_diff_mean", "nats",
                "Mean |learner log-probability − sampler's|, over tokens or denoising steps.",
                "Numerics of two engines: 1e-6 in fp32, 1e-3…1e-2 in bf16. A jump means stale weights."),
@@ -131,9 +128,6 @@ LEARNER = Family(
                "As the mean, some ten times larger."),
         Metric("learner/logp_diff_t<step>", "nats", "The same at one denoising step (stage 2).",
                "Largest where the noise is smallest."),
-        Metric("logp_diff/<which>", "nats",
-               "The difference of log-probabilities as a stage summarises it: mean or max.",
-               "As learner/logp_diff_mean."),
     ),
 )
 
@@ -156,9 +150,6 @@ ALARMS = Family(
         Metric("alarm/corr_<a>_<b>", "−1…1",
                "Pearson correlation of two reward components over the step's trajectories.",
                "Towards −1 one component is bought with the other."),
-        Metric("alarm/<name>_rel", "1",
-               "A figure of the clips relative to ground truth: motion, copy, sharpness or saturation.",
-               "1 is right."),
     ),
 )
 
@@ -211,23 +202,9 @@ REST = Family(
         Metric("time/update_s", "s", "The learner group's update.", "Scales with ranks."),
         Metric("time/publish_s", "s", "New weights from the learner into every worker of the pool.",
                "Seconds; grows with full weights."),
-        Metric("time/checkpoint_s", "s", "Writing a checkpoint.", "Compare with the time between checkpoints."),
         Metric("tracking/spooled", "records",
                "Tracking records kept in the local spool because the store could not be reached.",
                "Returns to 0 when the store is back."),
-        Metric("system/<name>", "as named", "Machine figures that MLflow samples itself, where switched on.",
-               "See MLflow's documentation."),
-    ),
-)
-
-TRAINING = Family(
-    "Supervised training",
-    "`vans pretrain` and `vans sft`; `<part>` is vae, clip, vdm or vlm.",
-    (
-        Metric("sft/<name>", "as named", "A figure of the supervised loss or its parts.",
-               "loss falls; compare with the value on held-out samples."),
-        Metric("pretrain/<part>/<name>", "as named", "A figure of pretraining one part of the tiny pair.",
-               "loss falls."),
     ),
 )
 
@@ -247,7 +224,7 @@ EVAL = Family(
 
 # fmt: on
 
-FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, REST, TRAINING, EVAL)
+FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, REST, EVAL)
 
 
 @cache
@@ -263,7 +240,7 @@ def glossary() -> str:
         "# Metrics",
         "",
         "What a run logs to MLflow: name, unit, meaning, and how to read it. Written by",
-        "`python -m pipeline.tracking.metrics > docs/metrics.md` from `pipeline/tracking/metrics.py`, and held to it by a test.",
+        "`make docs` from `pipeline/tracking/metrics.py`, and held to it by a test.",
         "`<…>` stands for any part of a name; a ratio lies in 0…1.",
     ]
     for family in FAMILIES:

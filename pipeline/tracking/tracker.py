@@ -117,6 +117,8 @@ class Tracker:
                     raise TrackingError(message)
                 self._warned.add(name)
                 log.warning(message)
+        if self.counts.spooled:
+            values = {**values, "tracking/spooled": float(self.counts.spooled)}
         now = _milliseconds()
         self._put("metrics", values=[[name, float(value), now, int(step)] for name, value in values.items()])
 
