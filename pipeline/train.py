@@ -214,8 +214,9 @@ class _StepHook:
         run.tracker.log_metrics(report.metrics, report.step)
         every = section.tracking.clips_every
         if every and report.step % every == 0:
-            for member in (m for g in report.batch.groups[:2] for m in g.members[:1] if m.clip is not None):
-                run.tracker.log_clip(member.clip.frames, member.caption, report.step, fps=section.video.fps)
+            for clip in (g.members[0].clip for g in report.batch.groups[:2]):
+                if clip is not None:
+                    run.tracker.log_clip(clip.frames, clip.caption, report.step, fps=section.video.fps)
         last = done == self.stage.section.steps
         if last or (section.checkpoint.every and done % section.checkpoint.every == 0):
             await run.save(self.stage, self.learner, done, report.cursor)

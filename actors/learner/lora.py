@@ -54,22 +54,21 @@ def has_lora(module: nn.Module) -> bool:
 
 @contextmanager
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
-    """Within it, ``module`` computes without its adapter: the reference policy. ValueError where there is no
-    adapter.
+    """Run the block with the adapter off: the base model, bit for bit. ValueError where there is no adapter.
+
+    PEFT's ``enable_adapters(False)`` also clears ``requires_grad``. Were that the first forward of a sharded module,
+    FSDP2 would take all of its parameters for frozen and fail (bf16) at the first backward; so only the flag is set.
     """
     layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
     if not layers:
         raise ValueError("the module carries no LoRA adapter, so there is no reference policy inside it")
-    required = [(p, p.requires_grad) for p in module.parameters()]
     for layer in layers:
-        layer.enable_adapters(False)
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, flag in required:  # enable_adapters also sets requires_grad
-            parameter.requires_grad_(flag)
+            layer._disable_adapters = False
 
 
 def adapter_config(module: nn.Module, base_model: str = "") -> dict[str, Any]:

@@ -8,16 +8,14 @@ Where the adapter sits in WanTransformer3DModel is decided here; injecting it an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import WanPipeline
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.learner.trainable import LoraSpec
 from cluster.errors import CheckpointError
@@ -55,25 +53,6 @@ def read_adapter(folder: str | Path) -> tuple[LoraSpec, dict[str, Tensor]]:
         return spec_of(json.loads((folder / CONFIG).read_text(encoding="utf-8"))), load_file(folder / TENSORS)
     except (json.JSONDecodeError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{folder} holds a damaged adapter: {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def disabled(module: nn.Module) -> Iterator[None]:
-    """Run the block with the adapter off: the base model, bit for bit. ValueError where there is no adapter.
-
-    PEFT's ``enable_adapters(False)`` also clears ``requires_grad``. Were that the first forward of a sharded module,
-    FSDP2 would take all of its parameters for frozen and fail (bf16) at the first backward; so only the flag is set.
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    if not layers:
-        raise ValueError("the module carries no LoRA adapter, so there is no reference policy inside it")
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def write_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

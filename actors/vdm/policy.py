@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.failures import BadSampleError
-from actors.learner.lora import adapter_config, inject_lora, load_adapter_tensors, peft_names
+from actors.learner.lora import adapter_config, adapters_disabled, inject_lora, load_adapter_tensors, peft_names
 from actors.learner.trainable import LoraSpec, PolicyOutput, torch_dtype
 from actors.records import (
     Clip,
@@ -135,7 +135,7 @@ class VdmPolicy:
 
     def reference(self) -> AbstractContextManager[None]:
         """Within it, the adapter is off: the base model. ValueError without LoRA (the learner keeps a frozen copy)."""
-        return lora.disabled(self.module)
+        return adapters_disabled(self.module)
 
     def export(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the trained weights: a PEFT folder that diffusers reads too; without LoRA a WanPipeline folder."""

@@ -1,0 +1,108 @@
+"""``ray job submit`` against a head on this machine runs both stages on real camera footage; MLflow tells the result.
+
+The head has its own ports, token and temporary folder, and is ended by process, so that no other Ray is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+
+from pipeline.data.real import make_real
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+ROOT = Path(__file__).resolve().parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    family = [process, *psutil.Process(process.pid).children(recursive=True)]
+    for member in reversed(family):
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait(timeout=30)
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A Ray head with a dashboard on loopback; yields the environment that reaches it."""
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    port, dashboard = free_port(), free_port()
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # unix sockets need a short path
+        command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=8"]
+        command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
+        command += [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
+        command += [
+            f"--ray-client-server-port={free_port()}",
+            "--object-store-memory=300000000",
+            "--disable-usage-stats",
+        ]
+        log = (tmp_path / "head.log").open("w")
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True)
+        try:
+            wait_for(f"http://127.0.0.1:{dashboard}/api/version", token.read_text(), process, tmp_path / "head.log")
+            yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        finally:
+            end(process)
+            log.close()
+
+
+def wait_for(url: str, token: str, process: subprocess.Popen[str], log: Path, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(f"no dashboard at {url} after {timeout_s} s: {log.read_text()}")
+
+
+@pytest.mark.timeout(600)
+def test_a_submitted_job_trains_on_real_footage(head: dict[str, str], ray_alone: None, tmp_path: Path) -> None:
+    data, out = tmp_path / "real", tmp_path / "run"
+    reports = make_real(data, quiet=True)
+    assert reports["train"].written >= 4
+    command = [RAY, "job", "submit", "--working-dir", str(ROOT), "--runtime-env-json"]
+    command += ['{"excludes": [".git", ".venv", "runs", "data", "tests", ".mypy_cache", ".ruff_cache"]}']
+    command += ["--", sys.executable, "-m", "pipeline", "train", "real", f"out={out}"]
+    command += [f"data.train={data}/train", f"data.eval={data}/test", "stage1.steps=2", "stage2.steps=1"]
+    result = subprocess.run(command, env=head, capture_output=True, text=True, timeout=540, check=False)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
+    assert "succeeded" in result.stdout
+
+    client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
+    experiment = client.get_experiment_by_name("vans")
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    assert {r.info.status for r in runs.values()} == {"FINISHED"}
+    assert runs["stage1"].data.metrics["rollout/groups"] == 4
+    assert 0 < runs["stage1"].data.metrics["reward/clip_v_mean"] <= 1
+    assert 0 < runs["stage2"].data.metrics["reward/clip_v_mean"] <= 1
+    for adapter in ("vlm_adapter", "vdm_adapter"):
+        assert (out / adapter / "adapter_model.safetensors").stat().st_size > 0
