@@ -53,7 +53,7 @@ def train_artist(
     *,
     steps: int,
     seed: int,
-    batch: int = 32,
+    batch: int = 64,
     tick: Tick = no_tick,
 ) -> None:
     """Trains transformer and text encoder in place; the weights end as their moving average."""

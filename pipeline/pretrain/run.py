@@ -1,8 +1,9 @@
 """``vans pretrain``: the tiny pair and the tiny CLIP from random weights, with a measured quality line for each.
 
 Responsible for the order of the parts, the processes they run in, progress, and the folder that comes out. Two lanes run side
-by side, one thread each: VAE then artist, CLIP then thinker. Every part is a pure function of (seed, effort) and the parts
-before it in its lane, so the command repeats itself.
+by side, one thread each: VAE then artist, CLIP then thinker. Then both models get their supervised fine-tuning by
+``pipeline.sft``, the code a real run uses (Ray Train, FSDP2, Ray Data), on shards of the toy world. Every part is a pure
+function of (seed, effort) and the parts before it, so the command repeats itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import queue
 import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -24,8 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.errors import TrainingError
 
+SFT = "sft"
 LANES: tuple[tuple[str, ...], ...] = (("vae", "artist"), ("clip", "thinker"))
-PARTS = tuple(part for lane in LANES for part in lane)
+PARTS = (*(part for lane in LANES for part in lane), SFT)
 _POLL_S = 1.0
 
 
@@ -33,13 +36,16 @@ _POLL_S = 1.0
 class Effort:
     """How long each part trains. The defaults take under 30 minutes on two cores."""
 
-    vae_steps: int = 1600
-    clip_steps: int = 900
-    artist_steps: int = 2400
-    artist_samples: int = 4000
-    thinker_steps: int = 900
-    thinker_samples: int = 6000
+    vae_steps: int = 1200
+    clip_steps: int = 450
+    artist_steps: int = 1200
+    artist_samples: int = 3000
+    thinker_steps: int = 1000
+    thinker_samples: int = 5000
     quality_samples: int = 128
+    sft_steps: int = 40
+    sft_samples: int = 1024
+    sft_lr: float = 3e-4
 
 
 def pretrain(
@@ -69,12 +75,14 @@ def pretrain(
             process.start()
             lanes.append(process)
     try:
-        _follow_lanes(lanes, messages, parts, quality, console)
+        _follow_lanes(lanes, messages, [part for part in parts if part != SFT], quality, console)
     finally:
         for process in lanes:
             if process.is_alive():
                 process.terminate()
             process.join(timeout=10)
+    if SFT in parts:
+        _fine_tune(out, seed, effort, quality, console)
     quality["seed"], quality["effort"] = seed, asdict(effort)
     quality["wall_s"] = round(time.monotonic() - started, 1)
     quality["size_mb"] = {name: round(_size(out / name) / 2**20, 2) for name in ("vlm", "vdm", "clip")}
@@ -123,6 +131,26 @@ def _follow_lanes(
                 raise TrainingError(f"pretraining of {part} failed:\n{rest[0]}")
             elif kind == "done":
                 open_lanes -= 1
+
+
+def _fine_tune(out: Path, seed: int, effort: Effort, quality: dict[str, Any], console: Console) -> None:
+    """SFT of thinker and artist by ``vans sft``'s own code, then their quality lines again: the ones that count."""
+    from pipeline.data.toy import write_toy
+    from pipeline.sft import SftSettings, run_sft
+
+    settings = SftSettings(steps=effort.sft_steps, batch=32, lr=effort.sft_lr, ema=0.95, seed=seed, reference_frames=2)
+    with tempfile.TemporaryDirectory(prefix="vans-pretrain-") as scratch:
+        data = Path(scratch) / "data"
+        write_toy(data, train=1, test=0, seed=seed, sft=effort.sft_samples, artist=effort.sft_samples)
+        for part, kind, split in (("thinker", "vlm", "sft"), ("artist", "vdm", "artist")):
+            tuned = Path(scratch) / kind
+            result = run_sft(kind, out / kind, data / split, tuned, settings)  # type: ignore[arg-type]
+            (tuned / "sft.json").unlink()
+            shutil.rmtree(out / kind)
+            shutil.copytree(tuned, out / kind)
+            line = _QUALITY[part](out, effort)
+            quality[part] = {**quality.get(part, {}), **line, "sft_loss": result.loss_last, "sft_wall_s": result.wall_s}
+            console.print(f"{part} after sft: " + ", ".join(f"{name} {value:.3f}" for name, value in line.items()))
 
 
 def _run_lane(parts: tuple[str, ...], out: str, seed: int, effort: Effort, messages: Queue[tuple[Any, ...]]) -> None:
@@ -185,6 +213,21 @@ def _train_artist(out: Path, seed: int, effort: Effort, tick: Callable[[int, int
     return artist_quality(policy, count=effort.quality_samples)
 
 
+def _measure_artist(out: Path, effort: Effort) -> Mapping[str, float]:
+    from .architectures import FLOW_SHIFT
+    from .artist import artist_quality, load_artist
+
+    return artist_quality(load_artist(out / "vdm", FLOW_SHIFT), count=effort.quality_samples)
+
+
+def _measure_thinker(out: Path, effort: Effort) -> Mapping[str, float]:
+    from actors.vlm.policy import VlmPolicy
+
+    from .thinker import thinker_quality
+
+    return thinker_quality(VlmPolicy.load(out / "vlm"), count=effort.quality_samples)
+
+
 def _train_clip(out: Path, seed: int, effort: Effort, tick: Callable[[int, int, float], None]) -> Mapping[str, float]:
     from transformers import CLIPModel
 
@@ -222,4 +265,8 @@ _TRAIN: dict[str, Callable[[Path, int, Effort, Callable[[int, int, float], None]
     "artist": _train_artist,
     "clip": _train_clip,
     "thinker": _train_thinker,
+}
+_QUALITY: dict[str, Callable[[Path, Effort], Mapping[str, float]]] = {
+    "artist": _measure_artist,
+    "thinker": _measure_thinker,
 }

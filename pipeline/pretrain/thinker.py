@@ -29,7 +29,7 @@ def train_thinker(
     *,
     steps: int,
     seed: int,
-    batch: int = 48,
+    batch: int = 32,
     tick: Tick = no_tick,
 ) -> None:
     """Trains all weights in place for ``steps`` steps; the weights end as their moving average."""
