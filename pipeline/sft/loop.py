@@ -145,7 +145,11 @@ class Loop:
         model, optimizer = get_state_dict(
             self.nets, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
         )
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "counters": {"step": self.step}}
+        state: dict[str, Any] = {
+            "model": model,
+            "optimizer": optimizer,
+            "counters": {"step": self.step, "skipped": self.skipped},
+        }
         if self.average is not None:
             state["average"] = {
                 str(i): DTensor.from_local(v, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
@@ -173,7 +177,7 @@ class Loop:
                 optim_state_dict=state["optimizer"],
                 options=options,
             )
-        self.step = state["counters"]["step"]
+        self.step, self.skipped = state["counters"]["step"], state["counters"]["skipped"]
 
     def export(self) -> None:
         """Write the (averaged) weights as an ordinary folder, on rank 0."""

@@ -47,7 +47,15 @@ def test_vdm_sft_trains_the_text_encoder_too_and_exports_the_average(
     assert before.embedder is not None and after.embedder is not None
     for old, new in ((before.module, after.module), (before.embedder.encoder, after.embedder.encoder)):
         assert any(not torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values()))
-    # Called again it finds its last checkpoint and has nothing left to do.
+
+
+@pytest.mark.slow
+def test_a_finished_run_called_again_finds_its_last_checkpoint(
+    toy_shards: Path, tiny_vdm_dir: Path, tmp_path: Path
+) -> None:
+    out, settings = tmp_path / "sft", replace(SETTINGS, steps=6, ema=0.9)
+    result = run_sft("vdm", tiny_vdm_dir, toy_shards / "train", out, settings)
+    after = VdmPolicy.load(out)
     again = run_sft("vdm", tiny_vdm_dir, toy_shards / "train", out, settings)
     assert again.history == result.history
     for a, b in zip(after.module.state_dict().values(), VdmPolicy.load(out).module.state_dict().values()):
