@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from actors.failures import BadSampleError, InfrastructureError
 from actors.records import Completion, CompletionRequest, Weights
 from actors.vlm.backends import AsyncBackend, Backend, InProcessBackend
-from actors.vlm.inputs import check_frames, video_metadata
+from actors.vlm.inputs import check_frames, video_metadata, writable
 from actors.vlm.prompt import BAN_BIAS, banned_token_ids, render_prompt
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told
@@ -83,7 +84,7 @@ class VlmEngine:
         config: Any = AutoConfig.from_pretrained(self.spec.model_path)
         banned = banned_token_ids(self.processor.tokenizer, int(config.text_config.vocab_size))
         self._bias = dict.fromkeys(banned, BAN_BIAS)
-        self._folder = Path(tempfile.mkdtemp(prefix="vans-vlm-", dir=_memory_folder()))
+        self._folder = _private_folder()
         backend = InProcessBackend if _in_process(self.spec) else AsyncBackend
         self._backend = backend(_engine_args(self.spec))
         await self._backend.start()
@@ -108,7 +109,7 @@ class VlmEngine:
             "prompt": render_prompt(self.processor, request.question),
             "multi_modal_data": {
                 "video": (
-                    request.frames,
+                    writable(request.frames),
                     {**video_metadata(request.frames, request.fps), "do_sample_frames": False},
                 )
             },
@@ -352,6 +353,12 @@ def _prepare_environment(spec: EngineSpec) -> None:
     os.environ.update(spec.env)
 
 
-def _memory_folder() -> str | None:
-    shared = Path("/dev/shm")  # noqa: S108 - tmpfs where there is one; the folder in it is private
-    return str(shared) if shared.is_dir() and os.access(shared, os.W_OK) else None
+def _private_folder() -> Path:
+    """Return a new folder for adapters, on tmpfs where there is one; folders of killed engines are removed."""
+    shared = Path("/dev/shm")  # noqa: S108 - the folder made in it is private
+    root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    for folder in root.glob("vans-vlm-*-*"):
+        pid = folder.name.split("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)) and folder.stat().st_uid == os.getuid():
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"vans-vlm-{os.getpid()}-", dir=root))

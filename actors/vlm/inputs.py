@@ -64,6 +64,11 @@ def check_frames(frames: np.ndarray) -> None:
         raise BadSampleError("the input video has 1 frame; the VLM's temporal patches need at least 2")
 
 
+def writable(frames: np.ndarray) -> np.ndarray:
+    """Return ``frames``, copied if they lie read-only in Ray's object store (torch warns of sharing such memory)."""
+    return frames if frames.flags.writeable else frames.copy()
+
+
 def mrope_positions(token_types: Tensor, grids: Tensor, merge: int, time_interval: float | None) -> tuple[Tensor, int]:
     """Return rotary positions (3, P) of a prompt and the position that follows it.
 
@@ -134,7 +139,7 @@ class PromptEncoder:
             check_frames(prompt.frames)
         data = self.processor(
             text=[render_prompt(self.processor, p.question) for p in prompts],
-            videos=[p.frames for p in prompts],
+            videos=[writable(p.frames) for p in prompts],
             video_metadata=[video_metadata(p.frames, p.fps) for p in prompts],
             do_sample_frames=False,
         )

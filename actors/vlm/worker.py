@@ -39,8 +39,9 @@ class VlmWorker:
         if payload is not None:
             from actors.weights import receive
 
-            # Off the event loop: a blocking fetch would hold up every running completion.
-            weights = await asyncio.to_thread(receive, payload)
+            # Off the event loop: a blocking fetch would hold up every running completion. (to_thread would carry the
+            # loop's context along, and Ray would warn of blocking it.)
+            weights = await asyncio.get_running_loop().run_in_executor(None, receive, payload)
         return await self._engine.load(weights, version)
 
     async def process(self, requests: Sequence[CompletionRequest]) -> list[Outcome]:

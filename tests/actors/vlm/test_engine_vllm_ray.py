@@ -17,7 +17,7 @@ from actors.learner.trainable import LoraSpec
 from actors.records import Completion, CompletionRequest, VlmExperience, derive_seed
 from actors.vlm.policy import VlmPolicy
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 REQUESTS = [
     CompletionRequest(f"s{i}", QUESTIONS[i % 3], frames(i), n=8, seed=derive_seed("vlm", i), max_tokens=24)
@@ -36,7 +36,7 @@ def worker(ray_local: None, tiny_vlm_dir: Path) -> Iterator[Any]:
         .options(num_cpus=1, max_concurrency=64)
         .remote("vlm-0", str(tiny_vlm_dir), lora_rank=8, kv_cache_mib=64)
     )
-    info = ray.get(actor.setup.remote(), timeout=240)
+    info = ray.get(actor.setup.remote(), timeout=500)
     assert info.name == "vlm-0" and info.model_hash
     yield actor
     ray.get(actor.shutdown.remote(), timeout=60)
