@@ -62,7 +62,8 @@ class MuonAdam:
     """Muon for a module's weight matrices and kernels, AdamW for everything else, behind one optimizer's methods."""
 
     def __init__(self, module: nn.Module, *, lr: float, adam_lr: float, weight_decay: float = 0.0) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, p in module.named_parameters():
             wide = p.ndim >= 2 and p.shape[0] >= 8 and p[0].numel() >= 8
             (matrices if wide and not any(part in name for part in _NOT_MATRICES) else others).append(p)

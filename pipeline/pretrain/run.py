@@ -1,9 +1,9 @@
 """``vans pretrain``: the tiny pair and the tiny CLIP from random weights, with a measured quality line for each.
 
 Responsible for the order of the parts, the processes they run in, progress, and the folder that comes out. Two lanes run side
-by side, one thread each: VAE then artist, CLIP then thinker. Then both models get their supervised fine-tuning by
+by side, one thread each: VAE then artist, CLIP then thinker. With ``sft_steps`` above 0 both models are then fine-tuned by
 ``pipeline.sft``, the code a real run uses (Ray Train, FSDP2, Ray Data), on shards of the toy world. Every part is a pure
-function of (seed, effort) and the parts before it, so the command repeats itself.
+function of (seed, effort) and the parts before it.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Effort:
-    """How long each part trains. The defaults take under 30 minutes on two cores."""
+    """How long each part trains. The defaults are what the bundled tiny models were trained with.
+
+    ``sft_steps=0`` leaves out the fine-tuning by ``vans sft``: the bundled models have not been through it.
+    """
 
     vae_steps: int = 1200
-    clip_steps: int = 450
+    clip_steps: int = 700
     artist_steps: int = 1200
     artist_samples: int = 3000
-    thinker_steps: int = 1000
-    thinker_samples: int = 5000
+    thinker_steps: int = 700
+    thinker_samples: int = 4000
     quality_samples: int = 128
-    sft_steps: int = 40
+    sft_steps: int = 0
     sft_samples: int = 1024
     sft_lr: float = 3e-4
 
@@ -81,8 +84,9 @@ def pretrain(
             if process.is_alive():
                 process.terminate()
             process.join(timeout=10)
-    if SFT in parts:
+    if SFT in parts and effort.sft_steps > 0:
         _fine_tune(out, seed, effort, quality, console)
+    _forget_paths(out)
     quality["seed"], quality["effort"] = seed, asdict(effort)
     quality["wall_s"] = round(time.monotonic() - started, 1)
     quality["size_mb"] = {name: round(_size(out / name) / 2**20, 2) for name in ("vlm", "vdm", "clip")}
@@ -95,6 +99,14 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
+def _forget_paths(folder: Path) -> None:
+    """diffusers notes in a config where a model was loaded from; a model that travels should not tell."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def _size(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
@@ -102,7 +114,7 @@ def _size(folder: Path) -> int:
 def _follow_lanes(
     lanes: list[Any],
     messages: Queue[tuple[Any, ...]],
-    parts: tuple[str, ...],
+    parts: list[str],
     quality: dict[str, Any],
     console: Console,
 ) -> None:
@@ -187,10 +199,10 @@ def _train_vae(out: Path, seed: int, effort: Effort, tick: Callable[[int, int, f
     folder = build_tiny_vdm(out / "vdm", seed) / "vae"
     vae = AutoencoderKLWan.from_pretrained(folder)
     train_vae(vae, steps=effort.vae_steps, seed=seed, tick=tick)
+    mean, std = measure_latents(vae)
+    vae.register_to_config(latents_mean=mean, latents_std=std)
     # Stored in half the bytes; the quality below, and the artist, are the stored weights'.
     vae.to(torch.bfloat16).to(torch.float32)
-    mean, std = measure_latents(vae, seed=seed)
-    vae.register_to_config(latents_mean=mean, latents_std=std)
     line = vae_quality(vae, count=effort.quality_samples)
     vae.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
     return line

@@ -116,3 +116,17 @@ def test_pretrain_writes_every_folder_with_a_quality_line(tmp_path: Path) -> Non
 def test_a_part_that_fails_stops_the_run_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="pretraining of artist failed"):
         pretrain(tmp_path, effort=_QUICK, parts=("artist",))  # without a VAE to draw with
+
+
+def test_bundled_models_are_small_and_reconstruct_what_quality_json_says() -> None:
+    from diffusers import AutoencoderKLWan
+
+    from pipeline.models import ASSETS
+    from pipeline.pretrain.vae import vae_quality
+
+    quality = json.loads((ASSETS / "quality.json").read_text())
+    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 11 * 2**20
+    vae = AutoencoderKLWan.from_pretrained(ASSETS / "vdm" / "vae", torch_dtype=torch.float32)
+    measured = vae_quality(vae, count=16)
+    assert abs(measured["psnr_clip"] - quality["vae"]["psnr_clip"]) < 1.5
+    assert measured["follow_reconstructed"] >= 0.9
