@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 SEGMENT_ROWS = 4096  # rows of one Ray Data execution; starting one costs about two seconds
+# A Ray Data execution that waits for its consumer polls, and takes most of a core. Where rows are small, an execution
+# is therefore kept to what may lie decoded in memory, and runs to its end without waiting.
+WHOLE_BYTES = 32 << 20
+WHOLE_ROWS = 128  # fewer rows than this are not worth an execution of their own
 BLOCK_BYTES = 8 << 20  # decoded bytes of one block, as a guide
 BLOCKS_AHEAD = 4  # blocks that may wait, decoded, for the consumer
 JUDGED_ROWS = 200  # rows that must be seen before a share of broken ones is believed, in larger datasets
@@ -207,7 +211,7 @@ class SampleSource:
         """Yield each row as a sample or quarantined, with the cursor after it."""
         remaining = math.inf if epochs is None else epochs * self.count
         while remaining > 0:
-            rows = int(min(SEGMENT_ROWS, remaining))
+            rows = int(min(self._segment_rows(), remaining))
             with closing(_blocks(self.dataset(cursor, rows))) as blocks:
                 for block in blocks:
                     first = Cursor(int(block["epoch"][0]), int(block["position"][0]))
@@ -219,6 +223,10 @@ class SampleSource:
                         cursor = self.advance(cursor, 1)
                         yield cursor, item
             remaining -= rows
+
+    def _segment_rows(self) -> int:
+        whole = WHOLE_BYTES // self.shape.row_bytes
+        return min(whole, SEGMENT_ROWS) if whole >= WHOLE_ROWS else SEGMENT_ROWS
 
     def advance(self, cursor: Cursor, rows: int) -> Cursor:
         """Return ``cursor`` moved on by ``rows``."""
@@ -245,6 +253,8 @@ class SampleSource:
         context.execution_options.preserve_order = True
         # Without a limit the decoders run hundreds of rows ahead, on cores that training needs.
         ahead = max(BLOCKS_AHEAD, 2 * self.decoders) * block * self.shape.row_bytes
+        if rows <= self._segment_rows() and rows * self.shape.row_bytes <= WHOLE_BYTES:
+            ahead = 2 * WHOLE_BYTES  # all of it, the blocks between operators included
         context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=ahead)
         # Tasks, not an actor pool: they hold no CPU while the consumer trains, and their processes outlive an execution.
         return dataset.map_batches(
