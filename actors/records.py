@@ -36,7 +36,9 @@ class Sample:
     target_frames: np.ndarray  # uint8 (T_out, H, W, 3)
     fps: float = 8.0
     meta: str = ""  # JSON of whatever the dataset's maker wants back at evaluation
-    context_frames: np.ndarray | None = None  # uint8 (T_in, H', W', 3), input at the render size; None: input_frames are
+    context_frames: np.ndarray | None = (
+        None  # uint8 (T_in, H', W', 3), input at the render size; None: input_frames are
+    )
     answer: str | None = None  # <think>…</think><ans>…</ans> for SFT, where the dataset has one
 
     @property
@@ -154,7 +156,9 @@ class Scores:
     index: int
     values: dict[str, float]
     diagnostics: dict[str, float] = field(default_factory=dict)
-    features: dict[str, np.ndarray] = field(default_factory=dict, compare=False)  # float32 (D,), asked for by evaluation
+    features: dict[str, np.ndarray] = field(
+        default_factory=dict, compare=False
+    )  # float32 (D,), asked for by evaluation
 
 
 # --- learners -------------------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def _start_embedded(cpus: int | None, gpus: int | None, object_store_mib: int, o
 
     slots = cpus if cpus is not None else 4 * (os.cpu_count() or 1)
     # Ray's +15 would leave the workers what anything else on this machine does not want: a set-up of 20 s takes minutes.
-    niceness = os.environ.get("RAY_worker_niceness", "0")
+    niceness = os.environ.get("RAY_worker_niceness", "0")  # noqa: SIM112 - Ray spells it so
     with _loopback(), _environment({"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": niceness}):
         try:
             ray.init(

@@ -149,7 +149,7 @@ def pretrain(
     out: Out,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
 ) -> None:
-    """Make the tiny pair and the tiny CLIP from random weights, SFT included, with a measured quality line each. About 30 minutes.
+    """Make the tiny pair and the tiny CLIP from random weights, with a measured quality line each. Tens of minutes on two cores.
 
     Example: `vans pretrain --out runs/tiny`
     """

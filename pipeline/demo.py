@@ -98,6 +98,7 @@ def summarise(config: RunConfig, report: RunReport, wall_s: float) -> dict[str, 
         "wall_s": {
             "install": install_seconds(),
             "pretrain": quality.get("wall_s"),
+            "pretrain_note": quality.get("wall_s_note", ""),
             **report.wall_s,
             "demo": round(wall_s, 1),
         },
