@@ -62,5 +62,5 @@ def attempt(function: Callable[[], Any]) -> Outcome:
     """Run ``function`` and return its value as :class:`Ok`, or its classed failure."""
     try:
         return Ok(function())
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - classed and returned, never swallowed
         return failure_of(error)
