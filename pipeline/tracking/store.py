@@ -5,6 +5,7 @@ Called from one thread at a time. Which failures may pass (and are tried again) 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ class MlflowStore:
 
     def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
         self.uri = uri
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # else it narrates each new sqlite file
         self.client = MlflowClient(tracking_uri=uri)
         self.run_ids: dict[tuple[str, str], str] = {}  # (parent's id, name) → id
         self._last_steps: dict[str, dict[str, int]] = {}  # run id → metric → last step logged before this process
