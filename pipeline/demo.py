@@ -36,6 +36,8 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]
     console = Console()
     started = time.monotonic()
     config = demo_config(out, seed, quick)
+    if earlier := set_aside(out):
+        console.print(f"the earlier demo is now in {earlier}", highlight=False)
     console.rule("[bold]VANS on Ray: answering questions about a video with a video")
     if not any(config.data.train.glob("*.parquet")):
         with console.status("making the toy world"):
@@ -53,6 +55,16 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]
     if not quick:
         judge(summary)
     return summary
+
+
+def set_aside(out: Path) -> Path | None:
+    """Move the folder of an earlier run out of the way, so that the demo can be run again; returns where it went."""
+    if not (out / "config.yaml").is_file():
+        return None
+    when = time.strftime("%Y%m%d-%H%M%S", time.localtime((out / "config.yaml").stat().st_mtime))
+    target = out.with_name(f"{out.name}-{when}")
+    out.rename(target)
+    return target
 
 
 def demo_config(out: Path, seed: int, quick: bool) -> RunConfig:

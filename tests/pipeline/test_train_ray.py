@@ -5,6 +5,7 @@ One run serves all tests of this file. A rendering worker is killed in the middl
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,11 +17,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
 from actors.records import RenderRequest
 from pipeline.answer import run_answer
 from pipeline.config import RunConfig, load_config
 from pipeline.data.video import decode_video, probe
+from pipeline.demo import summarise, tell, write_answers
 from pipeline.evaluate.run import write_report
 from pipeline.models import resolve_model
 from pipeline.train import SYSTEMS, RunReport, run_training
@@ -170,6 +173,24 @@ def test_evaluation_compares_both_pairs_on_the_same_samples(run: tuple[RunConfig
     assert "Joint-GRPO" in (tmp_path / "table.md").read_text()
     assert json.loads((tmp_path / "figures.json").read_text())["SFT"]["n"] == 8
     assert (tmp_path / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_tells_what_happened(run: tuple[RunConfig, RunReport], tmp_path: Path) -> None:
+    config, report = run
+    summary = summarise(config, report, 12.0)
+    assert summary["stage1"]["steps"] == summary["stage2"]["steps"] == STEPS
+    assert summary["evaluation"]["joint_grpo"]["n"] == 8
+    assert summary["ratio_gate"] == {"vlm": 0.0, "vdm": 0.0}
+    assert summary["frozen_ok"] is True
+    assert {"install", "pretrain", "stage1", "stage2", "evaluate"} <= set(summary["wall_s"])
+    assert json.loads(json.dumps(summary)) == summary
+    write_answers(tmp_path, report, 8.0)
+    assert probe(tmp_path / "input.mp4").frames == 9
+    assert {probe(path).width for path in (tmp_path / "answers").glob("*.mp4")} == {256}
+    paper = Console(width=100, record=True, file=io.StringIO())
+    tell(paper, tmp_path, summary)
+    text = paper.export_text()
+    assert "8 held-out questions" in text and "vans answer --vlm" in text
 
 
 def test_the_tuned_pair_answers_two_questions_about_one_video(run: tuple[RunConfig, RunReport], tmp_path: Path) -> None:

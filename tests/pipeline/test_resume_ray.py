@@ -1,0 +1,63 @@
+"""kill -9 of the driver in the middle of stage 2: ``--resume`` goes on from the last checkpoint, as one run in MLflow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as stream:
+        command = [sys.executable, "-m", "pipeline", "train", *arguments]
+        return subprocess.Popen(command, stdout=stream, stderr=stream, env=dict(os.environ))
+
+
+def kill_with_family(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL the driver, and then what it leaves behind, as the end of a node does."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+@pytest.mark.timeout(600)
+def test_a_run_whose_driver_was_killed_goes_on(ray_alone: None, toy_shards: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["toy", f"out={out}", f"data.train={toy_shards}/train", f"data.eval={toy_shards}/test"]
+    arguments += ["stage1.steps=2", "stage2.steps=3", "stage2.anchor_min_rouge=0.2", "checkpoint.every=1"]
+    for stage, prompts in (("stage1", 4), ("stage2", 2)):
+        arguments += [f"{stage}.rollout.prompts_per_step={prompts}", f"{stage}.rollout.group_size=4"]
+
+    first = start(arguments, log)
+    deadline = time.monotonic() + 300
+    while not (out / "checkpoints" / "stage2-step000001" / "manifest.json").is_file():
+        assert first.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    kill_with_family(first)
+    assert not (out / "vdm_adapter").exists()
+
+    second = start([*arguments, "--resume"], log)
+    assert second.wait(timeout=300) == 0, log.read_text()
+
+    client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
+    experiment = client.get_experiment_by_name("vans")
+    runs = {run.data.tags["mlflow.runName"]: run for run in client.search_runs([experiment.experiment_id])}
+    assert len(runs) == 3 and {run.info.status for run in runs.values()} == {"FINISHED"}
+    for stage, steps in (("stage1", 2), ("stage2", 3)):
+        history = client.get_metric_history(runs[stage].info.run_id, "reward/total_mean")
+        assert sorted(m.step for m in history) == list(range(steps))  # none lost, none doubled
+    assert (out / "vdm_adapter" / "adapter_model.safetensors").is_file()
