@@ -72,9 +72,12 @@ def load_video(config: RunConfig, video: Path) -> Sample:
     if not video.is_file():
         raise DataError(f"--video {video}: no such file")
     shape, limits = config.video, video_limits(config)
-    seen, seconds = decode_timed(video, shape.input_frames, shape.vlm_height, shape.vlm_width, limits)
+    try:
+        seen, seconds = decode_timed(video, shape.input_frames, shape.vlm_height, shape.vlm_width, limits)
+        context = decode_video(video, shape.input_frames, shape.height, shape.width, limits)
+    except DataError as error:
+        raise DataError(f"--video {video}: {error}") from error
     fps = round((len(seen) - 1) / seconds, 4) if seconds > 0 else shape.fps  # as training data is read
-    context = decode_video(video, shape.input_frames, shape.height, shape.width, limits)
     return Sample(video.stem, "predictive", "", "", seen, context, fps=fps, context_frames=context)
 
 
