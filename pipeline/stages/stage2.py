@@ -13,6 +13,7 @@ import numpy as np
 
 from actors.pool import SampleFailed
 from actors.records import Clip, Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
+from actors.vdm.conditioning import select_reference_frames
 from actors.vdm.flow_sde import WindowSchedule
 from cluster.errors import TrainingError
 from pipeline.config import RunConfig
@@ -126,7 +127,7 @@ class Stage2:
         """Return what the learner reads, in a fixed order."""
         items: list[Experience] = []
         for group, advantages in zip(batch.groups, batch.advantages, strict=True):
-            reference = select_context(self.config, group.sample)
+            reference = select_reference_frames(group.sample.context, self.config.video.reference_frames)
             for member, advantage in zip(group.members, advantages, strict=True):
                 assert member.clip is not None and member.clip.trajectory is not None
                 items.append(
@@ -198,8 +199,3 @@ class Stage2:
         return SdeSpec(
             schedule=sde.schedule, level=sde.level, window_start=self.window.start, window_size=sde.window_size
         )
-
-
-def select_context(config: RunConfig, sample: Sample) -> np.ndarray:
-    """Return the reference frames that the sampler saw."""
-    return render_request(config, sample, "", 0, config.stage2.render, noise_seed=0).reference_frames
