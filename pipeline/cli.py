@@ -136,12 +136,13 @@ def sft(
     Examples: `vans sft vlm --data data/toy/sft --out runs/sft-vlm`, `vans sft vdm --data data/toy/train --out runs/sft-vdm --steps 200`
     """
     from pipeline.models import resolve_model
-    from pipeline.sft import SftSettings, run_sft
+    from pipeline.sft import SftSettings
+    from pipeline.sft.command import run_tracked_sft
 
     if kind not in ("vlm", "vdm"):
         raise typer.BadParameter(f"{kind!r} is neither vlm nor vdm", param_hint="KIND")
     settings = SftSettings(steps=steps, batch=batch, lr=lr, ranks=ranks, lora_rank=lora_rank, seed=seed)
-    run_sft(kind, resolve_model(model, kind), data, out, settings)  # type: ignore[arg-type]
+    run_tracked_sft(kind, resolve_model(model, kind), data, out, settings)  # type: ignore[arg-type]
 
 
 @app.command()

@@ -40,6 +40,10 @@ class Bar:
             self._last_line = now
             self._console.print(f"{self._title} {self._done}/{self._total} {note}", highlight=False)
 
+    def follow(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show that ``step`` steps are done, with the loss where ``metrics`` has one."""
+        self.advance(f"loss {metrics['loss']:.4f}" if "loss" in metrics else "", by=step - self._done)
+
 
 @contextmanager
 def bar(console: Console, title: str, total: int, done: int = 0) -> Iterator[Bar]:

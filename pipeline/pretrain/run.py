@@ -1,9 +1,9 @@
 """``vans pretrain``: the tiny pair and the tiny CLIP from random weights, with a measured quality line for each.
 
 Responsible for the order of the parts, the processes they run in, progress, and the folder that comes out. Two lanes run side
-by side, one thread each: VAE then artist, CLIP then thinker. With ``sft_steps`` above 0 both models are then fine-tuned by
-``pipeline.sft``, the code a real run uses (Ray Train, FSDP2, Ray Data), on shards of the toy world. Every part is a pure
-function of (seed, effort) and the parts before it.
+by side, one thread each: VAE then artist, CLIP then thinker. Then both models of the pair are fine-tuned by ``pipeline.sft``,
+the code a real run uses (Ray Train, FSDP2, Ray Data), on shards of the toy world: the result is the SFT pair that Joint-GRPO
+starts from. Every part is a pure function of (seed, effort) and the parts before it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Effort:
-    """How long each part trains. The defaults are what the bundled tiny models were trained with.
-
-    ``sft_steps=0`` leaves out the fine-tuning by ``vans sft``: the bundled models have not been through it.
-    """
+    """How long each part trains. The defaults are what the bundled tiny models were trained with."""
 
     vae_steps: int = 1200
     clip_steps: int = 700
@@ -46,9 +43,11 @@ class Effort:
     thinker_steps: int = 700
     thinker_samples: int = 4000
     quality_samples: int = 128
-    sft_steps: int = 0
-    sft_samples: int = 1024
+    sft_steps: int = 300
+    sft_samples: int = 2048
+    sft_batch: int = 64
     sft_lr: float = 3e-4
+    sft_ranks: int = 2
 
 
 def pretrain(
@@ -84,7 +83,7 @@ def pretrain(
             if process.is_alive():
                 process.terminate()
             process.join(timeout=10)
-    if SFT in parts and effort.sft_steps > 0:
+    if SFT in parts:
         _fine_tune(out, seed, effort, quality, console)
     _forget_paths(out)
     quality["seed"], quality["effort"] = seed, asdict(effort)
@@ -147,22 +146,50 @@ def _follow_lanes(
 
 def _fine_tune(out: Path, seed: int, effort: Effort, quality: dict[str, Any], console: Console) -> None:
     """SFT of thinker and artist by ``vans sft``'s own code, then their quality lines again: the ones that count."""
+    from cluster.session import connect
     from pipeline.data.toy import write_toy
+    from pipeline.progress import bar
     from pipeline.sft import SftSettings, run_sft
 
-    settings = SftSettings(steps=effort.sft_steps, batch=32, lr=effort.sft_lr, ema=0.95, seed=seed, reference_frames=2)
-    with tempfile.TemporaryDirectory(prefix="vans-pretrain-") as scratch:
+    settings = SftSettings(
+        steps=effort.sft_steps,
+        batch=effort.sft_batch,
+        lr=effort.sft_lr,
+        ranks=effort.sft_ranks,
+        ema=0.95,
+        seed=seed,
+        reference_frames=2,
+    )
+    with tempfile.TemporaryDirectory(prefix="vans-pretrain-") as scratch, connect():
         data = Path(scratch) / "data"
-        write_toy(data, train=1, test=0, seed=seed, sft=effort.sft_samples, artist=effort.sft_samples)
+        with console.status("writing the fine-tuning data as Parquet shards"):
+            write_toy(data, train=1, test=0, seed=seed, sft=effort.sft_samples, artist=effort.sft_samples)
         for part, kind, split in (("thinker", "vlm", "sft"), ("artist", "vdm", "artist")):
             tuned = Path(scratch) / kind
-            result = run_sft(kind, out / kind, data / split, tuned, settings)  # type: ignore[arg-type]
-            (tuned / "sft.json").unlink()
+            with bar(console, f"sft {part}", effort.sft_steps) as progress:
+                result = run_sft(kind, out / kind, data / split, tuned, settings, on_metrics=progress.follow)  # type: ignore[arg-type]
+            for leftover in ("sft.json", "checkpoints"):
+                _remove(tuned / leftover)
             shutil.rmtree(out / kind)
             shutil.copytree(tuned, out / kind)
             line = _QUALITY[part](out, effort)
-            quality[part] = {**quality.get(part, {}), **line, "sft_loss": result.loss_last, "sft_wall_s": result.wall_s}
+            quality[part] = {
+                **line,
+                "before_sft": quality.get(part, {}),
+                "sft": {
+                    "loss_first": result.loss_first,
+                    "loss_last": result.loss_last,
+                    "wall_s": round(result.wall_s, 1),
+                },
+            }
             console.print(f"{part} after sft: " + ", ".join(f"{name} {value:.3f}" for name, value in line.items()))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _run_lane(parts: tuple[str, ...], out: str, seed: int, effort: Effort, messages: Queue[tuple[Any, ...]]) -> None:

@@ -208,6 +208,21 @@ REST = Family(
     ),
 )
 
+SFT = Family(
+    "Supervised fine-tuning",
+    "What `vans sft` logs every few optimizer steps.",
+    (
+        Metric("sft/loss", "nats or 1",
+               "Mean loss since the last line: nats per answer token (vlm), squared velocity error (vdm).",
+               "Falls, then flattens: converged."),
+        Metric("sft/lr", "1", "Learning rate.", "Warm-up, then a cosine to 0."),
+        Metric("sft/grad_norm", "1", "Global gradient norm before clipping.", "Steady; spikes go with bad batches."),
+        Metric("sft/skipped", "steps", "Steps skipped so far because the gradient was not finite.", "Should be 0."),
+        Metric("sft/quarantined", "rows", "Rows that could not be decoded, over all ranks.", "Should be 0."),
+        Metric("sft/samples_per_s", "1/s", "Samples trained on per second, over all ranks.", "The speed."),
+    ),
+)
+
 EVAL = Family(
     "Evaluation",
     "On held-out samples, by `vans evaluate` or at the end of a stage. In MLflow the name may carry the system: "
@@ -224,7 +239,7 @@ EVAL = Family(
 
 # fmt: on
 
-FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, REST, EVAL)
+FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, REST, SFT, EVAL)
 
 
 @cache

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import RunConfig, config_digest, flatten, to_yaml
+from pipeline.config.schema import TrackingSection
 from pipeline.evaluate.table import EvaluationTable
 from pipeline.tracking import lineage, media, metrics
 from pipeline.tracking.outbox import Outbox, OutboxCounts
@@ -50,19 +51,43 @@ class Tracker:
         ``strict`` makes an undeclared metric an error; by default it is where VANS_STRICT_METRICS is set to 1.
         Raises TrackingError where the store does not answer or does not know the run to resume.
         """
-        uri, artifacts = location(config)
+        tracker = cls.open(
+            config.name,
+            config.out,
+            config.tracking,
+            flatten(config),
+            tags={"vans.config.digest": config_digest(config)},
+            resume_run_id=resume_run_id,
+            strict=strict,
+        )
+        tracker.log_text(to_yaml(config), "config.yaml")
+        return tracker
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        out: Path,
+        section: TrackingSection,
+        params: Mapping[str, Any],
+        *,
+        tags: Mapping[str, str] | None = None,
+        resume_run_id: str | None = None,
+        strict: bool | None = None,
+    ) -> Tracker:
+        """Open a parent run of any kind of job that writes to the folder ``out``; see :meth:`start`."""
+        uri, artifacts = location(out, section)
         if artifacts is not None:
             artifacts.parent.mkdir(parents=True, exist_ok=True)
-        store = MlflowStore(uri, config.tracking.experiment, artifacts)
+        store = MlflowStore(uri, section.experiment, artifacts)
         known: dict[str, str] = {}
         if resume_run_id is None:
-            run_id = store.start(config.name, {"vans.config.digest": config_digest(config), **lineage.git_tags()})
+            run_id = store.start(name, {**(tags or {}), **lineage.git_tags()})
         else:
             run_id, known = resume_run_id, store.resume(resume_run_id)
-        tracker = cls(store, run_id, config.out / FOLDER, _strict() if strict is None else strict)
-        tracker.log_params(flatten(config), known)
+        tracker = cls(store, run_id, out / FOLDER, _strict() if strict is None else strict)
+        tracker.log_params(params, known)
         tracker.log_tags({f"version.{name}": value for name, value in lineage.library_versions().items()})
-        tracker.log_text(to_yaml(config), "config.yaml")
         return tracker
 
     @property
@@ -248,10 +273,10 @@ class Tracker:
         self._outbox.put({"op": op, "parent": self.run_id, "run": self._run, **content}, prepare)
 
 
-def location(config: RunConfig) -> tuple[str, Path | None]:
-    """Return the tracking URI of ``config``, and where artifacts of a local store go (None: the server decides)."""
-    local = f"sqlite:///{(config.out / 'mlflow.db').resolve()}"
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri or local
+def location(out: Path, section: TrackingSection) -> tuple[str, Path | None]:
+    """Return the tracking URI of a job, and where artifacts of a local store go (None: the server decides)."""
+    local = f"sqlite:///{(out / 'mlflow.db').resolve()}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or section.uri or local
     scheme, _, database = uri.partition(":///")
     return uri, Path(database).parent / "mlartifacts" if scheme == "sqlite" else None
 

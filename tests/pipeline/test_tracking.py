@@ -173,8 +173,8 @@ def test_run_to_resume_must_be_in_the_store(config: RunConfig) -> None:
 
 
 def test_environment_wins_over_configuration_and_both_over_the_default(config: RunConfig, monkeypatch) -> None:
-    assert location(config)[0] == config.tracking.uri
+    assert location(config.out, config.tracking)[0] == config.tracking.uri
     plain = parse_config({"out": str(config.out)})
-    assert location(plain) == (f"sqlite:///{config.out}/mlflow.db", config.out / "mlartifacts")
+    assert location(plain.out, plain.tracking) == (f"sqlite:///{config.out}/mlflow.db", config.out / "mlartifacts")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert location(config) == ("http://127.0.0.1:5000", None)
+    assert location(config.out, config.tracking) == ("http://127.0.0.1:5000", None)

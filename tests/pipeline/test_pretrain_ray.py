@@ -22,11 +22,19 @@ from pipeline.pretrain.architectures import (
 )
 from pipeline.pretrain.clip import clip_quality, train_clip
 from pipeline.pretrain.muon import orthogonalise
-from pipeline.pretrain.run import PARTS
 from pipeline.pretrain.tokenizers import qwen_tokenizer
 
 _QUICK = Effort(
-    vae_steps=2, clip_steps=2, artist_steps=2, artist_samples=8, thinker_steps=2, thinker_samples=8, quality_samples=4
+    vae_steps=2,
+    clip_steps=2,
+    artist_steps=2,
+    artist_samples=8,
+    thinker_steps=2,
+    thinker_samples=8,
+    quality_samples=4,
+    sft_steps=2,
+    sft_samples=8,
+    sft_batch=4,
 )
 
 
@@ -99,15 +107,21 @@ def test_clip_learns_to_tell_events_apart() -> None:
     assert after["clip_t_right"] - after["clip_t_wrong"] > before["clip_t_right"] - before["clip_t_wrong"] + 0.02
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
 def test_pretrain_writes_every_folder_with_a_quality_line(tmp_path: Path) -> None:
     from diffusers import WanPipeline
 
     out = tmp_path / "tiny"
-    quality = pretrain(out, seed=0, effort=_QUICK, parts=PARTS[:-1])  # sft has tests of its own
+    quality = pretrain(out, seed=0, effort=_QUICK)
     assert json.loads((out / "quality.json").read_text()) == json.loads(json.dumps(quality))
     assert {"psnr_clip", "follow_reconstructed"} <= set(quality["vae"])
     assert {"follow_seen", "follow_unseen"} <= set(quality["artist"])
     assert {"event_greedy", "event_shuffled"} <= set(quality["thinker"])
+    for part in ("artist", "thinker"):
+        assert quality[part]["sft"]["loss_last"] > 0 and set(quality[part]["before_sft"]) - {"cpu_s"} <= set(
+            quality[part]
+        )
     pipe = WanPipeline.from_pretrained(out / "vdm")
     assert pipe.vae.dtype == torch.float32 and any(s != 1.0 for s in pipe.vae.config.latents_std)
     assert sum(quality["size_mb"].values()) < 12
