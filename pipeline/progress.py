@@ -23,7 +23,7 @@ LOG_EVERY_S = 10.0
 class Bar:
     """One task's progress, in either form."""
 
-    def __init__(self, console: Console, progress: Progress | None, title: str, total: int) -> None:
+    def __init__(self, console: Console, progress: Progress | None, title: str, total: int | None) -> None:
         self._console, self._progress, self._title, self._total = console, progress, title, total
         self._task = progress.add_task(title, total=total, note="") if progress else None
         self._done = 0
@@ -38,7 +38,8 @@ class Bar:
         now = time.monotonic()
         if now - self._last_line >= LOG_EVERY_S or self._done == self._total:
             self._last_line = now
-            self._console.print(f"{self._title} {self._done}/{self._total} {note}", highlight=False)
+            count = f"{self._done}/{self._total}" if self._total is not None else str(self._done)
+            self._console.print(f"{self._title} {count} {note}", highlight=False)
 
     def follow(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that ``step`` steps are done, with the loss where ``metrics`` has one."""
@@ -46,8 +47,8 @@ class Bar:
 
 
 @contextmanager
-def bar(console: Console, title: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """Show a task of ``total`` items, ``done`` of which were done before."""
+def bar(console: Console, title: str, total: int | None, done: int = 0) -> Iterator[Bar]:
+    """Show a task of ``total`` items (None: nobody knows yet), ``done`` of which were done before."""
     if not console.is_terminal:
         item = Bar(console, None, title, total)
         item._done = done
