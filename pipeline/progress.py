@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -47,13 +47,8 @@ class Bar:
 
 
 @contextmanager
-def bar(console: Console, title: str, total: int | None, done: int = 0) -> Iterator[Bar]:
-    """Show a task of ``total`` items (None: nobody knows yet), ``done`` of which were done before."""
-    if not console.is_terminal:
-        item = Bar(console, None, title, total)
-        item._done = done
-        yield item
-        return
+def bars(console: Console) -> Iterator[Callable[..., Bar]]:
+    """Show several tasks at once; what is yielded makes a bar of (title, total, done=0)."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<22}"),
@@ -64,10 +59,22 @@ def bar(console: Console, title: str, total: int | None, done: int = 0) -> Itera
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
-        item = Bar(console, progress, title, total)
-        item._done = done
-        yield item
+    shown = Progress(*columns, console=console) if console.is_terminal else None
+    with shown or nullcontext():
+
+        def new(title: str, total: int | None, done: int = 0) -> Bar:
+            item = Bar(console, shown, title, total)
+            item._done = done
+            return item
+
+        yield new
+
+
+@contextmanager
+def bar(console: Console, title: str, total: int | None, done: int = 0) -> Iterator[Bar]:
+    """Show a task of ``total`` items (None: nobody knows yet), ``done`` of which were done before."""
+    with bars(console) as new:
+        yield new(title, total, done)
 
 
 def step_note(metrics: Mapping[str, float]) -> str:

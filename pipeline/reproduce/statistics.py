@@ -14,7 +14,7 @@ Figures = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Row → group → metric → value, of one seed."""
 
 LOWER_IS_BETTER = frozenset({"frechet"})
-Verdict = Literal["holds", "within the spread", "does not hold", "not measured"]
+Verdict = Literal["holds", "one seed only", "within the spread", "does not hold", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Step:
         gap = self.spread
         if gap.mean <= 0:
             return "does not hold"
+        if gap.n == 1:
+            return "one seed only"
         return "holds" if gap.mean > gap.std else "within the spread"
 
 
@@ -82,5 +84,5 @@ def links(ordering: Ordering, seeds: Sequence[Figures], group: str = "all") -> l
 
 def verdict(steps: Sequence[Step]) -> Verdict:
     """Return the weakest link's verdict."""
-    order: tuple[Verdict, ...] = ("not measured", "does not hold", "within the spread", "holds")
+    order: tuple[Verdict, ...] = ("not measured", "does not hold", "within the spread", "one seed only", "holds")
     return min((step.verdict for step in steps), key=order.index)

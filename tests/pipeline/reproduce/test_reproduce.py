@@ -83,6 +83,7 @@ def test_an_order_holds_only_beyond_the_spread_between_seeds() -> None:
         "does not hold"  # the weakest link decides
     )
     assert verdict(links(order("joint", "gone"), seeds(joint=[1.0]))) == "not measured"
+    assert verdict(links(order("joint", "sft"), seeds(joint=[0.9], sft=[0.1]))) == "one seed only"
 
 
 def test_a_lower_frechet_distance_is_better() -> None:
