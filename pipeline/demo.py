@@ -107,7 +107,7 @@ def summarise(config: RunConfig, report: RunReport, wall_s: float) -> dict[str, 
         "seed": config.seed,
         **{name: stage.summary() for name, stage in report.stages.items()},
         "evaluation": {"sft": sft, "joint_grpo": joint},
-        "ratio_gate": {stage.policy: stage.ratio_max_dev for stage in report.stages.values()},
+        "ratio_gate": {"+".join(stage.policies): stage.ratio_max_dev for stage in report.stages.values()},
         "frozen_ok": all(stage.frozen_ok for stage in report.stages.values()),
         "wall_s": {
             "install": install_seconds(),

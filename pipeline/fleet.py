@@ -51,7 +51,7 @@ def cluster_session(config: RunConfig) -> Iterator[Session]:
 
 
 def placement_plan(config: RunConfig, only: Sequence[str] = ()) -> PlacementPlan:
-    """Return what the run asks of the cluster. One learner group stands at a time: the two stages share its room.
+    """Return what the run asks of the cluster. The two stages share the learner's room; all-in-one needs it twice.
 
     ``only`` names the pools that are started (all, and the learner, by default).
     """
@@ -62,7 +62,8 @@ def placement_plan(config: RunConfig, only: Sequence[str] = ()) -> PlacementPlan
         if name in (only or POOLS)
     ]
     if not only:
-        asks.append(Ask(LEARNER, learner.ranks, learner.cpus, learner.gpus))
+        groups = 2 if config.training == "all_in_one" else 1
+        asks.append(Ask(LEARNER, groups * learner.ranks, learner.cpus, learner.gpus))
     return PlacementPlan(tuple(asks), strategy=config.cluster.placement)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -23,7 +23,7 @@ LOG_EVERY_S = 10.0
 class Bar:
     """One task's progress, in either form."""
 
-    def __init__(self, console: Console, progress: Progress | None, title: str, total: int) -> None:
+    def __init__(self, console: Console, progress: Progress | None, title: str, total: int | None) -> None:
         self._console, self._progress, self._title, self._total = console, progress, title, total
         self._task = progress.add_task(title, total=total, note="") if progress else None
         self._done = 0
@@ -38,7 +38,8 @@ class Bar:
         now = time.monotonic()
         if now - self._last_line >= LOG_EVERY_S or self._done == self._total:
             self._last_line = now
-            self._console.print(f"{self._title} {self._done}/{self._total} {note}", highlight=False)
+            count = f"{self._done}/{self._total}" if self._total is not None else str(self._done)
+            self._console.print(f"{self._title} {count} {note}", highlight=False)
 
     def follow(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that ``step`` steps are done, with the loss where ``metrics`` has one."""
@@ -46,13 +47,8 @@ class Bar:
 
 
 @contextmanager
-def bar(console: Console, title: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """Show a task of ``total`` items, ``done`` of which were done before."""
-    if not console.is_terminal:
-        item = Bar(console, None, title, total)
-        item._done = done
-        yield item
-        return
+def bars(console: Console) -> Iterator[Callable[..., Bar]]:
+    """Show several tasks at once; what is yielded makes a bar of (title, total, done=0)."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<22}"),
@@ -63,10 +59,22 @@ def bar(console: Console, title: str, total: int, done: int = 0) -> Iterator[Bar
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
-        item = Bar(console, progress, title, total)
-        item._done = done
-        yield item
+    shown = Progress(*columns, console=console) if console.is_terminal else None
+    with shown or nullcontext():
+
+        def new(title: str, total: int | None, done: int = 0) -> Bar:
+            item = Bar(console, shown, title, total)
+            item._done = done
+            return item
+
+        yield new
+
+
+@contextmanager
+def bar(console: Console, title: str, total: int | None, done: int = 0) -> Iterator[Bar]:
+    """Show a task of ``total`` items (None: nobody knows yet), ``done`` of which were done before."""
+    with bars(console) as new:
+        yield new(title, total, done)
 
 
 def step_note(metrics: Mapping[str, float]) -> str:

@@ -19,6 +19,7 @@ from actors.records import Sample, derive_seed
 from cluster.errors import CheckpointError, ConfigError
 from pipeline.checkpoint import Checkpoint, CheckpointStore, TrainState, require_same_config
 from pipeline.config import RunConfig, to_yaml
+from pipeline.config.schema import StageSection
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable
@@ -26,13 +27,15 @@ from pipeline.fleet import LEARNER, Fleet, cluster_session, load_adapter, open_f
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar, step_note
 from pipeline.sources import training_source
+from pipeline.stages.all_in_one import AllInOne
 from pipeline.stages.feed import FeedCursor, SampleFeed
-from pipeline.stages.loop import Stage, StageResult, StepReport, run_stage
+from pipeline.stages.loop import Learners, StageResult, StepReport, pool_of, run_stage
 from pipeline.stages.stage1 import Stage1
 from pipeline.stages.stage2 import Stage2
 from pipeline.tracking import Tracker
 
-STAGES: tuple[type[Stage1] | type[Stage2], ...] = (Stage1, Stage2)
+AnyStage = Stage1 | Stage2 | AllInOne
+STAGES: dict[str, tuple[type[AnyStage], ...]] = {"two_stage": (Stage1, Stage2), "all_in_one": (AllInOne,)}
 SYSTEMS = ("SFT", "Joint-GRPO")
 
 
@@ -121,7 +124,7 @@ class _Run:
             if samples is not None:
                 self.report.samples = await samples
                 await self._answer(fleet, SYSTEMS[0])
-            for kind in STAGES:
+            for kind in STAGES[self.config.training]:
                 await self._stage(kind(self.config, fleet), fleet, state)
             if evaluate:
                 await self._answer(fleet, SYSTEMS[1])
@@ -141,38 +144,41 @@ class _Run:
         )
         self.report.wall_s["evaluate"] = round(self.report.wall_s.get("evaluate", 0.0) + time.monotonic() - started, 1)
 
-    async def _stage(self, stage: Stage1 | Stage2, fleet: Fleet, state: TrainState | None) -> None:
+    async def _stage(self, stage: AnyStage, fleet: Fleet, state: TrainState | None) -> None:
         """Train one stage, or load what it made before the run was interrupted."""
-        adapter = self.config.out / f"{stage.policy}_adapter"
-        names = [kind.name for kind in STAGES]
+        adapters = {policy: self.config.out / f"{policy}_adapter" for policy in stage.policies}
+        names = [kind.name for kind in STAGES[self.config.training]]
         done_before = state is not None and names.index(stage.name) < names.index(state.stage)
         if done_before or stage.section.steps == 0:
             if done_before:
-                await load_adapter(stage.trained_pool, str(adapter), version=state.extra["versions"][stage.policy])  # type: ignore[union-attr]
+                for policy, adapter in adapters.items():
+                    await load_adapter(pool_of(stage, policy), str(adapter), version=state.extra["versions"][policy])  # type: ignore[union-attr]
             return
         started = time.monotonic()
         here = state if state is not None and state.stage == stage.name else None
-        async with self._learner(stage, fleet) as learner:
+        async with self._learners(stage, fleet) as learners:
             if here is not None:
                 assert self.checkpoint is not None
-                await learner.restore(str(self.checkpoint.path / "learner"))
                 stage.restore(here.window)
-                await stage.trained_pool.set_weights(learner.version, await learner.publish())
+                for policy, learner in learners.items():
+                    await learner.restore(str(self.checkpoint.path / f"{policy}_learner"))
+                    await pool_of(stage, policy).set_weights(learner.version, await learner.publish())
             with self.tracker.stage(stage.name, resume_run_id=self.run_ids.get(stage.name)) as run_id:
                 self.run_ids[stage.name] = run_id
                 first = here.step if here else 0
                 with bar(self.console, stage.title, stage.section.steps, first) as progress:
-                    hook = _StepHook(self, stage, learner, progress)
-                    result = await run_stage(stage, self.feed, learner, first_step=first, on_step=hook)
-                await learner.export(str(adapter))
-                self.tracker.log_checkpoint(adapter)
+                    hook = _StepHook(self, stage, learners, progress)
+                    result = await run_stage(stage, self.feed, learners, first_step=first, on_step=hook)
+                for policy, adapter in adapters.items():
+                    await learners[policy].export(str(adapter))
+                    self.tracker.log_checkpoint(adapter)
         self.report.stages[stage.name] = result
         self.report.wall_s[stage.name] = round(time.monotonic() - started, 1)
 
-    async def save(self, stage: Stage, learner: LearnerGroup, step: int, cursor: FeedCursor) -> None:
+    async def save(self, stage: AnyStage, learners: Learners, step: int, cursor: FeedCursor) -> None:
         """Write a checkpoint from which ``step`` is the next step."""
         store = CheckpointStore(self.config.out / "checkpoints", self.config.checkpoint.keep)
-        versions = {**{pool.name: pool.stats().version for pool in stage.fleet.pools()}, stage.policy: learner.version}
+        trained = {policy: learner.version for policy, learner in learners.items()}
         state = TrainState.of(
             self.config,
             stage.name,
@@ -180,23 +186,30 @@ class _Run:
             cursor=cursor.to_json(),
             window=stage.state(),
             mlflow_run_ids=dict(self.run_ids),
-            weights_version=learner.version,
-            extra={"versions": versions},
+            extra={"versions": {pool.name: pool.stats().version for pool in stage.fleet.pools()} | trained},
         )
         with store.write(stage.name, step, state) as folder:
-            await learner.save(str(folder / "learner"))
-            await learner.export(str(folder / "adapter"))
+            for policy, learner in learners.items():
+                await learner.save(str(folder / f"{policy}_learner"))
+                await learner.export(str(folder / f"{policy}_adapter"))
         self.tracker.log_checkpoint(store.root / f"{stage.name}-step{step:06d}")
 
     @asynccontextmanager
-    async def _learner(self, stage: Stage1 | Stage2, fleet: Fleet) -> AsyncIterator[LearnerGroup]:
-        learner = LearnerGroup(learner_spec(self.config, stage), fleet.placement.group(LEARNER))
+    async def _learners(self, stage: AnyStage, fleet: Fleet) -> AsyncIterator[Learners]:
+        """Start a learner group for each policy that ``stage`` trains, and end them with the block."""
+        group, ranks = fleet.placement.group(LEARNER), self.config.learner.ranks
+        learners = {
+            policy: LearnerGroup(
+                learner_spec(self.config, stage, policy), group, range(i * ranks, (i + 1) * ranks) if group else None
+            )
+            for i, policy in enumerate(stage.policies)
+        }
         try:
-            with self.console.status(f"starting the {stage.policy} learner ({self.config.learner.ranks} ranks)"):
-                await learner.start()
-            yield learner
+            with self.console.status(f"starting the {' and the '.join(learners)} learner ({ranks} ranks)"):
+                await asyncio.gather(*(learner.start() for learner in learners.values()))
+            yield learners
         finally:
-            await learner.close()
+            await asyncio.gather(*(learner.close() for learner in learners.values()))
 
 
 @dataclass
@@ -204,8 +217,8 @@ class _StepHook:
     """What happens after each step: figures to MLflow, a line to the person, a checkpoint now and then."""
 
     run: _Run
-    stage: Stage1 | Stage2
-    learner: LearnerGroup
+    stage: AnyStage
+    learners: Learners
     progress: Any
 
     async def __call__(self, report: StepReport) -> None:
@@ -219,24 +232,25 @@ class _StepHook:
                     run.tracker.log_clip(clip.frames, clip.caption, report.step, fps=section.video.fps)
         last = done == self.stage.section.steps
         if last or (section.checkpoint.every and done % section.checkpoint.every == 0):
-            await run.save(self.stage, self.learner, done, report.cursor)
+            await run.save(self.stage, self.learners, done, report.cursor)
 
 
-def learner_spec(config: RunConfig, stage: Stage1 | Stage2) -> LearnerSpec:
-    """Return the learner group that ``stage`` trains with."""
-    section, learner, models = stage.section, config.learner, config.models
+def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec:
+    """Return the learner group that ``stage`` trains ``policy`` with, as the policy's own stage says."""
+    learner, models = config.learner, config.models
+    section: StageSection = config.stage1 if policy == "vlm" else config.stage2
     grpo = {
         f.name: getattr(section.grpo, f.name) for f in dataclasses.fields(GrpoSpec) if hasattr(section.grpo, f.name)
     }
     lora = section.lora
-    seed = derive_seed(config.seed, stage.name, "learner")
+    seed = derive_seed(config.seed, stage.name, policy, "learner")
     options: dict[str, Any] = (
-        {"temperature": section.text.temperature} if stage.policy == "vlm" else {"shift": models.flow_shift}
+        {"temperature": section.text.temperature} if policy == "vlm" else {"shift": models.flow_shift}
     )
     return LearnerSpec(
-        kind=stage.policy,
-        model_path=resolve_model(getattr(models, stage.policy), stage.policy),  # type: ignore[arg-type]
-        adapter_path=resolve_adapter(getattr(models, f"{stage.policy}_adapter"), stage.policy),  # type: ignore[arg-type]
+        kind=policy,
+        model_path=resolve_model(getattr(models, policy), policy),  # type: ignore[arg-type]
+        adapter_path=resolve_adapter(getattr(models, f"{policy}_adapter"), policy),  # type: ignore[arg-type]
         lora=LoraSpec(lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, seed=seed % 2**31)
         if lora.rank
         else None,
@@ -252,6 +266,6 @@ def learner_spec(config: RunConfig, stage: Stage1 | Stage2) -> LearnerSpec:
         seed=seed % 2**31,
         start_timeout_s=learner.start_timeout_s,
         step_timeout_s=learner.step_timeout_s,
-        name=f"{stage.policy}-learner",
-        total_steps=section.steps * section.grpo.updates_per_batch,
+        name=f"{policy}-learner",
+        total_steps=stage.section.steps * section.grpo.updates_per_batch,
     )

@@ -32,7 +32,6 @@ class TrainState:
     seeds: dict[str, int] = field(default_factory=dict)
     rng: dict[str, Any] = field(default_factory=dict)  # states of the driver's generators, as JSON
     mlflow_run_ids: dict[str, str] = field(default_factory=dict)  # "parent", and one per stage
-    weights_version: int = 0
     config_digest: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # dotted keys, to name what differs
     extra: dict[str, Any] = field(default_factory=dict)

@@ -195,6 +195,10 @@ class Stage2Section(StageSection):
     anchor_min_rouge: Fraction = Field(
         0.6, description="Anchor captions with a lower ROUGE-L to ground truth are dropped. Paper: 0.6."
     )
+    anchor: Literal["thinker", "truth"] = Field(
+        "thinker",
+        description="Whose caption is drawn: the frozen thinker's anchor (paper), or the true one (GRPO of the VDM alone).",
+    )
     anchor_max_draws: Positive = Field(8, description="Batches drawn in search of enough anchors before the run stops.")
 
     @model_validator(mode="after")
@@ -316,6 +320,10 @@ class RunConfig(Section):
     seed: int = Field(0, description="Seed of everything sampled.")
     out: Path = Field(Path("runs/run"), description="Folder the run writes to.")
     models: ModelsSection = Field(default_factory=ModelsSection)
+    training: Literal["two_stage", "all_in_one"] = Field(
+        "two_stage",
+        description="Two stages, or the paper's ablation that trains both models in one, on stage 1's steps and both rewards.",
+    )
     video: VideoSection = Field(default_factory=VideoSection)
     data: DataSection = Field(default_factory=DataSection)
     stage1: Stage1Section = Field(default_factory=Stage1Section)

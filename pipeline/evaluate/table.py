@@ -100,17 +100,22 @@ class EvaluationTable:
         delta = names[-1] if len(names) > 1 else None
         parts = [
             f"**All {self.samples['all']} samples** (mean [95% bootstrap interval over samples])",
-            _grid(["", *names] + ([f"{delta} − {names[0]}"] if delta else []), self._rows_all(names, delta, METRICS)),
+            markdown_grid(
+                ["", *names] + ([f"{delta} − {names[0]}"] if delta else []), self._rows_all(names, delta, METRICS)
+            ),
         ]
         kinds = [g for g in GROUPS[1:] if self.samples.get(g)]
         if len(kinds) > 1:
             counts = " / ".join(f"{self.samples[g]} {g}" for g in kinds)
             parts += [
                 f"**By kind: {' / '.join(kinds)}** ({counts})",
-                _grid(["", *names], self._rows_kinds(names, kinds)),
+                markdown_grid(["", *names], self._rows_kinds(names, kinds)),
             ]
         if signs := self._rows_all(names, None, SIGNS):
-            parts += ["**Signs of reward hacking** (in brackets: what ground truth has)", _grid(["", *names], signs)]
+            parts += [
+                "**Signs of reward hacking** (in brackets: what ground truth has)",
+                markdown_grid(["", *names], signs),
+            ]
         parts.append(self._notes(names))
         return "\n\n".join(parts) + "\n"
 
@@ -272,7 +277,7 @@ def _distance(value: float, sign: str = "") -> str:
     return format(value, f"{sign}.4g") if abs(value) > 1e-9 else "0"
 
 
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a markdown table whose columns line up in plain text too."""
     cells = [[c.replace("|", "\\|") for c in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.errors import TrainingError
+from pipeline.progress import Bar, bar, bars
 
 SFT = "sft"
 LANES: tuple[tuple[str, ...], ...] = (("vae", "artist"), ("clip", "thinker"))
@@ -77,7 +77,7 @@ def pretrain(
             process.start()
             lanes.append(process)
     try:
-        _follow_lanes(lanes, messages, [part for part in parts if part != SFT], quality, console)
+        _follow_lanes(lanes, messages, quality, console)
     finally:
         for process in lanes:
             if process.is_alive():
@@ -111,17 +111,12 @@ def _size(folder: Path) -> int:
 
 
 def _follow_lanes(
-    lanes: list[Any],
-    messages: Queue[tuple[Any, ...]],
-    parts: list[str],
-    quality: dict[str, Any],
-    console: Console,
+    lanes: list[Any], messages: Queue[tuple[Any, ...]], quality: dict[str, Any], console: Console
 ) -> None:
     """Shows progress and collects quality lines until every lane has said that it is done."""
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     open_lanes = len(lanes)
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
-        tasks = {part: progress.add_task(part, total=None, start=False, note="") for part in parts}
+    with bars(console) as new_bar:
+        shown: dict[str, Bar] = {}
         while open_lanes:
             try:
                 kind, part, *rest = messages.get(timeout=_POLL_S)
@@ -130,14 +125,15 @@ def _follow_lanes(
                 if dead:
                     raise TrainingError(f"a pretraining process died with exit code {dead[0].exitcode}") from None
                 continue
-            if kind == "start":
-                progress.start_task(tasks[part])
-            elif kind == "step":
-                progress.update(tasks[part], completed=rest[0], total=rest[1], note=f"loss {rest[2]:.4f}")
+            if kind == "step":
+                done, steps, loss = rest
+                if part not in shown:
+                    shown[part] = new_bar(part, steps)
+                shown[part].follow(done, {"loss": loss})
             elif kind == "quality":
                 quality[part] = rest[0]
                 line = ", ".join(f"{name} {value:.3f}" for name, value in rest[0].items())
-                progress.console.print(f"{part}: {line}")
+                console.print(f"{part}: {line}", highlight=False, soft_wrap=True)
             elif kind == "error":
                 raise TrainingError(f"pretraining of {part} failed:\n{rest[0]}")
             elif kind == "done":
@@ -148,7 +144,6 @@ def _fine_tune(out: Path, seed: int, effort: Effort, quality: dict[str, Any], co
     """SFT of thinker and artist by ``vans sft``'s own code, then their quality lines again: the ones that count."""
     from cluster.session import connect
     from pipeline.data.toy import write_toy
-    from pipeline.progress import bar
     from pipeline.sft import SftSettings, run_sft
 
     settings = SftSettings(
@@ -182,7 +177,8 @@ def _fine_tune(out: Path, seed: int, effort: Effort, quality: dict[str, Any], co
                     "wall_s": round(result.wall_s, 1),
                 },
             }
-            console.print(f"{part} after sft: " + ", ".join(f"{name} {value:.3f}" for name, value in line.items()))
+            told = ", ".join(f"{name} {value:.3f}" for name, value in line.items())
+            console.print(f"{part} after sft: {told}", highlight=False, soft_wrap=True)
 
 
 def _remove(path: Path) -> None:
@@ -194,13 +190,17 @@ def _remove(path: Path) -> None:
 
 def _run_lane(parts: tuple[str, ...], out: str, seed: int, effort: Effort, messages: Queue[tuple[Any, ...]]) -> None:
     """Child process: trains the lane's parts one after another on one thread."""
+    import diffusers
     import torch
+    import transformers
 
     torch.set_num_threads(1)
+    for library in (transformers, diffusers):  # their own bars for files of a few megabytes
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     part = parts[0]
     try:
         for part in parts:
-            messages.put(("start", part))
             started = time.process_time()
 
             def tick(step: int, steps: int, loss: float, part: str = part) -> None:

@@ -27,12 +27,11 @@ def run_tracked_sft(
 ) -> SftResult:
     """As :func:`pipeline.sft.run_sft`, shown on the console and logged to MLflow (by default a sqlite file in ``out``)."""
     console = console or Console()
-    steps = settings.steps or 0
     params = {"sft.kind": kind, "sft.model": str(model), "sft.data": str(data)}
     params |= {f"sft.{name}": str(value) for name, value in asdict(settings).items()}
     with Tracker.open(f"sft-{kind}", out, tracking or TrackingSection(), params) as tracker:
         tracker.log_dataset(data)
-        with bar(console, f"sft {kind}", steps) as progress:
+        with bar(console, f"sft {kind}", settings.steps) as progress:
 
             def show(step: int, metrics: dict[str, float]) -> None:
                 progress.follow(step, metrics)

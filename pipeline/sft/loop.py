@@ -104,6 +104,7 @@ class Loop:
         self.optim = OptimSpec(lr=settings.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)
         self.average = Average(self.parameters, settings.ema) if settings.ema > 0 else None
         self.step = self.skipped = 0
+        self.began = 0.0  # when the first step began
         torch.manual_seed(derive_seed("sft", settings.seed, self.rank))
 
     # --- one step ---------------------------------------------------------------------------------------------------
@@ -138,6 +139,14 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return total, norm_value
+
+    def time_is_up(self) -> bool:
+        """Return whether ``max_wall_s`` have passed since the first step; rank 0's clock decides for all ranks."""
+        if self.settings.max_wall_s is None:
+            return False
+        up = torch.tensor(float(time.monotonic() - self.began >= self.settings.max_wall_s), device=self.device)
+        torch.distributed.broadcast(up, src=0)
+        return bool(up)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -207,9 +216,11 @@ def train_loop(config: dict[str, Any]) -> None:
     for batch in items.batches(loop.step) if loop.step < loop.total else ():
         if not losses:
             started = started if metrics else time.monotonic()  # the first batch waits for decoding
+        if loop.began == 0.0:
+            loop.began = time.monotonic()
         loss, norm = loop.train_step(batch)
         losses.append(loss)
-        last = loop.step >= loop.total
+        last = loop.step >= loop.total or loop.time_is_up()
         if len(losses) == settings.log_every or last:
             mean = torch.tensor([sum(losses) / len(losses), float(len(items.quarantined))], device=loop.device)
             torch.distributed.all_reduce(mean)

@@ -104,7 +104,7 @@ def run_sft(
         history = json.loads(previous.read_text("utf-8"))["history"] if previous.is_file() else []
     result = SftResult(
         folder=target,
-        steps=total,
+        steps=int(history[-1]["step"]) if history else total,
         samples=shards.count,
         quarantined=int(history[-1]["quarantined"]) if history else 0,
         loss_first=history[0]["loss"] if history else float("nan"),

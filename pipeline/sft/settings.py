@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,8 @@ class SftSettings:
     """Settings of ``run_sft``; the defaults train the tiny models on a laptop."""
 
     steps: int | None = 500  # optimizer steps; or
-    epochs: float | None = None  # passes over the data, where steps is None
+    epochs: float | None = None  # passes over the data; or
+    max_wall_s: float | None = None  # seconds of training from the first step on, with a constant learning rate
     batch: int = 64  # samples per step, over all ranks
     micro_batch: int | None = None  # samples per forward on one rank; None: all of them
     lr: float = 1e-3
@@ -48,8 +50,13 @@ class SftSettings:
     policy_kwargs: dict[str, Any] = field(default_factory=dict)  # more arguments of the policy's load
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            raise ConfigError(f"sft: give either steps or epochs (steps={self.steps}, epochs={self.epochs})")
+        if sum(limit is not None for limit in (self.steps, self.epochs, self.max_wall_s)) != 1:
+            raise ConfigError(
+                f"sft: give one of steps, epochs and max_wall_s (steps={self.steps}, epochs={self.epochs}, "
+                f"max_wall_s={self.max_wall_s})"
+            )
+        if self.max_wall_s is not None and self.schedule != "constant":
+            raise ConfigError(f"sft: max_wall_s needs schedule=constant, since nobody knows where {self.schedule} ends")
         if self.ranks < 1 or self.batch < self.ranks or self.batch % self.ranks:
             raise ConfigError(f"sft: batch={self.batch} must be a multiple of ranks={self.ranks}")
         if self.adapter is not None and self.lora_rank == 0:
@@ -62,10 +69,11 @@ class SftSettings:
             raise ConfigError(f"sft: log_every={self.log_every} must be at least 1")
 
     def total_steps(self, samples: int) -> int:
-        """Return the optimizer steps that ``samples`` samples make."""
+        """Return the optimizer steps that ``samples`` samples make; ``max_wall_s`` alone sets no number."""
         if self.steps is not None:
             return self.steps
-        assert self.epochs is not None
+        if self.epochs is None:
+            return sys.maxsize
         return max(1, round(self.epochs * samples / self.batch))
 
 

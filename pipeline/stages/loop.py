@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,33 +22,36 @@ from pipeline.fleet import Fleet
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import Group, RolloutBatch, assemble
 
+POLICIES = ("vlm", "vdm")
+
 
 class Stage(Protocol):
-    """What a stage tells the loop."""
+    """What a stage tells the loop. ``policies`` are the models that it trains; the other one is frozen."""
 
     name: str
-    policy: str
     fleet: Fleet
 
     @property
+    def policies(self) -> tuple[str, ...]: ...
+    @property
     def section(self) -> StageSection: ...
-    @property
-    def trained_pool(self) -> WorkerPool: ...
-    @property
-    def frozen_pool(self) -> WorkerPool: ...
     async def draw(self, feed: SampleFeed, step: int) -> list[asyncio.Task[Group | None]]: ...
-    def experiences(self, batch: RolloutBatch) -> list[Experience]: ...
+    def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]: ...
     def metrics(self, batch: RolloutBatch) -> dict[str, float]: ...
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: dict[str, Any]) -> None: ...
     def after_update(self, step: int) -> None: ...
 
 
+Learners = Mapping[str, LearnerGroup]
+"""The learner group of each policy that a stage trains."""
+
+
 @dataclass
 class StageResult:
     """What a finished stage hands on."""
 
-    policy: str
+    policies: tuple[str, ...]
     steps: int
     history: list[dict[str, float]] = field(default_factory=list)
     ratio_max_dev: float = 0.0
@@ -79,12 +82,12 @@ StepHook = Callable[[StepReport], Any]
 
 
 async def run_stage(
-    stage: Stage, feed: SampleFeed, learner: LearnerGroup, *, first_step: int = 0, on_step: StepHook
+    stage: Stage, feed: SampleFeed, learners: Learners, *, first_step: int = 0, on_step: StepHook
 ) -> StageResult:
     """Train ``stage`` from ``first_step`` to its last; ``on_step`` (awaited) tracks, shows and checkpoints."""
     section = stage.section
-    result = StageResult(stage.policy, section.steps)
-    frozen_before = await frozen_hashes(stage, learner)
+    result = StageResult(stage.policies, section.steps)
+    frozen_before = await frozen_hashes(stage, learners)
     flights: deque[asyncio.Task[tuple[RolloutBatch, float]]] = deque()
     cursors: dict[int, FeedCursor] = {}  # where each step in flight began to draw
     drawing = asyncio.Lock()
@@ -92,13 +95,13 @@ async def run_stage(
     try:
         for step in range(first_step, section.steps):
             while launched < section.steps and launched - step <= section.rollout.max_staleness:
-                flights.append(asyncio.create_task(rollout(stage, feed, launched, drawing, cursors, learner)))
+                flights.append(asyncio.create_task(rollout(stage, feed, launched, drawing, cursors, learners)))
                 launched += 1
             started = time.monotonic()
             batch, rollout_s = await flights.popleft()
             waited = time.monotonic() - started
             metrics = {**batch.metrics, **stage.metrics(batch), "time/rollout_s": rollout_s, "time/wait_s": waited}
-            metrics |= await learn(stage, learner, batch)
+            metrics |= await learn(stage, learners, batch)
             stage.after_update(step)
             metrics |= {"time/step_s": time.monotonic() - started, "data/quarantined": float(len(feed.quarantined))}
             metrics |= pool_metrics(stage)
@@ -109,7 +112,7 @@ async def run_stage(
         for flight in flights:
             flight.cancel()
         await asyncio.gather(*flights, return_exceptions=True)
-    result.frozen_ok = frozen_before == await frozen_hashes(stage, learner)
+    result.frozen_ok = frozen_before == await frozen_hashes(stage, learners)
     if not result.frozen_ok:
         raise TrainingError(
             f"{stage.name}: the frozen model changed while the other was trained; this is a bug, its results are void"
@@ -123,7 +126,7 @@ async def rollout(
     step: int,
     drawing: asyncio.Lock,
     cursors: dict[int, FeedCursor],
-    learner: LearnerGroup,
+    learners: Learners,
 ) -> tuple[RolloutBatch, float]:
     """Sample the groups of one step; returns the batch and the seconds it took, and notes in ``cursors`` where it drew from."""
     started = time.monotonic()
@@ -144,31 +147,53 @@ async def rollout(
         std_norm=grpo.std_norm,
         normalise_rewards=grpo.normalise_rewards,
         min_group=grpo.min_group,
-        trained_version=learner.version,
+        trained_version=learners[stage.policies[0]].version,
     )
     return batch, time.monotonic() - started
 
 
-async def learn(stage: Stage, learner: LearnerGroup, batch: RolloutBatch) -> dict[str, float]:
+async def learn(stage: Stage, learners: Learners, batch: RolloutBatch) -> dict[str, float]:
     """Update on ``batch`` and publish the new weights; a batch without groups is skipped and counted."""
     if not batch.groups:
         return {"learner/empty_batches": 1.0}
+    found = await asyncio.gather(*(learn_one(stage, policy, learners[policy], batch) for policy in stage.policies))
+    metrics: dict[str, float] = {}
+    for policy, (figures, update_s, publish_s) in zip(stage.policies, found, strict=True):
+        prefix = "learner/" if len(found) == 1 else f"learner/{policy}/"
+        metrics |= {f"{prefix}{name}": value for name, value in figures.items()}
+        for name, seconds in (("time/update_s", update_s), ("time/publish_s", publish_s)):
+            metrics[name] = max(metrics.get(name, 0.0), seconds)
+    if len(found) > 1:
+        metrics["learner/ratio_max_dev"] = max(figures.get("ratio_max_dev", 0.0) for figures, _, _ in found)
+    return metrics
+
+
+async def learn_one(
+    stage: Stage, policy: str, learner: LearnerGroup, batch: RolloutBatch
+) -> tuple[dict[str, float], float, float]:
+    """Update one policy and publish it; returns the learner's figures, and the seconds of update and publication."""
+    items = stage.experiences(batch, policy)
+    if not items:
+        return {"empty_batches": 1.0}, 0.0, 0.0
     started, before = time.monotonic(), learner.version
-    metrics = await learner.update(stage.experiences(batch), updates=stage.section.grpo.updates_per_batch)
+    figures = await learner.update(items, updates=stage.section.grpo.updates_per_batch)
     updated = time.monotonic()
     if learner.version != before:  # a skipped update leaves nothing to publish
-        await stage.trained_pool.set_weights(learner.version, await learner.publish())
-    return {
-        **{f"learner/{name}": value for name, value in metrics.items()},
-        "time/update_s": updated - started,
-        "time/publish_s": time.monotonic() - updated,
-    }
+        await pool_of(stage, policy).set_weights(learner.version, await learner.publish())
+    return figures, updated - started, time.monotonic() - updated
 
 
-async def frozen_hashes(stage: Stage, learner: LearnerGroup) -> tuple[frozenset[str], str]:
-    """Return what must not change: the frozen pool's weights and the learner's base weights."""
-    hashes = await stage.frozen_pool.call_all("weights_hash")
-    return frozenset(hashes.values()), await learner.base_hash()
+def pool_of(stage: Stage, policy: str) -> WorkerPool:
+    """Return the pool that serves ``policy``."""
+    pool: WorkerPool = getattr(stage.fleet, policy)
+    return pool
+
+
+async def frozen_hashes(stage: Stage, learners: Learners) -> tuple[frozenset[str], ...]:
+    """Return what must not change: the weights of the pools that are not trained, and the learners' base weights."""
+    frozen = [pool_of(stage, policy) for policy in POLICIES if policy not in stage.policies]
+    pools = [frozenset((await pool.call_all("weights_hash")).values()) for pool in frozen]
+    return (*pools, frozenset([await learner.base_hash() for learner in learners.values()]))
 
 
 def pool_metrics(stage: Stage) -> dict[str, float]:

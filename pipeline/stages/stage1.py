@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -38,28 +39,19 @@ class Stage1:
     fleet: Fleet
     name = "stage1"
     title = "stage 1 · thinker"
-    policy = "vlm"
+    policies: ClassVar[tuple[str, ...]] = ("vlm",)
 
     @property
     def section(self):
         """The stage's part of the configuration."""
         return self.config.stage1
 
-    @property
-    def trained_pool(self):
-        """The pool that receives new weights."""
-        return self.fleet.vlm
-
-    @property
-    def frozen_pool(self):
-        """The pool whose weights must not change."""
-        return self.fleet.vdm
-
     async def draw(self, feed: SampleFeed, step: int) -> list[asyncio.Task[Group | None]]:
         """Draw the step's samples and start one coroutine per group."""
         samples = await feed.draw(self.section.rollout.prompts_per_step)
         return [
-            asyncio.create_task(self.group(sample, step), name=f"stage1 step {step} {sample.id}") for sample in samples
+            asyncio.create_task(self.group(sample, step), name=f"{self.name} step {step} {sample.id}")
+            for sample in samples
         ]
 
     async def group(self, sample: Sample, step: int) -> Group | None:
@@ -101,26 +93,9 @@ class Stage1:
             completion.weights_version,
         )
 
-    def experiences(self, batch: RolloutBatch) -> list[Experience]:
+    def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]:
         """Return what the learner reads, in a fixed order."""
-        items: list[Experience] = []
-        for group, advantages in zip(batch.groups, batch.advantages, strict=True):
-            for member, advantage in zip(group.members, advantages, strict=True):
-                c = member.completion
-                assert c is not None
-                items.append(
-                    VlmExperience(
-                        sample_id=group.sample.id,
-                        index=member.index,
-                        question=group.sample.question,
-                        frames=group.sample.input_frames,
-                        fps=group.sample.fps,
-                        token_ids=c.token_ids,
-                        rollout_logprobs=c.logprobs,
-                        advantage=float(advantage),
-                    )
-                )
-        return items
+        return completion_experiences(batch)
 
     def metrics(self, batch: RolloutBatch) -> dict[str, float]:
         """Return what only stage 1 measures."""
@@ -143,7 +118,7 @@ class Stage1:
             question=sample.question,
             frames=sample.input_frames,
             n=self.section.rollout.group_size,
-            seed=derive_seed(self.config.seed, "stage1", step, sample.id, "text"),
+            seed=derive_seed(self.config.seed, self.name, step, sample.id, "text"),
             temperature=self.section.text.temperature,
             max_tokens=self.section.text.max_tokens,
             fps=sample.fps,
@@ -151,8 +126,30 @@ class Stage1:
 
     def _render(self, sample: Sample, caption: str, index: int, step: int):
         # One noise per group: the caption alone makes the difference, and equal captions are equal clips.
-        seed = derive_seed(self.config.seed, "stage1", step, sample.id, "noise")
+        seed = derive_seed(self.config.seed, self.name, step, sample.id, "noise")
         return render_request(self.config, sample, caption, index, self.section.render, noise_seed=seed)
+
+
+def completion_experiences(batch: RolloutBatch) -> list[Experience]:
+    """Return every completion of ``batch`` with its advantage, in a fixed order."""
+    items: list[Experience] = []
+    for group, advantages in zip(batch.groups, batch.advantages, strict=True):
+        for member, advantage in zip(group.members, advantages, strict=True):
+            c = member.completion
+            assert c is not None
+            items.append(
+                VlmExperience(
+                    sample_id=group.sample.id,
+                    index=member.index,
+                    question=group.sample.question,
+                    frames=group.sample.input_frames,
+                    fps=group.sample.fps,
+                    token_ids=c.token_ids,
+                    rollout_logprobs=c.logprobs,
+                    advantage=float(advantage),
+                )
+            )
+    return items
 
 
 def score_request(

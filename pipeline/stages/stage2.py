@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -43,42 +44,23 @@ class Stage2:
     fleet: Fleet
     name = "stage2"
     title = "stage 2 · artist"
-    policy = "vdm"
+    policies: ClassVar[tuple[str, ...]] = ("vdm",)
     _anchors: dict[str, Anchor] = field(default_factory=dict)
     _seen: list[Anchor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        sde = self.section.sde
-        first, last = sde.window_range or (0, self.section.render.steps - 1)
-        self.window = WindowSchedule(
-            kind=sde.window_schedule,
-            first=first,
-            last=last,
-            size=sde.window_size,
-            every=sde.window_every,
-            seed=self.config.seed,
-        )
+        self.window = sde_window(self.config)
 
     @property
     def section(self):
         """The stage's part of the configuration."""
         return self.config.stage2
 
-    @property
-    def trained_pool(self):
-        """The pool that receives new weights."""
-        return self.fleet.vdm
-
-    @property
-    def frozen_pool(self):
-        """The pool whose weights must not change."""
-        return self.fleet.vlm
-
     async def draw(self, feed: SampleFeed, step: int) -> list[asyncio.Task[Group | None]]:
         """Draw samples until enough anchors pass the filter; each that passes starts rendering at once."""
         wanted = self.section.rollout.prompts_per_step
         tasks: list[asyncio.Task[Group | None]] = []
-        spec = self._sde(step)
+        spec = sde_spec(self.config, self.window)
         for _ in range(self.section.anchor_max_draws):
             samples = await feed.draw(wanted - len(tasks))
             for sample, anchor in zip(
@@ -123,24 +105,9 @@ class Stage2:
         scores = await self.fleet.reward.submit(score_request(sample, index, names, anchor.text, anchor.caption, clip))
         return Member(index, anchor.caption, scores, None, clip, clip.weights_version)
 
-    def experiences(self, batch: RolloutBatch) -> list[Experience]:
+    def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]:
         """Return what the learner reads, in a fixed order."""
-        items: list[Experience] = []
-        for group, advantages in zip(batch.groups, batch.advantages, strict=True):
-            reference = select_reference_frames(group.sample.context, self.config.video.reference_frames)
-            for member, advantage in zip(group.members, advantages, strict=True):
-                assert member.clip is not None and member.clip.trajectory is not None
-                items.append(
-                    VdmExperience(
-                        sample_id=group.sample.id,
-                        index=member.index,
-                        caption=member.caption,
-                        reference_frames=reference,
-                        trajectory=member.clip.trajectory,
-                        advantage=float(advantage),
-                    )
-                )
-        return items
+        return trajectory_experiences(batch, self.config.video.reference_frames)
 
     def metrics(self, batch: RolloutBatch) -> dict[str, float]:
         """Return what only stage 2 measures, over the anchors seen since the last call."""
@@ -168,6 +135,15 @@ class Stage2:
         self.window.advance()
 
     async def _anchor(self, sample: Sample, step: int) -> Anchor | None:
+        anchor = self._truth(sample) if self.section.anchor == "truth" else await self._ask(sample, step)
+        if anchor is not None:
+            self._seen.append(anchor)
+        return anchor
+
+    def _truth(self, sample: Sample) -> Anchor:
+        return Anchor("", sample.caption, 1.0)
+
+    async def _ask(self, sample: Sample, step: int) -> Anchor | None:
         greedy = self.section.text.temperature == 0
         if greedy and sample.id in self._anchors:  # the thinker is frozen, so its greedy answer never changes
             anchor = self._anchors[sample.id]
@@ -191,11 +167,46 @@ class Stage2:
             anchor = Anchor(completions[0].text, caption, rouge_l(caption, sample.caption) if caption else 0.0)
             if greedy:
                 self._anchors[sample.id] = anchor
-        self._seen.append(anchor)
         return anchor
 
-    def _sde(self, step: int) -> SdeSpec:
-        sde = self.section.sde
-        return SdeSpec(
-            schedule=sde.schedule, level=sde.level, window_start=self.window.start, window_size=sde.window_size
-        )
+
+def sde_window(config: RunConfig) -> WindowSchedule:
+    """Return the schedule by which stage 2's SDE window moves."""
+    sde = config.stage2.sde
+    first, last = sde.window_range or (0, config.stage2.render.steps - 1)
+    return WindowSchedule(
+        kind=sde.window_schedule,
+        first=first,
+        last=last,
+        size=sde.window_size,
+        every=sde.window_every,
+        seed=config.seed,
+    )
+
+
+def sde_spec(config: RunConfig, window: WindowSchedule) -> SdeSpec:
+    """Return how the trajectories of the present step are sampled."""
+    sde = config.stage2.sde
+    return SdeSpec(schedule=sde.schedule, level=sde.level, window_start=window.start, window_size=sde.window_size)
+
+
+def trajectory_experiences(batch: RolloutBatch, reference_frames: int) -> list[Experience]:
+    """Return every trajectory of ``batch`` with its advantage, in a fixed order; a member without a clip has none."""
+    items: list[Experience] = []
+    for group, advantages in zip(batch.groups, batch.advantages, strict=True):
+        reference = select_reference_frames(group.sample.context, reference_frames)
+        for member, advantage in zip(group.members, advantages, strict=True):
+            if member.clip is None:
+                continue
+            assert member.clip.trajectory is not None
+            items.append(
+                VdmExperience(
+                    sample_id=group.sample.id,
+                    index=member.index,
+                    caption=member.caption,
+                    reference_frames=reference,
+                    trajectory=member.clip.trajectory,
+                    advantage=float(advantage),
+                )
+            )
+    return items

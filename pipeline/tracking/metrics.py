@@ -126,6 +126,8 @@ LEARNER = Family(
                "Numerics of two engines: 1e-6 in fp32, 1e-3…1e-2 in bf16. A jump means stale weights."),
         Metric("learner/logp_diff_max", "nats", "The largest such difference.",
                "As the mean, some ten times larger."),
+        Metric("learner/<policy>/<metric>", "as named",
+               "Any of these for one of two learners (training: all_in_one).", "As above."),
         Metric("learner/logp_diff_t<step>", "nats", "The same at one denoising step (stage 2).",
                "Largest where the noise is smallest."),
     ),

@@ -31,7 +31,6 @@ def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
         window={"kind": "random", "step": 7},
         rng={"numpy": {"state": 2**127, "inc": 3}},
         mlflow_run_ids={"parent": "abc", "stage2": "def"},
-        weights_version=7,
     )
     with store.write("stage2", 7, state):
         pass

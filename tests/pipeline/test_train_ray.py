@@ -45,6 +45,7 @@ def settings(out: Path, data: Path, *more: str) -> RunConfig:
             f"stage1.rollout={{prompts_per_step: {PROMPTS}, group_size: {GROUP}}}",
             f"stage2.rollout={{prompts_per_step: 2, group_size: {GROUP}}}",
             "stage2.anchor_min_rouge=0.3",
+            "pools.vlm.workers=2",
             "evaluate.samples=8",
             "checkpoint.every=1",
             "tracking.clips_every=1",

@@ -84,7 +84,7 @@ class CountingStage:
     fleet: Fleet = field(default_factory=Fleet)
     served: dict[int, int] = field(default_factory=dict)
     name: str = "stage1"
-    policy: str = "vlm"
+    policies: tuple[str, ...] = ("vlm",)
 
     @property
     def section(self) -> Stage1Section:
@@ -93,14 +93,6 @@ class CountingStage:
         return base.model_copy(
             update={"steps": self.steps, "rollout": rollout, "rewards": type(base.rewards)(weights={"x": 1.0})}
         )
-
-    @property
-    def trained_pool(self) -> Pool:
-        return self.fleet.vlm
-
-    @property
-    def frozen_pool(self) -> Pool:
-        return self.fleet.vdm
 
     async def draw(self, feed: SampleFeed, step: int) -> list[asyncio.Task[Group | None]]:
         samples = await feed.draw(2)
@@ -116,7 +108,7 @@ class CountingStage:
         )
         return Group(sample, members)
 
-    def experiences(self, batch: RolloutBatch) -> list[Any]:
+    def experiences(self, batch: RolloutBatch, policy: str) -> list[Any]:
         return [g.sample.id for g in batch.groups for _ in g.members]
 
     def metrics(self, batch: RolloutBatch) -> dict[str, float]:
@@ -141,7 +133,7 @@ def train(
         reports.append(report)
 
     feed = feed or SampleFeed(Numbers(), 2)
-    result = asyncio.run(run_stage(stage, feed, learner, first_step=first_step, on_step=on_step))
+    result = asyncio.run(run_stage(stage, feed, {"vlm": learner}, first_step=first_step, on_step=on_step))
     return result, learner, reports
 
 
@@ -179,7 +171,7 @@ def test_a_bug_in_a_rollout_ends_the_stage_and_its_flights(staleness: int) -> No
         async def on_step(report: StepReport) -> None: ...
 
         with pytest.raises(RuntimeError, match="a scorer is broken"):
-            await run_stage(stage, SampleFeed(Numbers(), 2), Learner(), on_step=on_step)
+            await run_stage(stage, SampleFeed(Numbers(), 2), {"vlm": Learner()}, on_step=on_step)
         await asyncio.sleep(0)
         return [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
 

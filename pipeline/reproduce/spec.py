@@ -1,0 +1,138 @@
+"""What an experiment is: rows that are trained or put together from other rows, and the orderings that are expected of them.
+
+A row is configuration, not code: overrides of one run, adapters of other rows, or supervised training for the time that another
+row took. This module holds types and contradictions; running is ``run``, the table is ``report``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from cluster.errors import ConfigError
+from pipeline.config.load import BUNDLED
+from pipeline.config.schema import Positive, Section
+
+EXPERIMENTS = BUNDLED.parent / "experiments"
+Metric = Literal["rouge_l", "clip_v", "clip_t", "frechet", "follow", "faithful", "drawable", "event", "motion_ratio"]
+
+
+class PaperFigures(Section):
+    """Figures of the paper for a row (arXiv 2511.16669, tables 1 and 2), procedural then predictive; null: not printed."""
+
+    rouge_l: tuple[float | None, float | None] = Field((None, None), description="ROUGE-L.")
+    clip_v: tuple[float | None, float | None] = Field((None, None), description="CLIP-V.")
+    clip_t: tuple[float | None, float | None] = Field((None, None), description="CLIP-T.")
+    frechet: tuple[float | None, float | None] = Field((None, None), description="FVD.")
+
+
+class Row(Section):
+    """One row of the table. Without ``set`` and ``sft_like`` nothing is trained: the row is made of other rows' models."""
+
+    title: str = Field(description="Name in the table.")
+    vlm: str | None = Field(None, description="Row whose tuned VLM this row starts from.")
+    vdm: str | None = Field(None, description="Row whose tuned VDM this row starts from.")
+    set: list[str] | None = Field(None, description="Overrides of the base run; given, the row is trained.")
+    sft_like: list[str] = Field(
+        default_factory=list,
+        description="Rows whose stages' wall time plain SFT of both models is given (the control of equal time).",
+    )
+    paper: PaperFigures = Field(PaperFigures(), description="The paper's figures for this row.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Row:
+        if self.sft_like and (self.set is not None or self.vlm or self.vdm):
+            raise ValueError("sft_like goes with neither set, vlm nor vdm: it is supervised training of the SFT pair")
+        return self
+
+
+class Ordering(Section):
+    """An order of rows by a metric that is expected to hold, best first."""
+
+    claim: str = Field(description="The claim, as the paper makes it.")
+    metric: Metric = Field(description="Metric that decides.")
+    rows: list[str] = Field(min_length=2, description="Rows, the best first (the lowest first for a Fréchet distance).")
+
+
+class Experiment(Section):
+    """A table: its base run, its rows in the order of the table, and what is expected of them."""
+
+    base: str = Field("toy", description="Run that every row starts from: a YAML file or a bundled name.")
+    set: list[str] = Field(default_factory=list, description="Overrides for all rows.")
+    train_samples: Positive = Field(1024, description="Training samples of the toy world.")
+    test_samples: Positive = Field(192, description="Held-out samples, which no choice was made on.")
+    sft_samples: Positive = Field(2048, description="Supervised samples for the control of equal time.")
+    sft_lr: float = Field(3e-4, gt=0, description="Learning rate of that control, as in the pair's own SFT.")
+    baseline: str = Field("sft", description="Row that gains are relative to.")
+    rows: dict[str, Row] = Field(min_length=1, description="Rows by key, each after those it is made of.")
+    orderings: list[Ordering] = Field(default_factory=list, description="Orders that are checked.")
+
+    @model_validator(mode="after")
+    def _known_rows(self) -> Experiment:
+        known: set[str] = set()
+        for key, row in self.rows.items():
+            for other in (row.vlm, row.vdm, *row.sft_like):
+                if other is not None and other not in known:
+                    raise ValueError(f"rows.{key} is made of {other!r}, which is not a row above it ({sorted(known)})")
+            known.add(key)
+        for ordering in self.orderings:
+            if unknown := set(ordering.rows) - known:
+                raise ValueError(f"ordering {ordering.claim!r} names unknown rows {sorted(unknown)}")
+        if self.baseline not in known:
+            raise ValueError(f"baseline={self.baseline!r} is not a row ({sorted(known)})")
+        return self
+
+    def needed(self, wanted: list[str]) -> list[str]:
+        """Return ``wanted`` rows (all where empty) and those that they are made of, in the table's order."""
+        if unknown := [key for key in wanted if key not in self.rows]:
+            raise ConfigError(f"no row {', '.join(unknown)}; the rows are {', '.join(self.rows)}")
+        todo, found = list(wanted or self.rows), set()
+        while todo:
+            key = todo.pop()
+            found.add(key)
+            row = self.rows[key]
+            todo += [other for other in (row.vlm, row.vdm, *row.sft_like) if other and other not in found]
+        return [key for key in self.rows if key in found]
+
+
+def load_experiment(source: str | Path = "table") -> Experiment:
+    """Return the experiment in a YAML file, or a bundled one by its name. Raises ConfigError."""
+    path = Path(source)
+    if not path.is_file():
+        path = EXPERIMENTS / f"{source}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("*.yaml")))
+        raise ConfigError(f"no experiment {str(source)!r}: not a file, and not one of the bundled ones ({names})")
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Experiment.model_validate(values)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(part) for part in d['loc'])}: {d['msg']}" for d in error.errors()]
+        raise ConfigError(f"{path}: " + "; ".join(lines)) from error
+
+
+def quickened(experiment: Experiment) -> Experiment:
+    """Return ``experiment`` with two small steps a stage and few samples: it shows that rows run, not what they are worth."""
+    tiny = "{prompts_per_step: 2, group_size: 4}"
+    rows = {
+        key: row if row.set is None else row.model_copy(update={"set": [*row.set, *_quick_steps(row.set)]})
+        for key, row in experiment.rows.items()
+    }
+    return experiment.model_copy(
+        update={
+            "set": [*experiment.set, f"stage1.rollout={tiny}", f"stage2.rollout={tiny}", "stage2.anchor_min_rouge=0.3"],
+            "rows": rows,
+            "train_samples": 32,
+            "test_samples": 8,
+            "sft_samples": 16,
+        }
+    )
+
+
+def _quick_steps(overrides: list[str]) -> list[str]:
+    return [f"{stage}.steps=2" for stage in ("stage1", "stage2") if f"{stage}.steps=0" not in overrides]
