@@ -6,6 +6,7 @@ sum of the micro-batch losses is the loss of the whole batch, however it is cut.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class LossStats:
     clipped: float  # steps whose ratio was clipped against the advantage
     clipped_low: float  # … below 1 − clip_low
     clipped_high: float  # … above 1 + clip_high
-    truncated: float  # steps whose importance weight met its cap
+    truncated: float  # steps whose importance weight was cut at its cap
     kl: float  # sum of the KL estimates
     ratio_max_dev: float  # max |log ratio|; combine by max
 
@@ -60,6 +61,17 @@ def normaliser(mask: Tensor, loss_norm: str, constant_length: int = 0) -> float:
     raise ValueError(f"loss_norm={loss_norm!r} is unknown; use one of {', '.join(LOSS_NORMS)}")
 
 
+def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Return min(π_learner / π_engine, cap) per step, (B, T), 0..cap, without gradient; 1 where ``mask`` is False.
+
+    Engine and learner disagree by numerics even where they hold the same weights, and an engine's may be older. Truncated
+    importance sampling (Ionides 2008; between engine and learner: Yao et al. 2025, "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL Training") makes the engine's samples count as the learner's.
+    """
+    log_weight = torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach()
+    return torch.exp(log_weight).clamp(max=cap)
+
+
 def grpo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -72,16 +84,17 @@ def grpo_loss(
     normaliser: float,
     kl: Tensor | None = None,
     beta: float = 0.0,
-    importance_cap: float | None = None,
+    rollout_logprobs: Tensor | None = None,
+    importance_cap: float = 2.0,
 ) -> tuple[Tensor, LossStats]:
     """Return the clipped surrogate plus KL, as this micro-batch's share of the batch's loss, and its statistics.
 
-    Per step: −min(ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A) + beta·KL with ρ = exp(logp − logp_old)
-    (arXiv 2402.03300, eq. 3; separate bounds as in DAPO, arXiv 2503.14476).
+    Per step: −w·min(ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A) + beta·KL with ρ = exp(logp − logp_old)
+    (arXiv 2402.03300, eq. 3; separate bounds as in DAPO, arXiv 2503.14476), and w = 1, or :func:`importance_weights`.
 
     Args:
         logprobs: (B, T) float32 of the current policy, differentiable.
-        old_logprobs: (B, T) float32 of the policy that ρ is relative to.
+        old_logprobs: (B, T) float32 of the learner before this batch's first update: ρ is relative to it.
         advantages: (B,) one per trajectory, or (B, T).
         mask: (B, T) bool, True where a step counts.
         clip_low, clip_high: > 0.
@@ -90,8 +103,9 @@ def grpo_loss(
         normaliser: the global count for this ``loss_norm`` (see :func:`normaliser`), > 0.
         kl: (B, T) >= 0, differentiable; needed where ``beta`` > 0.
         beta: weight of the KL.
-        importance_cap: C, where ``old_logprobs`` come from another engine: ρ is then a true importance weight and its
-            unclipped branch is truncated, min(ρ, C), keeping the gradient of the truncated weight. None: not truncated.
+        rollout_logprobs: (B, T) float32 of the engine that sampled. Where they are given, w corrects the surrogate
+            for their difference to ``old_logprobs``; the clip looks at ρ alone, and the KL is not weighted.
+        importance_cap: C of the truncation, > 0.
 
     Returns:
         A scalar whose sum over all micro-batches of all ranks is the batch's loss, and :class:`LossStats`.
@@ -105,12 +119,13 @@ def grpo_loss(
     # Padding may hold anything; where() before exp() keeps it out of the value and of the gradient.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = torch.exp(log_ratio)
-    weight = ratio
-    if importance_cap is not None:
-        weight = ratio * torch.clamp(importance_cap / ratio.detach(), max=1.0)
     clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    unclipped, clipped = weight * advantages, clipped_ratio * advantages
-    per_step = -torch.minimum(unclipped, clipped)
+    per_step = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    truncated = 0.0
+    if rollout_logprobs is not None:
+        weights = importance_weights(old_logprobs, rollout_logprobs, mask, importance_cap)
+        per_step = per_step * weights
+        truncated = float((mask & (old_logprobs - rollout_logprobs > math.log(importance_cap))).sum())
     if kl is not None and beta > 0:
         per_step = per_step + beta * torch.where(mask, kl, 0.0)
     per_step = torch.where(mask, per_step, 0.0)
@@ -120,7 +135,7 @@ def grpo_loss(
         total = per_step.sum()
     else:
         raise ValueError(f"loss_norm={loss_norm!r} is unknown; use one of {', '.join(LOSS_NORMS)}")
-    return total / normaliser, _stats(log_ratio, ratio, advantages, mask, clip_low, clip_high, kl, importance_cap)
+    return total / normaliser, _stats(log_ratio, ratio, advantages, mask, clip_low, clip_high, kl, truncated)
 
 
 @torch.no_grad()
@@ -132,7 +147,7 @@ def _stats(
     clip_low: float,
     clip_high: float,
     kl: Tensor | None,
-    cap: float | None,
+    truncated: float,
 ) -> LossStats:
     low = mask & (ratio < 1.0 - clip_low) & (advantages < 0)
     high = mask & (ratio > 1.0 + clip_high) & (advantages > 0)
@@ -142,7 +157,7 @@ def _stats(
         clipped=float((low | high).sum()),
         clipped_low=float(low.sum()),
         clipped_high=float(high.sum()),
-        truncated=float((mask & (ratio > cap)).sum()) if cap is not None else 0.0,
+        truncated=truncated,
         kl=float(torch.where(mask, kl, 0.0).sum()) if kl is not None else 0.0,
         ratio_max_dev=float(log_ratio.abs().max()) if log_ratio.numel() else 0.0,
     )

@@ -94,19 +94,21 @@ class Trainer:
     def update(self, plan: RankPlan) -> RankReport:
         """Run one optimizer step per entry of ``plan``; old log-probabilities of all entries are made before the first.
 
+        With ``old_logprobs="rollout"`` the first entry needs no pass of its own: nothing has been updated before it, so
+        its old log-probabilities are those of its training pass.
+
         Raises:
             TrainingError: ratio gate exceeded, too many skipped steps, or a batch without any step that counts; on all
                 ranks alike, before any rank has stepped.
         """
         report = RankReport()
         prepared = [[self._prepare(micro) for micro in step] for step in plan]
-        if self.spec.grpo.old_logprobs == "learner":
-            for step in prepared:
-                for item in step:
-                    with torch.no_grad():
-                        out = self.policy.forward(item.batch)
-                    item.old = out.logprobs.detach()
-                    self._compare(report, item, out)
+        for step in prepared if self.spec.grpo.old_logprobs == "learner" else prepared[1:]:
+            for item in step:
+                with torch.no_grad():
+                    out = self.policy.forward(item.batch)
+                item.old = out.logprobs.detach()
+                self._compare(report, item, out)
         for index, step in enumerate(prepared):
             self._step(step, report, first=index == 0)
         report.common |= {"skipped": float(self.skipped), "updates": float(len(prepared))}
@@ -126,8 +128,9 @@ class Trainer:
             sync_gradients(self.policy.module, k == len(step) - 1)
             out = self.policy.forward(item.batch)
             mask = out.mask if item.micro.real else torch.zeros_like(out.mask)
-            old = item.old if item.old is not None else item.rollout
-            if item.old is None and first:
+            old = item.old
+            if old is None:
+                old = out.logprobs.detach()
                 self._compare(report, item, out)
             # Divided by the global count after the last micro-batch: only then is it known, and gradients are linear
             # in it.
@@ -142,7 +145,8 @@ class Trainer:
                 normaliser=1.0,
                 kl=self._kl(item.batch, out),
                 beta=grpo.kl_beta,
-                importance_cap=grpo.importance_cap if grpo.old_logprobs == "rollout" else None,
+                rollout_logprobs=item.rollout if grpo.old_logprobs == "rollout" else None,
+                importance_cap=grpo.importance_cap,
             )
             loss.backward()
             total += float(loss.detach())

@@ -105,10 +105,12 @@ class GrpoSection(Section):
         "token", description="Token (DAPO), sequence (paper) or constant (Dr.GRPO)."
     )
     old_logprobs: Literal["learner", "rollout"] = Field(
-        "learner", description="Who computes the old log-probabilities."
+        "learner",
+        description="Whose policy the samples count as: the learner's own, or the engine's, which weights each step by "
+        "min(p_learner / p_engine, C), truncated importance sampling.",
     )
     importance_cap: float = Field(
-        2.0, gt=0, description="Cap C of truncated importance weights, used with old_logprobs=rollout."
+        2.0, gt=0, description="Cap C of the importance weights, used with old_logprobs=rollout."
     )
     updates_per_batch: Positive = Field(
         1, description="Optimizer steps per rollout batch (its groups are split evenly)."

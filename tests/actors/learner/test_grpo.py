@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actors.learner.advantages import group_advantages
-from actors.learner.grpo import grpo_loss, k3, normaliser
+from actors.learner.grpo import grpo_loss, importance_weights, k3, normaliser
 
 
 def test_advantages_by_hand() -> None:
@@ -118,15 +118,39 @@ def test_loss_and_gradient_equal_an_independent_implementation(norm: str, beta: 
     torch.testing.assert_close(ours, gradient)
 
 
-def test_importance_weights_are_truncated_but_keep_their_gradient() -> None:
-    logp = torch.tensor([[math.log(8.0), math.log(1.5)]], requires_grad=True)
-    mask, old = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2)
-    options = {"clip_low": 0.2, "clip_high": 0.2, "loss_norm": "token", "normaliser": 1.0, "importance_cap": 2.0}
-    loss, stats = grpo_loss(logp, old, torch.tensor([-1.0]), mask, **options)
-    assert float(loss) == pytest.approx(2.0 + 1.5)
+def test_importance_weights_clip_higher_and_kl_by_hand() -> None:
+    """Three tokens with A = 1, two with A = −2; clip 0.8 … 1.28; weights cut at C = 3; β = 0.1."""
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    logp = torch.tensor([[0.50, 0.60, 0.20], [0.60, 0.10, 0.9]]).log().requires_grad_()
+    old = torch.tensor([[0.50, 0.40, 0.40], [0.40, 0.20, 0.1]]).log()  # ρ = 1, 1.5, 0.5; 1.5, 0.5
+    engine = torch.tensor([[0.25, 0.40, 0.50], [0.50, 0.05, 0.1]]).log()  # w = 2, 1, 0.8; 0.8, min(4, 3)
+    ref = torch.tensor([[0.50, 0.30, 0.20], [0.30, 0.20, 0.1]]).log()  # π_ref/π = 1, 0.5, 1; 0.5, 2
+    torch.testing.assert_close(
+        importance_weights(old, engine, mask, 3.0), torch.tensor([[2.0, 1.0, 0.8], [0.8, 3.0, 1.0]])
+    )
+    loss, stats = grpo_loss(
+        logp,
+        old,
+        torch.tensor([1.0, -2.0]),
+        mask,
+        clip_low=0.2,
+        clip_high=0.28,
+        loss_norm="token",
+        normaliser=5.0,
+        kl=k3(logp, ref),
+        beta=0.1,
+        rollout_logprobs=engine,
+        importance_cap=3.0,
+    )
+    # min(ρA, clip(ρ)A) = 1, 1.28, 0.5; −3, −1.6.  Weighted: 2, 1.28, 0.4; −2.4, −4.8.
+    # k3 = 0, 0.5 − ln 0.5 − 1, 0; 0.5 − ln 0.5 − 1, 2 − ln 2 − 1 = 0, 0.1931, 0; 0.1931, 0.3069, not weighted.
+    expected = (-2 - 1.28 - 0.4 + 2.4 + 4.8 + 0.1 * (0.1931 + 0.1931 + 0.3069)) / 5
+    assert float(loss.detach()) == pytest.approx(expected, abs=2e-5)
+    assert (stats.clipped_high, stats.clipped_low, stats.truncated) == (1, 1, 1)
     loss.backward()
-    torch.testing.assert_close(logp.grad, torch.tensor([[2.0, 1.5]]))
-    assert stats.truncated == 1
+    # −wρA where not clipped, plus β(1 − π_ref/π).
+    gradient = torch.tensor([[-2.0, 0.1 * 0.5, -0.4], [2.4 + 0.1 * 0.5, -0.1 * 1, 0.0]]) / 5
+    torch.testing.assert_close(logp.grad, gradient)
 
 
 def test_padding_of_any_value_changes_nothing() -> None:
