@@ -140,7 +140,7 @@ class LearnerGroup:
         ``clip_frac``, ``clip_frac_low``, ``clip_frac_high``, ``grad_norm``, ``lr``, ``skipped`` (since the start),
         ``updates``, ``applied``, ``steps``, ``logp_diff_mean``, ``logp_diff_max``; ``kl`` with a KL, ``entropy``
         where the policy has it, ``truncated_frac`` with rollout log-probabilities, ``logp_diff_tNN`` per denoising
-        step of the flow.
+        step of the flow, ``logp_diff_pNNNN`` per bucket of token positions that starts at NNNN.
 
         Raises:
             TrainingError: see ``Trainer.update``; RankDiedError where a rank is gone.
@@ -275,6 +275,6 @@ def merge_reports(reports: Sequence[RankReport], spec: LearnerSpec) -> dict[str,
             metrics[key] = sums[name] / max(sums["steps"], 1.0)
     metrics["logp_diff_mean"] = sums.get("logp_diff", 0.0) / max(sums.get("logp_diff_steps", 0.0), 1.0)
     for name in sums:
-        if name.startswith("logp_diff_t") and not name.endswith("_steps"):
+        if name.startswith(("logp_diff_t", "logp_diff_p")) and not name.endswith("_steps"):
             metrics[name] = sums[name] / sums[f"{name}_steps"]
     return metrics

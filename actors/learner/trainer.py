@@ -30,7 +30,7 @@ from actors.learner.grpo import grpo_loss, normaliser
 from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
 from actors.learner.spec import LearnerSpec, learning_rate
 from actors.learner.trainable import PolicyOutput, Trainable, torch_dtype, trainable_parameters
-from actors.records import VdmExperience, Weights
+from actors.records import Experience, VdmExperience, Weights
 from actors.weights import pack
 from cluster.errors import CheckpointError, TrainingError
 
@@ -57,6 +57,18 @@ class _Prepared:
     advantages: Tensor  # (B,)
     rollout: Tensor  # (B, T)
     old: Tensor | None = None  # (B, T)
+
+
+def step_names(experience: Experience) -> list[str]:
+    """Return under which name each of its steps is compared: ``tNN`` a denoising step, ``pNNNN`` a token's position.
+
+    Positions share buckets that are named after their first one, 0, 1, 2, 4, 8, …: fine where completions begin, and few
+    however long they get.
+    """
+    if isinstance(experience, VdmExperience):
+        first = experience.trajectory.sde.window_start
+        return [f"t{first + k:02d}" for k in range(len(experience.trajectory.logprobs))]
+    return [f"p{1 << (k.bit_length() - 1) if k else 0:04d}" for k in range(len(experience.token_ids))]
 
 
 class Trainer:
@@ -239,19 +251,17 @@ class Trainer:
 
     @torch.no_grad()
     def _compare(self, report: RankReport, item: _Prepared, out: PolicyOutput) -> None:
-        """Note |log-probability of the learner − of the sampler|, overall and, for the flow, per denoising step."""
+        """Note |log-probability of the learner − of the sampler|, overall and by :func:`step_names`."""
         if not item.micro.real:
             return
         difference = torch.where(out.mask, out.logprobs.detach() - item.rollout, 0.0).abs()
         report.sums["logp_diff"] += float(difference.sum())
         report.sums["logp_diff_steps"] += float(out.mask.sum())
         report.maxima["logp_diff_max"] = max(report.maxima["logp_diff_max"], float(difference.max()))
-        for row, experience in zip(difference, item.micro.items):
-            if isinstance(experience, VdmExperience):
-                start = experience.trajectory.sde.window_start
-                for t in range(len(experience.trajectory.logprobs)):
-                    report.sums[f"logp_diff_t{start + t:02d}"] += float(row[t])
-                    report.sums[f"logp_diff_t{start + t:02d}_steps"] += 1.0
+        for row, experience in zip(difference.tolist(), item.micro.items):
+            for name, value in zip(step_names(experience), row):
+                report.sums[f"logp_diff_{name}"] += value
+                report.sums[f"logp_diff_{name}_steps"] += 1.0
 
     # --- weights
     # ----------------------------------------------------------------------------------------------------------

@@ -126,11 +126,15 @@ def encode_references(vae: Any, frames: np.ndarray, device: torch.device) -> Ten
 
 
 @torch.no_grad()
+def decode_videos(vae: Any, latents: Tensor) -> Tensor:
+    """Decode normalised latents (B, C, F, h, w) to (B, 3, T, H, W) in -1..1, in the VAE's dtype."""
+    mean, std = _latent_stats(vae, latents.device)
+    return vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
+
+
 def decode_latents(vae: Any, latents: Tensor) -> np.ndarray:
     """Decode normalised latents (B, C, F, h, w) to uint8 (B, T, H, W, 3)."""
-    mean, std = _latent_stats(vae, latents.device)
-    video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
-    return video_to_frames(video)
+    return video_to_frames(decode_videos(vae, latents))
 
 
 def _latent_stats(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:

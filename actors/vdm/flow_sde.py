@@ -84,8 +84,10 @@ def transition(
     x, v: (B, ...); sigma, sigma_next: (B,), sigma > sigma_next; sigma_second: (B,) or a scalar tensor, the grid's
     second sigma. ``flow``, ``wan``, ``dance``: mean = x + dt [v + s^2 / (2 sigma) (x + (1 - sigma) v)], std = s
     sqrt(-dt), dt = sigma' - sigma. ``cps`` keeps the coefficients of the marginal: std = sigma' sin(level pi / 2),
-    mean = (1 - sigma') x0 + sqrt(sigma'^2 - std^2) x1 with x0 = x - sigma v and x1 = x + (1 - sigma) v. Everything is
-    float32, whatever the model's dtype. level 0 is exactly the ODE step, with std 0.
+    mean = (1 - sigma') x0 + sqrt(sigma'^2 - std^2) x1 with x0 = x - sigma v and x1 = x + (1 - sigma) v (arXiv
+    2509.05952); its level is a share of the noise per step, so, unlike the other three, more steps at one level do not
+    approach the ODE's marginals. Everything is float32, whatever the model's dtype. level 0 is exactly the ODE step,
+    with std 0.
     """
     x, v = x.float(), v.float()
     if level == 0:

@@ -130,6 +130,9 @@ LEARNER = Family(
                "Any of these for one of two learners (training: all_in_one).", "As above."),
         Metric("learner/logp_diff_t<step>", "nats", "The same at one denoising step (stage 2).",
                "Largest where the noise is smallest."),
+        Metric("learner/logp_diff_p<position>", "nats",
+               "The same at the completion tokens from this position to the next one listed: 0, 1, 2, 4, 8, … (stage 1).",
+               "Flat; high from 0 on the prompts differ, climbing with the position the engine's cache or positions do."),
     ),
 )
 

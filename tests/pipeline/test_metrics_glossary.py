@@ -34,6 +34,7 @@ def test_every_metric_says_how_to_read_it_and_is_declared_once() -> None:
         ("reward/total_mean", "reward/total_mean"),
         ("alarm/corr_clip_v_rouge_l", "alarm/corr_<a>_<b>"),
         ("learner/logp_diff_t07", "learner/logp_diff_t<step>"),
+        ("learner/logp_diff_p0016", "learner/logp_diff_p<position>"),
         ("eval/joint_grpo/clip_v", "eval/<system>/<metric>"),
     ],
 )

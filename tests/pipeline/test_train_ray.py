@@ -93,6 +93,8 @@ def test_both_stages_learnt_from_their_own_rollouts(run: tuple[RunConfig, RunRep
     assert first["rollout/groups"] == PROMPTS
     assert second["rollout/groups"] == 2
     assert first["learner/logp_diff_max"] < 1e-3  # vLLM against the learner, fp32
+    assert {"learner/logp_diff_p0000", "learner/logp_diff_p0004"} <= set(first)  # and by token position,
+    assert any(name.startswith("learner/logp_diff_t") for name in second)  # or by denoising step
     assert {"reward/format_mean", "reward/rouge_l_mean", "reward/clip_v_mean"} <= set(first)
     assert {"reward/clip_v_mean", "reward/clip_score_mean", "anchor/kept_ratio", "sde/window_start"} <= set(second)
 

@@ -22,6 +22,7 @@ import torch
 
 from actors.learner.group import GrpoSpec, LearnerGroup, LearnerSpec, LoraSpec, OptimSpec, RankDiedError
 from actors.learner.lora import peft_names
+from actors.learner.trainer import step_names
 from actors.weights import as_tensors, read_adapter, receive
 from cluster.errors import CheckpointError, PlacementError, TrainingError, WorkerTimeoutError
 from tests.actors.learner.toy_policy import POISON, RANDOM, ToyPolicy, experiences
@@ -141,6 +142,31 @@ def test_one_step_equals_plain_torch(shared: Shared) -> None:
     first = shared.journey(SPEC)[1][0]
     assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert first["loss"] == pytest.approx(float(loss.detach()), abs=1e-6)
+
+
+def test_difference_to_the_sampler_is_reported_per_token_position(shared: Shared) -> None:
+    """|learner − engine| at positions 0, 1, 2–3 and 4–7 of all completions, over ranks and micro-batches, by hand."""
+    policy, items = ToyPolicy.load("3", lora=SPEC.lora), experiences(3, 4, 0)
+    apart: dict[str, list[float]] = {"p0000": [], "p0001": [], "p0002": [], "p0004": []}
+    for item in items:
+        logprobs = policy.forward(policy.collate([item])).logprobs[0].tolist()
+        for position, (ours, theirs) in enumerate(zip(logprobs, item.rollout_logprobs, strict=True)):
+            apart[("p0000", "p0001", "p0002", "p0002", "p0004", "p0004")[position]].append(abs(ours - float(theirs)))
+    for spec in (SPEC, TWO):
+        first = shared.journey(spec)[1][0]
+        reported = {name: value for name, value in first.items() if name.startswith("logp_diff_p")}
+        expected = {f"logp_diff_{name}": np.mean(values) for name, values in apart.items()}
+        assert reported == pytest.approx(expected, abs=1e-5)
+        assert first["logp_diff_mean"] == pytest.approx(
+            np.mean([v for values in apart.values() for v in values]), abs=1e-5
+        )
+
+
+@pytest.mark.parametrize(("length", "names"), [(1, 1), (2, 2), (64, 7), (4096, 13)])
+def test_positions_share_few_names_however_long_the_completion(length: int, names: int) -> None:
+    item = replace(experiences(1, 1)[0], token_ids=np.zeros(length, np.int32))
+    seen = step_names(item)
+    assert len(seen) == length and len(set(seen)) == names and seen == sorted(seen) and seen[0] == "p0000"
 
 
 def test_save_with_two_ranks_restore_with_one_and_export(shared: Shared, tmp_path: Path) -> None:

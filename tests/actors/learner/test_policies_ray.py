@@ -45,7 +45,7 @@ def vdm_items(folder: Path) -> list[Experience]:
 
 
 @pytest.mark.parametrize("kind", ["vlm", "vdm"])
-def test_real_policy_learns_from_a_ratio_of_one(
+def test_first_update_of_each_stage_has_ratio_exactly_one_and_learns(
     kind: str, tiny_vlm_dir: Path, tiny_vdm_dir: Path, tmp_path: Path
 ) -> None:
     model = {"vlm": tiny_vlm_dir, "vdm": tiny_vdm_dir}[kind]
@@ -71,11 +71,15 @@ def test_real_policy_learns_from_a_ratio_of_one(
             assert await group.base_hash() == base
             for metrics in (first, second):
                 assert metrics["ratio_max_dev"] == 0.0 and metrics["grad_norm"] > 0
+                assert metrics["ratio"] == 1.0 and metrics["clip_frac"] == 0.0
             assert first["kl"] == pytest.approx(0.0, abs=1e-6) and second["kl"] > 0
             if kind == "vdm":
                 # The sampler and the learner take the same steps: their log-probabilities differ by float noise.
                 assert first["logp_diff_max"] < 1e-4
                 assert second["logp_diff_t01"] > 0 and {"logp_diff_t02"} < second.keys()
+            else:
+                positions = [name for name in first if name.startswith("logp_diff_p")]
+                assert sorted(positions) == [f"logp_diff_p{start:04d}" for start in (0, 1, 2, 4)]
             await group.export(str(tmp_path / "adapter"))
             published = receive(await group.publish())
         finally:

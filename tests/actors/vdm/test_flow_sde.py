@@ -1,4 +1,6 @@
-"""One SDE step against closed forms, torch.distributions and sampling; the window's movement."""
+"""The sigma grid, one SDE step by hand, and the window's movement.
+
+The step against simulations, torch.distributions and the ODE: test_parity_sde.py."""
 
 from __future__ import annotations
 
@@ -7,14 +9,12 @@ import json
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch.distributions import Normal, kl_divergence
 
 from actors.records import SdeSpec
 from actors.vdm import flow_sde
 from actors.vdm.flow_sde import Transition, WindowSchedule
 from cluster.errors import CheckpointError, ConfigError
 
-LEVELS = {"flow": 0.7, "wan": 0.6, "dance": 0.3, "cps": 0.5}
 SHAPE = (3, 4, 2, 3, 3)
 
 
@@ -37,22 +37,6 @@ def test_grid_is_the_stock_schedulers(steps, shift):
     assert grid[0] == 1 and grid[-1] == 0
 
 
-@pytest.mark.parametrize("schedule", LEVELS)
-def test_level_zero_is_the_ode_step(point, schedule):
-    x, v, sigma, following, second = point
-    step = flow_sde.transition(x, v, sigma, following, second, schedule, 0.0)
-    assert torch.equal(step.mean, flow_sde.ode_step(x, v, sigma, following))
-    assert torch.equal(flow_sde.draw(step, torch.randn(SHAPE)), step.mean)
-
-
-@pytest.mark.parametrize("schedule", LEVELS)
-def test_small_levels_approach_the_ode_step(point, schedule):
-    x, v, sigma, following, second = point
-    step = flow_sde.transition(x, v, sigma, following, second, schedule, 1e-3)
-    assert torch.allclose(step.mean, flow_sde.ode_step(x, v, sigma, following), atol=1e-4)
-    assert (step.std < 2e-3).all() and (step.std > 0).all()
-
-
 def test_flow_schedule_by_hand():
     """sigma .8 -> .6, level .5: s = .5 sqrt(.8/.2) = 1, dt = -.2, drift = v + (x + .2 v) / 1.6."""
     x, v = torch.tensor([[2.0]]), torch.tensor([[-1.0]])
@@ -68,47 +52,6 @@ def test_noise_scales_by_hand():
     assert flow.tolist() == pytest.approx([0.7 * 10**0.5, 0.7], rel=1e-5)  # at sigma 1 the denominator is 1 - second
     assert flow_sde.noise_scale(sigma, second, "wan", 0.6).tolist() == pytest.approx([0.6, 0.3])
     assert flow_sde.noise_scale(sigma, second, "dance", 0.3).tolist() == pytest.approx([0.3, 0.3])
-
-
-def test_cps_keeps_the_marginal():
-    """With the exact velocity of x = (1 - sigma) x0 + sigma eps, x' is again distributed as the marginal at sigma'."""
-    generator = torch.Generator().manual_seed(2)
-    clean, noise, fresh = (torch.randn(1, 200_000, generator=generator) for _ in range(3))
-    sigma, following = torch.tensor([0.8]), torch.tensor([0.5])
-    x, v = (1 - 0.8) * clean + 0.8 * noise, noise - clean
-    step = flow_sde.transition(x, v, sigma, following, torch.tensor(0.9), "cps", 0.6)
-    rest = flow_sde.draw(step, fresh) - (1 - 0.5) * clean
-    assert rest.mean().item() == pytest.approx(0, abs=5e-3)
-    assert rest.std().item() == pytest.approx(0.5, abs=5e-3)
-
-
-@pytest.mark.parametrize("schedule", LEVELS)
-def test_many_draws_have_the_mean_and_variance_of_the_formula(point, schedule):
-    x, v, sigma, following, second = point
-    step = flow_sde.transition(x, v, sigma, following, second, schedule, LEVELS[schedule])
-    generator = torch.Generator().manual_seed(1)
-    draws = torch.stack([flow_sde.draw(step, torch.randn(SHAPE, generator=generator)) for _ in range(4000)])
-    spread = step.std.view(-1, 1, 1, 1, 1).expand(SHAPE)
-    assert ((draws.mean(0) - step.mean).abs() < 5 * spread / 4000**0.5).all()
-    assert torch.allclose(draws.std(0) / spread, torch.ones(SHAPE), atol=0.06)
-
-
-@pytest.mark.parametrize("schedule", LEVELS)
-def test_logprob_is_the_mean_of_torch_distributions(point, schedule):
-    x, v, sigma, following, second = point
-    step = flow_sde.transition(x, v, sigma, following, second, schedule, LEVELS[schedule])
-    after = flow_sde.draw(step, torch.randn(SHAPE, generator=torch.Generator().manual_seed(4)))
-    expected = Normal(step.mean, step.std.view(-1, 1, 1, 1, 1)).log_prob(after).flatten(1).mean(1)
-    assert torch.allclose(flow_sde.step_logprob(after, step), expected, atol=1e-6)
-
-
-def test_kl_is_the_mean_of_torch_distributions(point):
-    x, v, sigma, following, second = point
-    one = flow_sde.transition(x, v, sigma, following, second, "flow", 0.7)
-    other = flow_sde.transition(x, v + 0.1, sigma, following, second, "flow", 0.7)
-    spread = one.std.view(-1, 1, 1, 1, 1)
-    expected = kl_divergence(Normal(one.mean, spread), Normal(other.mean, spread)).flatten(1).mean(1)
-    assert torch.allclose(flow_sde.kl_gaussian(one.mean, other.mean, one.std), expected, rtol=1e-5)
 
 
 def test_half_precision_input_is_computed_in_float32(point):

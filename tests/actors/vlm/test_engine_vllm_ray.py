@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,9 @@ REQUESTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def worker(ray_local: None, tiny_vlm_dir: Path) -> Iterator[Any]:
-    import ray
-
-    from actors.vlm.worker import VlmWorker
-
-    actor = (
-        ray.remote(VlmWorker)
-        .options(num_cpus=1, max_concurrency=64)
-        .remote("vlm-0", str(tiny_vlm_dir), lora_rank=8, kv_cache_mib=64)
-    )
-    info = ray.get(actor.setup.remote(), timeout=500)
-    assert info.name == "vlm-0" and info.model_hash
-    yield actor
-    ray.get(actor.shutdown.remote(), timeout=60)
-    ray.kill(actor)
+@pytest.fixture
+def worker(qwen3_worker: Any) -> Any:
+    return qwen3_worker
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +69,7 @@ def tokens(groups: list[list[Completion]]) -> list[list[int]]:
 
 
 def test_base_weights_agree_and_requests_repeat_themselves(worker: Any, policy: VlmPolicy) -> None:
+    load(worker, None, 0)
     groups = complete(worker, REQUESTS)
     assert [len(g) for g in groups] == [8] * 6
     assert {c.weights_version for g in groups for c in g} == {0}

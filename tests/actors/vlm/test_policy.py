@@ -1,20 +1,22 @@
-"""The VLM policy against plain transformers: same log-probabilities, same positions, adapters that are PEFT's."""
+"""The VLM policy as the learner uses it: KL, entropy, what trains, adapters that are PEFT's, SFT, prompts, refusals.
+
+Its log-probabilities against plain transformers and vLLM: test_parity_transformers.py, test_parity_vllm_ray.py."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from plain import PlainModel
 from samples import QUESTIONS, experience, frames, perturb_adapter
 
 from actors.failures import BadSampleError
 from actors.learner.trainable import LoraSpec, Trainable, trainable_parameters
 from actors.records import VlmExperience
-from actors.vlm.inputs import VideoQuestion, mrope_positions, video_metadata
+from actors.vlm.inputs import mrope_positions
 from actors.vlm.policy import VlmPolicy
 from actors.vlm.prompt import VIDEO_PLACEHOLDER, parse_caption, render_prompt
 from cluster.errors import CheckpointError
@@ -35,68 +37,10 @@ def items(policy: VlmPolicy) -> list[VlmExperience]:
     return [experience(i, length, policy.eos_token_id) for i, length in enumerate((5, 12, 1, 8))]
 
 
-def plain_logprobs(model: Any, policy: VlmPolicy, item: VlmExperience, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities of one completion by the stock classes alone, with stock position ids."""
-    inputs = policy.processor(
-        text=[render_prompt(policy.processor, item.question)],
-        videos=[item.frames],
-        video_metadata=[video_metadata(item.frames, item.fps)],
-        do_sample_frames=False,
-        return_tensors="pt",
-    )
-    tokens = torch.tensor(item.token_ids, dtype=torch.long)[None]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], 1)
-    with torch.no_grad():
-        logits = model(**inputs).logits[0, -tokens.shape[1] - 1 : -1].float()
-    logits[:, policy.banned_ids] = -torch.inf
-    return (logits / temperature).log_softmax(-1).gather(1, tokens[0, :, None])[:, 0]
-
-
 def padded(policy: VlmPolicy, items: list[VlmExperience]) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         out = policy.forward(policy.collate(items))
     return out.logprobs, out.mask
-
-
-def test_logprobs_equal_plain_transformers_alone_and_padded(policy: VlmPolicy, items: list[VlmExperience]) -> None:
-    together, mask = padded(policy, items)
-    assert mask.sum(1).tolist() == [5, 12, 1, 8]
-    assert together[~mask].abs().max() == 0
-    for i, item in enumerate(items):
-        expected = plain_logprobs(policy.module, policy, item)
-        alone, _ = padded(policy, [item])
-        length = len(item.token_ids)
-        assert (alone[0] - expected).abs().max() <= 1e-5
-        assert (together[i, :length] - expected).abs().max() <= 1e-5
-
-
-def test_temperature_is_that_of_the_sampler(tiny_vlm_dir: Path, items: list[VlmExperience]) -> None:
-    warm = VlmPolicy.load(tiny_vlm_dir, temperature=1.7)
-    ours, _ = padded(warm, items[:1])
-    assert (ours[0] - plain_logprobs(warm.module, warm, items[0], 1.7)).abs().max() <= 1e-5
-    with pytest.raises(ValueError, match="temperature"):
-        VlmPolicy.load(tiny_vlm_dir, temperature=0.0)
-
-
-def test_two_passes_are_bitwise_equal(policy: VlmPolicy, items: list[VlmExperience]) -> None:
-    batch = policy.collate(items)
-    first, second = policy.forward(batch), policy.forward(policy.collate(items))
-    assert torch.equal(first.logprobs, second.logprobs)
-    assert torch.exp(first.logprobs - second.logprobs).eq(1).all()
-
-
-def test_reference_is_the_base_model_bitwise(tiny_vlm_dir: Path, policy: VlmPolicy, items: list[VlmExperience]) -> None:
-    base = VlmPolicy.load(tiny_vlm_dir)
-    flags = [p.requires_grad for p in policy.module.parameters()]
-    with policy.reference():
-        reference, _ = padded(policy, items)
-    assert torch.equal(reference, padded(base, items)[0])
-    assert not torch.allclose(reference, padded(policy, items)[0], atol=1e-3)
-    assert flags == [p.requires_grad for p in policy.module.parameters()]
-    with pytest.raises(ValueError, match="LoRA"), base.reference():
-        pass
 
 
 def test_kl_is_the_k3_estimate_and_entropy_is_of_the_allowed_tokens(
@@ -123,24 +67,20 @@ def test_only_the_language_models_adapter_trains(policy: VlmPolicy) -> None:
     assert len(trainable_parameters(policy.module)) == len(names)
 
 
-def test_lora_init_is_seeded_and_changes_nothing(tiny_vlm_dir: Path, items: list[VlmExperience]) -> None:
+def test_lora_init_is_seeded(tiny_vlm_dir: Path) -> None:
     one, two = VlmPolicy.load(tiny_vlm_dir, lora=LORA), VlmPolicy.load(tiny_vlm_dir, lora=LORA)
     for a, b in zip(one.adapter_state().values(), two.adapter_state().values(), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(padded(one, items)[0], padded(VlmPolicy.load(tiny_vlm_dir), items)[0])
 
 
 def test_export_is_an_adapter_that_peft_and_we_load(
     tmp_path: Path, tiny_vlm_dir: Path, policy: VlmPolicy, items: list[VlmExperience]
 ) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
-
     policy.export(tmp_path / "adapter")
-    base = AutoModelForImageTextToText.from_pretrained(tiny_vlm_dir, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ours, _ = padded(policy, items[:1])
-    assert (plain_logprobs(model, policy, items[0]) - ours[0]).abs().max() <= 1e-5
+    peft, item = PlainModel(tiny_vlm_dir, tmp_path / "adapter"), items[0]
+    ours, _ = padded(policy, [item])
+    expected = peft.logprobs(item.question, item.frames, item.fps, item.token_ids)
+    assert (expected - ours[0]).abs().max() <= 1e-5
     again = VlmPolicy.load(tiny_vlm_dir, adapter=tmp_path / "adapter", lora=LORA)
     assert torch.equal(padded(again, items)[0], padded(policy, items)[0])
     with pytest.raises(CheckpointError, match="rank 8"):
@@ -184,16 +124,6 @@ def test_equal_prompts_are_processed_once(policy: VlmPolicy, items: list[VlmExpe
     assert seen == [1]
 
 
-def test_positions_equal_transformers_for_qwen3(policy: VlmPolicy) -> None:
-    prompt = policy._prompts.encode([VideoQuestion(QUESTIONS[0], frames(3), 8.0)])[0]
-    model: Any = policy.module
-    expected, _ = model.model.get_rope_index(
-        prompt.input_ids[None], prompt.token_types[None], video_grid_thw=prompt.grid_thw
-    )
-    assert torch.equal(prompt.positions, expected[:, 0])
-    assert prompt.next_position == int(expected.max()) + 1
-
-
 def test_text_after_a_long_qwen25_video_starts_after_its_last_position() -> None:
     types = torch.tensor([0, 0] + [2] * 8 + [0, 0])
     positions, following = mrope_positions(types, torch.tensor([[2, 4, 4]]), merge=2, time_interval=25.0)
@@ -212,11 +142,15 @@ def test_prompt_has_one_video_and_refuses_special_tokens(policy: VlmPolicy) -> N
         render_prompt(policy.processor, "  ")
 
 
-def test_unusable_frames_and_folders_are_named(policy: VlmPolicy, tmp_path: Path, items: list[VlmExperience]) -> None:
+def test_unusable_frames_settings_and_folders_are_named(
+    policy: VlmPolicy, tiny_vlm_dir: Path, tmp_path: Path, items: list[VlmExperience]
+) -> None:
     for bad in (frames(0)[:1], frames(0).astype(np.float32), frames(0)[:, :0]):
         with pytest.raises(BadSampleError, match="frame"):
             policy.collate([replace(items[0], frames=bad)])
     with pytest.raises(BadSampleError, match="empty"):
         policy.collate([replace(items[0], token_ids=np.array([], np.int32))])
+    with pytest.raises(ValueError, match="temperature"):
+        VlmPolicy.load(tiny_vlm_dir, temperature=0.0)
     with pytest.raises(CheckpointError, match="cannot load a VLM"):
         VlmPolicy.load(tmp_path / "nothing")
