@@ -19,6 +19,7 @@ from actors.records import Sample, derive_seed
 from cluster.errors import CheckpointError, ConfigError
 from pipeline.checkpoint import Checkpoint, CheckpointStore, TrainState, require_same_config
 from pipeline.config import RunConfig, to_yaml
+from pipeline.config.schema import Stage1Section
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable
@@ -166,6 +167,8 @@ class _Run:
                     result = await run_stage(stage, self.feed, learner, first_step=first, on_step=hook)
                 await learner.export(str(adapter))
                 self.tracker.log_checkpoint(adapter)
+            if stage.section.optim.ema:  # the stage's result is the average: what comes next is asked of it
+                await stage.trained_pool.set_weights(learner.version + 1, await learner.publish(averaged=True))
         self.report.stages[stage.name] = result
         self.report.wall_s[stage.name] = round(time.monotonic() - started, 1)
 
@@ -229,6 +232,7 @@ def learner_spec(config: RunConfig, stage: Stage1 | Stage2) -> LearnerSpec:
         f.name: getattr(section.grpo, f.name) for f in dataclasses.fields(GrpoSpec) if hasattr(section.grpo, f.name)
     }
     lora = section.lora
+    longest = section.text.max_tokens if isinstance(section, Stage1Section) else section.sde.window_size
     seed = derive_seed(config.seed, stage.name, "learner")
     options: dict[str, Any] = (
         {"temperature": section.text.temperature} if stage.policy == "vlm" else {"shift": models.flow_shift}
@@ -246,12 +250,12 @@ def learner_spec(config: RunConfig, stage: Stage1 | Stage2) -> LearnerSpec:
         dtype=learner.dtype,
         micro_batch=learner.micro_batch,
         activation_checkpointing=learner.activation_checkpointing,
-        grpo=GrpoSpec(**grpo, constant_length=section.text.max_tokens),
+        grpo=GrpoSpec(**grpo, constant_length=longest),
         optim=OptimSpec(**section.optim.model_dump()),
         policy_kwargs=options,
         seed=seed % 2**31,
         start_timeout_s=learner.start_timeout_s,
         step_timeout_s=learner.step_timeout_s,
         name=f"{stage.policy}-learner",
-        total_steps=section.steps * section.grpo.updates_per_batch,
+        total_steps=section.steps * section.grpo.updates_per_batch * section.grpo.epochs_per_batch,
     )
