@@ -21,7 +21,7 @@ help:
 	@echo "make demo    install what is needed, then align the tiny pair with Joint-GRPO (runs/demo)"
 	@echo "make test    install what is needed, then run the test suite"
 	@echo "make check   lint, formatting, types and import layering"
-	@echo "make docs    write docs/metrics.md from the code"
+	@echo "make docs    write docs/metrics.md and docs/configuration.md from the code"
 	@echo "make setup   install only"
 	@echo "make clean   remove .venv, caches and runs/demo"
 
@@ -61,6 +61,7 @@ check: setup
 
 docs: setup
 	$(BIN)/python -W ignore -m pipeline.tracking.metrics > docs/metrics.md
+	$(BIN)/python -W ignore -m pipeline.config.reference > docs/configuration.md
 
 clean:
 	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info

@@ -19,7 +19,7 @@ from actors.records import Sample, derive_seed
 from cluster.errors import CheckpointError, ConfigError
 from pipeline.checkpoint import Checkpoint, CheckpointStore, TrainState, require_same_config
 from pipeline.config import RunConfig, to_yaml
-from pipeline.config.schema import StageSection
+from pipeline.config.schema import Stage1Section, Stage2Section
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable
@@ -172,6 +172,9 @@ class _Run:
                 for policy, adapter in adapters.items():
                     await learners[policy].export(str(adapter))
                     self.tracker.log_checkpoint(adapter)
+            if stage.section.optim.ema:  # the stage's result is the average: what comes next is asked of it
+                for policy, learner in learners.items():
+                    await pool_of(stage, policy).set_weights(learner.version + 1, await learner.publish(averaged=True))
         self.report.stages[stage.name] = result
         self.report.wall_s[stage.name] = round(time.monotonic() - started, 1)
 
@@ -238,11 +241,12 @@ class _StepHook:
 def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec:
     """Return the learner group that ``stage`` trains ``policy`` with, as the policy's own stage says."""
     learner, models = config.learner, config.models
-    section: StageSection = config.stage1 if policy == "vlm" else config.stage2
+    section: Stage1Section | Stage2Section = config.stage1 if policy == "vlm" else config.stage2
     grpo = {
         f.name: getattr(section.grpo, f.name) for f in dataclasses.fields(GrpoSpec) if hasattr(section.grpo, f.name)
     }
     lora = section.lora
+    longest = section.text.max_tokens if isinstance(section, Stage1Section) else section.sde.window_size
     seed = derive_seed(config.seed, stage.name, policy, "learner")
     options: dict[str, Any] = (
         {"temperature": section.text.temperature} if policy == "vlm" else {"shift": models.flow_shift}
@@ -260,12 +264,12 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
         dtype=learner.dtype,
         micro_batch=learner.micro_batch,
         activation_checkpointing=learner.activation_checkpointing,
-        grpo=GrpoSpec(**grpo, constant_length=section.text.max_tokens),
+        grpo=GrpoSpec(**grpo, constant_length=longest),
         optim=OptimSpec(**section.optim.model_dump()),
         policy_kwargs=options,
         seed=seed % 2**31,
         start_timeout_s=learner.start_timeout_s,
         step_timeout_s=learner.step_timeout_s,
         name=f"{policy}-learner",
-        total_steps=stage.section.steps * section.grpo.updates_per_batch,
+        total_steps=stage.section.steps * stage.section.grpo.updates_per_batch * stage.section.grpo.epochs_per_batch,
     )

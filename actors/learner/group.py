@@ -133,8 +133,10 @@ class LearnerGroup:
     # --- learning
     # ---------------------------------------------------------------------------------------------------------
 
-    async def update(self, items: Sequence[Experience], *, updates: int = 1) -> dict[str, float]:
-        """Learn from ``items`` in ``updates`` optimizer steps (fewer where there are fewer groups); returns metrics.
+    async def update(self, items: Sequence[Experience], *, updates: int = 1, epochs: int = 1) -> dict[str, float]:
+        """Learn from ``items`` in ``updates`` optimizer steps (fewer where there are fewer groups), ``epochs`` times.
+
+        Every epoch's ratios are relative to the policy before the first step. Returns metrics.
 
         Metrics (means are over steps, i.e. tokens or SDE steps, of all ranks): ``loss``, ``ratio``, ``ratio_max_dev``,
         ``clip_frac``, ``clip_frac_low``, ``clip_frac_high``, ``grad_norm``, ``lr``, ``skipped`` (since the start),
@@ -147,18 +149,19 @@ class LearnerGroup:
             WorkerTimeoutError: a rank did not answer within ``step_timeout_s``.
         """
         plans = plan_batch(items, ranks=self.spec.ranks, micro_batch=self.spec.micro_batch, updates=updates)
-        answers = await self._call("update", per_rank=[(plan,) for plan in plans])
+        answers = await self._call("update", per_rank=[(plan, epochs) for plan in plans])
         self.version = answers[0][1]
         return merge_reports([report for report, _ in answers], self.spec)
 
-    async def publish(self) -> list[ray.ObjectRef]:
+    async def publish(self, *, averaged: bool = False) -> list[ray.ObjectRef]:
         """Gather the trained weights into the object store; returns what ``actors.weights.receive`` takes.
 
+        They are the weights themselves, which rollouts need; ``averaged``: their moving average, where one is kept.
         The driver owns the object: it outlives the group and is freed when the list is dropped.
         """
         async with self._lock:
             self._check()
-            pairs = [rank.publish.options(num_returns=2).remote() for rank in self.ranks]
+            pairs = [rank.publish.options(num_returns=2).remote(averaged) for rank in self.ranks]
             versions = await self._race([version for _, version in pairs], "publish", self.spec.step_timeout_s)
         self.version = versions[0]
         return [pairs[0][0]]
@@ -175,7 +178,7 @@ class LearnerGroup:
         self.version = (await self._call("restore", str(folder)))[0]
 
     async def export(self, folder: str) -> None:
-        """Write an ordinary adapter folder (LoRA) or model folder (full weights)."""
+        """Write an ordinary adapter folder (LoRA) or model folder (full weights): the moving average where one is kept."""
         await self._call("export", str(folder))
 
     async def base_hash(self) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 LOSS_NORMS = ("token", "sequence", "constant")
+TOKEN_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclass
@@ -39,6 +40,34 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """
     delta = ref_logprobs - logprobs
     return torch.expm1(delta) - delta
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
+    """Return the estimate of KL(current || reference) per step from samples of the current policy, with its gradient.
+
+    With Δ = ref − current (Schulman 2020, "Approximating KL divergence") the values are
+
+    - ``k1`` −Δ: unbiased, of either sign, large variance;
+    - ``k2`` Δ²/2: biased, >= 0, small variance;
+    - ``k3`` exp(Δ) − Δ − 1: unbiased, >= 0, small variance (GRPO, arXiv 2402.03300, eq. 4).
+
+    A good value isn't a good loss (arXiv 2510.01555). In expectation over samples of the current policy the gradient of
+    ``k2`` is that of KL(current || reference); that of ``k3`` is the gradient of KL(reference || current), equal to
+    first order; that of a bare ``k1`` is 0, noise that regularises nothing. So ``k1`` here has the value of k1 and the
+    gradient of k2, which is what "k1 in the reward" comes to. The samples are those of the rollout: once the policy
+    has moved away from it (several updates per batch) no estimator is corrected for that.
+
+    Shapes as the arguments (B, T). ValueError for an unknown estimator.
+    """
+    delta = ref_logprobs - logprobs
+    if estimator == "k1":
+        half_square = 0.5 * delta.square()
+        return half_square + (-delta - half_square).detach()
+    if estimator == "k2":
+        return 0.5 * delta.square()
+    if estimator == "k3":
+        return k3(logprobs, ref_logprobs)
+    raise ValueError(f"kl_estimator={estimator!r} is unknown for tokens; use one of {', '.join(TOKEN_ESTIMATORS)}")
 
 
 def normaliser(mask: Tensor, loss_norm: str, constant_length: int = 0) -> float:
@@ -101,7 +130,7 @@ def grpo_loss(
         loss_norm: ``token``: sum over steps / normaliser. ``sequence``: sum over trajectories of the mean over their
             steps / normaliser. ``constant``: sum over steps / normaliser.
         normaliser: the global count for this ``loss_norm`` (see :func:`normaliser`), > 0.
-        kl: (B, T) >= 0, differentiable; needed where ``beta`` > 0.
+        kl: (B, T) differentiable (see :func:`kl_estimate`); needed where ``beta`` > 0.
         beta: weight of the KL.
         rollout_logprobs: (B, T) float32 of the engine that sampled. Where they are given, w corrects the surrogate
             for their difference to ``old_logprobs``; the clip looks at ρ alone, and the KL is not weighted.

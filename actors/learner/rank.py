@@ -78,17 +78,17 @@ class LearnerRank:
         self.trainer = Trainer(policy, self.spec, mesh, self.device)
         return RankInfo(self.rank, node, pid, str(self.device), self.trainer.initial_checksum)
 
-    def update(self, plan: RankPlan) -> tuple[RankReport, int]:
+    def update(self, plan: RankPlan, epochs: int) -> tuple[RankReport, int]:
         """Run the optimizer steps of ``plan``; returns this rank's figures and the weights version."""
         trainer = self._ready()
-        return trainer.update(plan), trainer.version
+        return trainer.update(plan, epochs), trainer.version
 
-    def publish(self) -> tuple[Weights | None, int]:
+    def publish(self, averaged: bool) -> tuple[Weights | None, int]:
         """Return the weights (rank 0) and their version, as two objects, so that the caller waits for the second
         only.
         """
         trainer = self._ready()
-        return trainer.weights(), trainer.version
+        return trainer.weights(averaged), trainer.version
 
     def save(self, folder: str) -> None:
         """See ``Trainer.save``."""

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from actors.learner.grpo import LOSS_NORMS
+from actors.learner.grpo import LOSS_NORMS, TOKEN_ESTIMATORS
 from actors.learner.trainable import LoraSpec
 
 
@@ -19,6 +19,7 @@ class GrpoSpec:
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_beta: float = 0.0
+    kl_estimator: str | None = None  # k1, k2 or k3 for tokens; None: the policy's own (k3, or the flow's closed form)
     loss_norm: str = "token"
     old_logprobs: Literal["learner", "rollout"] = "learner"
     importance_cap: float = 2.0
@@ -31,6 +32,11 @@ class GrpoSpec:
             raise ValueError("loss_norm=constant needs constant_length >= 1, e.g. the longest completion in tokens")
         if self.old_logprobs not in ("learner", "rollout"):
             raise ValueError(f"old_logprobs={self.old_logprobs!r} is unknown; use learner or rollout")
+        if self.kl_estimator not in (None, "closed", *TOKEN_ESTIMATORS):
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator!r} is unknown; use {', '.join(TOKEN_ESTIMATORS)} for tokens, closed "
+                "for the flow"
+            )
         if self.clip_low <= 0 or self.clip_high <= 0:
             raise ValueError(f"clip_low={self.clip_low} and clip_high={self.clip_high} must be positive")
 
@@ -46,6 +52,11 @@ class OptimSpec:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     max_grad_norm: float = 1.0
     max_skipped_steps: int = 5
+    ema: float = 0.0  # decay of the weights' moving average, which is exported and evaluated; 0 keeps none
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema={self.ema} must be in [0, 1); 0 keeps no moving average")
 
 
 def learning_rate(optim: OptimSpec, step: int, total_steps: int) -> float:

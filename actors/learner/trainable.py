@@ -77,8 +77,12 @@ class Trainable(Protocol):
     def reference(self) -> AbstractContextManager[None]:
         """Within it, ``forward`` runs the reference policy: the adapter is disabled. Raises ValueError without LoRA."""
 
-    def kl(self, out: PolicyOutput, ref: PolicyOutput) -> Tensor:
-        """Return KL(current || reference) per step, (B, T): k3 for tokens, closed form from the means for the flow."""
+    def kl(self, out: PolicyOutput, ref: PolicyOutput, estimator: str | None = None) -> Tensor:
+        """Return KL(current || reference) per step, (B, T), 0 where masked.
+
+        Tokens: an estimate, ``grpo.kl_estimate`` with ``estimator`` (None: k3). Flow: the closed form from the means;
+        an estimator would only add variance to it, so any but None or ``closed`` is a ValueError.
+        """
 
     def rollout_logprobs(self, items: Sequence[Experience]) -> Tensor:
         """Return the sampler's log-probabilities, (B, T) float32, padded as ``collate`` pads, 0 in the padding."""

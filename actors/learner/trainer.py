@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import DeviceMesh
 
 from actors.learner import lora
+from actors.learner.average import Average
 from actors.learner.batches import MicroBatch, RankPlan
 from actors.learner.grpo import grpo_loss, normaliser
 from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
@@ -99,12 +100,16 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
         )
+        self.average = Average(self.parameters, optim.ema) if optim.ema > 0 else None
 
     # --- learning
     # ---------------------------------------------------------------------------------------------------------
 
-    def update(self, plan: RankPlan) -> RankReport:
-        """Run one optimizer step per entry of ``plan``; old log-probabilities of all entries are made before the first.
+    def update(self, plan: RankPlan, epochs: int = 1) -> RankReport:
+        """Run one optimizer step per entry of ``plan``, ``epochs`` times over.
+
+        Old log-probabilities of all entries are made before the first step, and stay those of that policy in every
+        epoch (PPO, arXiv 1707.06347).
 
         With ``old_logprobs="rollout"`` the first entry needs no pass of its own: nothing has been updated before it, so
         its old log-probabilities are those of its training pass.
@@ -121,9 +126,10 @@ class Trainer:
                     out = self.policy.forward(item.batch)
                 item.old = out.logprobs.detach()
                 self._compare(report, item, out)
-        for index, step in enumerate(prepared):
+        order = prepared * epochs
+        for index, step in enumerate(order):
             self._step(step, report, first=index == 0)
-        report.common |= {"skipped": float(self.skipped), "updates": float(len(prepared))}
+        report.common |= {"skipped": float(self.skipped), "updates": float(len(order))}
         return report
 
     def _prepare(self, micro: MicroBatch) -> _Prepared:
@@ -179,7 +185,7 @@ class Trainer:
             return None
         with torch.no_grad(), self._reference():
             ref = self.policy.forward(batch)
-        return self.policy.kl(out, ref)
+        return self.policy.kl(out, ref, self.spec.grpo.kl_estimator)
 
     @contextmanager
     def _reference(self) -> Iterator[None]:
@@ -229,6 +235,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.version)
             self.version += 1
             report.common["grad_norm"] = grad_norm
             report.sums["applied"] += 1.0 / self.world
@@ -266,12 +274,12 @@ class Trainer:
     # --- weights
     # ----------------------------------------------------------------------------------------------------------
 
-    def weights(self) -> Weights | None:
+    def weights(self, averaged: bool = False) -> Weights | None:
         """Return the trained weights on rank 0, None elsewhere: the adapter under PEFT's names, or the whole state
-        dict.
+        dict. Rollouts need them as they are; ``averaged`` asks for their moving average, where one is kept.
         """
         adapter = lora.has_lora(self.policy.module)
-        state = gather_state(self.policy.module, trainable_only=adapter)
+        state = self._gather(adapter, averaged)
         if self.rank != 0:
             return None
         if adapter:
@@ -279,9 +287,18 @@ class Trainer:
             return pack(self.version, "lora", lora.peft_names(state), config)
         return pack(self.version, "full", state)
 
+    def _gather(self, adapter: bool, averaged: bool) -> dict[str, Tensor]:
+        """Return the trained weights, or their average where one is kept, whole on rank 0."""
+        if averaged and self.average is not None:
+            return self.average.gather(self.policy.module, trainable_only=adapter)
+        return gather_state(self.policy.module, trainable_only=adapter)
+
     def export(self, folder: str) -> None:
-        """Write the policy's ordinary folder (adapter or whole model) on rank 0; all ranks return when it is there."""
-        state = gather_state(self.policy.module, trainable_only=lora.has_lora(self.policy.module))
+        """Write the policy's ordinary folder (adapter or whole model) on rank 0; all ranks return when it is there.
+
+        It holds the moving average of the weights where one is kept: what is evaluated and used.
+        """
+        state = self._gather(lora.has_lora(self.policy.module), averaged=True)
         if self.rank == 0:
             self.policy.export(folder, state)
         dist.barrier()
@@ -301,7 +318,10 @@ class Trainer:
         model, optimizer = get_state_dict(
             self.policy.module, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
         )
-        return {"model": model, "optimizer": optimizer}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        if self.average is not None:
+            state["average"] = self.average.state()
+        return state
 
     def save(self, folder: str) -> None:
         """Write trained weights, optimizer, RNG and counters as a distributed checkpoint that any number of ranks
@@ -346,4 +366,4 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         spec = self.spec.lora
         adapter = None if spec is None else {"rank": spec.rank, "alpha": spec.alpha}
-        return {"kind": self.spec.kind, "lora": adapter}
+        return {"kind": self.spec.kind, "lora": adapter, "ema": self.spec.optim.ema}

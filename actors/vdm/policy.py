@@ -341,8 +341,13 @@ class VdmPolicy:
             std=torch.stack(stds, dim=1),
         )
 
-    def kl(self, out: PolicyOutput, ref: PolicyOutput) -> Tensor:
-        """Return KL(current || reference) per window step (B, W), in closed form, 0 where masked."""
+    def kl(self, out: PolicyOutput, ref: PolicyOutput, estimator: str | None = None) -> Tensor:
+        """Return KL(current || reference) per window step (B, W), in closed form, 0 where masked.
+
+        ValueError for another ``estimator`` than ``closed``: both steps are Gaussians of the same std, whose KL is known.
+        """
+        if estimator not in (None, "closed"):
+            raise ValueError(f"kl_estimator={estimator!r} is for tokens; the flow's KL has a closed form: use 'closed'")
         assert out.mean is not None and ref.mean is not None and out.std is not None
         value = flow_sde.kl_gaussian(out.mean, ref.mean, out.std, batch_dims=2)
         return torch.where(out.mask, value, torch.zeros_like(value))

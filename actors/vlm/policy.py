@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from actors.failures import BadSampleError
+from actors.learner.grpo import kl_estimate
 from actors.learner.lora import adapter_config, adapters_disabled, has_lora, peft_names
 from actors.learner.trainable import LoraSpec, PolicyOutput, torch_dtype
 from actors.records import Experience, VlmExperience
@@ -177,10 +178,10 @@ class VlmPolicy:
         with adapters_disabled(self.module):
             yield
 
-    def kl(self, out: PolicyOutput, ref: PolicyOutput) -> Tensor:
-        """Return the k3 estimate of KL(current || reference) per token, (B, T): exp(Δ) − Δ − 1, Δ = ref − current."""
-        delta = ref.logprobs - out.logprobs
-        return torch.where(out.mask, torch.exp(delta) - delta - 1.0, torch.zeros((), device=self.device))
+    def kl(self, out: PolicyOutput, ref: PolicyOutput, estimator: str | None = None) -> Tensor:
+        """Return an estimate of KL(current || reference) per token, (B, T); ``estimator`` k1, k2 or k3 (the default)."""
+        estimate = kl_estimate(out.logprobs, ref.logprobs, estimator or "k3")
+        return torch.where(out.mask, estimate, torch.zeros((), device=self.device))
 
     # --- supervised ---
 

@@ -6,12 +6,42 @@ This module holds types, defaults and contradictions only; reading files and ove
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+PAPERS = {
+    "VANS": "arXiv:2511.16669",
+    "GRPO": "arXiv:2402.03300",
+    "DAPO": "arXiv:2503.14476",
+    "Dr.GRPO": "arXiv:2503.20783",
+    "GDPO": "arXiv:2601.05242",
+    "PPO": "arXiv:1707.06347",
+    "IMPALA": "arXiv:1802.01561",
+    "AReaL": "arXiv:2505.24298",
+    "Flow-GRPO": "arXiv:2505.05470",
+    "DanceGRPO": "arXiv:2505.07818",
+    "MixGRPO": "arXiv:2507.21802",
+    "CPS": "arXiv:2509.05952",
+    "DiffusionNFT": "arXiv:2509.16117",
+    "classifier-free guidance": "arXiv:2207.12598",
+    "rectified flow": "arXiv:2403.03206",
+    "LoRA": "arXiv:2106.09685",
+    "AdamW": "arXiv:1711.05101",
+    "cosine": "arXiv:1608.03983",
+    "warm-up": "arXiv:1706.02677",
+    "KL estimators": "Schulman 2020, Approximating KL divergence",
+    "KL as a loss": "arXiv:2510.01555",
+}
+
+
+def cite(*papers: str) -> dict[str, Any]:
+    """Return the ``json_schema_extra`` of a key that does what ``papers`` (names in PAPERS) introduced."""
+    return {"source": "; ".join(f"{name} ({PAPERS[name]})" for name in papers)}
 
 
 class Section(BaseModel):
@@ -28,7 +58,12 @@ class ModelsSection(Section):
     clip: str = Field("tiny", description="CLIP model that scores: transformers folder or hub name.")
     vlm_adapter: str | None = Field(None, description="PEFT adapter folder the VLM starts from.")
     vdm_adapter: str | None = Field(None, description="PEFT adapter folder the VDM starts from.")
-    flow_shift: float = Field(3.0, gt=0, description="Shift of the artist's flow-matching sigma grid, as in its SFT.")
+    flow_shift: float = Field(
+        3.0,
+        gt=0,
+        description="Shift of the artist's flow-matching sigma grid, as in its SFT.",
+        json_schema_extra=cite("rectified flow"),
+    )
 
 
 class VideoSection(Section):
@@ -70,60 +105,183 @@ class DataSection(Section):
 class LoraSection(Section):
     """Low-rank adapter of the trained model; ``rank: 0`` trains all weights. Paper: r=8, alpha=32."""
 
-    rank: int = Field(8, ge=0, description="LoRA rank; 0 trains the full weights.")
-    alpha: float = Field(32.0, gt=0, description="LoRA alpha.")
+    rank: int = Field(
+        8, ge=0, description="LoRA rank; 0 trains the full weights.", json_schema_extra=cite("LoRA", "VANS")
+    )
+    alpha: float = Field(
+        32.0, gt=0, description="LoRA alpha; the scaling is alpha/rank.", json_schema_extra=cite("LoRA", "VANS")
+    )
     targets: list[str] | None = Field(None, description="Module name suffixes; default: attention and MLP projections.")
 
 
 class OptimSection(Section):
     """AdamW and what surrounds it."""
 
-    lr: float = Field(5e-5, gt=0, description="Learning rate. Paper: 5e-5.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
-    warmup_steps: int = Field(0, ge=0, description="Linear warm-up, in optimizer steps.")
-    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="Learning rate after warm-up.")
+    lr: float = Field(5e-5, gt=0, description="Peak learning rate. Paper: 5e-5.", json_schema_extra=cite("VANS"))
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas.", json_schema_extra=cite("AdamW"))
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.", json_schema_extra=cite("AdamW"))
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps over which the rate climbs linearly to lr; 0 starts there.",
+        json_schema_extra=cite("warm-up"),
+    )
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant",
+        description="Rate after warm-up: lr throughout, or a cosine or linear descent to 0 at the stage's last step.",
+        json_schema_extra=cite("cosine"),
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping by global norm.")
     max_skipped_steps: int = Field(
         5, ge=0, description="Non-finite gradients skip a step; more than this stop the run."
+    )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay per optimizer step of a moving average of the trained weights; it is what is exported and "
+        "evaluated, while rollouts use the weights themselves. 0 keeps none.",
+        json_schema_extra=cite("Flow-GRPO", "DiffusionNFT"),
     )
 
 
 class GrpoSection(Section):
     """Group-relative policy optimisation (ALGORITHM.md: GRPO, common to both stages)."""
 
-    clip_low: float = Field(0.2, gt=0, description="Lower clip range of the ratio.")
-    clip_high: float = Field(0.2, gt=0, description="Upper clip range of the ratio (DAPO clip-higher).")
-    kl_beta: float = Field(0.0, ge=0, description="Weight of the KL to the reference policy.")
+    clip_low: float = Field(
+        0.2,
+        gt=0,
+        description="Lower clip range: ratios below 1 - clip_low have no gradient.",
+        json_schema_extra=cite("PPO", "DAPO"),
+    )
+    clip_high: float = Field(
+        0.2,
+        gt=0,
+        description="Upper clip range: ratios above 1 + clip_high have no gradient; above clip_low it is clip-higher.",
+        json_schema_extra=cite("PPO", "DAPO"),
+    )
+    kl_beta: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL to the reference: the model without its adapter, or a frozen copy. 0 spares the "
+        "reference pass.",
+        json_schema_extra=cite("GRPO"),
+    )
     std_norm: Literal["group", "batch", "none"] = Field(
-        "group", description="Standard deviation that divides advantages; none is Dr.GRPO."
+        "group",
+        description="Standard deviation that divides advantages: the group's, the whole batch's, or none.",
+        json_schema_extra=cite("GRPO", "Flow-GRPO", "Dr.GRPO"),
     )
     normalise_rewards: bool = Field(
-        False, description="Normalise each reward component within its group before the weighted sum."
+        False,
+        description="Standardise each reward component within its group before the weighted sum, so that weights and "
+        "not spreads decide.",
+        json_schema_extra=cite("GDPO"),
     )
     loss_norm: Literal["token", "sequence", "constant"] = Field(
-        "token", description="Token (DAPO), sequence (paper) or constant (Dr.GRPO)."
+        "token",
+        description="Mean over all tokens or steps of the batch (token, DAPO), mean of each trajectory's mean (sequence, "
+        "GRPO), or sum divided by the longest possible trajectory (constant, Dr.GRPO).",
+        json_schema_extra=cite("DAPO", "GRPO", "Dr.GRPO"),
     )
     old_logprobs: Literal["learner", "rollout"] = Field(
         "learner",
         description="Whose policy the samples count as: the learner's own, or the engine's, which weights each step by "
         "min(p_learner / p_engine, C), truncated importance sampling.",
+        json_schema_extra=cite("PPO", "AReaL"),
     )
     importance_cap: float = Field(
-        2.0, gt=0, description="Cap C of the importance weights, used with old_logprobs=rollout."
+        2.0,
+        gt=0,
+        description="Cap C of the importance weights, used with old_logprobs=rollout.",
+        json_schema_extra=cite("IMPALA"),
     )
     updates_per_batch: Positive = Field(
-        1, description="Optimizer steps per rollout batch (its groups are split evenly)."
+        1,
+        description="Optimizer steps into which a rollout batch is split, whole groups at a time.",
+        json_schema_extra=cite("PPO", "GRPO"),
+    )
+    epochs_per_batch: Positive = Field(
+        1,
+        description="Times that the learner goes over a rollout batch; ratios stay relative to the policy before the "
+        "first step.",
+        json_schema_extra=cite("PPO"),
     )
     min_group: int = Field(2, ge=2, description="A group with fewer scored members is dropped.")
+
+
+class TokenGrpoSection(GrpoSection):
+    """GRPO over the tokens of an answer."""
+
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3",
+        description="Estimate of the KL per token, with D = ref - current: k1 = -D (with the gradient of k2, as its own "
+        "is 0 in expectation), k2 = D^2/2 (the gradient of the KL), k3 = exp(D) - D - 1 (GRPO; the KL's gradient to "
+        "first order).",
+        json_schema_extra=cite("KL estimators", "KL as a loss"),
+    )
+
+
+class FlowGrpoSection(GrpoSection):
+    """GRPO over the stochastic denoising steps of a flow."""
+
+    clip_low: float = Field(
+        1e-3,
+        gt=0,
+        description="Lower clip range; small, because a step's log-probability is a mean over all latent values.",
+        json_schema_extra=cite("VANS", "Flow-GRPO"),
+    )
+    clip_high: float = Field(
+        1e-3, gt=0, description="Upper clip range, as clip_low.", json_schema_extra=cite("VANS", "Flow-GRPO")
+    )
+    kl_beta: float = Field(
+        0.004,
+        ge=0,
+        description="Weight of the KL to the reference: the model without its adapter, or a frozen copy. Paper: 0.004.",
+        json_schema_extra=cite("VANS", "Flow-GRPO"),
+    )
+    loss_norm: Literal["token", "sequence", "constant"] = Field(
+        "sequence",
+        description="As in stage 1, over denoising steps; all trajectories have window_size of them, so the three agree.",
+        json_schema_extra=cite("GRPO"),
+    )
+    kl_estimator: Literal["closed"] = Field(
+        "closed",
+        description="The KL of two Gaussian steps of equal std has a closed form; estimators would only add variance.",
+        json_schema_extra=cite("Flow-GRPO"),
+    )
+
+    @field_validator("kl_estimator", mode="before")
+    @classmethod
+    def _closed(cls, value: Any) -> Any:
+        if value in ("k1", "k2", "k3"):
+            raise ValueError(
+                f"kl_estimator={value}: the flow's KL has a closed form and needs no estimator; leave the key out "
+                "(k1, k2 and k3 are for stage1.grpo)"
+            )
+        return value
 
 
 class RolloutSection(Section):
     """How a batch of trajectories is sampled."""
 
     prompts_per_step: Positive = Field(8, description="Samples (groups) per optimizer batch.")
-    group_size: int = Field(8, description="Trajectories per group, G. Paper: 8.")
-    max_staleness: int = Field(0, ge=0, description="Steps by which rollout weights may lag; 0 is synchronous.")
+    group_size: int = Field(
+        8, description="Trajectories per group, G. Paper: 8.", json_schema_extra=cite("GRPO", "VANS")
+    )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Steps by which rollout weights may lag; 0 is synchronous.",
+        json_schema_extra=cite("AReaL"),
+    )
+    max_refills: int = Field(
+        0,
+        ge=0,
+        description="Dynamic sampling: most groups that a step samples in addition, in place of those without a gradient "
+        "(rewards all equal, or dropped). 0 is off; with it the rollouts of two steps do not overlap.",
+        json_schema_extra=cite("DAPO"),
+    )
 
     @model_validator(mode="after")
     def _group(self) -> RolloutSection:
@@ -138,34 +296,78 @@ class RenderSection(Section):
     """How the VDM samples."""
 
     steps: Positive = Field(10, description="Denoising steps. Training 10-20, evaluation 40-50 on Wan2.1.")
-    guidance: float = Field(1.0, ge=1.0, description="Classifier-free guidance scale; 1 is off.")
+    guidance: float = Field(
+        1.0,
+        ge=1.0,
+        description="Classifier-free guidance scale; 1 is off. In stage 2 the guided velocity is the policy: sampler and "
+        "learner compute it alike, and the gradient goes through both of its branches.",
+        json_schema_extra=cite("classifier-free guidance", "Flow-GRPO"),
+    )
 
 
 class TextSamplingSection(Section):
-    """How the VLM samples."""
+    """How the VLM samples. Without top-p or top-k: the learner's log-probabilities are those of the whole vocabulary."""
 
     temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
     max_tokens: Positive = Field(48, description="Longest completion in tokens.")
 
 
+class GreedyTextSection(TextSamplingSection):
+    """How the VLM answers held-out questions."""
+
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy.")
+
+
 class RewardsSection(Section):
     """Component name → weight. A name is built in (see docs/rewards.md) or a dotted path ``module:function``."""
 
-    weights: dict[str, float] = Field(default_factory=dict, description="Weights of the components in the total.")
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="Weights of the components in the total.", json_schema_extra=cite("VANS")
+    )
 
 
 class SdeSection(Section):
     """Stochastic sampling of the flow (Flow-GRPO, DanceGRPO, MixGRPO window)."""
 
-    schedule: Literal["flow", "wan", "dance", "cps"] = Field("flow", description="Noise schedule s(sigma).")
-    level: float = Field(0.7, ge=0, description="Noise level a (flow, cps), eta (dance) or sigma_max (wan).")
-    window_size: Positive = Field(2, description="Stochastic, trained steps per trajectory.")
-    window_range: tuple[int, int] | None = Field(
-        None, description="Steps [first, last) within which the window moves; default: all but the last."
+    schedule: Literal["flow", "wan", "dance", "cps"] = Field(
+        "flow",
+        description="Noise schedule s(sigma): flow a*sqrt(sigma/(1-sigma)), wan linear from 0 at the data, dance "
+        "constant, cps coefficients-preserving.",
+        json_schema_extra=cite("Flow-GRPO", "DanceGRPO", "CPS"),
     )
-    window_schedule: Literal["fixed", "progressive", "random"] = Field("random", description="How the window moves.")
-    window_every: Positive = Field(1, description="Optimizer steps between moves of the window.")
-    same_latent: bool = Field(True, description="All members of a group start from the same noise.")
+    level: float = Field(
+        0.7,
+        gt=0,
+        description="Noise level: a (flow; cps, at most 1), eta (dance, 0.25-0.3) or sigma_max (wan).",
+        json_schema_extra=cite("Flow-GRPO", "DanceGRPO", "CPS"),
+    )
+    window_size: Positive = Field(
+        2,
+        description="Stochastic, trained steps per trajectory; the other steps follow the ODE.",
+        json_schema_extra=cite("MixGRPO"),
+    )
+    window_range: tuple[int, int] | None = Field(
+        None,
+        description="Steps [first, last) within which the window moves; default: all but the last.",
+        json_schema_extra=cite("MixGRPO"),
+    )
+    window_schedule: Literal["fixed", "progressive", "random"] = Field(
+        "random",
+        description="How the window moves: not at all, towards the data and over again, or by chance (seeded).",
+        json_schema_extra=cite("MixGRPO"),
+    )
+    window_every: Positive = Field(
+        1, description="Steps (rollout batches) between moves of the window.", json_schema_extra=cite("MixGRPO")
+    )
+    same_latent: bool = Field(
+        True, description="All members of a group start from the same noise.", json_schema_extra=cite("DanceGRPO")
+    )
+
+    @model_validator(mode="after")
+    def _level(self) -> SdeSection:
+        if self.schedule == "cps" and self.level > 1:
+            raise ValueError(f"level={self.level}: with schedule=cps the angle is level*pi/2, so level is at most 1")
+        return self
 
 
 class StageSection(Section):
@@ -180,22 +382,43 @@ class StageSection(Section):
     optim: OptimSection = Field(default_factory=OptimSection)
     lora: LoraSection = Field(default_factory=LoraSection)
 
+    @model_validator(mode="after")
+    def _min_group(self) -> StageSection:
+        if self.grpo.min_group > self.rollout.group_size:
+            raise ValueError(
+                f"grpo.min_group={self.grpo.min_group} drops every group of rollout.group_size="
+                f"{self.rollout.group_size}; lower it"
+            )
+        return self
+
 
 class Stage1Section(StageSection):
     """Visualization-friendly VLM tuning (paper, stage 1)."""
 
     rewards: RewardsSection = Field(RewardsSection(weights={"format": 1.0, "rouge_l": 1.0, "clip_v": 1.0}))
+    grpo: TokenGrpoSection = Field(default_factory=TokenGrpoSection)
     dedupe: bool = Field(True, description="Render equal captions of a group once.")
+
+    @model_validator(mode="after")
+    def _temperature(self) -> Stage1Section:
+        if self.steps and self.text.temperature == 0:
+            raise ValueError(
+                "text.temperature=0 is greedy: all members of a group would be equal and nothing could be learnt; "
+                "use e.g. 1.0"
+            )
+        return self
 
 
 class Stage2Section(StageSection):
     """Context-faithful VDM adaptation (paper, stage 2)."""
 
     rewards: RewardsSection = Field(RewardsSection(weights={"clip_v": 1.0, "clip_score": 1.0}))
-    grpo: GrpoSection = Field(GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence"))
+    grpo: FlowGrpoSection = Field(default_factory=FlowGrpoSection)
     sde: SdeSection = Field(default_factory=SdeSection)
     anchor_min_rouge: Fraction = Field(
-        0.6, description="Anchor captions with a lower ROUGE-L to ground truth are dropped. Paper: 0.6."
+        0.6,
+        description="Anchor captions with a lower ROUGE-L to ground truth are dropped. Paper: 0.6.",
+        json_schema_extra=cite("VANS"),
     )
     anchor: Literal["thinker", "truth"] = Field(
         "thinker",
@@ -206,6 +429,10 @@ class Stage2Section(StageSection):
     @model_validator(mode="after")
     def _window(self) -> Stage2Section:
         first, last = self.sde.window_range or (0, self.render.steps - 1)
+        if last <= first and self.sde.window_range:
+            raise ValueError(
+                f"sde.window_range=({first}, {last}) holds no step: it is [first, last), so last must exceed first"
+            )
         if last > self.render.steps - 1 or first < 0:
             raise ValueError(
                 f"sde.window_range=({first}, {last}) leaves the schedule: with render.steps={self.render.steps} the stochastic steps "
@@ -238,8 +465,8 @@ class PoolSection(Section):
 class VlmPoolSection(PoolSection):
     """vLLM engines."""
 
-    max_batch: Positive = 1
-    max_inflight: Positive = 64
+    max_batch: Positive = Field(1, description="Most requests in one call of a worker; vLLM batches by itself.")
+    max_inflight: Positive = Field(64, description="Requests inside one engine at once.")
     max_model_len: Positive = Field(512, description="vLLM's context length in tokens.")
     kv_cache_mib: Positive | None = Field(256, description="KV cache per engine in MiB; null lets vLLM decide (GPU).")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Engine dtype.")
@@ -311,7 +538,7 @@ class EvaluateSection(Section):
 
     samples: Positive = Field(96, description="Held-out samples.")
     render: RenderSection = Field(default_factory=RenderSection)
-    text: TextSamplingSection = Field(TextSamplingSection(temperature=0.0))
+    text: GreedyTextSection = Field(default_factory=GreedyTextSection)
     seed: int = Field(1234, description="Seed of the evaluation's noise, the same for every system compared.")
 
 

@@ -16,11 +16,12 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from actors.learner.average import Average
 from actors.learner.rank import POLICIES
 from actors.learner.sharding import gather_state, shard, sync_gradients
 from actors.learner.spec import OptimSpec, learning_rate
@@ -49,32 +50,6 @@ def load_policy(kind: str, model: str, settings: SftSettings, samples: int, devi
         device=str(device),
         **(options | settings.policy_kwargs),
     )
-
-
-class Average:
-    """Exponential moving average of (sharded) parameters; ``swap`` exchanges it with them."""
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = parameters, decay
-        self.values = [_local(p).clone() for p in parameters]
-
-    def update(self, step: int) -> None:
-        """Take in the parameters after ``step``; early steps weigh more, so that the random start is forgotten."""
-        weight = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
-        torch._foreach_lerp_(self.values, [_local(p) for p in self.parameters], weight)
-
-    def swap(self) -> None:
-        """Exchange the parameters with their average."""
-        for parameter, value in zip(self.parameters, self.values):
-            local = _local(parameter)
-            held = local.clone()
-            local.copy_(value)
-            value.copy_(held)
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    value = parameter.detach()
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 class Loop:
@@ -160,11 +135,7 @@ class Loop:
             "counters": {"step": self.step, "skipped": self.skipped},
         }
         if self.average is not None:
-            state["average"] = {
-                str(i): DTensor.from_local(v, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-                for i, (v, p) in enumerate(zip(self.average.values, self.parameters))
-                if isinstance(p, DTensor)
-            }
+            state["average"] = self.average.state()
         return state
 
     def save(self, metrics: dict[str, float]) -> None:
@@ -190,9 +161,8 @@ class Loop:
 
     def export(self) -> None:
         """Write the (averaged) weights as an ordinary folder, on rank 0."""
-        if self.average is not None:
-            self.average.swap()
-        states = {n: gather_state(net, trainable_only=self.settings.lora_rank > 0) for n, net in self.nets.items()}
+        gather = gather_state if self.average is None else self.average.gather
+        states = {n: gather(net, trainable_only=self.settings.lora_rank > 0) for n, net in self.nets.items()}
         if self.rank == 0:
             policy = self.policy
             if "text_encoder" in states:  # a whole encoder to save, beside the sharded one

@@ -7,14 +7,13 @@ tells them apart: that is what the two stages are for.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import ClassVar
 
-from actors.records import Experience, RenderRequest, Sample, SdeSpec, derive_seed
+from actors.records import Experience, RenderRequest, Sample, derive_seed
 from pipeline.config.schema import RewardsSection, StageSection
-from pipeline.stages.feed import SampleFeed
-from pipeline.stages.groups import Group, RolloutBatch
+from pipeline.stages.groups import RolloutBatch
+from pipeline.stages.refill import step_of
 from pipeline.stages.rendering import render_request
 from pipeline.stages.stage1 import Stage1, completion_experiences
 from pipeline.stages.stage2 import sde_spec, sde_window, trajectory_experiences
@@ -30,7 +29,6 @@ class AllInOne(Stage1):
 
     def __post_init__(self) -> None:
         self.window = sde_window(self.config)
-        self._specs: dict[int, SdeSpec] = {}  # of the steps in flight: a window that moves meanwhile is not theirs
 
     @property
     def section(self) -> StageSection:
@@ -39,11 +37,6 @@ class AllInOne(Stage1):
         rewards = RewardsSection(weights={**two.rewards.weights, **one.rewards.weights})
         # Every completion has a trajectory of its own, equal captions included.
         return one.model_copy(update={"rewards": rewards, "dedupe": False})
-
-    async def draw(self, feed: SampleFeed, step: int) -> list[asyncio.Task[Group | None]]:
-        """Draw the step's samples and start one coroutine per group, all with the present window."""
-        self._specs[step] = sde_spec(self.config, self.window)
-        return await super().draw(feed, step)
 
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]:
         """Return the completions for the VLM, or the trajectories for the VDM, with the same advantages."""
@@ -65,10 +58,9 @@ class AllInOne(Stage1):
 
     def after_update(self, step: int) -> None:
         """Move the window."""
-        self._specs.pop(step, None)
         self.window.advance()
 
-    def _render(self, sample: Sample, caption: str, index: int, step: int) -> RenderRequest:
+    def _render(self, sample: Sample, caption: str, index: int, step: str) -> RenderRequest:
         seed = (self.config.seed, self.name, step, sample.id)
         two = self.config.stage2
         return render_request(
@@ -78,6 +70,6 @@ class AllInOne(Stage1):
             index,
             two.render,
             noise_seed=derive_seed(*seed, "noise", 0 if two.sde.same_latent else index),
-            sde=self._specs[step],
+            sde=sde_spec(self.config, self.window, step_of(step)),
             sde_seed=derive_seed(*seed, "sde", index),
         )

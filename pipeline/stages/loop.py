@@ -21,6 +21,7 @@ from pipeline.config.schema import StageSection
 from pipeline.fleet import Fleet
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import Group, RolloutBatch, assemble
+from pipeline.stages.refill import Refill
 
 POLICIES = ("vlm", "vdm")
 
@@ -35,7 +36,9 @@ class Stage(Protocol):
     def policies(self) -> tuple[str, ...]: ...
     @property
     def section(self) -> StageSection: ...
-    async def draw(self, feed: SampleFeed, step: int) -> list[asyncio.Task[Group | None]]: ...
+    async def draw(
+        self, feed: SampleFeed, step: int, count: int, wave: int = 0
+    ) -> list[asyncio.Task[Group | None]]: ...
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]: ...
     def metrics(self, batch: RolloutBatch) -> dict[str, float]: ...
     def state(self) -> dict[str, Any]: ...
@@ -130,17 +133,12 @@ async def rollout(
 ) -> tuple[RolloutBatch, float]:
     """Sample the groups of one step; returns the batch and the seconds it took, and notes in ``cursors`` where it drew from."""
     started = time.monotonic()
+    section, grpo = stage.section.rollout, stage.section.grpo
     async with drawing:  # draws happen in the order of steps, whatever finishes first
         cursors[step] = feed.cursor
-        tasks = await stage.draw(feed, step)
-    try:
-        groups = await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-    grpo = stage.section.grpo
+        tasks = await stage.draw(feed, step, section.prompts_per_step)
+        refill = await complete(stage, feed, step, await gather(tasks)) if section.max_refills else None
+    groups = refill.groups if refill else await gather(tasks)
     batch = assemble(
         groups,
         stage.section.rewards.weights,
@@ -149,7 +147,31 @@ async def rollout(
         min_group=grpo.min_group,
         trained_version=learners[stage.policies[0]].version,
     )
+    if refill:
+        batch.metrics.update(refill.metrics())
     return batch, time.monotonic() - started
+
+
+async def complete(stage: Stage, feed: SampleFeed, step: int, groups: list[Group | None]) -> Refill:
+    """Replace what carries no gradient among a step's ``groups``, wave after wave; the caller holds the drawing lock."""
+    grpo, weights = stage.section.grpo, stage.section.rewards.weights
+    refill = Refill(groups, weights, grpo.normalise_rewards, grpo.min_group, stage.section.rollout.max_refills)
+    wave = 0
+    while count := refill.missing():
+        wave += 1
+        refill.add(await gather(await stage.draw(feed, step, count, wave)))
+    return refill
+
+
+async def gather(tasks: list[asyncio.Task[Group | None]]) -> list[Group | None]:
+    """Return the groups of ``tasks``; the first that fails ends the others and is raised."""
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 async def learn(stage: Stage, learners: Learners, batch: RolloutBatch) -> dict[str, float]:
@@ -175,8 +197,8 @@ async def learn_one(
     items = stage.experiences(batch, policy)
     if not items:
         return {"empty_batches": 1.0}, 0.0, 0.0
-    started, before = time.monotonic(), learner.version
-    figures = await learner.update(items, updates=stage.section.grpo.updates_per_batch)
+    started, before, grpo = time.monotonic(), learner.version, stage.section.grpo
+    figures = await learner.update(items, updates=grpo.updates_per_batch, epochs=grpo.epochs_per_batch)
     updated = time.monotonic()
     if learner.version != before:  # a skipped update leaves nothing to publish
         await pool_of(stage, policy).set_weights(learner.version, await learner.publish())

@@ -27,6 +27,7 @@ from pipeline.config import RunConfig
 from pipeline.fleet import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
+from pipeline.stages.refill import draw_key
 from pipeline.stages.rendering import render_request
 from rewards.format import parse_answer
 
@@ -46,15 +47,15 @@ class Stage1:
         """The stage's part of the configuration."""
         return self.config.stage1
 
-    async def draw(self, feed: SampleFeed, step: int) -> list[asyncio.Task[Group | None]]:
-        """Draw the step's samples and start one coroutine per group."""
-        samples = await feed.draw(self.section.rollout.prompts_per_step)
+    async def draw(self, feed: SampleFeed, step: int, count: int, wave: int = 0) -> list[asyncio.Task[Group | None]]:
+        """Draw ``count`` samples and start one coroutine per group; ``wave`` > 0 refills the step."""
+        samples, key = await feed.draw(count), draw_key(step, wave)
         return [
-            asyncio.create_task(self.group(sample, step), name=f"{self.name} step {step} {sample.id}")
+            asyncio.create_task(self.group(sample, key), name=f"{self.name} step {key} {sample.id}")
             for sample in samples
         ]
 
-    async def group(self, sample: Sample, step: int) -> Group | None:
+    async def group(self, sample: Sample, step: str) -> Group | None:
         """Complete, parse, render and score one group; None when the sample itself is unusable."""
         try:
             completions: list[Completion] = await self.fleet.vlm.submit(self._completion_request(sample, step))
@@ -112,7 +113,7 @@ class Stage1:
     def after_update(self, step: int) -> None:
         """Nothing moves between the steps of stage 1."""
 
-    def _completion_request(self, sample: Sample, step: int) -> CompletionRequest:
+    def _completion_request(self, sample: Sample, step: str) -> CompletionRequest:
         return CompletionRequest(
             sample_id=sample.id,
             question=sample.question,
@@ -124,7 +125,7 @@ class Stage1:
             fps=sample.fps,
         )
 
-    def _render(self, sample: Sample, caption: str, index: int, step: int):
+    def _render(self, sample: Sample, caption: str, index: int, step: str):
         # One noise per group: the caption alone makes the difference, and equal captions are equal clips.
         seed = derive_seed(self.config.seed, self.name, step, sample.id, "noise")
         return render_request(self.config, sample, caption, index, self.section.render, noise_seed=seed)

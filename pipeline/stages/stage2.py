@@ -21,6 +21,7 @@ from pipeline.config import RunConfig
 from pipeline.fleet import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
+from pipeline.stages.refill import draw_key
 from pipeline.stages.rendering import render_request
 from pipeline.stages.stage1 import collect, score_request
 from rewards.format import parse_answer
@@ -56,30 +57,32 @@ class Stage2:
         """The stage's part of the configuration."""
         return self.config.stage2
 
-    async def draw(self, feed: SampleFeed, step: int) -> list[asyncio.Task[Group | None]]:
-        """Draw samples until enough anchors pass the filter; each that passes starts rendering at once."""
-        wanted = self.section.rollout.prompts_per_step
+    async def draw(self, feed: SampleFeed, step: int, count: int, wave: int = 0) -> list[asyncio.Task[Group | None]]:
+        """Draw samples until ``count`` anchors pass the filter; each that passes starts rendering at once.
+
+        A refill (``wave`` > 0) may come back with fewer, or none; the step's own samples may not.
+        """
         tasks: list[asyncio.Task[Group | None]] = []
-        spec = sde_spec(self.config, self.window)
+        spec, key = sde_spec(self.config, self.window, step), draw_key(step, wave)
         for _ in range(self.section.anchor_max_draws):
-            samples = await feed.draw(wanted - len(tasks))
+            samples = await feed.draw(count - len(tasks))
             for sample, anchor in zip(
-                samples, await asyncio.gather(*(self._anchor(s, step) for s in samples)), strict=True
+                samples, await asyncio.gather(*(self._anchor(s, key) for s in samples)), strict=True
             ):
                 if anchor is None or anchor.caption is None or anchor.rouge_l < self.section.anchor_min_rouge:
                     continue
-                name = f"stage2 step {step} {sample.id}"
-                tasks.append(asyncio.create_task(self.group(sample, anchor, step, spec), name=name))
-            if len(tasks) == wanted:
+                name = f"stage2 step {key} {sample.id}"
+                tasks.append(asyncio.create_task(self.group(sample, anchor, key, spec), name=name))
+            if len(tasks) == count:
                 return tasks
-        if tasks:
+        if tasks or wave:
             return tasks
         raise TrainingError(
             f"stage2: no anchor caption out of {len(self._seen)} reached stage2.anchor_min_rouge={self.section.anchor_min_rouge}; "
             f"best {max((a.rouge_l for a in self._seen), default=0.0):.2f}. Train stage 1 longer or lower the threshold"
         )
 
-    async def group(self, sample: Sample, anchor: Anchor, step: int, spec: SdeSpec) -> Group | None:
+    async def group(self, sample: Sample, anchor: Anchor, step: str, spec: SdeSpec) -> Group | None:
         """Sample, and score, G trajectories of the anchor caption."""
         done = await asyncio.gather(
             *(self._member(sample, anchor, i, step, spec) for i in range(self.section.rollout.group_size)),
@@ -87,7 +90,7 @@ class Stage2:
         )
         return collect(sample, done)
 
-    async def _member(self, sample: Sample, anchor: Anchor, index: int, step: int, spec: SdeSpec) -> Member:
+    async def _member(self, sample: Sample, anchor: Anchor, index: int, step: str, spec: SdeSpec) -> Member:
         assert anchor.caption is not None
         seed = (self.config.seed, "stage2", step, sample.id)
         request = render_request(
@@ -134,7 +137,7 @@ class Stage2:
         """Move the window."""
         self.window.advance()
 
-    async def _anchor(self, sample: Sample, step: int) -> Anchor | None:
+    async def _anchor(self, sample: Sample, step: str) -> Anchor | None:
         anchor = self._truth(sample) if self.section.anchor == "truth" else await self._ask(sample, step)
         if anchor is not None:
             self._seen.append(anchor)
@@ -143,7 +146,7 @@ class Stage2:
     def _truth(self, sample: Sample) -> Anchor:
         return Anchor("", sample.caption, 1.0)
 
-    async def _ask(self, sample: Sample, step: int) -> Anchor | None:
+    async def _ask(self, sample: Sample, step: str) -> Anchor | None:
         greedy = self.section.text.temperature == 0
         if greedy and sample.id in self._anchors:  # the thinker is frozen, so its greedy answer never changes
             anchor = self._anchors[sample.id]
@@ -184,10 +187,11 @@ def sde_window(config: RunConfig) -> WindowSchedule:
     )
 
 
-def sde_spec(config: RunConfig, window: WindowSchedule) -> SdeSpec:
-    """Return how the trajectories of the present step are sampled."""
-    sde = config.stage2.sde
-    return SdeSpec(schedule=sde.schedule, level=sde.level, window_start=window.start, window_size=sde.window_size)
+def sde_spec(config: RunConfig, window: WindowSchedule, step: int) -> SdeSpec:
+    """Return how the trajectories of ``step`` are sampled."""
+    # Of the step, not of the number of updates so far: with staleness a batch is drawn before its turn.
+    start, sde = window.start_at(step), config.stage2.sde
+    return SdeSpec(schedule=sde.schedule, level=sde.level, window_start=start, window_size=sde.window_size)
 
 
 def trajectory_experiences(batch: RolloutBatch, reference_frames: int) -> list[Experience]:

@@ -33,6 +33,18 @@ def test_resolved_yaml_is_the_same_run(tmp_path) -> None:
         (["stage1.rollout.group_size=1"], "needs at least 2 trajectories"),
         (["stage2.sde.window_size=9"], "longer than the"),
         (["stage2.sde.window_range=[0, 40]"], "the last step is always an ODE step"),
+        (["stage2.sde.window_range=[3, 3]"], "holds no step"),
+        (["stage2.sde.window_range=[4, 2]"], "holds no step"),
+        (["stage2.sde.window_range=[-1, 3]"], "leaves the schedule"),
+        (["stage2.render.steps=1", "stage2.sde.window_range=null"], "longer than the 0 steps"),
+        (["stage2.sde.level=0"], "stage2.sde.level=0"),
+        (["stage2.sde={schedule: cps, level: 1.2}"], "at most 1"),
+        (["stage2.grpo.kl_estimator=k3"], "the flow's KL has a closed form"),
+        (["stage1.grpo.kl_estimator=closed"], "'k1', 'k2' or 'k3'"),
+        (["stage1.text.temperature=0"], "nothing could be learnt"),
+        (["stage1.grpo.min_group=9"], "drops every group"),
+        (["stage1.optim.ema=1.0"], "less than 1"),
+        (["stage2.render.guidance=0.5"], "greater than or equal to 1"),
         (["video.num_frames=8"], "must be 4k+1"),
         (["learner.ranks=0"], "greater than 0"),
         (["stage1.rollout=3"], "stage1.rollout=3"),
@@ -72,3 +84,9 @@ def test_digest_sees_what_changes_learning_and_nothing_else() -> None:
     base = RunConfig()
     assert config_digest(base) == config_digest(parse_config({"out": "elsewhere", "name": "b"}))
     assert config_digest(base) != config_digest(parse_config({"stage1": {"optim": {"lr": 1e-3}}}))
+
+
+def test_a_section_written_in_part_keeps_the_other_defaults_of_its_stage() -> None:
+    run = parse_config({"stage2": {"grpo": {"std_norm": "batch"}}, "evaluate": {"text": {"max_tokens": 9}}})
+    assert (run.stage2.grpo.clip_low, run.stage2.grpo.kl_beta, run.stage2.grpo.loss_norm) == (1e-3, 0.004, "sequence")
+    assert run.evaluate.text.temperature == 0.0  # greedy, as where nothing is written

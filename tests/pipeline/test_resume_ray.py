@@ -39,6 +39,7 @@ def test_a_run_whose_driver_was_killed_goes_on(ray_alone: None, toy_shards: Path
     out, log = tmp_path / "run", tmp_path / "log"
     arguments = ["toy", f"out={out}", f"data.train={toy_shards}/train", f"data.eval={toy_shards}/test"]
     arguments += ["stage1.steps=2", "stage2.steps=3", "stage2.anchor_min_rouge=0.2", "checkpoint.every=1"]
+    arguments += ["stage1.optim.ema=0.5", "stage2.optim.ema=0.5", "stage2.rollout.max_refills=1"]
     for stage, prompts in (("stage1", 4), ("stage2", 2)):
         arguments += [f"{stage}.rollout.prompts_per_step={prompts}", f"{stage}.rollout.group_size=4"]
 

@@ -42,7 +42,8 @@ def settings(out: Path, data: Path, *more: str) -> RunConfig:
             f"data.eval={data}/test",
             f"stage1.steps={STEPS}",
             f"stage2.steps={STEPS}",
-            f"stage1.rollout={{prompts_per_step: {PROMPTS}, group_size: {GROUP}}}",
+            f"stage1.rollout={{prompts_per_step: {PROMPTS}, group_size: {GROUP}, max_refills: 2}}",
+            "stage1.optim.ema=0.5",
             f"stage2.rollout={{prompts_per_step: 2, group_size: {GROUP}}}",
             "stage2.anchor_min_rouge=0.3",
             "pools.vlm.workers=2",
@@ -105,6 +106,29 @@ def test_the_killed_worker_was_replaced_and_nothing_was_lost(run: tuple[RunConfi
     assert last["pool/vdm/restarts"] >= 1
     assert all(m["rollout/dropped_groups"] == 0 for m in report.stages["stage1"].history)
     assert all(m["rollout/failed_members"] == 0 for stage in report.stages.values() for m in stage.history)
+
+
+def test_stage_two_is_asked_of_the_average_that_stage_one_exported(run: tuple[RunConfig, RunReport]) -> None:
+    from actors.weights import read_adapter
+    from pipeline.checkpoint import CheckpointStore
+
+    config, report = run
+    thinker = {m["pool/vlm/version"] for m in report.stages["stage2"].history}
+    assert thinker == {STEPS + 1.0}  # one version per update, and one for their average
+    checkpoint = CheckpointStore(config.out / "checkpoints").latest("stage1")
+    assert checkpoint is not None
+    exported, saved = (read_adapter(f).tensors for f in (config.out / "vlm_adapter", checkpoint.path / "adapter"))
+    assert all(np.array_equal(exported[name], saved[name]) for name in saved)
+    assert (checkpoint.path / "learner" / "learner.json").read_text().count('"ema": 0.5') == 1
+
+
+def test_groups_without_a_gradient_were_replaced_or_counted(run: tuple[RunConfig, RunReport]) -> None:
+    _, report = run
+    for metrics in report.stages["stage1"].history:
+        drawn, replaced = metrics["rollout/refill_draws"], metrics["rollout/refilled_groups"]
+        assert 0 <= replaced <= drawn <= 2
+        assert drawn == 2 or metrics["advantage/zero_std_ratio"] == 0
+    assert all("rollout/refill_draws" not in m for m in report.stages["stage2"].history)
 
 
 def test_mlflow_holds_the_job_its_stages_and_their_steps(run: tuple[RunConfig, RunReport]) -> None:

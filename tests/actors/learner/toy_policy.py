@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.learner import lora as lora_tools
-from actors.learner.grpo import k3
+from actors.learner.grpo import kl_estimate
 from actors.learner.trainable import LoraSpec, PolicyOutput
 from actors.records import VlmExperience
 from actors.weights import as_tensors, pack, read_adapter, write_adapter
@@ -95,8 +95,8 @@ class ToyPolicy:
     def reference(self) -> AbstractContextManager[None]:
         return lora_tools.adapters_disabled(self.module)
 
-    def kl(self, out: PolicyOutput, ref: PolicyOutput) -> Tensor:
-        return k3(out.logprobs, ref.logprobs)
+    def kl(self, out: PolicyOutput, ref: PolicyOutput, estimator: str | None = None) -> Tensor:
+        return kl_estimate(out.logprobs, ref.logprobs, estimator or "k3")
 
     def rollout_logprobs(self, items: Sequence[VlmExperience]) -> Tensor:
         values = torch.zeros(len(items), max(len(i.token_ids) for i in items))

@@ -52,7 +52,10 @@ def test_kl_is_the_k3_estimate_and_entropy_is_of_the_allowed_tokens(
         ref = policy.forward(batch)
     delta = ref.logprobs - out.logprobs
     kl = policy.kl(out, ref)
-    assert torch.allclose(kl[out.mask], (delta.exp() - delta - 1)[out.mask])
+    exact = delta.double()
+    torch.testing.assert_close(kl[out.mask].double(), (exact.exp() - exact - 1)[out.mask], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(policy.kl(out, ref, "k2"), torch.where(out.mask, delta**2 / 2, 0.0))
+    torch.testing.assert_close(policy.kl(out, ref, "k1"), torch.where(out.mask, -delta, 0.0))
     assert (kl >= 0).all() and kl[~out.mask].eq(0).all()
     assert out.entropy is not None
     allowed = policy._bias.numel() - len(policy.banned_ids)

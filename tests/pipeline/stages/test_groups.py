@@ -59,3 +59,26 @@ def test_staleness_is_the_age_of_the_weights() -> None:
 def test_a_batch_without_groups_has_no_reward_metrics() -> None:
     batch = assemble([None], {"x": 1.0}, **OPTIONS)
     assert batch.groups == () and "reward/total_mean" not in batch.metrics
+
+
+def test_normalised_rewards_weigh_by_weight_and_not_by_spread() -> None:
+    values = [{"x": 100.0, "y": 0.0}, {"x": 0.0, "y": 1.0}, {"x": 50.0, "y": 0.5}]
+    groups = [group("a", *(member(i, **v) for i, v in enumerate(values)))]
+    weights = {"x": 1.0, "y": 2.0}
+    raw = assemble(groups, weights, **OPTIONS)
+    even = assemble(groups, weights, **(OPTIONS | {"normalise_rewards": True}))
+    assert np.argmax(raw.totals[0]) == 0  # the noisy component decides …
+    assert np.argmax(even.totals[0]) == 1  # … until its weight does
+    root = np.sqrt(1.5)
+    np.testing.assert_allclose(even.totals[0], [root - 2 * root, 2 * root - root, 0.0], atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("std_norm", "divisors"),
+    [("group", (0.5, 2.0)), ("batch", (np.std([0.0, 1.0, 0.0, 4.0]),) * 2), ("none", (1.0, 1.0))],
+)
+def test_std_norm_says_what_divides_advantages(std_norm: str, divisors: tuple[float, float]) -> None:
+    groups = [group("a", member(0, x=0.0), member(1, x=1.0)), group("b", member(0, x=0.0), member(1, x=4.0))]
+    batch = assemble(groups, {"x": 1.0}, **(OPTIONS | {"std_norm": std_norm}))
+    for advantages, half, divisor in zip(batch.advantages, (0.5, 2.0), divisors):
+        np.testing.assert_allclose(advantages, [-half / divisor, half / divisor], rtol=1e-3)

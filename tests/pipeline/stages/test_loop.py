@@ -61,7 +61,7 @@ class Learner:
     version: int = 0
     seen: list[list[str]] = field(default_factory=list)
 
-    async def update(self, items: list[Any], *, updates: int) -> dict[str, float]:
+    async def update(self, items: list[Any], *, updates: int, epochs: int) -> dict[str, float]:
         await asyncio.sleep(0.01)
         self.version += 1
         self.seen.append(list(items))
@@ -94,8 +94,8 @@ class CountingStage:
             update={"steps": self.steps, "rollout": rollout, "rewards": type(base.rewards)(weights={"x": 1.0})}
         )
 
-    async def draw(self, feed: SampleFeed, step: int) -> list[asyncio.Task[Group | None]]:
-        samples = await feed.draw(2)
+    async def draw(self, feed: SampleFeed, step: int, count: int, wave: int = 0) -> list[asyncio.Task[Group | None]]:
+        samples = await feed.draw(count)
         return [asyncio.create_task(self.group(sample, step)) for sample in samples]
 
     async def group(self, sample: Sample, step: int) -> Group:

@@ -1,0 +1,78 @@
+"""The exponential moving average of trained weights: smoother than the last step, so it is what gets evaluated.
+
+Flow-GRPO (arXiv 2505.05470) and DiffusionNFT (arXiv 2509.16117) sample with the weights and evaluate with their
+average; so do the RL learner and supervised training here. Works on plain and on sharded (FSDP2) parameters: each rank
+averages its own shard, which needs no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from actors.learner.sharding import gather_state
+
+
+class Average:
+    """Average of ``parameters``: m ← d·m + (1 − d)·p with d = min(decay, (1 + step)/(10 + step)).
+
+    The growing decay forgets the start: after few steps the average is near the weights (the schedule of diffusers'
+    ``EMAModel``). ``decay`` is in (0, 1).
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"decay={decay} must be in (0, 1); keep no average instead of one that never moves")
+        self.parameters, self.decay = list(parameters), decay
+        self.values = [_local(p).clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after optimizer step ``step`` (0 is the first)."""
+        weight = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
+        torch._foreach_lerp_(self.values, [_local(p) for p in self.parameters], weight)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it, the parameters hold their average; afterwards they are what they were, bit for bit."""
+        held = [_local(p).clone() for p in self.parameters]
+        self._write(self.values)
+        try:
+            yield
+        finally:
+            self._write(held)
+
+    def gather(self, module: nn.Module, trainable_only: bool) -> dict[str, Tensor]:
+        """Return ``gather_state`` of ``module``, whose parameters these are, with their average in them. Collective."""
+        with self.applied():
+            # Copies: with one rank what is gathered shares the parameters' memory, which gets its own values back.
+            return {name: t.clone() for name, t in gather_state(module, trainable_only).items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the average as tensors that share its memory and are sharded as the parameters are.
+
+        A distributed checkpoint writes them and, read in place by any number of ranks, restores them.
+        """
+        return {str(i): _like(v, p) for i, (v, p) in enumerate(zip(self.values, self.parameters, strict=True))}
+
+    @torch.no_grad()
+    def _write(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            _local(parameter).copy_(value)
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    value = parameter.detach()
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return value
+    return DTensor.from_local(
+        value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )

@@ -1,0 +1,249 @@
+"""One rank's learner in this process: epochs over a batch, the moving average, and guidance inside the policy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from actors.learner.batches import plan_batch
+from actors.learner.lora import peft_names
+from actors.learner.spec import GrpoSpec, LearnerSpec, OptimSpec
+from actors.learner.trainable import LoraSpec, trainable_parameters
+from actors.learner.trainer import Trainer
+from actors.records import RenderRequest, SdeSpec, VdmExperience
+from actors.vdm.policy import VdmPolicy
+from actors.weights import as_tensors
+from cluster.errors import CheckpointError
+from tests.actors.learner.toy_policy import ToyPolicy, experiences
+
+LORA = LoraSpec(rank=2, alpha=8.0, seed=5)
+SPEC = LearnerSpec(
+    kind="toy",
+    model_path="3",
+    lora=LORA,
+    optim=OptimSpec(lr=3e-2, max_grad_norm=0.5),
+    grpo=GrpoSpec(clip_low=0.1, clip_high=0.1),
+)
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
+    """A process group of this process alone."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def toy(mesh: DeviceMesh, spec: LearnerSpec = SPEC) -> Trainer:
+    return Trainer(ToyPolicy.load("3", lora=LORA), spec, mesh, torch.device("cpu"))
+
+
+def plan(items: list, updates: int = 1) -> list:
+    return plan_batch(items, ranks=1, micro_batch=32, updates=updates)[0]
+
+
+def published(trainer: Trainer, averaged: bool = False) -> Tensors:
+    weights = trainer.weights(averaged)
+    assert weights is not None
+    return as_tensors(weights)
+
+
+def assert_same(one: Tensors, other: Tensors, **tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+# --- several epochs over a batch ------------------------------------------------------------------------------------
+
+
+def test_epochs_keep_the_policy_before_the_first_step_as_the_old_one(mesh: DeviceMesh) -> None:
+    """Against a loop in plain torch: two epochs of two steps, old log-probabilities made once."""
+    items = experiences(4, 3)
+    plain = ToyPolicy.load("3", lora=LORA)
+    parameters = trainable_parameters(plain.module)
+    optimizer = torch.optim.AdamW(parameters, lr=3e-2, weight_decay=0.0)
+    halves = [plain.collate(items[:6]), plain.collate(items[6:])]
+    advantages = [torch.tensor([i.advantage for i in half]) for half in (items[:6], items[6:])]
+    with torch.no_grad():
+        old = [plain.forward(half).logprobs for half in halves]
+    deviation = 0.0
+    for _ in range(2):
+        for batch, before, advantage in zip(halves, old, advantages):
+            out = plain.forward(batch)
+            ratio = torch.exp(out.logprobs - before)
+            deviation = max(deviation, float((ratio.detach() - 1).abs()[out.mask].max()))
+            clipped = ratio.clamp(0.9, 1.1)
+            loss = -torch.minimum(ratio * advantage[:, None], clipped * advantage[:, None])[out.mask].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+            optimizer.step()
+    trainer = toy(mesh)
+    report = trainer.update(plan(items, updates=2), epochs=2)
+    assert_same(published(trainer), peft_names(plain.module.state_dict()), rtol=1e-5, atol=1e-6)
+    assert trainer.version == 4 and report.common["updates"] == 4
+    assert report.common["ratio_max_dev"] == 0.0  # the gate looks at the first step only
+    assert deviation > 0.1 and report.sums["clipped"] > 0  # the later ones did leave the old policy
+    again = toy(mesh)
+    for _ in range(2):
+        again.update(plan(items, updates=2))  # two batches of the same items: other old log-probabilities
+    with pytest.raises(AssertionError):
+        assert_same(published(trainer), published(again), rtol=1e-5, atol=1e-6)
+
+
+# --- moving average -------------------------------------------------------------------------------------------------
+
+
+def test_average_is_exported_and_published_weights_are_raw(mesh: DeviceMesh, tmp_path: Path) -> None:
+    spec = replace(SPEC, optim=replace(SPEC.optim, ema=0.15))
+    trainer, raw = toy(mesh, spec), toy(mesh)
+    expected = published(trainer)
+    for step, decay in enumerate([0.1, 0.15, 0.15]):
+        for learner in (trainer, raw):
+            learner.update(plan(experiences(3, 4, step)))
+        now = published(trainer)
+        assert_same(now, published(raw))  # the average changes neither what is trained nor what samples
+        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in now.items()}
+    trainer.export(str(tmp_path / "adapter"))
+    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert_same(exported, expected, rtol=1e-5, atol=1e-7)
+    assert_same(published(trainer, averaged=True), exported)
+    assert_same(published(trainer), now)
+    assert max(float((exported[n] - now[n]).abs().max()) for n in now) > 1e-3
+    assert_same(published(raw, averaged=True), now)  # without one, the weights are their own average
+
+
+def test_average_survives_a_checkpoint(mesh: DeviceMesh, tmp_path: Path) -> None:
+    spec = replace(SPEC, optim=replace(SPEC.optim, ema=0.9))
+    whole = toy(mesh, spec)
+    for step in range(4):
+        if step == 2:
+            whole.save(str(tmp_path / "state"))
+        whole.update(plan(experiences(3, 4, step)))
+    resumed = toy(mesh, spec)
+    resumed.restore(str(tmp_path / "state"))
+    for step in (2, 3):
+        resumed.update(plan(experiences(3, 4, step)))
+    assert_same(published(resumed), published(whole))
+    assert_same(published(resumed, averaged=True), published(whole, averaged=True))
+    with pytest.raises(CheckpointError, match=r"ema=0\.9, this learner has ema=0\.0"):
+        toy(mesh).restore(str(tmp_path / "state"))
+
+
+def test_a_skipped_step_leaves_the_average_alone(mesh: DeviceMesh) -> None:
+    from tests.actors.learner.toy_policy import POISON
+
+    trainer = toy(mesh, replace(SPEC, optim=replace(SPEC.optim, ema=0.9)))
+    trainer.update(plan(experiences(2, 3, 0)))
+    before = published(trainer, averaged=True)
+    trainer.update(plan(experiences(2, 3, 0, token=POISON)))
+    assert trainer.skipped == 1
+    assert_same(published(trainer, averaged=True), before)
+
+
+# --- KL estimator ---------------------------------------------------------------------------------------------------
+
+
+def test_the_configured_estimator_is_the_one_that_is_used(mesh: DeviceMesh) -> None:
+    values = {}
+    for name in ("k1", "k2", "k3"):
+        trainer = toy(mesh, replace(SPEC, grpo=replace(SPEC.grpo, kl_beta=0.1, kl_estimator=name)))
+        trainer.update(plan(experiences(3, 4, 0)))
+        batch = trainer.policy.collate(experiences(3, 4, 1))
+        with torch.no_grad():
+            out = trainer.policy.forward(batch)
+            with trainer.policy.reference():
+                delta = (trainer.policy.forward(batch).logprobs - out.logprobs)[out.mask]
+        expected = {"k1": -delta, "k2": delta**2 / 2, "k3": torch.expm1(delta) - delta}[name]
+        values[name] = trainer.update(plan(experiences(3, 4, 1))).sums["kl"]
+        assert values[name] == pytest.approx(float(expected.sum()), rel=1e-4)
+    assert len({round(v, 6) for v in values.values()}) == 3
+
+
+# --- guidance inside the policy -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guided(tiny_vdm_dir: Path) -> tuple[VdmPolicy, list[VdmExperience]]:
+    policy = VdmPolicy.load(tiny_vdm_dir, lora=LORA)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.module.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    frames = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    sde = SdeSpec("flow", 0.7, window_start=0, window_size=2)
+    requests = [
+        RenderRequest("s", i, "the red circle rises", frames, 9, 4, 3.0, noise_seed=1, sde_seed=i, sde=sde)
+        for i in range(4)
+    ]
+    items = [
+        VdmExperience("s", c.index, c.caption, frames, c.trajectory, (-1.0) ** c.index)
+        for c in policy.sample(requests)
+        if c.trajectory is not None
+    ]
+    return policy, items
+
+
+def test_guided_policy_starts_from_a_ratio_of_one_and_repeats_the_sampler(
+    mesh: DeviceMesh, guided: tuple[VdmPolicy, list[VdmExperience]]
+) -> None:
+    policy, items = guided
+    grpo = GrpoSpec(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence", kl_estimator="closed")
+    trainer = Trainer(copy.deepcopy(policy), replace(SPEC, kind="vdm", grpo=grpo), mesh, torch.device("cpu"))
+    report = trainer.update(plan(items))
+    assert [i.trajectory.guidance for i in items] == [3.0] * 4
+    assert report.common["ratio_max_dev"] == 0.0  # two passes of the learner
+    assert report.maxima["logp_diff_max"] == 0.0  # and of the sampler, in the same batch
+    assert report.common["grad_norm"] > 0 and report.sums["kl"] > 0
+
+
+def test_unguided_learner_would_not_repeat_a_guided_sampler(guided: tuple[VdmPolicy, list[VdmExperience]]) -> None:
+    policy, items = guided
+    blind = [replace(i, trajectory=replace(i.trajectory, guidance=1.0)) for i in items]
+    with torch.no_grad():
+        difference = policy.forward(policy.collate(blind)).logprobs - policy.rollout_logprobs(items)
+    assert difference.abs().max() > 1e-4
+
+
+def test_the_gradient_goes_through_both_branches_of_the_guidance(
+    guided: tuple[VdmPolicy, list[VdmExperience]],
+) -> None:
+    """v = v₋ + g (v₊ − v₋), so the gradient is (1 − g) that of the negative branch plus g that of the caption's."""
+    policy, items = guided
+    batch = policy.collate(items)
+    x, sigma = batch.before[0], batch.sigmas[0, 0]
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    parameters = trainable_parameters(policy.module)
+
+    def gradient(condition) -> list[torch.Tensor]:
+        return torch.autograd.grad((policy.velocity(x, sigma, condition) * weight).sum(), parameters)
+
+    assert batch.condition.negative is not None
+    plain = replace(batch.condition, negative=None)
+    both = gradient(batch.condition)
+    caption, negative = gradient(plain), gradient(replace(plain, text=batch.condition.negative))
+    scale = max(float(g.abs().max()) for g in both)
+    for a, c, n in zip(both, caption, negative):
+        torch.testing.assert_close(a, 3.0 * c - 2.0 * n, rtol=1e-3, atol=1e-5 * scale)
+    assert max(float(n.abs().max()) for n in negative) > 0.1 * scale / 3  # the negative branch is no bystander
+
+
+def test_closed_form_has_no_estimator(guided: tuple[VdmPolicy, list[VdmExperience]]) -> None:
+    policy, items = guided
+    with torch.no_grad():
+        out = policy.forward(policy.collate(items))
+    with pytest.raises(ValueError, match="use 'closed'"):
+        policy.kl(out, out, "k3")

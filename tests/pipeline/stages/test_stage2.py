@@ -1,0 +1,220 @@
+"""Stage 2's switches, each seen in the trajectories that the real artist samples: what the configuration says happens."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.failures import Ok
+from actors.records import Sample, Trajectory
+from actors.scoring.worker import RewardWorker
+from actors.vdm.worker import VdmWorker
+from cluster.errors import TrainingError
+from pipeline.config import RunConfig, parse_config
+from pipeline.data.toy import make_sample
+from pipeline.stages.feed import SampleFeed
+from pipeline.stages.groups import Group
+from pipeline.stages.loop import complete
+from pipeline.stages.stage2 import Anchor, Stage2
+from tests.pipeline.stages.test_feed import Numbers
+
+STEPS, GROUP = 6, 3
+
+
+@dataclass
+class Here:
+    """A pool whose only worker runs in this process."""
+
+    worker: Any
+
+    async def submit(self, request: Any) -> Any:
+        (outcome,) = self.worker.process([request])
+        assert isinstance(outcome, Ok), outcome
+        return outcome.value
+
+
+@dataclass
+class Fleet:
+    vdm: Here
+    reward: Here
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_vdm_dir: Path, tiny_clip_dir: Path) -> Fleet:
+    workers = (VdmWorker("vdm", str(tiny_vdm_dir)), RewardWorker("reward", str(tiny_clip_dir), ("clip_v",)))
+    for worker in workers:
+        worker.setup()  # type: ignore[attr-defined]
+    return Fleet(*(Here(worker) for worker in workers))
+
+
+def sample(index: int = 0) -> Sample:
+    s = make_sample(index, "test")
+    return Sample(s.id, "predictive", s.question, s.caption, s.input_frames, s.target_frames)
+
+
+def settings(render: dict[str, Any] | None = None, rollout: dict[str, Any] | None = None, **sde: Any) -> RunConfig:
+    stage = {
+        "rollout": {"prompts_per_step": 2, "group_size": GROUP, **(rollout or {})},
+        "text": {"temperature": 0.0},
+        "render": {"steps": STEPS, **(render or {})},
+        "rewards": {"weights": {"clip_v": 1.0}},
+        "sde": {"window_schedule": "fixed", **sde},
+    }
+    return parse_config({"stage2": stage})
+
+
+def sampled(fleet: Fleet, config: RunConfig, step: int = 0) -> list[Trajectory]:
+    """Trajectories of one group of ``step``."""
+    stage, item = Stage2(config, fleet), sample()  # type: ignore[arg-type]
+    group = asyncio.run(stage.group(item, Anchor("", item.caption, 1.0), str(step), stage._sde(step)))
+    assert group is not None and not group.failures
+    return [m.clip.trajectory for m in group.members if m.clip is not None and m.clip.trajectory is not None]
+
+
+def spread(trajectories: list[Trajectory]) -> float:
+    """Standard deviation of the first stochastic step, from how far members go apart that stood in one place."""
+    before, after = (np.stack([t.latents[i] for t in trajectories]) for i in (0, 1))
+    assert (before == before[0]).all()
+    return float(after.std(axis=0, ddof=1).mean() / 0.8862)  # E of the sample std of 3 normals: c4(3) = .8862
+
+
+@pytest.mark.parametrize(
+    ("schedule", "level"), [("flow", 0.7), ("flow", 0.35), ("wan", 0.6), ("dance", 0.3), ("cps", 0.5)]
+)
+def test_schedule_and_level_set_the_noise_of_a_step(fleet: Fleet, schedule: str, level: float) -> None:
+    first = 2
+    trajectories = sampled(fleet, settings(schedule=schedule, level=level, window_range=[first, STEPS - 1]))
+    sigma, following = trajectories[0].sigmas[first : first + 2].astype(float)
+    scale = {
+        "flow": level * np.sqrt(sigma / (1 - sigma)),
+        "wan": level * sigma,
+        "dance": level,
+        "cps": following * np.sin(level * np.pi / 2) / np.sqrt(sigma - following),
+    }[schedule]
+    assert spread(trajectories) == pytest.approx(scale * np.sqrt(sigma - following), rel=0.05)
+    assert trajectories[0].sigmas.shape == (STEPS + 1,)
+
+
+@pytest.mark.parametrize(("size", "window"), [(1, [0, 5]), (3, [2, 5])])
+def test_window_says_which_steps_are_stochastic(fleet: Fleet, size: int, window: list[int]) -> None:
+    trajectories = sampled(fleet, settings(window_size=size, window_range=window))
+    starts = [t.latents[0] for t in trajectories]
+    assert all(np.array_equal(s, starts[0]) for s in starts)  # the steps before it follow the ODE: no noise yet
+    for t in trajectories:
+        assert t.sde.window_start == window[0] and t.logprobs.shape == (size,) and len(t.latents) == size + 1
+    assert not np.array_equal(trajectories[0].latents[1], trajectories[1].latents[1])
+
+
+def test_same_latent_says_whether_members_start_together(fleet: Fleet) -> None:
+    together = sampled(fleet, settings(same_latent=True))
+    apart = sampled(fleet, settings(same_latent=False))
+    assert all(np.array_equal(t.latents[0], together[0].latents[0]) for t in together)
+    assert len({t.latents[0].tobytes() for t in apart}) == GROUP
+
+
+def test_guidance_is_part_of_the_sampled_policy(fleet: Fleet) -> None:
+    plain, guided = (sampled(fleet, settings(render={"guidance": g})) for g in (1.0, 3.0))
+    assert {t.guidance for t in plain} == {1.0} and {t.guidance for t in guided} == {3.0}
+    assert np.array_equal(plain[0].latents[0], guided[0].latents[0])
+    assert np.abs(plain[0].latents[1] - guided[0].latents[1]).max() > 1e-3
+
+
+def starts(config: RunConfig, steps: int = 12) -> list[int]:
+    stage = Stage2(config, None)  # type: ignore[arg-type]
+    return [stage._sde(step).window_start for step in range(steps)]
+
+
+def test_window_moves_as_its_schedule_says() -> None:
+    options: dict[str, Any] = {"window_size": 2, "window_range": [1, 5]}
+    assert starts(settings(**options)) == [1] * 12
+    moving = options | {"window_schedule": "progressive"}
+    assert starts(settings(**moving)) == [1, 2, 3] * 4
+    assert starts(settings(**moving, window_every=2)) == [1, 1, 2, 2, 3, 3] * 2
+    chance = settings(**options | {"window_schedule": "random"})
+    assert set(starts(chance, 60)) == {1, 2, 3}
+    assert starts(chance) == starts(chance) != starts(chance.model_copy(update={"seed": 5}))
+    assert set(starts(settings(window_size=2, window_schedule="random"), 80)) == set(range(STEPS - 2))
+
+
+def test_window_of_a_step_does_not_depend_on_when_it_is_drawn() -> None:
+    """With staleness a step draws before the updates of earlier ones; a resumed run draws it after them."""
+    config = settings(window_schedule="random")
+    early, late = Stage2(config, None), Stage2(config, None)  # type: ignore[arg-type]
+    for step in range(7):
+        late.after_update(step)
+    assert early._sde(7) == late._sde(7)
+    assert late._sde(7).window_start == late.window.start  # and it is what the step's metrics report
+
+
+# --- dynamic sampling -----------------------------------------------------------------------------------------------
+
+
+class Toys(Numbers):
+    """Numbers' order over samples of the toy world."""
+
+    def batches(self, size: int, cursor: Any = None) -> Any:
+        for samples, bad, after in super().batches(size, cursor):
+            yield [Sample(s.id, s.kind, s.question, "the red circle rises", *pair()) for s in samples], bad, after
+
+
+def pair() -> tuple[np.ndarray, np.ndarray]:
+    toy = make_sample(0, "test")
+    return toy.input_frames, toy.target_frames
+
+
+def anchored(fleet: Fleet, kept: set[str], rollout: dict[str, Any]) -> Stage2:
+    """A stage whose thinker has answered already (greedy answers are remembered): well for ``kept`` only."""
+    config = settings(rollout={"group_size": 2, **rollout}, window_size=1)
+    stage = Stage2(config, fleet)  # type: ignore[arg-type]
+    names = [f"{epoch}.{i}" for epoch in range(4) for i in range(10)]
+    stage._anchors = {n: Anchor("", "the red circle rises", 1.0 if n in kept else 0.0) for n in names}
+    return stage
+
+
+def flat(group: Group) -> Group:
+    """The group with equal rewards."""
+    members = [replace(m, scores=replace(m.scores, values={"clip_v": 0.5})) for m in group.members]
+    return replace(group, members=tuple(members))
+
+
+def test_a_refill_draws_on_until_anchors_pass(fleet: Fleet) -> None:
+    stage = anchored(fleet, kept={"0.0", "0.3", "0.4", "0.8"}, rollout={"max_refills": 2})
+    feed = SampleFeed(Toys(), 2)  # type: ignore[arg-type]
+
+    async def body() -> list[str]:
+        groups = await asyncio.gather(*await stage.draw(feed, 0, 2))
+        assert [g.sample.id for g in groups if g] == ["0.0", "0.3"]
+        assert groups[0] and groups[1]
+        refill = await complete(stage, feed, 0, [flat(groups[0]), groups[1]])  # type: ignore[arg-type]
+        assert refill.metrics() == {"rollout/refill_draws": 1.0, "rollout/refilled_groups": 1.0}
+        return [g.sample.id for g in refill.groups if g]
+
+    assert asyncio.run(body()) == ["0.4", "0.3"]
+    assert asyncio.run(feed.draw(1))[0].id == "0.5"  # the next step goes on right behind
+
+
+def test_a_refill_that_finds_no_anchor_keeps_what_there_is(fleet: Fleet) -> None:
+    stage = anchored(fleet, kept={"0.0", "0.1"}, rollout={"max_refills": 3})
+    feed = SampleFeed(Toys(), 2)  # type: ignore[arg-type]
+
+    async def body() -> list[str]:
+        groups = await asyncio.gather(*await stage.draw(feed, 0, 2))
+        assert groups[0] and groups[1]
+        refill = await complete(stage, feed, 0, [flat(groups[0]), flat(groups[1])])  # type: ignore[arg-type]
+        assert refill.metrics() == {"rollout/refill_draws": 3.0, "rollout/refilled_groups": 0.0}
+        return [g.sample.id for g in refill.groups if g]
+
+    assert asyncio.run(body()) == ["0.0", "0.1"]
+    with pytest.raises(TrainingError, match="anchor_min_rouge"):
+        asyncio.run(anchored(fleet, kept=set(), rollout={}).draw(SampleFeed(Toys(), 2), 0, 2))  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)

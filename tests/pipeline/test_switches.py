@@ -1,0 +1,74 @@
+"""What a run's YAML says about learning arrives at the learner, for both stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from actors.learner.spec import GrpoSpec, OptimSpec
+from pipeline.config import RunConfig, load_config
+from pipeline.config.schema import GrpoSection
+from pipeline.stages.stage1 import Stage1
+from pipeline.stages.stage2 import Stage2
+from pipeline.train import learner_spec
+
+STAGES = {"stage1": Stage1, "stage2": Stage2}
+LEARNER = {  # another value than the default, for every key that the learner's loss and optimizer read
+    "grpo.clip_low": 0.11,
+    "grpo.clip_high": 0.33,
+    "grpo.kl_beta": 0.07,
+    "grpo.loss_norm": "constant",
+    "grpo.old_logprobs": "rollout",
+    "grpo.importance_cap": 3.5,
+    "optim.lr": 2e-4,
+    "optim.betas": (0.8, 0.95),
+    "optim.weight_decay": 0.02,
+    "optim.warmup_steps": 4,
+    "optim.schedule": "cosine",
+    "optim.max_grad_norm": 0.3,
+    "optim.max_skipped_steps": 1,
+    "optim.ema": 0.9,
+}
+LOOP = {"std_norm", "normalise_rewards", "updates_per_batch", "epochs_per_batch", "min_group"}  # not the learner's
+
+
+def spec(stage: str, *overrides: str) -> Any:
+    config = load_config("toy", [f"{stage}.{o}" for o in overrides])
+    return learner_spec(config, STAGES[stage](config, None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("key", LEARNER)
+def test_a_switch_reaches_the_learner(stage: str, key: str) -> None:
+    section, name = key.split(".")
+    value = LEARNER[key]
+    before, after = spec(stage), spec(stage, f"{key}={list(value) if isinstance(value, tuple) else value}")
+    assert getattr(getattr(after, section), name) == value != getattr(getattr(before, section), name)
+
+
+def test_every_key_of_the_loss_and_the_optimizer_is_in_this_test() -> None:
+    tested = {key.split(".")[1] for key in LEARNER}
+    assert {f.name for f in dataclasses.fields(OptimSpec)} <= tested
+    assert {f.name for f in dataclasses.fields(GrpoSpec)} - tested == {"kl_estimator", "constant_length"}
+    assert set(GrpoSection.model_fields) - tested == LOOP
+
+
+def test_each_stage_has_its_own_kl_and_longest_trajectory() -> None:
+    assert spec("stage1").grpo.kl_estimator == "k3" and spec("stage2").grpo.kl_estimator == "closed"
+    assert spec("stage1", "grpo.kl_estimator=k1").grpo.kl_estimator == "k1"
+    assert spec("stage1", "text.max_tokens=33").grpo.constant_length == 33
+    assert spec("stage2", "text.max_tokens=33", "sde.window_size=3").grpo.constant_length == 3
+
+
+def test_schedules_end_at_the_last_optimizer_step() -> None:
+    assert spec("stage1", "steps=10", "grpo.updates_per_batch=2", "grpo.epochs_per_batch=3").total_steps == 60
+
+
+def test_defaults_are_the_papers() -> None:
+    run = RunConfig()
+    for stage in (run.stage1, run.stage2):
+        assert (stage.optim.lr, stage.rollout.group_size, stage.lora.rank, stage.lora.alpha) == (5e-5, 8, 8, 32.0)
+    assert (run.stage2.grpo.clip_low, run.stage2.grpo.clip_high, run.stage2.grpo.kl_beta) == (1e-3, 1e-3, 0.004)
+    assert run.stage2.anchor_min_rouge == 0.6
