@@ -103,6 +103,21 @@ def test_epochs_keep_the_policy_before_the_first_step_as_the_old_one(mesh: Devic
         assert_same(published(trainer), published(again), rtol=1e-5, atol=1e-6)
 
 
+def test_epochs_on_the_engines_log_probabilities_equal_those_on_the_learners_where_the_two_agree(
+    mesh: DeviceMesh,
+) -> None:
+    policy, items = ToyPolicy.load("3", lora=LORA), experiences(4, 3)
+    with torch.no_grad():
+        out = policy.forward(policy.collate(items))
+    agreed = [replace(i, rollout_logprobs=row[: len(i.token_ids)].numpy()) for i, row in zip(items, out.logprobs)]
+    results = []
+    for source in ("learner", "rollout"):
+        trainer = toy(mesh, replace(SPEC, grpo=replace(SPEC.grpo, old_logprobs=source, importance_cap=100.0)))
+        assert trainer.update(plan(agreed, updates=2), epochs=3).sums["clipped"] > 0
+        results.append(published(trainer))
+    assert_same(*results, rtol=1e-5, atol=1e-6)
+
+
 # --- moving average -------------------------------------------------------------------------------------------------
 
 
