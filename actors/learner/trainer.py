@@ -148,7 +148,7 @@ class Trainer:
             mask = out.mask if item.micro.real else torch.zeros_like(out.mask)
             old = item.old
             if old is None:
-                old = out.logprobs.detach()
+                item.old = old = out.logprobs.detach()
                 self._compare(report, item, out)
             # Divided by the global count after the last micro-batch: only then is it known, and gradients are linear
             # in it.

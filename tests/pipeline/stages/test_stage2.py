@@ -21,7 +21,7 @@ from pipeline.data.toy import make_sample
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group
 from pipeline.stages.loop import complete
-from pipeline.stages.stage2 import Anchor, Stage2
+from pipeline.stages.stage2 import Anchor, Stage2, sde_spec
 from tests.pipeline.stages.test_feed import Numbers
 
 STEPS, GROUP = 6, 3
@@ -72,7 +72,7 @@ def settings(render: dict[str, Any] | None = None, rollout: dict[str, Any] | Non
 def sampled(fleet: Fleet, config: RunConfig, step: int = 0) -> list[Trajectory]:
     """Trajectories of one group of ``step``."""
     stage, item = Stage2(config, fleet), sample()  # type: ignore[arg-type]
-    group = asyncio.run(stage.group(item, Anchor("", item.caption, 1.0), str(step), stage._sde(step)))
+    group = asyncio.run(stage.group(item, Anchor("", item.caption, 1.0), str(step), sde_spec(stage.config, stage.window, step)))
     assert group is not None and not group.failures
     return [m.clip.trajectory for m in group.members if m.clip is not None and m.clip.trajectory is not None]
 
@@ -127,7 +127,7 @@ def test_guidance_is_part_of_the_sampled_policy(fleet: Fleet) -> None:
 
 def starts(config: RunConfig, steps: int = 12) -> list[int]:
     stage = Stage2(config, None)  # type: ignore[arg-type]
-    return [stage._sde(step).window_start for step in range(steps)]
+    return [sde_spec(stage.config, stage.window, step).window_start for step in range(steps)]
 
 
 def test_window_moves_as_its_schedule_says() -> None:
@@ -148,8 +148,8 @@ def test_window_of_a_step_does_not_depend_on_when_it_is_drawn() -> None:
     early, late = Stage2(config, None), Stage2(config, None)  # type: ignore[arg-type]
     for step in range(7):
         late.after_update(step)
-    assert early._sde(7) == late._sde(7)
-    assert late._sde(7).window_start == late.window.start  # and it is what the step's metrics report
+    assert sde_spec(early.config, early.window, 7) == sde_spec(late.config, late.window, 7)
+    assert sde_spec(late.config, late.window, 7).window_start == late.window.start  # and it is what the step's metrics report
 
 
 # --- dynamic sampling -----------------------------------------------------------------------------------------------
