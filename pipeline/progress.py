@@ -40,6 +40,10 @@ class Bar:
             self._last_line = now
             self._console.print(f"{self._title} {self._done}/{self._total} {note}", highlight=False)
 
+    def say(self, line: str, style: str = "") -> None:
+        """Print a line that stays: above the bar in a terminal, at once in a log."""
+        self._console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
 
 @contextmanager
 def bar(console: Console, title: str, total: int, done: int = 0) -> Iterator[Bar]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluate.bootstrap import Estimate, mean_estimate
-from rewards.alarms import alarms
+from rewards.alarms import AlarmSettings, judge
 from rewards.frechet import FrechetDistance, frechet_distance, fvd_name
 from rewards.text import BLEU_ORDERS, bleu
 
@@ -92,7 +92,7 @@ class EvaluationTable:
 
     def alarms(self, system: str) -> tuple[str, ...]:
         """Return what in the system's clips looks like reward hacking, in words."""
-        return alarms({name: e.value for name, e in self.systems[system].metrics["all"].items()})
+        return tuple(judge({n: e.value for n, e in self.systems[system].metrics["all"].items()}, AlarmSettings()).values())
 
     def markdown(self) -> str:
         """Return the table for people: all samples with intervals, then procedural / predictive."""

@@ -45,7 +45,7 @@ class Stage2:
     title = "stage 2 · artist"
     policy = "vdm"
     _anchors: dict[str, Anchor] = field(default_factory=dict)
-    _seen: list[Anchor] = field(default_factory=list)
+    _seen: dict[int, list[Anchor]] = field(default_factory=dict)  # by step: several may be in flight
 
     def __post_init__(self) -> None:
         sde = self.section.sde
@@ -79,6 +79,7 @@ class Stage2:
         wanted = self.section.rollout.prompts_per_step
         tasks: list[asyncio.Task[Group | None]] = []
         spec = self._sde(step)
+        seen = self._seen.setdefault(step, [])
         for _ in range(self.section.anchor_max_draws):
             samples = await feed.draw(wanted - len(tasks))
             for sample, anchor in zip(
@@ -93,8 +94,8 @@ class Stage2:
         if tasks:
             return tasks
         raise TrainingError(
-            f"stage2: no anchor caption out of {len(self._seen)} reached stage2.anchor_min_rouge={self.section.anchor_min_rouge}; "
-            f"best {max((a.rouge_l for a in self._seen), default=0.0):.2f}. Train stage 1 longer or lower the threshold"
+            f"stage2: no anchor caption out of {len(seen)} reached stage2.anchor_min_rouge={self.section.anchor_min_rouge}; "
+            f"best {max((a.rouge_l for a in seen), default=0.0):.2f}. Train stage 1 longer or lower the threshold"
         )
 
     async def group(self, sample: Sample, anchor: Anchor, step: int, spec: SdeSpec) -> Group | None:
@@ -143,13 +144,14 @@ class Stage2:
         return items
 
     def metrics(self, batch: RolloutBatch) -> dict[str, float]:
-        """Return what only stage 2 measures, over the anchors seen since the last call."""
-        seen, self._seen = self._seen, []
+        """Return what only stage 2 measures, over the anchors of the oldest step that was drawn: steps end in order."""
+        seen = self._seen.pop(min(self._seen), []) if self._seen else []
         kept = [a.rouge_l >= self.section.anchor_min_rouge and a.caption is not None for a in seen]
         start = self.window.start
         metrics = {"sde/window_start": float(start)}
         if seen:
             metrics |= {
+                "anchor/kept": float(np.sum(kept)),
                 "anchor/kept_ratio": float(np.mean(kept)),
                 "anchor/rouge_l": float(np.mean([a.rouge_l for a in seen])),
             }
@@ -191,7 +193,7 @@ class Stage2:
             anchor = Anchor(completions[0].text, caption, rouge_l(caption, sample.caption) if caption else 0.0)
             if greedy:
                 self._anchors[sample.id] = anchor
-        self._seen.append(anchor)
+        self._seen[step].append(anchor)
         return anchor
 
     def _sde(self, step: int) -> SdeSpec:
