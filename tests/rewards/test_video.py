@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 
 from rewards.errors import RewardError
-from rewards.frechet import I3D, clip_frames_feature, frechet_distance, fvd_name, gaussian_frechet
+from rewards.frechet import I3D, clip_frames_feature, frechet_distance, fvd_name, gaussian_frechet, repeated_frechet
 from rewards.similarity import clip_score, clip_t, clip_v, resample_frames
 
 X, Y = np.array([1.0, 0.0]), np.array([0.0, 2.0])
@@ -66,6 +66,16 @@ def test_frechet_in_closed_form() -> None:
     x = np.random.default_rng(0).normal(size=(10, 32))  # fewer clips than features: singular covariances
     same = frechet_distance(x, x, "test")
     assert same.value == pytest.approx(0.0, abs=1e-6) and not same.well_posed
+
+
+@pytest.mark.parametrize(("n", "dim"), [(40, 5), (12, 30), (3, 3)])
+def test_a_distance_of_repeated_clips_is_that_of_the_repeated_rows(n: int, dim: int) -> None:
+    rng = np.random.default_rng(n)
+    x, y = rng.normal(5.0, 1.0, size=(n, dim)), rng.normal(5.2, 2.0, size=(n, dim)) @ rng.normal(size=(dim, dim))
+    times = np.stack([np.ones(n, int), *(np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(6))])
+    expected = [frechet_distance(x.repeat(t, axis=0), y.repeat(t, axis=0), "test").value for t in times]
+    assert repeated_frechet(x, y, times) == pytest.approx(expected, rel=1e-6)
+    assert repeated_frechet(x, x, times) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_only_i3d_features_are_called_fvd() -> None:
