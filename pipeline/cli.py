@@ -168,21 +168,44 @@ def evaluate(
     vlm_adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the VLM.")] = None,
     vdm_adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the VDM.")] = None,
     predictions: Annotated[
-        Path | None, typer.Option(help="Score this folder of answers instead (docs/evaluation.md).")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Score this folder of answers instead; repeat it for more systems (docs/evaluation.md).",
+        ),
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Two systems, baseline first, to compare sample by sample; default: the first and the last."),
+    ] = None,
+    fvd_extractor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="TorchScript video network for the Fréchet distance, which is named after it; `i3d=FILE` makes it plain "
+            "FVD. Loading it runs the code that is in the file: use only a file that you trust.",
+        ),
     ] = None,
     out: Out = Path("runs/evaluate"),
 ) -> None:
-    """Score a pair, or any system's answers, on held-out samples: table, JSON, contact sheet.
+    """Score a pair, or any systems' answers, on held-out samples: table, JSON, contact sheet.
 
     Examples: `vans evaluate toy`, `vans evaluate toy --vlm-adapter runs/toy/vlm_adapter --vdm-adapter runs/toy/vdm_adapter`,
-    `vans evaluate toy --predictions answers/`
+    `vans evaluate toy --predictions cascade=answers/a --predictions ours=answers/b --compare cascade ours`,
+    `vans evaluate toy --predictions answers/ --fvd-extractor i3d=i3d_torchscript.pt`
     """
     from pipeline.config import load_config
     from pipeline.evaluate.run import run_evaluation
 
     chosen = {"vlm": vlm, "vdm": vdm, "vlm_adapter": vlm_adapter, "vdm_adapter": vdm_adapter}
     extra = [f"models.{key}={value}" for key, value in chosen.items() if value is not None]
-    run_evaluation(load_config(config, [*(overrides or []), *extra]), out, predictions=predictions)
+    run_evaluation(
+        load_config(config, [*(overrides or []), *extra]),
+        out,
+        predictions=predictions or (),
+        fvd_extractor=fvd_extractor,
+        compare=compare,
+    )
 
 
 @app.command()

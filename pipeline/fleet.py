@@ -74,7 +74,7 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
     ``only`` starts the named pools alone; the others exist and refuse requests.
     """
     started = tuple(only or POOLS)
-    makers = _makers(config)
+    makers = _makers(config, started)
     plan = placement_plan(config, only)
     placement = await asyncio.to_thread(place, plan, config.cluster.placement_timeout_s)
     pools = {
@@ -124,11 +124,18 @@ def _pool_spec(section: PoolSection) -> PoolSpec:
     return PoolSpec(**{name: getattr(section, name) for name in names})
 
 
-def _makers(config: RunConfig) -> dict[str, Callable[[Placement], Callable[[str], Any]]]:
-    """Return, by pool, what makes its workers. Missing models are found here, before anything starts."""
+def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Placement], Callable[[str], Any]]]:
+    """Return, by pool, what makes its workers. Missing models of the pools to be started are found here, before they are."""
     models, vlm, vdm, reward = config.models, config.pools.vlm, config.pools.vdm, config.pools.reward
-    vlm_path, vdm_path, clip_path = (resolve_model(getattr(models, role), role) for role in ("vlm", "vdm", "clip"))  # type: ignore[arg-type]
-    vlm_adapter, vdm_adapter = resolve_adapter(models.vlm_adapter, "vlm"), resolve_adapter(models.vdm_adapter, "vdm")
+    roles = {"vlm": "vlm", "vdm": "vdm", "reward": "clip"}
+    vlm_path, vdm_path, clip_path = (
+        resolve_model(getattr(models, role), role) if pool in started else ""  # type: ignore[arg-type]
+        for pool, role in roles.items()
+    )
+    vlm_adapter, vdm_adapter = (
+        resolve_adapter(getattr(models, f"{role}_adapter"), role) if role in started else None  # type: ignore[arg-type]
+        for role in ("vlm", "vdm")
+    )
     components = sorted({*config.stage1.rewards.weights, *config.stage2.rewards.weights})
 
     def make_vlm(placement: Placement) -> Callable[[str], Any]:

@@ -45,6 +45,10 @@ class Bar:
         """Show that ``step`` steps are done, with the loss where ``metrics`` has one."""
         self.advance(f"loss {metrics['loss']:.4f}" if "loss" in metrics else "", by=step - self._done)
 
+    def say(self, line: str, style: str = "") -> None:
+        """Print a line that stays: above the bar in a terminal, at once in a log."""
+        self._console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
 
 @contextmanager
 def bars(console: Console) -> Iterator[Callable[..., Bar]]:

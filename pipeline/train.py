@@ -16,7 +16,7 @@ from actors.learner.group import LearnerGroup
 from actors.learner.spec import GrpoSpec, LearnerSpec, OptimSpec
 from actors.learner.trainable import LoraSpec
 from actors.records import Sample, derive_seed
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.checkpoint import Checkpoint, CheckpointStore, TrainState, require_same_config
 from pipeline.config import RunConfig, to_yaml
 from pipeline.config.schema import Stage1Section, Stage2Section
@@ -27,12 +27,14 @@ from pipeline.fleet import LEARNER, Fleet, cluster_session, load_adapter, open_f
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar, step_note
 from pipeline.sources import training_source
+from pipeline.stages.alarms import AlarmWatch, alarm_lines, alarm_tags
 from pipeline.stages.all_in_one import AllInOne
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.loop import Learners, StageResult, StepReport, pool_of, run_stage
 from pipeline.stages.stage1 import Stage1
 from pipeline.stages.stage2 import Stage2
 from pipeline.tracking import Tracker
+from rewards.alarms import AlarmState
 
 AnyStage = Stage1 | Stage2 | AllInOne
 STAGES: dict[str, tuple[type[AnyStage], ...]] = {"two_stage": (Stage1, Stage2), "all_in_one": (AllInOne,)}
@@ -156,10 +158,12 @@ class _Run:
             return
         started = time.monotonic()
         here = state if state is not None and state.stage == stage.name else None
+        alarms = AlarmWatch(self.config.alarms.settings, tuple(stage.section.rewards.weights))
         async with self._learners(stage, fleet) as learners:
             if here is not None:
                 assert self.checkpoint is not None
                 stage.restore(here.window)
+                alarms.state = AlarmState.from_json(here.extra["alarms"])
                 for policy, learner in learners.items():
                     await learner.restore(str(self.checkpoint.path / f"{policy}_learner"))
                     await pool_of(stage, policy).set_weights(learner.version, await learner.publish())
@@ -167,7 +171,7 @@ class _Run:
                 self.run_ids[stage.name] = run_id
                 first = here.step if here else 0
                 with bar(self.console, stage.title, stage.section.steps, first) as progress:
-                    hook = _StepHook(self, stage, learners, progress)
+                    hook = _StepHook(self, stage, learners, alarms, progress)
                     result = await run_stage(stage, self.feed, learners, first_step=first, on_step=hook)
                 for policy, adapter in adapters.items():
                     await learners[policy].export(str(adapter))
@@ -178,7 +182,9 @@ class _Run:
         self.report.stages[stage.name] = result
         self.report.wall_s[stage.name] = round(time.monotonic() - started, 1)
 
-    async def save(self, stage: AnyStage, learners: Learners, step: int, cursor: FeedCursor) -> None:
+    async def save(
+        self, stage: AnyStage, learners: Learners, step: int, cursor: FeedCursor, alarms: AlarmState
+    ) -> None:
         """Write a checkpoint from which ``step`` is the next step."""
         store = CheckpointStore(self.config.out / "checkpoints", self.config.checkpoint.keep)
         trained = {policy: learner.version for policy, learner in learners.items()}
@@ -189,7 +195,10 @@ class _Run:
             cursor=cursor.to_json(),
             window=stage.state(),
             mlflow_run_ids=dict(self.run_ids),
-            extra={"versions": {pool.name: pool.stats().version for pool in stage.fleet.pools()} | trained},
+            extra={
+                "versions": {pool.name: pool.stats().version for pool in stage.fleet.pools()} | trained,
+                "alarms": alarms.to_json(),
+            },
         )
         with store.write(stage.name, step, state) as folder:
             for policy, learner in learners.items():
@@ -217,25 +226,37 @@ class _Run:
 
 @dataclass
 class _StepHook:
-    """What happens after each step: figures to MLflow, a line to the person, a checkpoint now and then."""
+    """What happens after each step: figures to MLflow, a line to the person, alarms, a checkpoint now and then."""
 
     run: _Run
     stage: AnyStage
     learners: Learners
+    alarms: AlarmWatch
     progress: Any
 
     async def __call__(self, report: StepReport) -> None:
         run, section, done = self.run, self.run.config, report.step + 1
         self.progress.advance(step_note(report.metrics))
-        run.tracker.log_metrics(report.metrics, report.step)
+        watched = self.alarms.see(report.step, report.metrics)
+        for line, style in alarm_lines(report.step, watched):
+            self.progress.say(line, style)
+        if tags := alarm_tags(report.step, watched):
+            run.tracker.log_tags(tags)
+        run.tracker.log_metrics({**report.metrics, "alarm/on": float(len(watched.state.on))}, report.step)
         every = section.tracking.clips_every
         if every and report.step % every == 0:
             for clip in (g.members[0].clip for g in report.batch.groups[:2]):
                 if clip is not None:
                     run.tracker.log_clip(clip.frames, clip.caption, report.step, fps=section.video.fps)
-        last = done == self.stage.section.steps
+        last = done == self.stage.section.steps or bool(watched.lasting)
         if last or (section.checkpoint.every and done % section.checkpoint.every == 0):
-            await run.save(self.stage, self.learners, done, report.cursor)
+            await run.save(self.stage, self.learners, done, report.cursor, self.alarms.state)
+        if watched.lasting:
+            raise TrainingError(
+                f"{self.stage.name} stopped after {done} steps, because an alarm stood for {section.alarms.stop_after} steps in a "
+                f"row (alarms.stop_after): {'; '.join(watched.lasting.values())}. The checkpoint of this step is kept; to go on "
+                "all the same, resume with alarms.stop_after=0"
+            )
 
 
 def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec:

@@ -1,122 +1,242 @@
-"""Signs of reward hacking, logged at every step and never rewarded: motion, copying, sharpness, saturation,
-correlations.
+"""When the signs of reward hacking go too far: thresholds, the judgement of one step, and alarms over a whole run.
 
-CLIP-V alone is content with a still picture of the right scene; these numbers are not. Frames are uint8 (T, H, W, 3)
-RGB. Each diagnostic is relative to ground truth, so that 1 (ratios) or 0 (differences) means "like the real thing".
+A sign is a number (``rewards.signs``, the form of the completions, the groups); an alarm is a sign beyond its threshold.
+Pure: state goes in and comes out, as plain values that a checkpoint can hold, so that a resumed run raises the same
+alarms. Nothing here changes a reward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+Limits = tuple[float | None, float | None]
 
-from rewards.errors import RewardError
-from rewards.similarity import normalised, resample_frames
-
-Frames = NDArray[np.uint8]
-
-STILL = 1e-4
-"""Added to both sides of the motion ratio, a fortieth of a grey level: two still clips move alike."""
-
-FROZEN_BELOW = 0.2
-COPY_ABOVE = 0.1
-SHARPNESS_RANGE = (0.25, 4.0)
-SATURATION_ABOVE = 0.15
-CORRELATION_BELOW = -0.5
+SMALL = 1e-3
+"""Added to both sides of the ratio to the first steps: what was next to nothing then has no meaningful ratio."""
 
 
-def motion(frames: Frames) -> float:
-    """Return the mean |difference| of consecutive frames, 0..1; a single frame has none."""
-    if len(frames) < 2:
-        return 0.0
-    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean()) / 255.0
+@dataclass(frozen=True)
+class AlarmSettings:
+    """Where each sign is too far (None: never), and when that is an alarm. docs/rewards.md says what each is for."""
+
+    motion_below: float | None = 0.2
+    copy_above: float | None = 0.1
+    sharpness_range: tuple[float, float] | None = (0.25, 4.0)
+    saturation_beyond: float | None = 0.1
+    correlation_below: float | None = -0.5
+    format_below: float | None = 0.5
+    length_range: tuple[float, float] | None = (0.5, 1.5)
+    entropy_range: tuple[float, float] | None = (0.1, 3.0)
+    anchors_below: float | None = 0.2
+    zero_std_above: float | None = 0.75
+    first_steps: int = 5
+    patience: int = 2
+    stop_after: int = 0
 
 
-def motion_ratio(frames: Frames, truth: Frames) -> float:
-    """Return motion relative to ground truth at its frame count: 1 is alike, 0 is frozen; two still clips give 1."""
-    return (motion(resample_frames(frames, len(truth))) + STILL) / (motion(truth) + STILL)
+@dataclass(frozen=True)
+class _Rule:
+    """One alarm: its sign, its limits, its sentence. A drift is judged against the run's own first steps."""
+
+    alarm: str
+    sign: str
+    limits: Callable[[AlarmSettings], Limits]
+    words: str
+    drift: Literal["ratio", "difference"] | None = None
 
 
-def copying(clip: ArrayLike, truth: ArrayLike, last_input: ArrayLike) -> tuple[float, float]:
-    """Return (copy, copy_excess) from CLIP features (T', D), (T, D) and (D,).
+_RULES = (
+    _Rule(
+        "motion",
+        "motion_ratio",
+        lambda s: (s.motion_below, None),
+        "clips move {value:.2f} times as much as ground truth",
+    ),
+    _Rule(
+        "copy",
+        "copy_excess",
+        lambda s: (None, s.copy_above),
+        "clips are {value:.2f} closer to the last input frame than ground truth is",
+    ),
+    _Rule(
+        "sharpness",
+        "sharpness_ratio",
+        lambda s: s.sharpness_range or (None, None),
+        "clips are {value:.2f} times as sharp as {base}",
+        "ratio",
+    ),
+    _Rule(
+        "saturation",
+        "saturation_shift",
+        lambda s: (None, None) if s.saturation_beyond is None else (-s.saturation_beyond, s.saturation_beyond),
+        "colours are {value:+.2f} in saturation against {base}",
+        "difference",
+    ),
+    _Rule(
+        "format",
+        "format_rate",
+        lambda s: (s.format_below, None),
+        "{value:.0%} of the completions have the form that was asked for",
+    ),
+    _Rule(
+        "length",
+        "completion_tokens",
+        lambda s: s.length_range or (None, None),
+        "completions are {value:.2f} times as long as in {base}",
+        "ratio",
+    ),
+    _Rule(
+        "entropy",
+        "entropy",
+        lambda s: s.entropy_range or (None, None),
+        "the entropy of the tokens is {value:.2f} times that of {base}",
+        "ratio",
+    ),
+    _Rule(
+        "anchors",
+        "anchors_kept_ratio",
+        lambda s: (s.anchors_below, None),
+        "{value:.0%} of the anchor captions pass the filter",
+    ),
+    _Rule(
+        "zero_std",
+        "zero_std_ratio",
+        lambda s: (None, s.zero_std_above),
+        "in {value:.0%} of the groups all rewards are equal, so nothing is learnt from them",
+    ),
+)
 
-    copy: mean cosine of the clip's frames with the last input frame, −1..1. copy_excess: the same minus ground truth's
-    own, which shares its scene with the input; above 0 the clip clings to the input more than the answer does.
+SIGNS = tuple(rule.sign for rule in _RULES)
+"""Names of the signs that are judged, beside the correlations of reward components."""
+
+GROUND_TRUTH = {"sharpness_ratio": 1.0, "saturation_shift": 0.0}
+"""What ground truth itself has: where drifts are judged from when there are no first steps."""
+
+
+def judge(
+    signs: Mapping[str, float],
+    settings: AlarmSettings,
+    correlations: Mapping[tuple[str, str], float] | None = None,
+    first: Mapping[str, float] | None = None,
+) -> dict[str, str]:
+    """Return alarm → what is wrong, in words, for one step's (or one system's) mean signs; what is missing is not judged.
+
+    ``correlations``: pair of reward components → Pearson's r. ``first``: the drifting signs in the run's first steps;
+    without it sharpness and saturation are judged against ground truth, and length and entropy not at all.
     """
-    last = normalised(last_input, "features of the last input frame")
-    own = float((normalised(clip, "features of the generated frames") @ last).mean())
-    return own, own - float((normalised(truth, "features of the true frames") @ last).mean())
-
-
-def sharpness(frames: Frames) -> float:
-    """Return the mean variance of the Laplacian of luma (0..1): high for detail and noise, 0 for a flat picture."""
-    if min(frames.shape[1:3]) < 3:
-        raise RewardError(f"sharpness needs frames of at least 3x3 pixels, got {frames.shape[1]}x{frames.shape[2]}")
-    luma = frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32) / 255.0
-    centre = luma[:, 1:-1, 1:-1]
-    laplacian = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4.0 * centre
-    return float(laplacian.var(axis=(1, 2)).mean())
-
-
-def saturation(frames: Frames) -> float:
-    """Return the mean HSV saturation, (max − min) / max over RGB, 0..1; black counts as 0."""
-    values = frames.astype(np.float32)
-    high, low = values.max(axis=-1), values.min(axis=-1)
-    return float(((high - low) / np.maximum(high, 1.0)).mean())
-
-
-def frame_diagnostics(frames: Frames, truth: Frames) -> dict[str, float]:
-    """Return ``motion_ratio``, ``sharpness_ratio`` and ``saturation_shift`` of a clip relative to ground truth."""
-    return {
-        "motion_ratio": motion_ratio(frames, truth),
-        "sharpness_ratio": (sharpness(frames) + 1e-6) / (sharpness(truth) + 1e-6),
-        "saturation_shift": saturation(frames) - saturation(truth),
-    }
-
-
-def component_correlations(values: Mapping[str, ArrayLike]) -> dict[tuple[str, str], float]:
-    """Return Pearson's correlation of each pair of reward components, −1..1, names in the given order.
-
-    ``values``: name → (N,). A pair in which one component is constant has no correlation and is left out.
-    """
-    arrays = {name: np.asarray(v, dtype=np.float64) for name, v in values.items()}
-    result: dict[tuple[str, str], float] = {}
-    for a, b in combinations(arrays, 2):
-        x, y = arrays[a] - arrays[a].mean(), arrays[b] - arrays[b].mean()
-        scale = float(np.sqrt((x * x).sum() * (y * y).sum()))
-        # Rounding leaves a constant component with a spread near 1e-16 of its size, whose correlation is noise.
-        if min(np.abs(x).max(), np.abs(y).max()) > 1e-9 and scale > 0:
-            result[a, b] = float(np.clip((x * y).sum() / scale, -1.0, 1.0))
-    return result
-
-
-def alarms(
-    diagnostics: Mapping[str, float], correlations: Mapping[tuple[str, str], float] | None = None
-) -> tuple[str, ...]:
-    """Return, in words, which of the (batch mean) diagnostics and correlations look like reward hacking."""
-    found: list[str] = []
-    get = diagnostics.get
-    if (value := get("motion_ratio", 1.0)) < FROZEN_BELOW:
-        found.append(f"frozen: clips move {value:.2f} times as much as ground truth (alarm below {FROZEN_BELOW})")
-    if (value := get("copy_excess", 0.0)) > COPY_ABOVE:
-        found.append(
-            f"copying: clips are {value:.2f} closer to the last input frame than truth is (alarm above {COPY_ABOVE})"
-        )
-    low, high = SHARPNESS_RANGE
-    if not low <= (value := get("sharpness_ratio", 1.0)) <= high:
-        found.append(f"sharpness: {value:.2f} times that of ground truth (alarm outside {low}-{high})")
-    if abs(value := get("saturation_shift", 0.0)) > SATURATION_ABOVE:
-        found.append(f"saturation: {value:+.2f} against ground truth (alarm beyond ±{SATURATION_ABOVE})")
+    base, origin = ("ground truth", GROUND_TRUTH) if first is None else ("the run's first steps", first)
+    found: dict[str, str] = {}
+    for rule in _RULES:
+        low, high = rule.limits(settings)
+        if rule.sign not in signs or (rule.drift and rule.sign not in origin):
+            continue
+        value = signs[rule.sign]
+        if rule.drift == "ratio":
+            value = (value + SMALL) / (origin[rule.sign] + SMALL)
+        elif rule.drift == "difference":
+            value -= origin[rule.sign]
+        if (low is not None and value < low) or (high is not None and value > high):
+            found[rule.alarm] = f"{rule.alarm}: {rule.words.format(value=value, base=base)} (alarm {_span(low, high)})"
+    threshold = settings.correlation_below
     for (a, b), r in (correlations or {}).items():
-        if r < CORRELATION_BELOW:
-            found.append(f"trade-off: {a} and {b} correlate by {r:.2f} (alarm below {CORRELATION_BELOW})")
-    return tuple(found)
+        if threshold is not None and r < threshold:
+            found[f"correlation.{a}.{b}"] = f"correlation: {a} and {b} correlate by {r:.2f} (alarm below {threshold:g})"
+    return found
 
 
-def mean_diagnostics(items: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each diagnostic over the items that have it."""
-    names = sorted({name for item in items for name in item})
-    return {name: float(np.mean([item[name] for item in items if name in item])) for name in names}
+@dataclass(frozen=True)
+class Streak:
+    """How long one sign has been beyond its threshold, and since which step that is an alarm (None: it is not)."""
+
+    over: int = 0  # steps in a row beyond the threshold
+    quiet: int = 0  # steps in a row within it while the alarm is on
+    since: int | None = None
+
+
+@dataclass(frozen=True)
+class AlarmState:
+    """All that alarms remember of a stage: the drifting signs of its first steps, and the streaks."""
+
+    first: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    streaks: dict[str, Streak] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the state as plain values for the checkpoint."""
+        return {
+            "first": {name: list(values) for name, values in self.first.items()},
+            "streaks": {name: asdict(streak) for name, streak in self.streaks.items()},
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> AlarmState:
+        """Return the state that :meth:`to_json` wrote."""
+        return cls(
+            {name: tuple(numbers) for name, numbers in values["first"].items()},
+            {name: Streak(**streak) for name, streak in values["streaks"].items()},
+        )
+
+    @property
+    def on(self) -> dict[str, int]:
+        """The alarms that are on, and since which step."""
+        return {name: streak.since for name, streak in self.streaks.items() if streak.since is not None}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What one step brought: the new state, the alarms that began (with their sentence) and ended (with their first step)."""
+
+    state: AlarmState
+    began: dict[str, str]
+    ended: dict[str, int]
+    lasting: dict[str, str]
+    """Alarms, with this step's sentence, that have stood for ``stop_after`` steps in a row."""
+
+
+def watch(
+    state: AlarmState,
+    step: int,
+    signs: Mapping[str, float],
+    settings: AlarmSettings,
+    correlations: Mapping[tuple[str, str], float] | None = None,
+) -> Watched:
+    """Judge one ``step`` of a run.
+
+    A sign beyond its threshold for ``patience`` steps in a row begins an alarm, as many steps within it end it. Drifts
+    are judged from the step after the sign's first ``first_steps`` values on, against their mean. A sign that is
+    missing or not finite counts as within its threshold.
+    """
+    signs = {name: value for name, value in signs.items() if math.isfinite(value)}
+    drifting = [rule.sign for rule in _RULES if rule.drift and rule.sign in signs]
+    known = {n: math.fsum(v) / len(v) for n, v in state.first.items() if len(v) >= settings.first_steps}
+    found = judge(signs, settings, correlations, known)
+    first = state.first | {n: (*state.first.get(n, ()), signs[n]) for n in drifting if n not in known}
+    began: dict[str, str] = {}
+    ended: dict[str, int] = {}
+    streaks: dict[str, Streak] = {}
+    for name in sorted({*found, *state.streaks}):
+        old = state.streaks.get(name, Streak())
+        if name in found:
+            new = replace(old, over=old.over + 1, quiet=0)
+            if new.since is None and new.over >= settings.patience:
+                new, began[name] = replace(new, since=step), found[name]
+        else:
+            new = replace(old, over=0, quiet=old.quiet + 1)
+            if new.since is not None and new.quiet >= settings.patience:
+                ended[name] = new.since
+            if new.since is None or name in ended:
+                continue
+        streaks[name] = new
+    limit = settings.stop_after
+    lasting = {name: found[name] for name, streak in streaks.items() if limit and streak.over >= limit}
+    return Watched(AlarmState(first, streaks), began, ended, lasting)
+
+
+def _span(low: float | None, high: float | None) -> str:
+    if low is None:
+        return f"above {high:g}"
+    if high is None:
+        return f"below {low:g}"
+    return f"beyond ±{high:g}" if low == -high else f"outside {low:g}–{high:g}"

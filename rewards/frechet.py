@@ -74,6 +74,34 @@ def frechet_distance(generated: ArrayLike, truth: ArrayLike, extractor: str) -> 
     return FrechetDistance(value, extractor, len(x), len(y), x.shape[1])
 
 
+def repeated_frechet(generated: ArrayLike, truth: ArrayLike, times: ArrayLike) -> NDArray[np.float64]:
+    """Return the distance (R,) of pairs of clips, (N, D) and (N, D), when pair i is there ``times`` (R, N) [r, i] times.
+
+    The same number as :func:`frechet_distance` of the repeated rows, made for a bootstrap: with covariances X'X and Y'Y
+    of centred rows, tr (X'X Y'Y)^½ is the sum of the singular values of X Y', which triangular factors of X and Y keep;
+    they are taken where there are more clips than features.
+    """
+    x, y = np.asarray(generated, dtype=np.float64), np.asarray(truth, dtype=np.float64)
+    counts = np.asarray(times, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 2 or counts.shape[1:] != x.shape[:1]:
+        raise RewardError(f"repeated pairs need (N, D), (N, D) and (R, N), got {x.shape}, {y.shape}, {counts.shape}")
+    at_once = max(1, 2_000_000 // x.size)
+    return np.concatenate([_repeated(x, y, counts[i : i + at_once]) for i in range(0, len(counts), at_once)])
+
+
+def _repeated(x: NDArray[np.float64], y: NDArray[np.float64], times: NDArray[np.float64]) -> NDArray[np.float64]:
+    total = times.sum(axis=1)
+    shift, spread, factors = np.zeros((len(times), x.shape[1])), np.zeros(len(times)), []
+    for rows, sign in ((x, 1.0), (y, -1.0)):
+        mean = times @ rows / total[:, None]
+        centred = np.sqrt(times / (total[:, None] - 1.0))[..., None] * (rows - mean[:, None])
+        shift += sign * mean
+        spread += (centred**2).sum(axis=(1, 2))
+        factors.append(np.asarray(np.linalg.qr(centred, mode="r")) if len(x) > x.shape[1] else centred)
+    cross = np.linalg.svd(factors[0] @ factors[1].swapaxes(1, 2), compute_uv=False).sum(axis=1)
+    return np.maximum(0.0, (shift**2).sum(axis=1) + spread - 2.0 * cross)
+
+
 def clip_frames_feature(frames: ArrayLike, dim: int) -> NDArray[np.float32]:
     """Return one clip's feature (dim,) from the CLIP features (T, D) of its frames: appearance and change, projected.
 

@@ -18,11 +18,11 @@ from actors.failures import BadSampleError, Failure, InfrastructureError, Outcom
 from actors.records import ScoreRequest, Scores
 from actors.scoring.clip import ClipScorer
 from actors.scoring.features import FeatureCache, content_key
-from rewards.alarms import copying, frame_diagnostics
 from rewards.custom import CustomReward, call_reward, is_custom, load_reward
 from rewards.errors import RewardError
 from rewards.format import format_reward
 from rewards.frechet import clip_frames_feature
+from rewards.signs import copying, frame_diagnostics
 from rewards.similarity import clip_score, clip_t, clip_v
 from rewards.text import rouge_l
 

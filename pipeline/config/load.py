@@ -78,7 +78,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def config_digest(
-    config: RunConfig, ignore: Sequence[str] = ("out", "cluster", "tracking", "checkpoint", "name")
+    config: RunConfig, ignore: Sequence[str] = ("out", "cluster", "tracking", "checkpoint", "name", "alarms")
 ) -> str:
     """Return a digest of everything in ``config`` that changes what is learnt."""
     values = config.model_dump(mode="json", exclude=set(ignore))

@@ -1,49 +1,102 @@
-"""``vans evaluate``: answer held-out samples with a pair (or read another system's answers), score them, write the report."""
+"""``vans evaluate``: answer held-out samples with a pair (or read other systems' answers), score them, write the report."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 
 from actors.records import Sample
+from actors.scoring.video import TorchScriptExtractor, VideoExtractor
+from cluster.errors import ConfigError
 from pipeline.config import RunConfig
 from pipeline.data.source import SampleSource
 from pipeline.evaluate.predict import answer_samples
 from pipeline.evaluate.predictions import Prediction, read_predictions, write_predictions
 from pipeline.evaluate.score import score_predictions
 from pipeline.evaluate.sheets import evaluation_sheet
-from pipeline.evaluate.table import EvaluationTable
+from pipeline.evaluate.table import EvaluationTable, check_compared
 from pipeline.fleet import Fleet, cluster_session, open_fleet
 from pipeline.progress import bar
-from pipeline.sources import evaluation_source
+from pipeline.sources import evaluation_source, video_limits
+
+PAIR = "pair"
 
 
-def run_evaluation(config: RunConfig, out: Path, *, predictions: Path | None = None) -> EvaluationTable:
-    """Evaluate the configured pair, or the answers in the folder ``predictions``, into ``out``."""
+def run_evaluation(
+    config: RunConfig,
+    out: Path,
+    *,
+    predictions: Sequence[str] = (),
+    fvd_extractor: str | None = None,
+    compare: tuple[str, str] | None = None,
+) -> EvaluationTable:
+    """Evaluate the configured pair, or the answers in the folders ``predictions``, into ``out``.
+
+    ``predictions`` and ``fvd_extractor`` are paths, each with a name in front where wanted (``name=path``). ``compare``:
+    baseline and system, by name; by default the first and the last. What can be wrong with them is found before
+    anything is started.
+    """
     console = Console()
-    read = read_predictions(predictions) if predictions else None
+    read = read_systems(predictions)
+    if compare is not None:
+        check_compared(compare, list(read) or [PAIR])
+    video = None
+    if fvd_extractor is not None:
+        name, file = named(fvd_extractor)
+        video = TorchScriptExtractor(file, name)
     with cluster_session(config):
-        table = asyncio.run(_evaluate(config, out, read, predictions.name if predictions else "pair", console))
+        table = asyncio.run(_evaluate(config, out, read, video, compare, console))
     console.print(Markdown(table.markdown()))
     console.print(f"table, JSON and contact sheet are in {out}", highlight=False)
     return table
 
 
+def named(text: str) -> tuple[str, Path]:
+    """Return name and path of ``name=path``; without a name it is the folder's, or the file's without its suffix."""
+    name, sign, path = text.partition("=")
+    if not sign or Path(text).exists():
+        whole = Path(text).resolve()
+        return whole.stem if whole.is_file() else whole.name, Path(text)
+    if not name.strip() or not path:
+        raise ConfigError(f"{text!r}: expected a path, or name=path")
+    return name.strip(), Path(path)
+
+
+def read_systems(predictions: Sequence[str]) -> dict[str, list[Prediction]]:
+    """Return the answers in each folder by its system's name; raises ConfigError for a name that comes twice."""
+    found: dict[str, list[Prediction]] = {}
+    for text in predictions:
+        name, folder = named(text)
+        if name in found:
+            raise ConfigError(f"two systems are called {name!r}; name them apart: --predictions other={folder}")
+        found[name] = read_predictions(folder)
+    return found
+
+
 async def _evaluate(
-    config: RunConfig, out: Path, read: list[Prediction] | None, name: str, console: Console
+    config: RunConfig,
+    out: Path,
+    read: Mapping[str, list[Prediction]],
+    video: VideoExtractor | None,
+    compare: tuple[str, str] | None,
+    console: Console,
 ) -> EvaluationTable:
     samples = await asyncio.to_thread(load_samples, config)
-    async with open_fleet(config, only=("reward",) if read is not None else ()) as fleet:
-        answers = read if read is not None else await answer_with_progress(config, fleet, samples, console, "answering")
-        table = await score_systems(config, fleet, {name: answers}, samples)
-    if read is None:
-        write_predictions(out / "predictions", answers, config.video.fps)
-    write_report(out, table, {name: answers}, samples)
+    systems = dict(read)
+    async with open_fleet(config, only=("reward",) if read else ()) as fleet:
+        if not read:
+            systems[PAIR] = await answer_with_progress(config, fleet, samples, console, "answering")
+            write_predictions(out / "predictions", systems[PAIR], config.video.fps)
+        with bar(console, "scoring", sum(map(len, systems.values()))) as progress:
+            table = await score_systems(
+                config, fleet, systems, samples, video=video, compare=compare, on_done=progress.advance
+            )
+    write_report(out, table, systems, samples)
     return table
 
 
@@ -62,13 +115,29 @@ async def answer_with_progress(
 
 
 async def score_systems(
-    config: RunConfig, fleet: Fleet, systems: Mapping[str, Sequence[Prediction]], samples: Sequence[Sample]
+    config: RunConfig,
+    fleet: Fleet,
+    systems: Mapping[str, Sequence[Prediction]],
+    samples: Sequence[Sample],
+    *,
+    video: VideoExtractor | None = None,
+    compare: tuple[str, str] | None = None,
+    on_done: Callable[[], None] = lambda: None,
 ) -> EvaluationTable:
-    """Score the answers of ``systems`` in the reward pool."""
+    """Score the answers of ``systems`` in the reward pool; ``video`` makes the Fréchet features instead of CLIP."""
     names = set((await fleet.reward.call_all("fvd_extractor")).values())
     (extractor,) = names
     return await score_predictions(
-        systems, samples, fleet.reward.submit, extractor=extractor, seed=config.evaluate.seed
+        systems,
+        samples,
+        fleet.reward.submit,
+        extractor=extractor,
+        video=video,
+        limits=video_limits(config),
+        seed=config.evaluate.seed,
+        compare=compare,
+        settings=config.alarms.settings,
+        on_done=on_done,
     )
 
 

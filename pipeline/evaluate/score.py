@@ -20,8 +20,10 @@ from actors.scoring.video import VideoExtractor
 from cluster.errors import DataError
 from pipeline.data import toy
 from pipeline.data.video import VideoLimits
+from pipeline.evaluate.figures import Answered
 from pipeline.evaluate.predictions import Prediction, check_cover
-from pipeline.evaluate.table import Answered, EvaluationTable, build_table
+from pipeline.evaluate.table import EvaluationTable, build_table
+from rewards.alarms import AlarmSettings
 
 Score = Callable[[ScoreRequest], Awaitable[Scores]]
 """Scores one request or raises; a reward pool's ``submit`` is one."""
@@ -40,14 +42,16 @@ async def score_predictions(
     video: VideoExtractor | None = None,
     limits: VideoLimits | None = None,
     seed: int = 0,
+    compare: tuple[str, str] | None = None,
+    settings: AlarmSettings | None = None,
     on_done: Callable[[], None] = lambda: None,
 ) -> EvaluationTable:
     """Return the table of ``systems`` (name → predictions) on ``samples``.
 
     ``extractor`` names the Fréchet features that ``score`` gives (``Scorer.fvd_extractor``); with ``video`` the
-    features are that extractor's instead. ``on_done`` is called after each answer. At most 32 answers are decoded and
-    in flight. Raises DataError when a system leaves out a sample or a video cannot be decoded; an error of ``score`` is
-    raised as it is, never counted as a bad answer.
+    features are that extractor's instead. ``compare`` and ``settings``: see ``table.build_table``. ``on_done`` is
+    called after each answer. At most 32 answers are decoded and in flight. Raises DataError when a system leaves out a
+    sample or a video cannot be decoded; an error of ``score`` is raised as it is, never counted as a bad answer.
     """
     ids = [sample.id for sample in samples]
     if not ids or len(set(ids)) != len(ids):
@@ -56,11 +60,12 @@ async def score_predictions(
         )
     covered = {name: check_cover(name, predictions, ids) for name, predictions in systems.items()}
     room = asyncio.Semaphore(IN_FLIGHT)
+    videos = None if video is None else _VideoFeatures(video)
 
     async def one(sample: Sample, prediction: Prediction) -> Answered:
         async with room:
             loaded = await asyncio.to_thread(prediction.load, sample.target_frames, limits)
-            answered = await _answer(sample, loaded, score, video)
+            answered = await _answer(sample, loaded, score, videos)
         on_done()
         return answered
 
@@ -72,7 +77,7 @@ async def score_predictions(
         except ExceptionGroup as errors:
             raise _first(errors) from None
         found[name] = [task.result() for task in tasks]
-    return build_table(found, video.name if video else extractor, seed=seed)
+    return build_table(found, video.name if video else extractor, seed=seed, compare=compare, settings=settings)
 
 
 def evaluate_predictions(
@@ -83,12 +88,15 @@ def evaluate_predictions(
     video: VideoExtractor | None = None,
     limits: VideoLimits | None = None,
     seed: int = 0,
+    compare: tuple[str, str] | None = None,
 ) -> EvaluationTable:
     """As :func:`score_predictions`, with CLIP in this process. Not for use inside a running event loop."""
     local = LocalScore(clip)
     name = local.scorer.fvd_extractor
     return asyncio.run(
-        score_predictions(systems, samples, local, extractor=name, video=video, limits=limits, seed=seed)
+        score_predictions(
+            systems, samples, local, extractor=name, video=video, limits=limits, seed=seed, compare=compare
+        )
     )
 
 
@@ -109,14 +117,30 @@ class LocalScore:
         return scores
 
 
-async def _answer(sample: Sample, prediction: Prediction, score: Score, video: VideoExtractor | None) -> Answered:
+class _VideoFeatures:
+    """An extractor's features, one clip at a time and beside the event loop; those of ground truth are made once."""
+
+    def __init__(self, extractor: VideoExtractor) -> None:
+        self._extractor = extractor
+        self._one = asyncio.Lock()
+        self._truth: dict[str, np.ndarray] = {}
+
+    async def of(self, sample: Sample, frames: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the features of an answer to ``sample`` and of its true clip."""
+        async with self._one:
+            if sample.id not in self._truth:
+                self._truth[sample.id] = await asyncio.to_thread(self._extractor, sample.target_frames)
+            return {"clip": await asyncio.to_thread(self._extractor, frames), "target": self._truth[sample.id]}
+
+
+async def _answer(sample: Sample, prediction: Prediction, score: Score, videos: _VideoFeatures | None) -> Answered:
     scores = await score(_request(sample, prediction))
     values = {"answered": float(prediction.frames is not None and bool(prediction.caption)), **scores.values}
     values |= {name: value for name, value in scores.diagnostics.items() if name != "copy"}
     values |= _toy_judgement(sample, prediction)
     features = dict(scores.features)
-    if video is not None and prediction.frames is not None:
-        features = {"clip": video(prediction.frames), "target": video(sample.target_frames)}
+    if videos is not None and prediction.frames is not None:
+        features = await videos.of(sample, prediction.frames)
     return Answered(sample.id, prediction.index, sample.kind, prediction.caption, sample.caption, values, features)
 
 

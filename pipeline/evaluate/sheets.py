@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from actors.records import Sample
+from pipeline.evaluate.figures import Answered
 from pipeline.evaluate.predictions import Prediction
-from pipeline.evaluate.table import Answered, EvaluationTable
+from pipeline.evaluate.table import EvaluationTable
 from rewards.similarity import resample_frames
 
 INK, SOFT, PAPER, CARD, LINE = "#16202c", "#5c6b7a", "#ffffff", "#f5f7f9", "#dfe5ea"

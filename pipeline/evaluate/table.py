@@ -1,6 +1,7 @@
 """The evaluation table: metrics of several systems on the same samples, as markdown and JSON.
 
-Responsible for means, intervals and layout. The numbers per answer come from ``score``.
+Responsible for which metrics there are and for the layout. Values and intervals are ``figures``, the numbers per answer
+come from ``score``.
 """
 
 from __future__ import annotations
@@ -8,22 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.evaluate.bootstrap import Estimate, mean_estimate
-from rewards.alarms import alarms
-from rewards.frechet import FrechetDistance, frechet_distance, fvd_name
-from rewards.text import BLEU_ORDERS, bleu
+from cluster.errors import ConfigError
+from pipeline.evaluate.bootstrap import Estimate
+from pipeline.evaluate.figures import FRECHET, Answered, Difference, Frechet, difference_of, measure, value_of
+from rewards.alarms import AlarmSettings, judge
+from rewards.frechet import FrechetDistance, fvd_name
+from rewards.text import BLEU_ORDERS
 
 GROUPS = ("all", "procedural", "predictive")
 
 METRICS: dict[str, str] = {
     "rouge_l": "ROUGE-L ↑",
     **{f"bleu_{n}": f"BLEU@{n} ↑" for n in BLEU_ORDERS},
-    "frechet": "FVD ↓",
+    FRECHET: "FVD ↓",
     "clip_v": "CLIP-V ↑",
     "clip_t": "CLIP-T, own caption ↑",
     "clip_t_truth": "CLIP-T, true caption ↑",
@@ -49,19 +51,6 @@ HEADINGS = METRICS | SIGNS
 
 
 @dataclass(frozen=True, eq=False)
-class Answered:
-    """One answer with its numbers. ``values`` holds only what applies (a missing video has no CLIP-V)."""
-
-    id: str
-    index: int
-    kind: str
-    caption: str
-    reference: str
-    values: dict[str, float]
-    features: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
 class SystemResult:
     """One system's metrics: group → metric → estimate, its Fréchet distances by group, and its answers."""
 
@@ -73,49 +62,65 @@ class SystemResult:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationTable:
-    """Systems compared on the same samples. ``samples``: group → how many; ``extractor`` names the Fréchet features."""
+    """Systems compared on the same samples. ``samples``: group → how many; ``extractor`` names the Fréchet features.
+
+    ``compare``: (baseline, system), the two that are compared sample by sample; None where there is one system.
+    """
 
     systems: dict[str, SystemResult]
     samples: dict[str, int]
     extractor: str
     seed: int = 0
+    compare: tuple[str, str] | None = None
+    settings: AlarmSettings = field(default_factory=AlarmSettings)
 
     def figures(self, system: str, group: str = "all") -> dict[str, float]:
         """Return one system's metrics as plain numbers, and ``n``, the number of samples."""
         return {name: e.value for name, e in self.systems[system].metrics[group].items()} | {"n": self.samples[group]}
 
-    def difference(self, system: str, baseline: str, metric: str, group: str = "all") -> Estimate | None:
-        """Return the mean paired difference ``system`` − ``baseline`` with its interval, where both have it."""
-        a, b = (_per_sample(self.systems[s].answers, metric, group) for s in (system, baseline))
-        both = [i for i in a if i in b]
-        return mean_estimate([a[i] - b[i] for i in both], self.seed) if both else None
+    def difference(self, system: str, baseline: str, metric: str, group: str = "all") -> Difference | None:
+        """Return ``system`` − ``baseline`` over the samples that both have the metric for, by a paired bootstrap."""
+        new, old = (_members(self.systems[name].answers, group) for name in (system, baseline))
+        return difference_of(measure(metric, self.extractor), new, old, self.seed)
+
+    @cached_property
+    def comparison(self) -> dict[str, dict[str, Difference]]:
+        """Group → metric → difference of the two systems in ``compare``; empty without."""
+        if self.compare is None:
+            return {}
+        baseline, system = self.compare
+        found = {
+            g: {m: d for m in self._present(g, HEADINGS) if (d := self.difference(system, baseline, m, g)) is not None}
+            for g in GROUPS
+        }
+        return {group: differences for group, differences in found.items() if differences}
 
     def alarms(self, system: str) -> tuple[str, ...]:
         """Return what in the system's clips looks like reward hacking, in words."""
-        return alarms({name: e.value for name, e in self.systems[system].metrics["all"].items()})
+        signs = {name: e.value for name, e in self.systems[system].metrics["all"].items() if name in SIGNS}
+        return tuple(judge(signs, self.settings).values())
 
     def markdown(self) -> str:
-        """Return the table for people: all samples with intervals, then procedural / predictive."""
+        """Return the table for people: all samples with intervals, by kind, signs, the comparison, notes."""
         names = list(self.systems)
-        delta = names[-1] if len(names) > 1 else None
         parts = [
             f"**All {self.samples['all']} samples** (mean [95% bootstrap interval over samples])",
-            markdown_grid(
-                ["", *names] + ([f"{delta} − {names[0]}"] if delta else []), self._rows_all(names, delta, METRICS)
-            ),
+            markdown_grid(["", *names], self._rows_all(names, METRICS)),
         ]
-        kinds = [g for g in GROUPS[1:] if self.samples.get(g)]
+        kinds = self._kinds()
         if len(kinds) > 1:
             counts = " / ".join(f"{self.samples[g]} {g}" for g in kinds)
             parts += [
                 f"**By kind: {' / '.join(kinds)}** ({counts})",
                 markdown_grid(["", *names], self._rows_kinds(names, kinds)),
             ]
-        if signs := self._rows_all(names, None, SIGNS):
+        if signs := self._rows_all(names, SIGNS):
             parts += [
                 "**Signs of reward hacking** (in brackets: what ground truth has)",
                 markdown_grid(["", *names], signs),
             ]
+        if self.comparison:
+            parts += self._compared()
         parts.append(self._notes(names))
         return "\n\n".join(parts) + "\n"
 
@@ -124,6 +129,12 @@ class EvaluationTable:
         return {
             "samples": self.samples,
             "extractor": self.extractor,
+            "comparison": self.comparison
+            and {
+                "baseline": self.compare and self.compare[0],
+                "system": self.compare and self.compare[1],
+                "differences": {g: {m: asdict(d) for m, d in found.items()} for g, found in self.comparison.items()},
+            },
             "systems": {
                 name: {
                     "metrics": {g: {m: asdict(e) for m, e in values.items()} for g, values in result.metrics.items()},
@@ -157,20 +168,39 @@ class EvaluationTable:
         return [m for m in choice if any(m in r.metrics.get(group, {}) for r in self.systems.values())]
 
     def _heading(self, metric: str) -> str:
-        return HEADINGS[metric].replace("FVD", fvd_name(self.extractor)) if metric == "frechet" else HEADINGS[metric]
+        return HEADINGS[metric].replace("FVD", fvd_name(self.extractor)) if metric == FRECHET else HEADINGS[metric]
 
-    def _rows_all(self, names: Sequence[str], delta: str | None, choice: Mapping[str, str]) -> list[list[str]]:
+    def _kinds(self) -> list[str]:
+        return [g for g in GROUPS[1:] if self.samples.get(g)]
+
+    def _rows_all(self, names: Sequence[str], choice: Mapping[str, str]) -> list[list[str]]:
         rows = []
         for metric in self._present("all", choice):
             estimates = [self.systems[n].metrics["all"].get(metric) for n in names]
-            row = [
-                self._heading(metric),
-                *(_value(metric, e, _interval(e) + self._count(n, e)) for n, e in zip(names, estimates)),
-            ]
-            if delta:
-                row.append(self._change(delta, names[0], metric))
-            rows.append(row)
+            cells = (
+                _value(metric, e, _interval(metric, e) + self._count(metric, n, e)) for n, e in zip(names, estimates)
+            )
+            rows.append([self._heading(metric), *cells])
         return rows
+
+    def _compared(self) -> list[str]:
+        """Return title and table of the comparison: the difference over all samples, and apart for each kind."""
+        assert self.compare is not None
+        baseline, system = self.compare
+        kinds = self._kinds()
+        groups = ["all", *(kinds if len(kinds) > 1 else [])]
+        rows = []
+        for metric in METRICS:
+            if metric in self.comparison["all"]:
+                found = [self.comparison.get(group, {}).get(metric) for group in groups]
+                cells = ["–" if d is None else _number(metric, d.value, "+") + _interval(metric, d, "+") for d in found]
+                whole = self.comparison["all"][metric]
+                rows.append([self._heading(metric), cells[0], f"{whole.differ} of {whole.n}", *cells[1:]])
+        title = (
+            f"**{system} − {baseline}**, sample by sample (mean difference [95% paired bootstrap interval], and the samples "
+            "on which they differ)"
+        )
+        return [title, markdown_grid(["", "all", "differ", *groups[1:]], rows)]
 
     def _rows_kinds(self, names: Sequence[str], kinds: Sequence[str]) -> list[list[str]]:
         metrics = [m for m in self._present("all") if any(m in self._present(k) for k in kinds)]
@@ -182,17 +212,10 @@ class EvaluationTable:
             for m in metrics
         ]
 
-    def _count(self, name: str, estimate: Estimate | None) -> str:
+    def _count(self, metric: str, name: str, estimate: Estimate | None) -> str:
+        if metric == FRECHET and estimate is not None:
+            return f" (N={self.systems[name].frechet['all'].n})"
         return f" (n={estimate.n})" if estimate is not None and estimate.n != self.samples["all"] else ""
-
-    def _change(self, system: str, baseline: str, metric: str) -> str:
-        paired = self.difference(system, baseline, metric)
-        if paired is not None:
-            return _value(metric, paired, _interval(paired, "+"), "+")
-        new, old = (self.systems[s].metrics["all"].get(metric) for s in (system, baseline))
-        if new is None or old is None or new.n != old.n:  # corpus metrics compare at equal N only
-            return "–"
-        return (_distance if metric == "frechet" else _digits)(new.value - old.value, "+")
 
     def _notes(self, names: Sequence[str]) -> str:
         lines = []
@@ -203,69 +226,76 @@ class EvaluationTable:
             counts = ", ".join(f"{g} N={d.n}" for g, d in distances.items())
             dim = next(iter(distances.values())).dim
             weak = [g for g, d in distances.items() if not d.well_posed]
-            warn = f"; {' and '.join(weak)}: fewer clips than features, only roughly estimated" if weak else ""
-            lines.append(
-                f"- {fvd_name(self.extractor)} of {name}: {dim} features, {counts}{warn}. Compare at equal N only."
-            )
+            lines.append(f"- {fvd_name(self.extractor)} of {name}: {dim} features, {counts}. Compare at equal N only.")
+            if weak:
+                lines.append(
+                    f"- **warning** {fvd_name(self.extractor)} of {name}: not more clips than features ({', '.join(weak)}), "
+                    "so the distance is only roughly estimated and too high"
+                )
         for name in names:
             lines += [f"- **alarm** {name}: {text}" for text in self.alarms(name)]
         return "\n".join(lines)
 
 
-def build_table(answers: Mapping[str, Sequence[Answered]], extractor: str, *, seed: int = 0) -> EvaluationTable:
-    """Return the table of each system's answers; every system must have answered the same samples."""
+def build_table(
+    answers: Mapping[str, Sequence[Answered]],
+    extractor: str,
+    *,
+    seed: int = 0,
+    compare: tuple[str, str] | None = None,
+    settings: AlarmSettings | None = None,
+) -> EvaluationTable:
+    """Return the table of each system's answers; every system must have answered the same samples.
+
+    ``compare``: (baseline, system); by default the first and the last. Raises ConfigError for a system that is not there.
+    """
     systems: dict[str, SystemResult] = {}
     samples: dict[str, int] = {}
     for name, found in answers.items():
         metrics: dict[str, dict[str, Estimate]] = {}
         distances: dict[str, FrechetDistance] = {}
         for group in GROUPS:
-            members = [a for a in found if group in ("all", a.kind)]
+            members = _members(found, group)
             samples[group] = len({a.id for a in members})
-            metrics[group], distance = _estimates(members, extractor, seed)
-            if distance is not None:
-                distances[group] = distance
+            values = {m: value_of(measure(m, extractor), members, seed) for m in HEADINGS}
+            metrics[group] = {m: e for m, e in values.items() if e is not None}
+            if FRECHET in metrics[group]:
+                how = Frechet(extractor)
+                distances[group] = how.distance(list(how.rows(members).values()))
         systems[name] = SystemResult(name, metrics, distances, tuple(found))
-    return EvaluationTable(systems, samples, extractor, seed)
+    names = list(systems)
+    if compare is None and len(names) > 1:
+        compare = names[0], names[-1]
+    if compare is not None:
+        check_compared(compare, names)
+    return EvaluationTable(systems, samples, extractor, seed, compare, settings or AlarmSettings())
 
 
-def _estimates(
-    members: Sequence[Answered], extractor: str, seed: int
-) -> tuple[dict[str, Estimate], FrechetDistance | None]:
-    if not members:
-        return {}, None
-    count = len({a.id for a in members})
-    found = {m: mean_estimate(list(v.values()), seed) for m in HEADINGS if (v := _per_sample(members, m, "all"))}
-    found |= {
-        n: Estimate(v, count) for n, v in bleu([a.caption for a in members], [a.reference for a in members]).items()
-    }
-    clips = [a.features for a in members if a.features]
-    if len(clips) < 2:
-        return found, None
-    distance = frechet_distance(np.stack([c["clip"] for c in clips]), np.stack([c["target"] for c in clips]), extractor)
-    return found | {"frechet": Estimate(distance.value, distance.n)}, distance
+def check_compared(compare: tuple[str, str], names: Sequence[str]) -> None:
+    """Raise ConfigError where one of the two systems to ``compare`` is not among ``names``."""
+    if unknown := [name for name in compare if name not in names]:
+        raise ConfigError(f"cannot compare {unknown[0]!r}: the systems are {', '.join(names)}")
 
 
-def _per_sample(answers: Sequence[Answered], metric: str, group: str) -> dict[str, float]:
-    """Return sample id → the metric's mean over the sample's answers."""
-    values: dict[str, list[float]] = {}
-    for answer in answers:
-        if group in ("all", answer.kind) and metric in answer.values:
-            values.setdefault(answer.id, []).append(answer.values[metric])
-    return {i: float(np.mean(v)) for i, v in values.items()}
+def _members(answers: Sequence[Answered], group: str) -> list[Answered]:
+    return [a for a in answers if group in ("all", a.kind)]
 
 
 def _value(metric: str, estimate: Estimate | None, suffix: str = "", sign: str = "") -> str:
     """Return an estimate's value as text, or a dash where there is none."""
     if estimate is None:
         return "–"
-    return (_distance if metric == "frechet" else _digits)(estimate.value, sign) + suffix
+    return _number(metric, estimate.value, sign) + suffix
 
 
-def _interval(estimate: Estimate | None, sign: str = "") -> str:
+def _interval(metric: str, estimate: Estimate | Difference | None, sign: str = "") -> str:
     if estimate is None or estimate.low is None or estimate.high is None:
         return ""
-    return f" [{_digits(estimate.low, sign)}, {_digits(estimate.high, sign)}]"
+    return f" [{_number(metric, estimate.low, sign)}, {_number(metric, estimate.high, sign)}]"
+
+
+def _number(metric: str, value: float, sign: str = "") -> str:
+    return (_distance if metric == FRECHET else _digits)(value, sign)
 
 
 def _digits(value: float, sign: str = "") -> str:

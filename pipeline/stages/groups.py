@@ -13,8 +13,8 @@ import numpy as np
 
 from actors.learner.advantages import group_advantages
 from actors.records import Clip, Completion, Sample, Scores
-from rewards.alarms import component_correlations
 from rewards.combine import combine_rewards
+from rewards.signs import component_correlations
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,7 +47,7 @@ class Stage2:
     title = "stage 2 · artist"
     policies: ClassVar[tuple[str, ...]] = ("vdm",)
     _anchors: dict[str, Anchor] = field(default_factory=dict)
-    _seen: list[Anchor] = field(default_factory=list)
+    _seen: dict[int, list[Anchor]] = field(default_factory=dict)  # by step: several may be in flight
 
     def __post_init__(self) -> None:
         self.window = sde_window(self.config)
@@ -64,11 +64,14 @@ class Stage2:
         """
         tasks: list[asyncio.Task[Group | None]] = []
         spec, key = sde_spec(self.config, self.window, step), draw_key(step, wave)
+        seen = self._seen.setdefault(step, [])
         for _ in range(self.section.anchor_max_draws):
             samples = await feed.draw(count - len(tasks))
             for sample, anchor in zip(
                 samples, await asyncio.gather(*(self._anchor(s, key) for s in samples)), strict=True
             ):
+                if anchor is not None:
+                    seen.append(anchor)
                 if anchor is None or anchor.caption is None or anchor.rouge_l < self.section.anchor_min_rouge:
                     continue
                 name = f"stage2 step {key} {sample.id}"
@@ -78,8 +81,8 @@ class Stage2:
         if tasks or wave:
             return tasks
         raise TrainingError(
-            f"stage2: no anchor caption out of {len(self._seen)} reached stage2.anchor_min_rouge={self.section.anchor_min_rouge}; "
-            f"best {max((a.rouge_l for a in self._seen), default=0.0):.2f}. Train stage 1 longer or lower the threshold"
+            f"stage2: no anchor caption out of {len(seen)} reached stage2.anchor_min_rouge={self.section.anchor_min_rouge}; "
+            f"best {max((a.rouge_l for a in seen), default=0.0):.2f}. Train stage 1 longer or lower the threshold"
         )
 
     async def group(self, sample: Sample, anchor: Anchor, step: str, spec: SdeSpec) -> Group | None:
@@ -113,13 +116,14 @@ class Stage2:
         return trajectory_experiences(batch, self.config.video.reference_frames)
 
     def metrics(self, batch: RolloutBatch) -> dict[str, float]:
-        """Return what only stage 2 measures, over the anchors seen since the last call."""
-        seen, self._seen = self._seen, []
+        """Return what only stage 2 measures, over the anchors of the oldest step that was drawn: steps end in order."""
+        seen = self._seen.pop(min(self._seen), []) if self._seen else []
         kept = [a.rouge_l >= self.section.anchor_min_rouge and a.caption is not None for a in seen]
         start = self.window.start
         metrics = {"sde/window_start": float(start)}
         if seen:
             metrics |= {
+                "anchor/kept": float(np.sum(kept)),
                 "anchor/kept_ratio": float(np.mean(kept)),
                 "anchor/rouge_l": float(np.mean([a.rouge_l for a in seen])),
             }
@@ -138,13 +142,9 @@ class Stage2:
         self.window.advance()
 
     async def _anchor(self, sample: Sample, step: str) -> Anchor | None:
-        anchor = self._truth(sample) if self.section.anchor == "truth" else await self._ask(sample, step)
-        if anchor is not None:
-            self._seen.append(anchor)
-        return anchor
-
-    def _truth(self, sample: Sample) -> Anchor:
-        return Anchor("", sample.caption, 1.0)
+        if self.section.anchor == "truth":
+            return Anchor("", sample.caption, 1.0)
+        return await self._ask(sample, step)
 
     async def _ask(self, sample: Sample, step: str) -> Anchor | None:
         greedy = self.section.text.temperature == 0

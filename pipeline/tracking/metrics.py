@@ -85,6 +85,8 @@ STAGE2 = Family(
     "Anchors and the SDE (stage 2)",
     "The frozen thinker's captions, and where the flow is sampled as an SDE.",
     (
+        Metric("anchor/kept", "captions", "Anchor captions of the step that pass the ROUGE-L filter.",
+               "Equals prompts_per_step; fewer, and the filter starves the step."),
         Metric("anchor/kept_ratio", "ratio", "Anchor captions that pass the ROUGE-L filter.",
                "Low: stage 1 has not learnt enough for this threshold."),
         Metric("anchor/rouge_l", "ratio", "ROUGE-L of the anchor captions against ground truth, before the filter.",
@@ -145,14 +147,20 @@ LEARNER = Family(
 
 ALARMS = Family(
     "Reward-hacking alarms",
-    "Means over the rendered clips of a step, each relative to ground truth. They are watched, never rewarded.",
+    "Means over the rendered clips of a step, each relative to ground truth. They are watched, never rewarded. When "
+    "one of them, or one of `rollout/format_rate`, `rollout/completion_tokens_mean`, `learner/entropy`, "
+    "`anchor/kept_ratio` and `advantage/zero_std_ratio`, is an alarm is set in the `alarms` section of the "
+    "configuration and told in [rewards](rewards.md#alarms).",
     (
-        Metric("alarm/motion_ratio", "1", "Motion (mean |frame difference|) divided by ground truth's.",
+        Metric("alarm/on", "alarms", "Alarms that are on after the step.",
+               "Should be 0; the stage's tags `alarm.<name>` say which, since when and why."),
+        Metric("alarm/motion_ratio", "1",
+               "Motion (mean |frame difference| over the changes above 8 grey levels) divided by ground truth's.",
                "1 is right; towards 0 the artist freezes the video, the collapse known without CLIPScore."),
         Metric("alarm/copy", "cosine", "CLIP similarity of the clip to the last input frame.",
                "Read with copy_excess."),
         Metric("alarm/copy_excess", "cosine", "That similarity minus ground truth's own.",
-               "Above 0.05 the artist copies its input instead of answering."),
+               "Towards 1 the artist copies its input instead of answering."),
         Metric("alarm/sharpness_ratio", "1", "Sharpness divided by ground truth's.",
                "1 is right; far above 1 is texture that pleases CLIP."),
         Metric("alarm/saturation_shift", "1", "Mean saturation (0…1) minus ground truth's.",

@@ -47,6 +47,7 @@ def test_resolved_yaml_is_the_same_run(tmp_path) -> None:
         (["stage2.render.guidance=0.5"], "greater than or equal to 1"),
         (["video.num_frames=8"], "must be 4k+1"),
         (["learner.ranks=0"], "greater than 0"),
+        (["alarms.length_range=[2.0, 3.0]"], "it must hold 1"),
         (["stage1.rollout=3"], "stage1.rollout=3"),
         (["seed.x=3"], "seed is a value, not a section"),
         (["stage1.steps"], "expected section.key=value"),
@@ -83,6 +84,7 @@ def test_broken_yaml_is_named(tmp_path) -> None:
 def test_digest_sees_what_changes_learning_and_nothing_else() -> None:
     base = RunConfig()
     assert config_digest(base) == config_digest(parse_config({"out": "elsewhere", "name": "b"}))
+    assert config_digest(base) == config_digest(parse_config({"alarms": {"stop_after": 3, "copy_above": None}}))
     assert config_digest(base) != config_digest(parse_config({"stage1": {"optim": {"lr": 1e-3}}}))
 
 

@@ -5,17 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from actors.records import Sample, ScoreRequest, Scores
 from actors.scoring.clip import ClipScorer
-from cluster.errors import DataError
+from actors.scoring.video import TorchScriptExtractor
+from cluster.errors import CheckpointError, ConfigError, DataError
+from pipeline.config import RunConfig
 from pipeline.data.toy import make_sample
-from pipeline.evaluate.bootstrap import mean_estimate
+from pipeline.evaluate.bootstrap import Estimate, estimate
 from pipeline.evaluate.predictions import Prediction, read_predictions, write_predictions
+from pipeline.evaluate.run import read_systems, run_evaluation
 from pipeline.evaluate.score import evaluate_predictions, score_predictions, truth_as_predictions
 from pipeline.evaluate.sheets import Strip, contact_sheet, evaluation_sheet
-from pipeline.evaluate.table import EvaluationTable
+from pipeline.evaluate.table import METRICS, EvaluationTable
 
 COUNT = 8
 
@@ -60,7 +64,7 @@ def test_a_frozen_system_loses_and_an_unanswered_question_counts(table: Evaluati
     assert frozen["follow"] == 0.0 and frozen["faithful"] == 0.0 and frozen["format"] == 0.0
     assert frozen["rouge_l"] == frozen["event"] == frozen["answered"] == pytest.approx((COUNT - 1) / COUNT)
     assert frozen["clip_v"] < truth["clip_v"] and frozen["frechet"] > truth["frechet"]
-    assert any(text.startswith("frozen") for text in table.alarms("frozen"))
+    assert any(text.startswith("motion") for text in table.alarms("frozen"))
     assert table.systems["frozen"].metrics["all"]["clip_v"].n == COUNT - 1, "there is no CLIP-V without a video"
     change = table.difference("truth", "frozen", "follow")
     assert change is not None and (change.value, change.n) == (1.0, COUNT)
@@ -77,14 +81,86 @@ def test_the_table_as_markdown_and_json(table: EvaluationTable, tmp_path: Path) 
     table.write(tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert "FVD[tiny-clip-frames-16]" in text and "| FVD " not in text
-    assert f"all N={COUNT}" in text and "fewer clips than features" in text
+    assert f"all N={COUNT}" in text and "not more clips than features (all, procedural, predictive)" in text
     assert "**alarm** frozen" in text and "procedural / predictive" in text
     widths = {line.count("|") for line in text.split("\n\n")[1].splitlines()}
-    assert widths == {5}, "metric, two systems and their difference"
+    assert widths == {4}, "metric and two systems"
+    assert "**truth − frozen**, sample by sample" in text and f"| {COUNT} of {COUNT} |" in text
     stored = json.loads((tmp_path / "table.json").read_text())
     truth = stored["systems"]["truth"]
     assert truth["metrics"]["all"]["rouge_l"] == {"value": 1.0, "n": COUNT, "low": 1.0, "high": 1.0}
     assert truth["frechet"]["all"]["name"] == "FVD[tiny-clip-frames-16]" and len(truth["answers"]) == COUNT
+    for system in stored["systems"].values():
+        for group in system["metrics"].values():
+            assert all(e["low"] is not None and e["low"] <= e["high"] for e in group.values()), "each has an interval"
+    compared = stored["comparison"]
+    assert (compared["baseline"], compared["system"]) == ("frozen", "truth")
+    assert set(compared["differences"]) == {"all", "procedural", "predictive"}
+    assert compared["differences"]["all"]["follow"]["value"] == 1.0
+
+
+def test_two_of_three_systems_are_compared_as_asked(
+    samples: list[Sample], frozen: list[Prediction], clip: ClipScorer
+) -> None:
+    truth = truth_as_predictions(samples)
+    systems = {"truth": truth, "frozen": frozen, "again": truth}
+    table = evaluate_predictions(systems, samples, clip, compare=("truth", "again"))
+    assert set(table.comparison["all"]) >= {*METRICS, "motion_ratio", "copy_excess"}
+    for found in table.comparison.values():
+        for metric, d in found.items():
+            assert (d.value, d.low, d.high, d.differ) == (0.0, 0.0, 0.0, 0), metric
+    with pytest.raises(ConfigError, match="cannot compare 'missing': the systems are truth, frozen, again"):
+        evaluate_predictions(systems, samples, clip, compare=("truth", "missing"))
+
+
+class MeanAndSpread(torch.nn.Module):
+    """Features as the I3D export has them: probabilities, unless it is told to return features."""
+
+    def forward(self, x: torch.Tensor, rescale: bool = True, return_features: bool = False) -> torch.Tensor:
+        found = torch.cat([x.mean(dim=[3, 4]).flatten(1), x.std(dim=[3, 4]).flatten(1)], dim=1)
+        return (found * 9.0 if rescale else found) if return_features else found.softmax(1)
+
+
+def test_another_extractor_names_the_metric_and_warns_of_few_clips(
+    samples: list[Sample], frozen: list[Prediction], clip: ClipScorer, tmp_path: Path
+) -> None:
+    torch.jit.script(MeanAndSpread()).save(str(tmp_path / "net.pt"))
+    systems = {"frozen": frozen, "truth": truth_as_predictions(samples)}
+    for name, heading in (("net", "FVD[net] ↓"), ("i3d", "FVD ↓")):
+        extractor = TorchScriptExtractor(tmp_path / "net.pt", name, size=16)
+        table = evaluate_predictions(systems, samples, clip, video=extractor)
+        text = table.markdown()
+        assert f"| {heading}" in text and "tiny-clip" not in text
+        assert f"(N={COUNT})" in text and f"(N={COUNT - 1})" in text
+        assert f"**warning** {heading[:-2]} of truth: not more clips than features" in text
+        assert table.systems["truth"].frechet["all"].dim == extractor.dim == 3 * 10 * 2
+        assert table.figures("truth")["frechet"] == pytest.approx(0.0, abs=1e-9)
+        assert table.figures("frozen")["frechet"] > 1e-3
+    inside = extractor(samples[0].target_frames)
+    pixels = samples[0].target_frames[0].astype(np.float32) / 127.5 - 1
+    assert inside[0] == pytest.approx(pixels[..., 0].mean(), abs=0.02), "features, of pixels that nobody scaled again"
+
+
+def test_systems_are_named_and_mistakes_are_told_before_anything_starts(
+    samples: list[Sample], frozen: list[Prediction], tmp_path: Path
+) -> None:
+    for name in ("one", "two", "a=b"):
+        write_predictions(tmp_path / name, frozen[:1], fps=8.0)
+    assert list(read_systems([str(tmp_path / "one"), f"cascade={tmp_path}/two"])) == ["one", "cascade"]
+    assert list(read_systems([str(tmp_path / "a=b")])) == ["a=b"], "a folder that is there is no name=path"
+    out, config = tmp_path / "out", RunConfig()
+    folder = str(tmp_path / "one")
+    for options, error, message in (
+        ({"predictions": [folder, folder]}, ConfigError, r"two systems are called 'one'.*other="),
+        ({"predictions": [f"={folder}"]}, ConfigError, "expected a path, or name=path"),
+        ({"predictions": [str(tmp_path)]}, DataError, "holds no predictions.jsonl"),
+        ({"predictions": [folder], "compare": ("one", "two")}, ConfigError, "cannot compare 'two'"),
+        ({"compare": ("SFT", "pair")}, ConfigError, "cannot compare 'SFT': the systems are pair"),
+        ({"fvd_extractor": "i3d=none.pt"}, CheckpointError, "none.pt: no such file"),
+    ):
+        with pytest.raises(error, match=message):
+            run_evaluation(config, out, **options)  # type: ignore[arg-type]
+    assert not out.exists()
 
 
 def test_several_answers_to_one_question_are_averaged_per_sample(samples: list[Sample], clip: ClipScorer) -> None:
@@ -93,6 +169,11 @@ def test_several_answers_to_one_question_are_averaged_per_sample(samples: list[S
     table = evaluate_predictions({"sampled": [*truth, *extra]}, samples[:2], clip)
     assert table.figures("sampled")["rouge_l"] == pytest.approx((0.25 + 1.0) / 2)
     assert table.systems["sampled"].metrics["all"]["rouge_l"].n == 2
+
+
+def mean_estimate(values: list[float], seed: int) -> Estimate:
+    array = np.array(values)
+    return estimate(lambda draws: array[draws].mean(axis=1), len(values), seed)
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from actors.pool.spec import PoolStats
 from pipeline.tracking.metrics import FAMILIES, find, glossary
-from rewards.alarms import frame_diagnostics
+from rewards.signs import frame_diagnostics
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = [metric for family in FAMILIES for metric in family.metrics]

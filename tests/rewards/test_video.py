@@ -1,11 +1,10 @@
-"""Similarities, alarms and the Fréchet distance, against hand calculations (references: ``test_parity``)."""
+"""Similarities and the Fréchet distance, against hand calculations (references: ``test_parity``)."""
 
 import numpy as np
 import pytest
 
-from rewards import alarms
 from rewards.errors import RewardError
-from rewards.frechet import I3D, clip_frames_feature, frechet_distance, fvd_name, gaussian_frechet
+from rewards.frechet import I3D, clip_frames_feature, frechet_distance, fvd_name, gaussian_frechet, repeated_frechet
 from rewards.similarity import clip_score, clip_t, clip_v, resample_frames
 
 X, Y = np.array([1.0, 0.0]), np.array([0.0, 2.0])
@@ -42,59 +41,6 @@ def test_features_without_a_direction_are_an_error_not_a_zero(bad: np.ndarray) -
         clip_t([X, Y], bad)
 
 
-def moving(frames: int = 9, size: int = 16) -> np.ndarray:
-    """A white square on grey that moves one pixel per frame."""
-    clip = np.full((frames, size, size, 3), 60, np.uint8)
-    for t in range(frames):
-        clip[t, 4:9, t : t + 5] = 250
-    return clip
-
-
-def test_motion_by_hand() -> None:
-    clip = np.zeros((3, 4, 4, 3), np.uint8)
-    clip[1] = 51
-    assert alarms.motion(clip) == pytest.approx(0.2)  # |51/255| twice, over two differences
-    assert alarms.motion(clip[:1]) == 0.0
-    assert alarms.motion_ratio(clip, clip) == 1.0
-    assert alarms.motion_ratio(clip * 0, clip * 0) == 1.0, "a still answer to a still truth is right"
-
-
-def test_a_frozen_video_raises_the_alarm_and_the_truth_does_not() -> None:
-    truth = moving()
-    frozen = np.repeat(truth[:1], 9, axis=0)
-    assert alarms.alarms(alarms.frame_diagnostics(truth, truth)) == ()
-    found = alarms.alarms(alarms.frame_diagnostics(frozen, truth))
-    assert len(found) == 1 and found[0].startswith("frozen")
-
-
-def test_blur_noise_and_colour_drift_raise_their_alarms() -> None:
-    truth = moving()
-    rng = np.random.default_rng(0)
-    noisy = np.clip(truth + rng.normal(0, 90, truth.shape), 0, 255).astype(np.uint8)
-    assert any(a.startswith("sharpness") for a in alarms.alarms(alarms.frame_diagnostics(noisy, truth)))
-    red = truth.copy()
-    red[..., 1:] = red[..., 1:] // 2
-    diagnostics = alarms.frame_diagnostics(red, truth)
-    assert diagnostics["saturation_shift"] == pytest.approx(0.5, abs=0.01)
-    assert any(a.startswith("saturation") for a in alarms.alarms(diagnostics))
-    assert alarms.sharpness(np.full((2, 8, 8, 3), 99, np.uint8)) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_copying_is_measured_against_the_truth_s_own() -> None:
-    assert alarms.copying([X, X], [X, Y], X) == (pytest.approx(1.0), pytest.approx(0.5))
-    assert alarms.alarms({"copy_excess": 0.5})[0].startswith("copying")
-
-
-def test_correlations_equal_numpy_and_constants_have_none() -> None:
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=50), rng.normal(size=50)
-    found = alarms.component_correlations({"a": a, "b": b, "c": np.full(50, 0.3), "d": -a})
-    assert found["a", "b"] == pytest.approx(np.corrcoef(a, b)[0, 1])
-    assert found["a", "d"] == pytest.approx(-1.0)
-    assert not any("c" in pair for pair in found)
-    assert any("trade-off" in text for text in alarms.alarms({}, found))
-
-
 def test_frechet_by_hand() -> None:
     # Two one-dimensional Gaussians: (μ1−μ2)² + (σ1−σ2)².
     assert gaussian_frechet([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(4 + 1)
@@ -103,6 +49,16 @@ def test_frechet_by_hand() -> None:
     x = np.random.default_rng(0).normal(size=(10, 32))  # fewer clips than features: singular covariances
     same = frechet_distance(x, x, "test")
     assert same.value == pytest.approx(0.0, abs=1e-6) and not same.well_posed
+
+
+@pytest.mark.parametrize(("n", "dim"), [(40, 5), (12, 30), (3, 3)])
+def test_a_distance_of_repeated_clips_is_that_of_the_repeated_rows(n: int, dim: int) -> None:
+    rng = np.random.default_rng(n)
+    x, y = rng.normal(5.0, 1.0, size=(n, dim)), rng.normal(5.2, 2.0, size=(n, dim)) @ rng.normal(size=(dim, dim))
+    times = np.stack([np.ones(n, int), *(np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(6))])
+    expected = [frechet_distance(x.repeat(t, axis=0), y.repeat(t, axis=0), "test").value for t in times]
+    assert repeated_frechet(x, y, times) == pytest.approx(expected, rel=1e-6)
+    assert repeated_frechet(x, x, times) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_only_i3d_features_are_called_fvd() -> None:

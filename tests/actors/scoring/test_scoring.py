@@ -174,6 +174,13 @@ def test_any_torchscript_network_extracts_video_features(tmp_path: Path) -> None
     feature = extractor(np.full((4, 32, 32, 3), 255, np.uint8))
     assert feature == pytest.approx([1, 1, 1, 10], abs=1e-5), "four frames are stretched to the ten that I3D needs"
     (tmp_path / "junk.pt").write_bytes(b"junk")
-    for name, message in (("junk.pt", "not a TorchScript"), ("none.pt", "no such file")):
+    torch.jit.script(torch.nn.Linear(3, 3)).save(str(tmp_path / "linear.pt"))
+    torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "identity.pt"))
+    for name, message in (
+        ("junk.pt", "not a TorchScript"),
+        ("none.pt", "no such file"),
+        ("linear.pt", r"cannot take float32 \(1, 3, 10, 224, 224\)"),
+        ("identity.pt", r"returned \(1, 3, 10, 224, 224\), expected \(1, D\)"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             TorchScriptExtractor(tmp_path / name, "x")

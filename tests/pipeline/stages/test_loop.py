@@ -39,6 +39,8 @@ class Pool:
 
     def stats(self) -> Any:
         class Stats:
+            version = self.version
+
             def metrics(self) -> dict[str, float]:
                 return {}
 

@@ -72,7 +72,9 @@ def settings(render: dict[str, Any] | None = None, rollout: dict[str, Any] | Non
 def sampled(fleet: Fleet, config: RunConfig, step: int = 0) -> list[Trajectory]:
     """Trajectories of one group of ``step``."""
     stage, item = Stage2(config, fleet), sample()  # type: ignore[arg-type]
-    group = asyncio.run(stage.group(item, Anchor("", item.caption, 1.0), str(step), sde_spec(stage.config, stage.window, step)))
+    group = asyncio.run(
+        stage.group(item, Anchor("", item.caption, 1.0), str(step), sde_spec(stage.config, stage.window, step))
+    )
     assert group is not None and not group.failures
     return [m.clip.trajectory for m in group.members if m.clip is not None and m.clip.trajectory is not None]
 
@@ -149,7 +151,9 @@ def test_window_of_a_step_does_not_depend_on_when_it_is_drawn() -> None:
     for step in range(7):
         late.after_update(step)
     assert sde_spec(early.config, early.window, 7) == sde_spec(late.config, late.window, 7)
-    assert sde_spec(late.config, late.window, 7).window_start == late.window.start  # and it is what the step's metrics report
+    assert (
+        sde_spec(late.config, late.window, 7).window_start == late.window.start
+    )  # and it is what the step's metrics report
 
 
 # --- dynamic sampling -----------------------------------------------------------------------------------------------

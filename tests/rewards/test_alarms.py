@@ -1,0 +1,86 @@
+"""When a sign becomes an alarm and when that ends: thresholds, patience, drifts, and a state that a checkpoint can hold."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rewards.alarms import AlarmSettings, AlarmState, judge, watch
+
+OFF = AlarmSettings(patience=1, first_steps=3)
+HEALTHY = {"motion_ratio": 1.0, "copy_excess": 0.02, "sharpness_ratio": 1.4, "saturation_shift": 0.02}
+
+
+def run(values: list[dict[str, float]], settings: AlarmSettings, state: AlarmState | None = None, first: int = 0):
+    """Watch ``values`` as the steps from ``first`` on; returns the state and what began and ended at which step."""
+    state, told = state or AlarmState(), []
+    for step, signs in enumerate(values, start=first):
+        watched = watch(state, step, signs, settings)
+        state = watched.state
+        told += [(step, "on", name) for name in watched.began] + [(step, "off", name) for name in watched.ended]
+    return state, told
+
+
+def test_an_alarm_is_told_when_it_begins_and_when_it_ends_and_not_between() -> None:
+    frozen = HEALTHY | {"motion_ratio": 0.05}
+    steps = [HEALTHY] * 2 + [frozen] * 5 + [HEALTHY] * 4
+    assert run(steps, OFF)[1] == [(2, "on", "motion"), (7, "off", "motion")]
+    assert run(steps, replace(OFF, patience=3))[1] == [(4, "on", "motion"), (9, "off", "motion")]
+    flapping = [frozen, HEALTHY] * 5
+    assert run(flapping, replace(OFF, patience=2))[1] == [], "a step that is off now and then is no alarm"
+
+
+def test_drifts_are_judged_against_the_runs_own_first_steps() -> None:
+    soft = {"sharpness_ratio": 0.1, "saturation_shift": -0.3, "completion_tokens": 20.0, "entropy": 1.0}
+    assert run([soft] * 8, OFF)[1] == [], "what the pair brought along is no drift"
+    drift = {"sharpness_ratio": 0.45, "saturation_shift": -0.15, "completion_tokens": 31.0, "entropy": 0.05}
+    told = run([soft] * 3 + [drift], OFF)[1]
+    assert told == [(3, "on", name) for name in ("entropy", "length", "saturation", "sharpness")]
+    assert run([soft] * 2 + [drift], OFF)[1] == [], "the first steps are what the others are judged by"
+    state, _ = run([{"entropy": e} for e in (1.0, 2.0, 3.0)], OFF)
+    assert (
+        "is 0.05 times that of the run's first steps" in judge({"entropy": 0.1}, OFF, first={"entropy": 2.0})["entropy"]
+    )
+    assert state.first == {"entropy": (1.0, 2.0, 3.0)}
+
+
+def test_without_first_steps_ground_truth_is_the_base() -> None:
+    assert judge(HEALTHY, OFF) == {}
+    found = judge({"sharpness_ratio": 0.1, "saturation_shift": -0.3, "completion_tokens": 900.0}, OFF)
+    assert sorted(found) == ["saturation", "sharpness"]
+    assert found["saturation"] == "saturation: colours are -0.30 in saturation against ground truth (alarm beyond ±0.1)"
+    assert found["sharpness"].endswith("as sharp as ground truth (alarm outside 0.25–4)")
+
+
+def test_null_turns_an_alarm_off_and_what_is_missing_or_not_finite_raises_none() -> None:
+    frozen = {"motion_ratio": 0.0}
+    assert judge(frozen, replace(OFF, motion_below=None)) == {} != judge(frozen, OFF)
+    assert run([{}, {"motion_ratio": float("nan")}], OFF)[1] == []
+    assert run([frozen, {}], OFF)[1] == [(0, "on", "motion"), (1, "off", "motion")]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4, 6, 8])
+def test_a_run_that_was_cut_anywhere_raises_the_same_alarms(cut: int) -> None:
+    odd = {"motion_ratio": 0.1, "entropy": 0.01, "completion_tokens": 80.0}
+    steps = [{"motion_ratio": 1.0, "entropy": 0.1 + i / 30, "completion_tokens": 20.0 + i / 7} for i in range(5)]
+    steps += [odd] * 3 + steps[:3]
+    settings = replace(OFF, patience=2, first_steps=4)
+    whole, told = run(steps, settings)
+    before, first_half = run(steps[:cut], settings)
+    stored = json.loads(json.dumps(before.to_json(), allow_nan=False))
+    after, second_half = run(steps[cut:], settings, AlarmState.from_json(stored), first=cut)
+    assert first_half + second_half == told and after == whole
+    assert len(told) == 6, "three alarms begin and end"
+
+
+def test_lasting_counts_the_same_alarm_in_a_row() -> None:
+    settings = replace(OFF, stop_after=3)
+    frozen, copied = {"motion_ratio": 0.1}, {"copy_excess": 0.9}
+    state, lasting = AlarmState(), []
+    for step, signs in enumerate([frozen, frozen, copied, frozen, copied | frozen, frozen]):
+        watched = watch(state, step, signs, settings)
+        state = watched.state
+        lasting.append(sorted(watched.lasting))
+    assert lasting == [[], [], [], [], [], ["motion"]]
+    state, _ = run([frozen] * 9, OFF)
+    assert watch(state, 9, frozen, OFF).lasting == {}, "off by default"
