@@ -36,7 +36,8 @@ LOOP = {"std_norm", "normalise_rewards", "updates_per_batch", "epochs_per_batch"
 
 def spec(stage: str, *overrides: str) -> Any:
     config = load_config("toy", [f"{stage}.{o}" for o in overrides])
-    return learner_spec(config, STAGES[stage](config, None))  # type: ignore[arg-type]
+    kind = STAGES[stage](config, None)  # type: ignore[arg-type]
+    return learner_spec(config, kind, kind.policies[0])
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -56,7 +56,7 @@ def journey(spec: LearnerSpec, rank: int, address: str, plans: list[RankPlan]) -
     learner = LearnerRank(spec, rank)
     learner.setup(address)
     for plan in plans:
-        learner.update(plan)
+        learner.update(plan, 1)
     weights, _ = learner.publish()
     learner.leave()
     return weights

@@ -251,7 +251,7 @@ class Fleet:
 
 async def anchor_metrics(stage: Stage2, feed: Toys, step: int) -> tuple[dict[str, float], int]:
     """Draw one step for real; returns its metrics and how many groups it got."""
-    tasks = await stage.draw(feed, step)  # type: ignore[arg-type]
+    tasks = await stage.draw(feed, step, 4)  # type: ignore[arg-type]
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -285,7 +285,7 @@ def test_anchors_are_counted_for_the_step_that_drew_them() -> None:
         empty, tasks = assemble([], {"clip_v": 1.0}, **OPTIONS), []
         for step, every in enumerate((1, 2, 4)):
             stage.fleet.vlm.every = every  # type: ignore[attr-defined]
-            tasks += await stage.draw(feed, step)  # type: ignore[arg-type]
+            tasks += await stage.draw(feed, step, 4)  # type: ignore[arg-type]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -157,7 +157,7 @@ def test_a_bug_in_a_refill_ends_the_stage_and_its_flights(staleness: int) -> Non
 
         stage = Broken(staleness, flat=FLAT)
         with pytest.raises(RuntimeError, match="a scorer is broken"):
-            await run_stage(stage, SampleFeed(Numbers(), 2), Learner(), on_step=on_step)  # type: ignore[arg-type]
+            await run_stage(stage, SampleFeed(Numbers(), 2), {"vlm": Learner()}, on_step=on_step)  # type: ignore[arg-type]
         await asyncio.sleep(0)
         return [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
 
