@@ -10,8 +10,9 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -25,7 +26,7 @@ from pipeline.evaluate.predictions import FILE, read_predictions, write_predicti
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable
-from pipeline.fleet import load_adapter, open_fleet
+from pipeline.fleet import Fleet, load_adapter, open_fleet
 from pipeline.models import resolve_model
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.spec import Experiment, Row
@@ -83,14 +84,14 @@ def reproduce(
     started, done, todo = time.monotonic(), 0, len(keys) * len(seeds)
     with connect():
         for seed in seeds:
-            results: dict[str, RowResult] = {}
+            one = _Seed(experiment, out, seed, split, console)
             for key in keys:
                 console.rule(f"seed {seed} · {experiment.rows[key].title}")
-                results[key] = _run_row(experiment, key, seed, out, results, console)
+                one.run(key)
                 done += 1
                 spent = (time.monotonic() - started) / 60
                 console.print(f"{done} of {todo} rows, {spent:.0f} min so far", highlight=False)
-            _judge(experiment, out, seed, results, split, console)
+            one.judge()
     return write_report(experiment, out, seeds=list(seeds), keys=keys, split=split, command=command)
 
 
@@ -115,166 +116,148 @@ def _write_data(experiment: Experiment, folder: Path, console: Console) -> None:
         )
 
 
-def row_config(
-    experiment: Experiment, row: Row, out: Path, folder: Path, seed: int, results: dict[str, RowResult], split: str
-) -> RunConfig:
-    """Return the run of ``row``: the base run, the experiment's and the row's overrides, and other rows' adapters."""
-    overrides = [
-        f"name={folder.name}",
-        f"out={folder}",
-        f"seed={seed}",
-        f"data.seed={seed}",
-        f"data.train={out}/data/train",
-        f"data.eval={out}/data/{split}",
-        f"evaluate.samples={experiment.test_samples}",
-        *experiment.set,
-        *(row.set or ()),
-    ]
-    for role, other in (("vlm", row.vlm), ("vdm", row.vdm)):
-        if other is not None and (adapter := getattr(results[other], role)) is not None:
-            overrides.append(f"models.{role}_adapter={adapter}")
-    return load_config(experiment.base, overrides)
+@dataclass
+class _Seed:
+    """All rows of one seed: ``results`` are those that are done."""
 
+    experiment: Experiment
+    out: Path
+    seed: int
+    split: str
+    console: Console
+    results: dict[str, RowResult] = field(default_factory=dict)
 
-def _run_row(
-    experiment: Experiment, key: str, seed: int, out: Path, results: dict[str, RowResult], console: Console
-) -> RowResult:
-    folder = out / f"seed{seed}" / key
-    marker = folder / "row.json"
-    if marker.is_file():
-        console.print("done before", style="dim")
-        return RowResult.read(marker)
-    folder.mkdir(parents=True, exist_ok=True)
-    row, started = experiment.rows[key], time.monotonic()
-    if row.sft_like:
-        result = _supervise(experiment, key, seed, out, folder, results, console)
-    elif row.set is not None:
-        result = _train(experiment, key, seed, out, folder, results, console)
-    else:
-        vlm, vdm = (results[other] if other else None for other in (row.vlm, row.vdm))
-        result = RowResult(key, vlm.vlm if vlm else None, vdm.vdm if vdm else None)
-    result = RowResult(**{**asdict(result), "seconds": round(time.monotonic() - started, 1)})
-    result.write(marker)
-    return result
+    @property
+    def folder(self) -> Path:
+        """Where the seed's rows lie."""
+        return self.out / f"seed{self.seed}"
 
+    def run(self, key: str) -> None:
+        """Make sure that row ``key`` is done."""
+        folder = self.folder / key
+        marker = folder / "row.json"
+        if marker.is_file():
+            self.console.print("done before", style="dim")
+            self.results[key] = RowResult.read(marker)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        row, started = self.experiment.rows[key], time.monotonic()
+        if row.sft_like:
+            result = self._supervise(key, folder)
+        elif row.set is not None:
+            result = self._train(key, folder)
+        else:
+            vlm, vdm = (self.results[other] if other else None for other in (row.vlm, row.vdm))
+            result = RowResult(key, vlm.vlm if vlm else None, vdm.vdm if vdm else None)
+        self.results[key] = replace(result, seconds=round(time.monotonic() - started, 1))
+        self.results[key].write(marker)
 
-def _train(
-    experiment: Experiment,
-    key: str,
-    seed: int,
-    out: Path,
-    folder: Path,
-    results: dict[str, RowResult],
-    console: Console,
-) -> RowResult:
-    from pipeline.train import run_training
+    def config(self, row: Row, folder: Path, split: str) -> RunConfig:
+        """Return the run of ``row``: the base run, the experiment's and the row's overrides, and other rows' adapters."""
+        overrides = [
+            f"name={folder.name}",
+            f"out={folder}",
+            f"seed={self.seed}",
+            f"data.seed={self.seed}",
+            f"data.train={self.out}/data/train",
+            f"data.eval={self.out}/data/{split}",
+            f"evaluate.samples={self.experiment.test_samples}",
+            *self.experiment.set,
+            *(row.set or ()),
+        ]
+        for role, other in (("vlm", row.vlm), ("vdm", row.vdm)):
+            if other is not None and (adapter := getattr(self.results[other], role)) is not None:
+                overrides.append(f"models.{role}_adapter={adapter}")
+        return load_config(self.experiment.base, overrides)
 
-    config = row_config(experiment, experiment.rows[key], out, folder, seed, results, "train")
-    resume = bool(CheckpointStore(folder / "checkpoints", config.checkpoint.keep).paths())
-    report = run_training(config, resume=resume, console=console)
-    stages = read_stages(report.tracking_uri, report.run_id, KEPT_METRICS)
-    made = {role: folder / f"{role}_adapter" for role in ("vlm", "vdm")}
-    return RowResult(
-        key,
-        vlm=str(made["vlm"]) if made["vlm"].is_dir() else config.models.vlm_adapter,
-        vdm=str(made["vdm"]) if made["vdm"].is_dir() else config.models.vdm_adapter,
-        stages=stages,
-        wall_s={name: round(sum(v for _, v in s.get("time/step_s", [])), 1) for name, s in stages.items()},
-    )
+    def _train(self, key: str, folder: Path) -> RowResult:
+        from pipeline.train import run_training
 
-
-def _supervise(
-    experiment: Experiment,
-    key: str,
-    seed: int,
-    out: Path,
-    folder: Path,
-    results: dict[str, RowResult],
-    console: Console,
-) -> RowResult:
-    """Continue the pair's SFT for the wall time of the rows it is compared with: VLM as long as stage 1, VDM as stage 2."""
-    from pipeline.sft import SftSettings
-    from pipeline.sft.command import run_tracked_sft
-
-    base = load_config(experiment.base, experiment.set)
-    walls: dict[str, float] = {}
-    for role, stage, split in (("vlm", "stage1", "sft"), ("vdm", "stage2", "artist")):
-        seconds = sum(results[other].wall_s.get(stage, 0.0) for other in experiment.rows[key].sft_like)
-        settings = SftSettings(
-            steps=None,
-            max_wall_s=seconds,
-            batch=min(64, experiment.sft_samples),
-            lr=experiment.sft_lr,
-            schedule="constant",
-            ema=0.95,
-            ranks=base.learner.ranks,
-            seed=seed + 1,
-            reference_frames=base.video.reference_frames,
-        )
-        model = resolve_model(getattr(base.models, role), role)  # type: ignore[arg-type]
-        result = run_tracked_sft(role, model, out / "data" / split, folder / role, settings, console=console)  # type: ignore[arg-type]
-        walls[f"sft_{role}"] = round(result.wall_s, 1)
-    return RowResult(key, vlm=str(folder / "vlm"), vdm=str(folder / "vdm"), full=True, wall_s=walls)
-
-
-def _judge(
-    experiment: Experiment, out: Path, seed: int, results: dict[str, RowResult], split: str, console: Console
-) -> None:
-    """Answer the held-out questions with every row's models, score all answers together, and write the seed's table."""
-    console.rule(f"seed {seed} · answers to the {split} questions")
-    folder = out / f"seed{seed}"
-    config = row_config(experiment, Row(title="", set=[]), out, folder, seed, {}, split)
-    samples = load_samples(config)
-    asyncio.run(_answer_all(experiment, config, folder, results, samples, split, console))
-    table = asyncio.run(_score_all(experiment, config, folder, results, samples, split))
-    table.write(folder / split)
-    sheet = {experiment.rows[k].title: read_predictions(folder / k / split) for k in SHEET_ROWS if k in results}
-    if sheet:
-        evaluation_sheet(
-            samples, sheet, folder / split / "contact_sheet.png", table=table, title=" against ".join(sheet)
+        config = self.config(self.experiment.rows[key], folder, "train")
+        resume = bool(CheckpointStore(folder / "checkpoints", config.checkpoint.keep).paths())
+        report = run_training(config, resume=resume, console=self.console)
+        stages = read_stages(report.tracking_uri, report.run_id, KEPT_METRICS)
+        made = {role: folder / f"{role}_adapter" for role in ("vlm", "vdm")}
+        return RowResult(
+            key,
+            vlm=str(made["vlm"]) if made["vlm"].is_dir() else config.models.vlm_adapter,
+            vdm=str(made["vdm"]) if made["vdm"].is_dir() else config.models.vdm_adapter,
+            stages=stages,
+            wall_s={name: round(sum(v for _, v in s.get("time/step_s", [])), 1) for name, s in stages.items()},
         )
 
+    def _supervise(self, key: str, folder: Path) -> RowResult:
+        """Continue the pair's SFT for the wall time of the rows it is compared with: VLM as long as stage 1, VDM as stage 2."""
+        from pipeline.sft import SftSettings
+        from pipeline.sft.command import run_tracked_sft
 
-async def _answer_all(
-    experiment: Experiment,
-    config: RunConfig,
-    folder: Path,
-    results: dict[str, RowResult],
-    samples: list[Sample],
-    split: str,
-    console: Console,
-) -> None:
-    todo = [r for r in results.values() if not (folder / r.key / split / FILE).is_file()]
-    tuned = [r for r in todo if not r.full]
-    if tuned:
-        async with open_fleet(config) as fleet:
-            for version, result in enumerate(tuned, start=1):
-                for pool, adapter in ((fleet.vlm, result.vlm), (fleet.vdm, result.vdm)):
-                    if adapter is None:
-                        await pool.set_weights(version, None)
-                    else:
-                        await load_adapter(pool, adapter, version)
-                answers = await answer_with_progress(
-                    config, fleet, samples, console, experiment.rows[result.key].title[:22]
-                )
-                write_predictions(folder / result.key / split, answers, config.video.fps)
-    for result in (r for r in todo if r.full):
-        models = config.models.model_copy(update={"vlm": result.vlm, "vdm": result.vdm})
-        async with open_fleet(config.model_copy(update={"models": models})) as fleet:
-            answers = await answer_with_progress(
-                config, fleet, samples, console, experiment.rows[result.key].title[:22]
+        experiment = self.experiment
+        base = load_config(experiment.base, experiment.set)
+        walls: dict[str, float] = {}
+        roles: tuple[tuple[Literal["vlm", "vdm"], str, str], ...] = (
+            ("vlm", "stage1", "sft"),
+            ("vdm", "stage2", "artist"),
+        )
+        for role, stage, split in roles:
+            settings = SftSettings(
+                steps=None,
+                max_wall_s=sum(self.results[other].wall_s.get(stage, 0.0) for other in experiment.rows[key].sft_like),
+                batch=min(64, experiment.sft_samples),
+                lr=experiment.sft_lr,
+                schedule="constant",
+                ema=0.95,
+                ranks=base.learner.ranks,
+                seed=self.seed + 1,
+                reference_frames=base.video.reference_frames,
             )
-        write_predictions(folder / result.key / split, answers, config.video.fps)
+            model = resolve_model(getattr(base.models, role), role)
+            data = self.out / "data" / split
+            result = run_tracked_sft(role, model, data, folder / role, settings, console=self.console)
+            walls[f"sft_{role}"] = round(result.wall_s, 1)
+        return RowResult(key, vlm=str(folder / "vlm"), vdm=str(folder / "vdm"), full=True, wall_s=walls)
 
+    # --- the held-out questions -------------------------------------------------------------------------------------
 
-async def _score_all(
-    experiment: Experiment,
-    config: RunConfig,
-    folder: Path,
-    results: dict[str, RowResult],
-    samples: list[Sample],
-    split: str,
-) -> EvaluationTable:
-    systems = {key: read_predictions(folder / key / split) for key in results}
-    async with open_fleet(config, only=("reward",)) as fleet:
-        return await score_systems(config, fleet, systems, samples)
+    def judge(self) -> None:
+        """Answer the held-out questions with every row's models, score all answers together, and write the seed's table."""
+        self.console.rule(f"seed {self.seed} · answers to the {self.split} questions")
+        config = self.config(Row(title="held out"), self.folder, self.split)
+        samples = load_samples(config)
+        asyncio.run(self._answer_all(config, samples))
+        table = asyncio.run(self._score_all(config, samples))
+        table.write(self.folder / self.split)
+        rows = self.experiment.rows
+        sheet = {rows[k].title: read_predictions(self._answers(k)) for k in SHEET_ROWS if k in self.results}
+        if sheet:
+            path = self.folder / self.split / "contact_sheet.png"
+            evaluation_sheet(samples, sheet, path, table=table, title=" against ".join(sheet))
+
+    def _answers(self, key: str) -> Path:
+        return self.folder / key / self.split
+
+    async def _answer_all(self, config: RunConfig, samples: list[Sample]) -> None:
+        todo = [r for r in self.results.values() if not (self._answers(r.key) / FILE).is_file()]
+        tuned = [r for r in todo if not r.full]
+        if tuned:
+            async with open_fleet(config) as fleet:
+                for version, result in enumerate(tuned, start=1):
+                    for pool, adapter in ((fleet.vlm, result.vlm), (fleet.vdm, result.vdm)):
+                        if adapter is None:
+                            await pool.set_weights(version, None)
+                        else:
+                            await load_adapter(pool, adapter, version)
+                    await self._answer(config, fleet, result.key, samples)
+        for result in (r for r in todo if r.full):
+            models = config.models.model_copy(update={"vlm": result.vlm, "vdm": result.vdm})
+            async with open_fleet(config.model_copy(update={"models": models})) as fleet:
+                await self._answer(config, fleet, result.key, samples)
+
+    async def _answer(self, config: RunConfig, fleet: Fleet, key: str, samples: list[Sample]) -> None:
+        title = self.experiment.rows[key].title[:22]
+        answers = await answer_with_progress(config, fleet, samples, self.console, title)
+        write_predictions(self._answers(key), answers, config.video.fps)
+
+    async def _score_all(self, config: RunConfig, samples: list[Sample]) -> EvaluationTable:
+        systems = {key: read_predictions(self._answers(key)) for key in self.results}
+        async with open_fleet(config, only=("reward",)) as fleet:
+            return await score_systems(config, fleet, systems, samples)

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from cluster.errors import ConfigError
 from pipeline.config import load_config
 from pipeline.reproduce import Experiment, load_experiment, quickened
 from pipeline.reproduce.report import write_report
-from pipeline.reproduce.run import RowResult, _claim, row_config
+from pipeline.reproduce.run import RowResult, _claim, _Seed
 from pipeline.reproduce.spec import Ordering
 from pipeline.reproduce.statistics import Figures, links, over_seeds, verdict
 
@@ -31,15 +32,13 @@ def order(*rows: str, metric: str = "clip_v") -> Ordering:
 def test_the_bundled_table_has_the_papers_rows_and_every_row_is_a_valid_run(tmp_path: Path) -> None:
     table = load_experiment()
     assert len(table.rows) == 12 and table.rows["joint"].paper.clip_v == (0.8021, 0.7872)
-    adapters = {key: RowResult(key, vlm="v", vdm="d") for key in table.rows}
+    seed = _Seed(table, tmp_path, 1, "test", Console(), {key: RowResult(key, vlm="v", vdm="d") for key in table.rows})
     for row in table.rows.values():
         if row.set is not None:
-            config = row_config(table, row, tmp_path, tmp_path / "row", 1, adapters, "test")
+            config = seed.config(row, tmp_path / "row", "test")
             assert config.seed == 1 and config.data.eval == tmp_path / "data" / "test"
             assert config.stage1.steps or config.stage2.steps
-    assert (
-        row_config(table, table.rows["joint"], tmp_path, tmp_path / "r", 0, adapters, "test").models.vlm_adapter == "v"
-    )
+    assert seed.config(table.rows["joint"], tmp_path / "row", "test").models.vlm_adapter == "v"
 
 
 def test_a_row_brings_along_what_it_is_made_of() -> None:
