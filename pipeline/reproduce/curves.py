@@ -33,6 +33,7 @@ def draw_curves(rows: Mapping[str, Sequence[Stages]], path: Path, *, smooth: int
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     panels = _panels(rows)
     if not panels:
@@ -50,6 +51,7 @@ def draw_curves(rows: Mapping[str, Sequence[Stages]], path: Path, *, smooth: int
                 _draw(axes, series, colours[title], title, smooth)
         axes.set_title(f"{stage}: {metric.removeprefix('reward/').removesuffix('_mean')}", fontsize=9)
         axes.tick_params(labelsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles: dict[str, Any] = {}

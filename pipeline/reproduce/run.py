@@ -199,9 +199,10 @@ class _Seed:
             ("vdm", "stage2", "artist"),
         )
         for role, stage, split in roles:
+            seconds = sum(self.results[other].wall_s.get(stage, 0.0) for other in experiment.rows[key].sft_like)
             settings = SftSettings(
                 steps=None,
-                max_wall_s=sum(self.results[other].wall_s.get(stage, 0.0) for other in experiment.rows[key].sft_like),
+                max_wall_s=seconds,
                 batch=min(64, experiment.sft_samples),
                 lr=experiment.sft_lr,
                 schedule="constant",
@@ -212,8 +213,8 @@ class _Seed:
             )
             model = resolve_model(getattr(base.models, role), role)
             data = self.out / "data" / split
-            result = run_tracked_sft(role, model, data, folder / role, settings, console=self.console)
-            walls[f"sft_{role}"] = round(result.wall_s, 1)
+            run_tracked_sft(role, model, data, folder / role, settings, console=self.console)
+            walls[f"sft_{role}"] = round(seconds, 1)
         return RowResult(key, vlm=str(folder / "vlm"), vdm=str(folder / "vdm"), full=True, wall_s=walls)
 
     # --- the held-out questions -------------------------------------------------------------------------------------

@@ -86,10 +86,10 @@ class Experiment(Section):
         return self
 
     def needed(self, wanted: list[str]) -> list[str]:
-        """Return ``wanted`` rows (all where empty) and those that they are made of, in the table's order."""
+        """Return ``wanted`` rows (all where empty), those that they are made of, and the baseline, in the table's order."""
         if unknown := [key for key in wanted if key not in self.rows]:
             raise ConfigError(f"no row {', '.join(unknown)}; the rows are {', '.join(self.rows)}")
-        todo, found = list(wanted or self.rows), set()
+        todo, found = [*(wanted or self.rows), self.baseline], set()
         while todo:
             key = todo.pop()
             found.add(key)

@@ -43,8 +43,8 @@ def test_the_bundled_table_has_the_papers_rows_and_every_row_is_a_valid_run(tmp_
 
 def test_a_row_brings_along_what_it_is_made_of() -> None:
     table = load_experiment()
-    assert table.needed(["without_r_c2"]) == ["stage1", "without_r_c2"]
-    assert table.needed(["cascaded"]) == ["vlm_alone", "vdm_alone", "cascaded"]
+    assert table.needed(["without_r_c2"]) == ["sft", "stage1", "without_r_c2"]
+    assert table.needed(["cascaded"]) == ["sft", "vlm_alone", "vdm_alone", "cascaded"]
     assert table.needed([]) == list(table.rows)
     with pytest.raises(ConfigError, match="no row nonsense; the rows are sft"):
         table.needed(["nonsense"])
