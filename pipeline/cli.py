@@ -231,7 +231,7 @@ def reproduce(
     if split not in ("test", "val"):
         raise typer.BadParameter(f"{split!r} is neither test nor val", param_hint="--split")
     chosen = load_experiment(experiment)
-    words = ["vans reproduce", f"--seeds {seeds}", *(f"--row {key}" for key in row or ())]
+    words = ["vans reproduce", f"--seeds {seeds}", f"--out {out}", *(f"--row {key}" for key in row or ())]
     words += [f"--experiment {experiment}"] * (experiment != "table") + [f"--split {split}"] * (split != "test")
     words += ["--quick"] * quick
     console = Console()

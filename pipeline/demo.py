@@ -17,7 +17,7 @@ from rich.table import Table
 
 from cluster.errors import VansError
 from pipeline.config import RunConfig, load_config
-from pipeline.data.toy.shards import write_toy
+from pipeline.data.toy.shards import ensure_toy
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.run import write_report
 from pipeline.evaluate.table import METRICS
@@ -39,9 +39,8 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]
     if earlier := set_aside(out):
         console.print(f"the earlier demo is now in {earlier}", highlight=False)
     console.rule("[bold]VANS on Ray: answering questions about a video with a video")
-    if not any(config.data.train.glob("*.parquet")):
-        with console.status("making the toy world"):
-            write_toy(out / "data", train=TRAIN_SAMPLES, test=TEST_SAMPLES, seed=seed)
+    with console.status("making the toy world"):
+        ensure_toy(out / "data", train=TRAIN_SAMPLES, test=TEST_SAMPLES, seed=seed)
     console.print(
         f"toy world: {TRAIN_SAMPLES} questions to learn from, {TEST_SAMPLES} held out ({out / 'data'})", highlight=False
     )

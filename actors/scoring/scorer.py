@@ -65,6 +65,9 @@ _BUILT_IN: dict[str, Callable[[_View], float]] = {
 BUILT_IN = tuple(_BUILT_IN)
 """Names of the built-in components (docs/rewards.md)."""
 
+TEXT_ONLY = frozenset(name for name, needs in _NEEDS.items() if not needs)
+"""Components that judge the text alone: nothing has to be rendered for them."""
+
 
 class Scorer:
     """Scores requests with one CLIP and any custom rewards.

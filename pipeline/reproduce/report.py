@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,7 @@ def write_report(
         for key in keys
     }
     extractor, counts = tables[0]["extractor"], tables[0]["samples"]
+    everything, keys = keys, [key for key in keys if experiment.rows[key].shown]
     parts = [
         f"# The paper's table on the toy world ({split} split)",
         f"`{command}` · seeds {', '.join(str(s) for s in seeds)} · {counts['procedural']} procedural and "
@@ -47,14 +49,14 @@ def write_report(
         f"2511.16669 on its own data and models: compare orders, not values. FVD there is I3D's; here it is {fvd_name(extractor)}.",
         _paper_table(experiment, keys, figures, extractor),
         "## More of ours, all questions",
-        _more_table(experiment, keys, figures),
+        _more_table(experiment, keys, figures, tables),
         "## Gains over SFT",
         _gains(experiment, keys, figures),
         "## What the paper reports, and whether it holds here",
         "`holds`: the mean gap over seeds is positive and larger than its standard deviation; gaps are paired by seed.",
         _orderings(experiment, keys, figures),
         "## What it took",
-        _costs(experiment, keys, seeds, rows),
+        _costs(experiment, everything, seeds, rows),
         _versions(),
     ]
     (target / "table.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -69,11 +71,11 @@ def write_report(
             {
                 "claim": o.claim,
                 "metric": o.metric,
-                "verdict": verdict(links(o, figures)),
-                "gaps": [s.gaps for s in links(o, figures)],
+                "verdict": verdict(links(o, figures, keys)),
+                "gaps": {f"{s.better} − {s.worse}": s.gaps for s in links(o, figures, keys)},
             }
             for o in experiment.orderings
-            if set(o.rows) <= set(keys)
+            if o.rests_on() <= set(keys)
         ],
     }
     (target / "table.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -98,8 +100,9 @@ def _plain(value: Spread | None) -> dict[str, float] | None:
     return None if value is None else {"mean": value.mean, "std": value.std, "n": value.n}
 
 
-def _cell(found: Sequence[Spread | None]) -> str:
-    return " / ".join("–" if s is None else s.text() for s in found)
+def _cell(found: Sequence[Spread | None], trained: bool) -> str:
+    """Return the figures; what was not trained is the same for all seeds, so it has no spread."""
+    return " / ".join("–" if s is None else s.text() if trained else f"{s.mean:.3f}" for s in found)
 
 
 def _paper_cell(pair: Sequence[float | None]) -> str:
@@ -116,20 +119,27 @@ def _paper_table(experiment: Experiment, keys: Sequence[str], figures: Sequence[
         row = experiment.rows[key]
         cells = [row.title]
         for metric in PAPER_METRICS:
-            cells.append(_cell([over_seeds(figures, key, kind, metric) for kind in KINDS]))
+            cells.append(_cell([over_seeds(figures, key, kind, metric) for kind in KINDS], row.trained))
             cells.append(_paper_cell(getattr(row.paper, metric)))
         rows.append(cells)
     return markdown_grid(header, rows)
 
 
-def _more_table(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures]) -> str:
+def _more_table(
+    experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures], tables: Sequence[dict[str, Any]]
+) -> str:
     metrics = ("rouge_l", "clip_v", "clip_t", *MORE_METRICS)
-    rows = [[experiment.rows[k].title, *(_cell([over_seeds(figures, k, "all", m)]) for m in metrics)] for k in keys]
-    return markdown_grid(["", *(HEADINGS[m] for m in metrics)], rows)
+    rows = []
+    for key in keys:
+        cells = [_cell([over_seeds(figures, key, "all", m)], experiment.rows[key].trained) for m in metrics]
+        found = Counter(text.partition(":")[0] for t in tables for text in t["systems"][key].get("alarms", ()))
+        alarms = ", ".join(f"{name} {count}/{len(tables)}" for name, count in sorted(found.items()))
+        rows.append([experiment.rows[key].title, *cells, alarms or "none"])
+    return markdown_grid(["", *(HEADINGS[m] for m in metrics), "alarms (seeds)"], rows)
 
 
 def _gains(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures]) -> str:
-    """Relative gains of the last row that the paper gives all figures for (Joint-GRPO) over the baseline."""
+    """Relative gains over the baseline of the rows that the paper gives all figures for (Joint-GRPO)."""
     base = experiment.rows[experiment.baseline].paper
     full = [k for k in keys if k != experiment.baseline and None not in experiment.rows[k].paper.clip_t]
     rows = []
@@ -147,13 +157,14 @@ def _gains(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figure
 def _orderings(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures]) -> str:
     rows = []
     for ordering in experiment.orderings:
-        if not set(ordering.rows) <= set(keys):
+        if not ordering.rests_on() <= set(keys):
             continue
-        steps = links(ordering, figures)
+        steps = links(ordering, figures, keys)
+        told = [s for s in steps if s.gaps]
+        if ordering.best is not None:  # of all the others, those that come closest
+            told = sorted(told, key=lambda s: s.spread.mean)[:2]
         gaps = "; ".join(
-            f"{experiment.rows[s.better].title} − {experiment.rows[s.worse].title}: {s.spread.text()}"
-            for s in steps
-            if s.gaps
+            f"{experiment.rows[s.better].title} − {experiment.rows[s.worse].title}: {s.spread.text()}" for s in told
         )
         rows.append([ordering.claim, HEADINGS[ordering.metric], gaps, f"**{verdict(steps)}**"])
     return markdown_grid(["claim", "metric", "gaps (positive: as claimed)", ""], rows) if rows else ""
@@ -171,6 +182,8 @@ def _costs(
         lines.append(
             [experiment.rows[key].title, steps or "–", f"{sum(r['seconds'] for r in found) / len(found):.0f} s"]
         )
+    total = sum(r["seconds"] for r in rows.values())
+    lines.append([f"all {len(rows)} rows, {len(seeds)} seed(s)", "", f"{total / 60:.0f} min"])
     return markdown_grid(["", "training, mean over seeds", "whole row"], lines)
 
 

@@ -7,6 +7,7 @@ not asked for again. The order of rows does not matter to their figures: each is
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -17,11 +18,11 @@ from typing import Literal
 from rich.console import Console
 
 from actors.records import Sample
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, TrainingError
 from cluster.session import connect
 from pipeline.checkpoint import CheckpointStore
-from pipeline.config import RunConfig, load_config
-from pipeline.data.toy.shards import write_toy
+from pipeline.config import RunConfig, config_digest, load_config
+from pipeline.data.toy.shards import ensure_toy
 from pipeline.evaluate.predictions import FILE, read_predictions, write_predictions
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.sheets import evaluation_sheet
@@ -33,7 +34,8 @@ from pipeline.reproduce.spec import Experiment, Row
 from pipeline.tracking.history import Series, read_stages
 
 KEPT_METRICS = ("reward/", "alarm/", "rollout/format_rate", "rollout/unique_caption_ratio", "anchor/", "time/step_s")
-SPLITS = ("train", "val", "test", "sft", "artist")
+ROLES: tuple[Literal["vlm", "vdm", "clip"], ...] = ("vlm", "vdm", "clip")
+MARKER = "row.json"
 SHEET_ROWS = ("sft", "joint")
 
 
@@ -77,14 +79,17 @@ def reproduce(
     ConfigError where ``out`` holds another experiment's rows.
     """
     console = console or Console()
-    keys = experiment.needed(list(rows))
+    keys, out = experiment.needed(list(rows)), out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, experiment)
-    _write_data(experiment, out / "data", console)
+    with console.status("making the toy world"):
+        size = experiment.sft_samples
+        ensure_toy(out / "data", experiment.train_samples, experiment.test_samples, sft=size, artist=size)
     started, done, todo = time.monotonic(), 0, len(keys) * len(seeds)
     with connect():
         for seed in seeds:
             one = _Seed(experiment, out, seed, split, console)
+            one.remember()
             for key in keys:
                 console.rule(f"seed {seed} · {experiment.rows[key].title}")
                 one.run(key)
@@ -92,28 +97,29 @@ def reproduce(
                 spent = (time.monotonic() - started) / 60
                 console.print(f"{done} of {todo} rows, {spent:.0f} min so far", highlight=False)
             one.judge()
-    return write_report(experiment, out, seeds=list(seeds), keys=keys, split=split, command=command)
+    # Rows of earlier calls stand in the report too, where every seed has them.
+    whole = [k for k in experiment.rows if all((out / f"seed{s}" / k / MARKER).is_file() for s in seeds)]
+    return write_report(experiment, out, seeds=list(seeds), keys=whole, split=split, command=command)
 
 
 def _claim(out: Path, experiment: Experiment) -> None:
-    """Note whose rows ``out`` holds, or refuse to mix two experiments."""
-    path, mine = out / "experiment.json", experiment.model_dump_json(indent=1)
+    """Note whose rows ``out`` holds (experiment, base run, models), or refuse to mix two."""
+    base = load_config(experiment.base, experiment.set)
+    models = {role: _digest(resolve_model(getattr(base.models, role), role)) for role in ROLES}
+    facts = {"experiment": experiment.model_dump(mode="json"), "base": config_digest(base), "models": models}
+    path, mine = out / "experiment.json", json.dumps(facts, indent=1)
     if path.is_file() and path.read_text(encoding="utf-8") != mine:
-        raise ConfigError(f"{out} holds rows of another experiment ({path} differs); choose another --out")
+        raise ConfigError(
+            f"{out} holds rows of another experiment, base run or models ({path} differs); choose another --out"
+        )
     path.write_text(mine, encoding="utf-8")
 
 
-def _write_data(experiment: Experiment, folder: Path, console: Console) -> None:
-    if all(any((folder / split).glob("*.parquet")) for split in SPLITS):
-        return
-    with console.status("making the toy world"):
-        write_toy(
-            folder,
-            train=experiment.train_samples,
-            test=experiment.test_samples,
-            sft=experiment.sft_samples,
-            artist=experiment.sft_samples,
-        )
+def _digest(model: str) -> str:
+    """Return a digest of a model folder's weights; a hub name stands for itself."""
+    files = sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16] if files else model
 
 
 @dataclass
@@ -132,14 +138,18 @@ class _Seed:
         """Where the seed's rows lie."""
         return self.out / f"seed{self.seed}"
 
+    def remember(self) -> None:
+        """Take up the rows that earlier calls finished."""
+        for key in self.experiment.rows:
+            if (marker := self.folder / key / MARKER).is_file():
+                self.results[key] = RowResult.read(marker)
+
     def run(self, key: str) -> None:
         """Make sure that row ``key`` is done."""
-        folder = self.folder / key
-        marker = folder / "row.json"
-        if marker.is_file():
+        if key in self.results:
             self.console.print("done before", style="dim")
-            self.results[key] = RowResult.read(marker)
             return
+        folder = self.folder / key
         folder.mkdir(parents=True, exist_ok=True)
         row, started = self.experiment.rows[key], time.monotonic()
         if row.sft_like:
@@ -150,24 +160,24 @@ class _Seed:
             vlm, vdm = (self.results[other] if other else None for other in (row.vlm, row.vdm))
             result = RowResult(key, vlm.vlm if vlm else None, vdm.vdm if vdm else None)
         self.results[key] = replace(result, seconds=round(time.monotonic() - started, 1))
-        self.results[key].write(marker)
+        self.results[key].write(folder / MARKER)
 
     def config(self, row: Row, folder: Path, split: str) -> RunConfig:
         """Return the run of ``row``: the base run, the experiment's and the row's overrides, and other rows' adapters."""
         overrides = [
-            f"name={folder.name}",
-            f"out={folder}",
+            f"name={json.dumps(folder.name)}",
+            f"out={json.dumps(str(folder))}",
             f"seed={self.seed}",
             f"data.seed={self.seed}",
-            f"data.train={self.out}/data/train",
-            f"data.eval={self.out}/data/{split}",
+            f"data.train={json.dumps(str(self.out / 'data' / 'train'))}",
+            f"data.eval={json.dumps(str(self.out / 'data' / split))}",
             f"evaluate.samples={self.experiment.test_samples}",
             *self.experiment.set,
             *(row.set or ()),
         ]
         for role, other in (("vlm", row.vlm), ("vdm", row.vdm)):
             if other is not None and (adapter := getattr(self.results[other], role)) is not None:
-                overrides.append(f"models.{role}_adapter={adapter}")
+                overrides.append(f"models.{role}_adapter={json.dumps(adapter)}")
         return load_config(self.experiment.base, overrides)
 
     def _train(self, key: str, folder: Path) -> RowResult:
@@ -177,6 +187,13 @@ class _Seed:
         resume = bool(CheckpointStore(folder / "checkpoints", config.checkpoint.keep).paths())
         report = run_training(config, resume=resume, console=self.console)
         stages = read_stages(report.tracking_uri, report.run_id, KEPT_METRICS)
+        for name, result in report.stages.items():
+            told = len(stages.get(name, {}).get("time/step_s", []))
+            if told != result.steps:
+                raise TrainingError(
+                    f"{folder}: MLflow ({report.tracking_uri}) holds {told} of the {result.steps} steps of {name}, so the row has no "
+                    "times and curves; when the store answers again, run the row again in an empty folder"
+                )
         made = {role: folder / f"{role}_adapter" for role in ("vlm", "vdm")}
         return RowResult(
             key,

@@ -6,6 +6,9 @@ row took. This module holds types and contradictions; running is ``run``, the ta
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +39,7 @@ class Row(Section):
     vlm: str | None = Field(None, description="Row whose tuned VLM this row starts from.")
     vdm: str | None = Field(None, description="Row whose tuned VDM this row starts from.")
     set: list[str] | None = Field(None, description="Overrides of the base run; given, the row is trained.")
+    shown: bool = Field(True, description="Whether it stands in the table; false for what other rows are made of.")
     sft_like: list[str] = Field(
         default_factory=list,
         description="Rows whose stages' wall time plain SFT of both models is given (the control of equal time).",
@@ -46,15 +50,44 @@ class Row(Section):
     def _one_way(self) -> Row:
         if self.sft_like and (self.set is not None or self.vlm or self.vdm):
             raise ValueError("sft_like goes with neither set, vlm nor vdm: it is supervised training of the SFT pair")
+        for override in self.set or ():
+            if re.match(r"(models|video|evaluate)\.|stage[12]\.lora", override):
+                raise ValueError(
+                    f"{override!r}: all rows answer with the same models, video shape and adapter sizes; set it for the experiment"
+                )
         return self
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything of this row depends on the seed."""
+        return self.set is not None or bool(self.sft_like or self.vlm or self.vdm)
 
 
 class Ordering(Section):
-    """An order of rows by a metric that is expected to hold, best first."""
+    """An order of rows by a metric that is expected to hold: best first, or one row before all others."""
 
     claim: str = Field(description="The claim, as the paper makes it.")
     metric: Metric = Field(description="Metric that decides.")
-    rows: list[str] = Field(min_length=2, description="Rows, the best first (the lowest first for a Fréchet distance).")
+    rows: list[str] = Field(
+        default_factory=list, description="Rows, the best first (the lowest first for a Fréchet distance)."
+    )
+    best: str | None = Field(None, description="Instead of rows: the row that is better than every other one shown.")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Ordering:
+        if (self.best is None) == (len(self.rows) < 2):
+            raise ValueError(f"ordering {self.claim!r}: give two rows or more, or best")
+        return self
+
+    def pairs(self, shown: Sequence[str]) -> list[tuple[str, str]]:
+        """Return the pairs (better, worse) that must hold among the rows ``shown``."""
+        if self.best is not None:
+            return [(self.best, other) for other in shown if other != self.best]
+        return list(itertools.pairwise(self.rows))
+
+    def rests_on(self) -> set[str]:
+        """Return the rows without which it cannot be checked."""
+        return {self.best} if self.best is not None else set(self.rows)
 
 
 class Experiment(Section):
@@ -79,7 +112,7 @@ class Experiment(Section):
                     raise ValueError(f"rows.{key} is made of {other!r}, which is not a row above it ({sorted(known)})")
             known.add(key)
         for ordering in self.orderings:
-            if unknown := set(ordering.rows) - known:
+            if unknown := ordering.rests_on() - known:
                 raise ValueError(f"ordering {ordering.claim!r} names unknown rows {sorted(unknown)}")
         if self.baseline not in known:
             raise ValueError(f"baseline={self.baseline!r} is not a row ({sorted(known)})")

@@ -68,11 +68,11 @@ def over_seeds(seeds: Sequence[Figures], row: str, group: str, metric: str) -> S
     return spread(values) if values else None
 
 
-def links(ordering: Ordering, seeds: Sequence[Figures], group: str = "all") -> list[Step]:
-    """Return the ordering's adjacent pairs with their gaps, paired by seed."""
+def links(ordering: Ordering, seeds: Sequence[Figures], shown: Sequence[str], group: str = "all") -> list[Step]:
+    """Return the ordering's pairs among the rows ``shown`` with their gaps, paired by seed."""
     sign = -1.0 if ordering.metric in LOWER_IS_BETTER else 1.0
     steps = []
-    for better, worse in zip(ordering.rows, ordering.rows[1:]):
+    for better, worse in ordering.pairs(shown):
         gaps = []
         for figures in seeds:
             a, b = (figures.get(row, {}).get(group, {}).get(ordering.metric) for row in (better, worse))
@@ -84,5 +84,7 @@ def links(ordering: Ordering, seeds: Sequence[Figures], group: str = "all") -> l
 
 def verdict(steps: Sequence[Step]) -> Verdict:
     """Return the weakest link's verdict."""
+    if not steps:
+        return "not measured"
     order: tuple[Verdict, ...] = ("not measured", "does not hold", "within the spread", "one seed only", "holds")
     return min((step.verdict for step in steps), key=order.index)

@@ -23,6 +23,7 @@ from actors.records import (
     VlmExperience,
     derive_seed,
 )
+from actors.scoring.scorer import TEXT_ONLY
 from pipeline.config import RunConfig
 from pipeline.fleet import Fleet
 from pipeline.stages.feed import SampleFeed
@@ -62,10 +63,11 @@ class Stage1:
         except SampleFailed:
             return None
         captions = [answer.caption if (answer := parse_answer(c.text)) else None for c in completions]
+        draws = not TEXT_ONLY.issuperset(self.section.rewards.weights)  # else nobody would look at the clips
         keys = [caption if self.section.dedupe else (caption, i) for i, caption in enumerate(captions)]
         renders: dict[object, asyncio.Task[Clip]] = {}
         for i, (key, caption) in enumerate(zip(keys, captions, strict=True)):
-            if caption is not None and key not in renders:
+            if draws and caption is not None and key not in renders:
                 renders[key] = asyncio.create_task(self.fleet.vdm.submit(self._render(sample, caption, i, step)))
         members = [
             self._member(sample, i, c, caption, renders.get(key))
@@ -79,12 +81,12 @@ class Stage1:
     ) -> Member:
         clip = await render if render is not None else None
         names = tuple(self.section.rewards.weights)
-        wanted = names if clip is not None else tuple(n for n in names if n == "format")
+        wanted = names if caption is not None else tuple(n for n in names if n == "format")
         scores: Scores = await self.fleet.reward.submit(
             score_request(sample, index, wanted, completion.text, caption or "", clip)
         )
         # A malformed answer has no caption and no video: what judges them is 0 by definition, not by imputation.
-        values = {name: scores.values.get(name, 0.0) for name in names} if clip is None else scores.values
+        values = {name: scores.values.get(name, 0.0) for name in names} if caption is None else scores.values
         return Member(
             index,
             caption or "",

@@ -6,6 +6,7 @@ is ``pipeline.data.video``'s.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,3 +65,14 @@ def write_toy(
                 if progress is not None:
                     progress(split, index + 1, count)
     return {split: count for split, count in counts.items() if count}
+
+
+def ensure_toy(out_dir: str | Path, train: int, test: int, seed: int = 0, *, sft: int = 0, artist: int = 0) -> None:
+    """As :func:`write_toy`, whole or not at all: ``out_dir`` appears when everything is in it, and is left alone where it is."""
+    out = Path(out_dir)
+    if out.is_dir():
+        return
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_toy(partial, train=train, test=test, seed=seed, sft=sft, artist=artist)
+    partial.rename(out)

@@ -31,7 +31,7 @@ def order(*rows: str, metric: str = "clip_v") -> Ordering:
 
 def test_the_bundled_table_has_the_papers_rows_and_every_row_is_a_valid_run(tmp_path: Path) -> None:
     table = load_experiment()
-    assert len(table.rows) == 12 and table.rows["joint"].paper.clip_v == (0.8021, 0.7872)
+    assert sum(row.shown for row in table.rows.values()) == 12 and table.rows["joint"].paper.clip_v == (0.8021, 0.7872)
     seed = _Seed(table, tmp_path, 1, "test", Console(), {key: RowResult(key, vlm="v", vdm="d") for key in table.rows})
     for row in table.rows.values():
         if row.set is not None:
@@ -70,24 +70,24 @@ def test_an_unknown_key_is_named(tmp_path: Path) -> None:
 
 
 def test_an_order_holds_only_beyond_the_spread_between_seeds() -> None:
-    clear = links(order("joint", "sft"), seeds(joint=[0.8, 0.81, 0.79], sft=[0.5, 0.52, 0.5]))
+    clear = links(order("joint", "sft"), seeds(joint=[0.8, 0.81, 0.79], sft=[0.5, 0.52, 0.5]), ())
     assert verdict(clear) == "holds" and clear[0].gaps == pytest.approx((0.3, 0.29, 0.29))
-    noisy = links(order("joint", "sft"), seeds(joint=[0.9, 0.4, 0.9], sft=[0.5, 0.7, 0.6]))
+    noisy = links(order("joint", "sft"), seeds(joint=[0.9, 0.4, 0.9], sft=[0.5, 0.7, 0.6]), ())
     assert verdict(noisy) == "within the spread"
-    wrong = links(order("joint", "sft"), seeds(joint=[0.4, 0.4], sft=[0.5, 0.5]))
+    wrong = links(order("joint", "sft"), seeds(joint=[0.4, 0.4], sft=[0.5, 0.5]), ())
     assert verdict(wrong) == "does not hold"
     assert verdict(
-        links(order("joint", "stage1", "sft"), seeds(joint=[1.0, 1.0], stage1=[0.5, 0.5], sft=[0.6, 0.6]))
+        links(order("joint", "stage1", "sft"), seeds(joint=[1.0, 1.0], stage1=[0.5, 0.5], sft=[0.6, 0.6]), ())
     ) == (
         "does not hold"  # the weakest link decides
     )
-    assert verdict(links(order("joint", "gone"), seeds(joint=[1.0]))) == "not measured"
-    assert verdict(links(order("joint", "sft"), seeds(joint=[0.9], sft=[0.1]))) == "one seed only"
+    assert verdict(links(order("joint", "gone"), seeds(joint=[1.0]), ())) == "not measured"
+    assert verdict(links(order("joint", "sft"), seeds(joint=[0.9], sft=[0.1]), ())) == "one seed only"
 
 
 def test_a_lower_frechet_distance_is_better() -> None:
     figures: list[Figures] = [{"a": {"all": {"frechet": 0.1}}, "b": {"all": {"frechet": 0.3}}}]
-    assert links(order("a", "b", metric="frechet"), figures)[0].gaps == pytest.approx((0.2,))
+    assert links(order("a", "b", metric="frechet"), figures, ())[0].gaps == pytest.approx((0.2,))
 
 
 def test_spread_is_the_sample_standard_deviation() -> None:
