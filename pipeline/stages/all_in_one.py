@@ -21,7 +21,9 @@ from pipeline.stages.stage2 import sde_spec, sde_window, trajectory_experiences
 
 @dataclass
 class AllInOne(Stage1):
-    """Steps, rollout and text sampling are stage 1's; the SDE and its rendering stage 2's; each learner has its own stage's."""
+    """Steps, rollout, text sampling, advantages and updates per batch are stage 1's, the SDE and its rendering stage 2's; the loss,
+    the optimizer and the adapter of each model are its own stage's.
+    """
 
     name = "all_in_one"
     title = "all-in-one · both"

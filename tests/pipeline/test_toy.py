@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,7 @@ from pipeline.data.toy import (
     write_toy,
 )
 from pipeline.data.toy.language import COLOURS, OPPOSITE, SHAPES, VERBS, caption_with, caption_words
+from pipeline.data.toy.shards import ensure_toy
 from pipeline.data.toy.world import SFT_WRONG_EVENTS
 from pipeline.data.video import decode_video
 from rewards.format import parse_answer
@@ -150,3 +153,13 @@ def test_written_shards_decode_to_the_rendered_frames(tmp_path) -> None:
         write_toy(tmp_path / "toy", train=1, test=0)
     with pytest.raises(DataError, match="at least 1 training row"):
         write_toy(tmp_path / "other", train=0, test=1)
+
+
+def test_ensure_toy_leaves_a_whole_dataset_alone_and_replaces_half_of_one(tmp_path: Path) -> None:
+    out, half = tmp_path / "toy", tmp_path / "toy.partial"
+    write_toy(half, train=1, test=1)  # an earlier attempt that was killed before it was complete
+    ensure_toy(out, train=3, test=2, sft=1)
+    assert sorted(p.name for p in out.iterdir()) == ["sft", "test", "train", "val"] and not half.exists()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")}
+    ensure_toy(out, train=9, test=9)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")} == before
