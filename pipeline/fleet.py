@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from actors.pool import PoolSpec, WorkerPool
 from actors.scoring.worker import RewardWorker
 from actors.vdm.worker import VdmWorker
 from actors.vlm.worker import VlmWorker
-from actors.weights import read_adapter, send
+from actors.weights import read_weights, send
 from cluster.resources import Ask, Placement, PlacementPlan, place
 from cluster.session import Session, connect
 from pipeline.config import RunConfig
@@ -89,9 +90,9 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
         placement.remove()
 
 
-async def load_adapter(pool: WorkerPool, folder: str, version: int) -> None:
-    """Make every worker of ``pool`` serve the adapter in ``folder`` as ``version``."""
-    await pool.set_weights(version, send(read_adapter(folder, version)))
+async def serve_trained(pool: WorkerPool, folder: str | Path, version: int) -> None:
+    """Make every worker of ``pool`` serve what a learner exported to ``folder``, adapter or whole model, as ``version``."""
+    await pool.set_weights(version, send(await asyncio.to_thread(read_weights, folder, version)))
 
 
 async def _start_all(pools: list[WorkerPool]) -> None:

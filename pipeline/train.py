@@ -23,14 +23,14 @@ from pipeline.config.schema import Stage1Section, Stage2Section
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable
-from pipeline.fleet import LEARNER, Fleet, cluster_session, load_adapter, open_fleet, placement_plan
+from pipeline.fleet import LEARNER, Fleet, cluster_session, open_fleet, placement_plan, serve_trained
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar, step_note
 from pipeline.sources import training_source
 from pipeline.stages.alarms import AlarmWatch, alarm_lines, alarm_tags
 from pipeline.stages.all_in_one import AllInOne
 from pipeline.stages.feed import FeedCursor, SampleFeed
-from pipeline.stages.loop import Learners, StageResult, StepReport, pool_of, run_stage
+from pipeline.stages.loop import Learners, Stage, StageResult, StepReport, pool_of, run_stage
 from pipeline.stages.stage1 import Stage1
 from pipeline.stages.stage2 import Stage2
 from pipeline.tracking import Tracker
@@ -62,6 +62,7 @@ def run_training(
     Raises ConfigError, DataError, CheckpointError or PlacementError before anything is trained, TrainingError later.
     """
     console = console or Console()
+    require_trainable(config)
     checkpoint = _starting_point(config, resume)
     source = training_source(config)
     for role in ("vlm", "vdm", "clip"):
@@ -148,13 +149,13 @@ class _Run:
 
     async def _stage(self, stage: AnyStage, fleet: Fleet, state: TrainState | None) -> None:
         """Train one stage, or load what it made before the run was interrupted."""
-        adapters = {policy: self.config.out / f"{policy}_adapter" for policy in stage.policies}
+        if stage.section.steps == 0:
+            return
+        exports = {policy: self.config.out / export_name(self.config, policy) for policy in stage.policies}
         names = [kind.name for kind in STAGES[self.config.training]]
-        done_before = state is not None and names.index(stage.name) < names.index(state.stage)
-        if done_before or stage.section.steps == 0:
-            if done_before:
-                for policy, adapter in adapters.items():
-                    await load_adapter(pool_of(stage, policy), str(adapter), version=state.extra["versions"][policy])  # type: ignore[union-attr]
+        if state is not None and names.index(stage.name) < names.index(state.stage):
+            for policy, folder in exports.items():
+                await serve_trained(pool_of(stage, policy), folder, version=state.extra["versions"][policy])
             return
         started = time.monotonic()
         here = state if state is not None and state.stage == stage.name else None
@@ -173,12 +174,10 @@ class _Run:
                 with bar(self.console, stage.title, stage.section.steps, first) as progress:
                     hook = _StepHook(self, stage, learners, alarms, progress)
                     result = await run_stage(stage, self.feed, learners, first_step=first, on_step=hook)
-                for policy, adapter in adapters.items():
-                    await learners[policy].export(str(adapter))
-                    self.tracker.log_checkpoint(adapter)
-            if stage.section.optim.ema:  # the stage's result is the average: what comes next is asked of it
-                for policy, learner in learners.items():
-                    await pool_of(stage, policy).set_weights(learner.version + 1, await learner.publish(averaged=True))
+                for policy, folder in exports.items():
+                    await learners[policy].export(str(folder))
+                    self.tracker.log_checkpoint(folder)
+            await serve_averages(stage, learners)
         self.report.stages[stage.name] = result
         self.report.wall_s[stage.name] = round(time.monotonic() - started, 1)
 
@@ -203,7 +202,7 @@ class _Run:
         with store.write(stage.name, step, state) as folder:
             for policy, learner in learners.items():
                 await learner.save(str(folder / f"{policy}_learner"))
-                await learner.export(str(folder / f"{policy}_adapter"))
+                await learner.export(str(folder / export_name(self.config, policy)))
         self.tracker.log_checkpoint(store.root / f"{stage.name}-step{step:06d}")
 
     @asynccontextmanager
@@ -259,10 +258,41 @@ class _StepHook:
             )
 
 
+async def serve_averages(stage: Stage, learners: Learners) -> None:
+    """Serve the moving average of each policy whose learner keeps one: it is the stage's result, which what comes next asks."""
+    for policy, learner in learners.items():
+        if learner.spec.optim.ema:
+            await pool_of(stage, policy).set_weights(learner.version + 1, await learner.publish(averaged=True))
+
+
+def section_of(config: RunConfig, policy: str) -> Stage1Section | Stage2Section:
+    """Return the section of the stage that is ``policy``'s own; in all-in-one too it says how the policy learns."""
+    return config.stage1 if policy == "vlm" else config.stage2
+
+
+def export_name(config: RunConfig, policy: str) -> str:
+    """Return what the trained ``policy`` is called in a run's folder: an adapter is no model, and the other way round."""
+    return f"{policy}_adapter" if section_of(config, policy).lora.rank else f"{policy}_model"
+
+
+def require_trainable(config: RunConfig) -> None:
+    """Raise ConfigError where a model that starts from an adapter is to be trained as full weights."""
+    for stage in STAGES[config.training]:
+        for policy in stage.policies:
+            steps = config.stage2.steps if stage is Stage2 else config.stage1.steps
+            adapter = getattr(config.models, f"{policy}_adapter")
+            if steps and adapter is not None and section_of(config, policy).lora.rank == 0:
+                key = "stage1" if policy == "vlm" else "stage2"
+                raise ConfigError(
+                    f"models.{policy}_adapter={adapter!r} with {key}.lora.rank=0: full weights cannot be trained through an "
+                    f"adapter; set {key}.lora.rank to the adapter's, or start from a whole model (models.{policy})"
+                )
+
+
 def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec:
     """Return the learner group that ``stage`` trains ``policy`` with, as the policy's own stage says."""
     learner, models = config.learner, config.models
-    section: Stage1Section | Stage2Section = config.stage1 if policy == "vlm" else config.stage2
+    section = section_of(config, policy)
     grpo = {
         f.name: getattr(section.grpo, f.name) for f in dataclasses.fields(GrpoSpec) if hasattr(section.grpo, f.name)
     }

@@ -123,16 +123,20 @@ class VdmWorker:
             ) from error
 
     def _apply(self, weights: Weights) -> None:
-        policy, tensors = self.policy, as_tensors(weights)
+        tensors = as_tensors(weights)
         if weights.kind == "full":
-            if policy.adapter is not None:
+            if self._adapter is not None:
                 raise CheckpointError(
-                    f"{self.name}: full weights cannot be loaded into a model that carries an adapter"
+                    f"{self.name}: full weights cannot be loaded into a model that starts from an adapter ({self._adapter})"
                 )
-            policy.module.load_state_dict(tensors, strict=True)
+            if self.policy.adapter is not None:
+                self._policy = self._load()
+            self.policy.module.load_state_dict(tensors, strict=True)
             self._full = True
             return
-        spec = lora.spec_of(weights.adapter_config)
+        if self._full:  # an adapter belongs to the folder's own weights
+            self._restore_base()
+        policy, spec = self.policy, lora.spec_of(weights.adapter_config)
         if policy.adapter is None:
             policy.inject(spec)
             self._initial = _snapshot(policy)

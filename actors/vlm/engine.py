@@ -174,18 +174,23 @@ class VlmEngine:
     # --- weights ---
 
     async def _serve_base(self, version: int) -> None:
-        if self._full:
-            from actors.vlm.policy import load_model
-
-            model, _ = load_model(self.spec.model_path, "float32")
-            await self._reload(model.state_dict(), version)
-            self._full = False
         if self.spec.adapter is not None:
             from actors.weights import read_adapter
 
             await self._serve_adapter(read_adapter(self.spec.adapter, 0), version)
         else:
-            await self._switch(None, version)
+            await self._on_base(None, version)
+
+    async def _on_base(self, adapter: _Adapter | None, version: int) -> None:
+        """Serve ``adapter`` (None: none) on the model folder's own weights, whatever was served before."""
+        if not self._full:
+            await self._switch(adapter, version)
+            return
+        from actors.vlm.policy import load_model
+
+        model, _ = load_model(self.spec.model_path, "float32")
+        await self._reload(model.state_dict(), adapter, version)
+        self._full = False
 
     async def _serve_adapter(self, weights: Weights, version: int) -> None:
         from vllm.lora.request import LoRARequest
@@ -203,12 +208,12 @@ class VlmEngine:
         self._lora_ids += 1
         name = f"v{version}-{self._lora_ids}"
         folder = write_adapter(weights, self._folder / name)
-        await self._switch(_Adapter(LoRARequest(name, self._lora_ids, str(folder)), Path(folder)), version)
+        await self._on_base(_Adapter(LoRARequest(name, self._lora_ids, str(folder)), Path(folder)), version)
 
     async def _serve_full(self, weights: Weights, version: int) -> None:
         from actors.weights import as_tensors
 
-        await self._reload(as_tensors(weights), version)
+        await self._reload(as_tensors(weights), None, version)
         self._full = True
 
     async def _switch(self, adapter: _Adapter | None, version: int) -> None:
@@ -223,7 +228,7 @@ class VlmEngine:
             shutil.rmtree(adapter.folder, ignore_errors=True)
             await self.backend.remove_lora(adapter.request.lora_int_id)
 
-    async def _reload(self, tensors: Mapping[str, Any], version: int) -> None:
+    async def _reload(self, tensors: Mapping[str, Any], adapter: _Adapter | None, version: int) -> None:
         """Replace the model's own weights while nothing runs; requests that arrive meanwhile wait for the new ones."""
         from safetensors.torch import save_file
 
@@ -236,7 +241,7 @@ class VlmEngine:
             await self._idle.wait()
             await self.backend.rpc("vans_reload", str(path))
             await self.backend.drop_caches()
-            await self._switch(None, version)
+            await self._switch(adapter, version)
         finally:
             path.unlink(missing_ok=True)
             self._open.set()

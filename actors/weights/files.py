@@ -1,6 +1,4 @@
-"""Published weights as ordinary adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT
-writes them.
-"""
+"""Weights as ordinary folders: an adapter as PEFT writes it, or the whole model of transformers or diffusers."""
 
 from __future__ import annotations
 
@@ -15,6 +13,8 @@ from cluster.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+MODELS = ("model.safetensors", "transformer/diffusion_pytorch_model.safetensors")
+"""Where a whole model keeps the weights that are trained: a transformers model's own, a WanPipeline's transformer."""
 
 
 def write_adapter(weights: Weights, folder: str | Path) -> Path:
@@ -48,3 +48,28 @@ def read_adapter(folder: str | Path, version: int = 0) -> Weights:
     except Exception as error:
         raise CheckpointError(f"{source} holds a damaged adapter: {error}") from error
     return pack(version, "lora", tensors, config)
+
+
+def read_model(folder: str | Path, version: int = 0) -> Weights:
+    """Read a whole model's weights (kind ``full``), in one file or in shards; CheckpointError says what is missing."""
+    source = Path(folder)
+    for name in MODELS:
+        whole, index = source / name, source / f"{name}.index.json"
+        if not whole.is_file() and not index.is_file():
+            continue
+        try:
+            shards = {whole}
+            if index.is_file():
+                shards = {
+                    index.parent / s for s in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                }
+            tensors = {name: tensor for shard in sorted(shards) for name, tensor in load_file(str(shard)).items()}
+        except Exception as error:
+            raise CheckpointError(f"{source} holds a damaged model: {error}") from error
+        return pack(version, "full", tensors)
+    raise CheckpointError(f"{source} is not a model folder: it has none of {', '.join(MODELS)}, nor their shards")
+
+
+def read_weights(folder: str | Path, version: int = 0) -> Weights:
+    """Read what a learner exported: an adapter where the folder has ``adapter_config.json``, else a whole model."""
+    return read_adapter(folder, version) if (Path(folder) / CONFIG).is_file() else read_model(folder, version)

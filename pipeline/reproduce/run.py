@@ -27,7 +27,7 @@ from pipeline.evaluate.predictions import FILE, read_predictions, write_predicti
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable
-from pipeline.fleet import Fleet, load_adapter, open_fleet
+from pipeline.fleet import Fleet, open_fleet, serve_trained
 from pipeline.models import resolve_model
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.spec import Experiment, Row
@@ -44,9 +44,9 @@ class RowResult:
     """What a row of one seed came to: the models it answers with, and its training's figures."""
 
     key: str
-    vlm: str | None = None  # adapter folder, or model folder after plain SFT; None: the SFT pair's own
+    vlm: str | None = None  # adapter folder, or model folder after plain SFT or lora.rank=0; None: the SFT pair's own
     vdm: str | None = None
-    full: bool = False  # vlm and vdm are whole models
+    full: bool = False  # vlm and vdm are whole models that are loaded instead of the pair
     stages: dict[str, Series] = field(default_factory=dict)
     wall_s: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0  # from start to end, start-up included, of the process that finished it
@@ -181,7 +181,7 @@ class _Seed:
         return load_config(self.experiment.base, overrides)
 
     def _train(self, key: str, folder: Path) -> RowResult:
-        from pipeline.train import run_training
+        from pipeline.train import export_name, run_training
 
         config = self.config(self.experiment.rows[key], folder, "train")
         resume = bool(CheckpointStore(folder / "checkpoints", config.checkpoint.keep).paths())
@@ -194,7 +194,7 @@ class _Seed:
                     f"{folder}: MLflow ({report.tracking_uri}) holds {told} of the {result.steps} steps of {name}, so the row has no "
                     "times and curves; when the store answers again, run the row again in an empty folder"
                 )
-        made = {role: folder / f"{role}_adapter" for role in ("vlm", "vdm")}
+        made = {role: folder / export_name(config, role) for role in ("vlm", "vdm")}
         return RowResult(
             key,
             vlm=str(made["vlm"]) if made["vlm"].is_dir() else config.models.vlm_adapter,
@@ -259,11 +259,11 @@ class _Seed:
         if tuned:
             async with open_fleet(config) as fleet:
                 for version, result in enumerate(tuned, start=1):
-                    for pool, adapter in ((fleet.vlm, result.vlm), (fleet.vdm, result.vdm)):
-                        if adapter is None:
+                    for pool, trained in ((fleet.vlm, result.vlm), (fleet.vdm, result.vdm)):
+                        if trained is None:
                             await pool.set_weights(version, None)
                         else:
-                            await load_adapter(pool, adapter, version)
+                            await serve_trained(pool, trained, version)
                     await self._answer(config, fleet, result.key, samples)
         for result in (r for r in todo if r.full):
             models = config.models.model_copy(update={"vlm": result.vlm, "vdm": result.vdm})

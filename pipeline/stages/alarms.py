@@ -11,18 +11,18 @@ from itertools import combinations
 
 from rewards.alarms import AlarmSettings, AlarmState, Watched, watch
 
-METRIC_OF = {
-    "motion_ratio": "alarm/motion_ratio",
-    "copy_excess": "alarm/copy_excess",
-    "sharpness_ratio": "alarm/sharpness_ratio",
-    "saturation_shift": "alarm/saturation_shift",
-    "format_rate": "rollout/format_rate",
-    "completion_tokens": "rollout/completion_tokens_mean",
-    "entropy": "learner/entropy",
-    "anchors_kept_ratio": "anchor/kept_ratio",
-    "zero_std_ratio": "advantage/zero_std_ratio",
+METRICS_OF = {
+    "motion_ratio": ("alarm/motion_ratio",),
+    "copy_excess": ("alarm/copy_excess",),
+    "sharpness_ratio": ("alarm/sharpness_ratio",),
+    "saturation_shift": ("alarm/saturation_shift",),
+    "format_rate": ("rollout/format_rate",),
+    "completion_tokens": ("rollout/completion_tokens_mean",),
+    "entropy": ("learner/entropy", "learner/vlm/entropy"),  # of one learner, or of one of two (all_in_one)
+    "anchors_kept_ratio": ("anchor/kept_ratio",),
+    "zero_std_ratio": ("advantage/zero_std_ratio",),
 }
-"""Sign → the metric of a step that holds it."""
+"""Sign → the metrics that may hold it; a step has one of them, or none."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class AlarmWatch:
 
     def see(self, step: int, metrics: Mapping[str, float]) -> Watched:
         """Judge ``step`` by its metrics and remember it."""
-        signs = {sign: metrics[name] for sign, name in METRIC_OF.items() if name in metrics}
+        signs = {sign: metrics[name] for sign, names in METRICS_OF.items() for name in names if name in metrics}
         pairs = {(a, b): f"alarm/corr_{a}_{b}" for a, b in combinations(self.components, 2)}
         correlations = {pair: metrics[name] for pair, name in pairs.items() if name in metrics}
         watched = watch(self.state, step, signs, self.settings, correlations)

@@ -48,6 +48,9 @@ class SavingLearner(Learner):
         Path(path).mkdir()
         (Path(path) / "version").write_text(str(self.version))
 
+    def restore(self, path: Path) -> None:
+        self.version = int((path / "version").read_text())
+
     async def export(self, path: str) -> None:
         Path(path).mkdir()
 
@@ -63,15 +66,16 @@ def go(config: RunConfig, resume: bool = False) -> str:
         state = checkpoint.state
         require_same_config(state, config)
         alarms.state, first = AlarmState.from_json(state.extra["alarms"]), state.step
-        learner.version, cursor = state.weights_version, FeedCursor.from_json(state.cursor)
+        learner.restore(checkpoint.path / "vlm_learner")
+        cursor = FeedCursor.from_json(state.cursor)
     feed = SampleFeed(Numbers(), 2, *([cursor] if cursor else []))
     parent = checkpoint.state.mlflow_run_ids["parent"] if checkpoint else None
     try:
         with Tracker.start(config, resume_run_id=parent, strict=False) as tracker, tracker.stage("stage1"):
             run = _Run(config, tracker, paper, feed, checkpoint, run_ids={"parent": tracker.run_id})
             with bar(paper, "stage 1", len(MOTION), first) as progress:
-                hook = _StepHook(run, stage, learner, alarms, progress)  # type: ignore[arg-type]
-                asyncio.run(run_stage(stage, feed, learner, first_step=first, on_step=hook))  # type: ignore[arg-type]
+                hook = _StepHook(run, stage, {"vlm": learner}, alarms, progress)  # type: ignore[arg-type]
+                asyncio.run(run_stage(stage, feed, {"vlm": learner}, first_step=first, on_step=hook))  # type: ignore[arg-type]
     finally:
         paper.file.flush()
     return paper.file.getvalue()  # type: ignore[attr-defined]
@@ -117,7 +121,7 @@ def test_the_stop_comes_after_a_checkpoint_and_a_resumed_run_has_the_same_alarms
         go(config)
     checkpoint = CheckpointStore(config.out / "checkpoints").latest()
     assert checkpoint is not None and checkpoint.step == 9
-    assert (checkpoint.path / "learner" / "version").read_text() == "9"
+    assert (checkpoint.path / "vlm_learner" / "version").read_text() == "9"
     text = go(settings(tmp_path / "run", "alarms.stop_after=0"), resume=True)
     assert " · alarm " not in text, "it was told before the run was stopped"
     assert alarms_of(config) == alarms_of(whole[0])

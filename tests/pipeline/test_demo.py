@@ -9,18 +9,21 @@ import pytest
 from cluster.errors import VansError
 from pipeline.demo import demo_config, judge, set_aside
 
+SFT = {"clip_v": 0.4, "drawable": 0.3, "rouge_l": 0.5}
 BETTER = {"clip_v": 0.7, "drawable": 0.5, "rouge_l": 0.6}
 
 
-@pytest.mark.parametrize("worse", [{}, {"clip_v": 0.3}, {"drawable": 0.1}, {"rouge_l": 0.4}])
-def test_a_demo_that_lost_says_what_it_lost(worse: dict[str, float]) -> None:
-    sft = {"clip_v": 0.4, "drawable": 0.3, "rouge_l": 0.5}
-    summary = {"evaluation": {"sft": sft, "joint_grpo": BETTER | worse}}
-    if not worse:
-        judge(summary)
-        return
+@pytest.mark.parametrize("other", [{}, {"rouge_l": SFT["rouge_l"]}])
+def test_a_demo_that_won_is_content(other: dict[str, float]) -> None:
+    judge({"evaluation": {"sft": SFT, "joint_grpo": BETTER | other}})
+
+
+@pytest.mark.parametrize(
+    "worse", [{"clip_v": 0.3}, {"clip_v": 0.4}, {"drawable": 0.1}, {"drawable": 0.3}, {"rouge_l": 0.4}]
+)
+def test_a_demo_that_lost_or_only_drew_level_says_where(worse: dict[str, float]) -> None:
     with pytest.raises(VansError, match=next(iter(worse))):
-        judge(summary)
+        judge({"evaluation": {"sft": SFT, "joint_grpo": BETTER | worse}})
 
 
 def test_an_earlier_demo_is_kept_beside_the_new_one(tmp_path: Path) -> None:

@@ -117,9 +117,9 @@ def test_stage_two_is_asked_of_the_average_that_stage_one_exported(run: tuple[Ru
     assert thinker == {STEPS + 1.0}  # one version per update, and one for their average
     checkpoint = CheckpointStore(config.out / "checkpoints").latest("stage1")
     assert checkpoint is not None
-    exported, saved = (read_adapter(f).tensors for f in (config.out / "vlm_adapter", checkpoint.path / "adapter"))
+    exported, saved = (read_adapter(f).tensors for f in (config.out / "vlm_adapter", checkpoint.path / "vlm_adapter"))
     assert all(np.array_equal(exported[name], saved[name]) for name in saved)
-    assert (checkpoint.path / "learner" / "learner.json").read_text().count('"ema": 0.5') == 1
+    assert (checkpoint.path / "vlm_learner" / "learner.json").read_text().count('"ema": 0.5') == 1
 
 
 def test_groups_without_a_gradient_were_replaced_or_counted(run: tuple[RunConfig, RunReport]) -> None:
@@ -152,10 +152,10 @@ def test_checkpoints_of_both_stages_are_whole(run: tuple[RunConfig, RunReport]) 
 
     config, report = run
     store = CheckpointStore(config.out / "checkpoints")
-    for name in ("stage1", "stage2"):
+    for name, policy in (("stage1", "vlm"), ("stage2", "vdm")):
         checkpoint = store.latest(name)
         assert checkpoint is not None and checkpoint.step == STEPS
-        assert (checkpoint.path / "adapter" / "adapter_model.safetensors").is_file()
+        assert (checkpoint.path / f"{policy}_adapter" / "adapter_model.safetensors").is_file()
         assert checkpoint.state.mlflow_run_ids["parent"] == report.run_id
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from actors.weights import as_tensors, pack, read_adapter, receive, send, write_adapter
+from actors.weights import as_tensors, pack, read_adapter, read_weights, receive, send, write_adapter
 from cluster.errors import CheckpointError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -41,3 +42,36 @@ def test_adapter_folder_roundtrip_and_its_errors(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"cut short")
     with pytest.raises(CheckpointError, match="damaged"):
         read_adapter(folder)
+
+
+def test_an_exported_folder_is_read_as_what_it_holds(tmp_path: Path, tiny_vlm_dir: Path, tiny_vdm_dir: Path) -> None:
+    from actors.learner.trainable import LoraSpec
+    from actors.vdm.policy import VdmPolicy
+    from actors.vlm.policy import VlmPolicy
+
+    for name, policy in (
+        ("vlm", VlmPolicy.load(tiny_vlm_dir)),
+        ("vdm", VdmPolicy.load(tiny_vdm_dir, components=("transformer",))),
+    ):
+        policy.export(tmp_path / name)
+        whole = read_weights(tmp_path / name, version=5)
+        assert (whole.version, whole.kind) == (5, "full")
+        own = policy.module.state_dict()
+        tied = {n for n in own if n not in whole.tensors}  # the file holds a tied weight once
+        assert whole.tensors and whole.tensors.keys() <= own.keys() and tied <= {"lm_head.weight"}
+        for key, tensor in as_tensors(whole).items():
+            assert torch.equal(tensor, own[key])
+
+    model: Any = VlmPolicy.load(tiny_vlm_dir).module
+    model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert read_weights(tmp_path / "shards").tensors.keys() == read_weights(tmp_path / "vlm").tensors.keys()
+
+    VlmPolicy.load(tiny_vlm_dir, lora=LoraSpec(2, 4.0)).export(tmp_path / "adapter")
+    assert read_weights(tmp_path / "adapter").kind == "lora"
+    (tmp_path / "adapter" / "adapter_config.json").unlink()  # its export was cut short
+    with pytest.raises(CheckpointError, match="not a model folder"):
+        read_weights(tmp_path / "adapter")
+    next((tmp_path / "shards").glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="damaged model"):
+        read_weights(tmp_path / "shards")

@@ -80,6 +80,25 @@ def test_full_weights_come_and_go(tiny, ray_local, make_request):
     assert np.array_equal(local.process([make_request()])[0].value.frames, frames) and local.weights_hash() == before
 
 
+def test_full_weights_and_adapters_replace_each_other(tiny, ray_local, make_request):
+    from actors.learner.trainable import LoraSpec
+
+    local = VdmWorker("vdm-1", str(tiny))
+    local.setup()
+    base = local.weights_hash().split(":")[0]
+    tuned = VdmPolicy.load(tiny)
+    with torch.no_grad():
+        tuned.module.proj_out.bias += 0.1
+    adapter, whole = _adapter(tiny, LoraSpec(4, 8.0)), pack(0, "full", tuned.module.state_dict())
+    local.load_weights(1, send(adapter))
+    adapted = local.process([make_request()])[0].value.frames
+    local.load_weights(2, send(whole))
+    assert np.array_equal(local.process([make_request()])[0].value.frames, tuned.sample([make_request()])[0].frames)
+    local.load_weights(3, send(adapter))  # on the folder's own weights, not on the ones before
+    assert np.array_equal(local.process([make_request()])[0].value.frames, adapted)
+    assert local.weights_hash() == f"{base}:3"
+
+
 def test_weights_that_make_nan_fail_by_name_and_alone(tiny, make_request):
     local = VdmWorker("vdm-2", str(tiny))
     local.setup()

@@ -115,7 +115,7 @@ def test_adapter_versions_are_served_stamped_and_left_again(worker: Any, policy:
     assert tokens(complete(worker, REQUESTS[:3])) == base
 
 
-def test_full_weights_are_reloaded_without_mixing_versions(worker: Any, tiny_vlm_dir: Path) -> None:
+def test_full_weights_are_reloaded_without_mixing_versions(worker: Any, tiny_vlm_dir: Path, policy: VlmPolicy) -> None:
     import ray
 
     from actors.weights import pack
@@ -137,6 +137,10 @@ def test_full_weights_are_reloaded_without_mixing_versions(worker: Any, tiny_vlm
     groups = complete(worker, REQUESTS)
     assert difference(full, REQUESTS, groups) <= 1e-5
     assert ray.get(worker.weights_hash.remote()).split(":")[0] != frozen.split(":")[0]
+    perturb_adapter(policy.module, seed=1)
+    load(worker, pack(8, "lora", policy.adapter_state(), policy.adapter_config), 8)  # on the folder's weights again
+    assert difference(policy, REQUESTS, complete(worker, REQUESTS)) <= 1e-5
+    assert ray.get(worker.weights_hash.remote()) == frozen.replace(":0", ":8")
     load(worker, None, 0)
     assert tokens(complete(worker, REQUESTS)) == base
     assert ray.get(worker.weights_hash.remote()) == frozen

@@ -196,11 +196,12 @@ def test_texts_and_rewards(texts: list[str], tokens: int, rewards: np.ndarray, e
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(40.0, {"entropy"}), (0.0, {"entropy"}), (0.9, set())])
-def test_a_policy_that_is_sure_of_every_token_or_of_none(scale: float, expected: set[str]) -> None:
+@pytest.mark.parametrize("learner", ["learner", "learner/vlm"], ids=["one-learner", "all-in-one"])
+def test_a_policy_that_is_sure_of_every_token_or_of_none(learner: str, scale: float, expected: set[str]) -> None:
     logits = 5.0 * torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
 
     def entropy(factor: float) -> dict[str, float]:
-        return {"learner/entropy": float(torch.distributions.Categorical(logits=factor * logits).entropy().mean())}
+        return {f"{learner}/entropy": float(torch.distributions.Categorical(logits=factor * logits).entropy().mean())}
 
     assert begins(entropy(1.0), entropy(scale)) == expected
 
