@@ -121,28 +121,27 @@ def train(
 @app.command()
 def sft(
     kind: Annotated[str, typer.Argument(help="`vlm` or `vdm`.")],
-    data: Annotated[Path, typer.Option(help="Folder of Parquet shards.")],
-    out: Out,
-    model: Annotated[str, typer.Option(help="Model folder, hub name or `tiny`.")] = "tiny",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 500,
-    batch: Annotated[int, typer.Option(help="Samples per step, over all ranks.")] = 64,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    ranks: Annotated[int, typer.Option(help="FSDP2 ranks.")] = 2,
-    lora_rank: Annotated[int, typer.Option(help="LoRA rank; 0 trains all weights.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of order and noise.")] = 0,
+    config: Config,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Overrides such as `sft.vlm.steps=2000`.", metavar="[KEY=VALUE]…"),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of Parquet shards; default: the configuration's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the configuration's.")] = None,
 ) -> None:
     """Fine-tune one model on (question, clip, answer) data, on Ray Train with FSDP2. Comes before `vans train`.
 
-    Examples: `vans sft vlm --data data/toy/sft --out runs/sft-vlm`, `vans sft vdm --data data/toy/train --out runs/sft-vdm --steps 200`
+    Called again it continues from its last checkpoint. The run's section `sft` holds what is special to it.
+
+    Examples: `vans sft vlm toy --data data/toy/sft --out runs/sft-vlm`,
+    `vans sft vdm run.yaml sft.vdm.epochs=2 learner.ranks=8 learner.gpus=1`, then `vans train run.yaml models.vlm=runs/sft-vlm`
     """
-    from pipeline.models import resolve_model
-    from pipeline.sft import SftSettings
-    from pipeline.sft.command import run_tracked_sft
+    from pipeline.config import load_config
+    from pipeline.sft.command import run_configured_sft
 
     if kind not in ("vlm", "vdm"):
         raise typer.BadParameter(f"{kind!r} is neither vlm nor vdm", param_hint="KIND")
-    settings = SftSettings(steps=steps, batch=batch, lr=lr, ranks=ranks, lora_rank=lora_rank, seed=seed)
-    run_tracked_sft(kind, resolve_model(model, kind), data, out, settings)  # type: ignore[arg-type]
+    run_configured_sft(load_config(config, overrides or []), kind, data=data, out=out)  # type: ignore[arg-type]
 
 
 @app.command()
@@ -276,17 +275,18 @@ def data_toy(
     out: Out = Path("data/toy"),
     train: Annotated[int, typer.Option(help="Training samples.")] = 1024,
     test: Annotated[int, typer.Option(help="Test samples, and as many for validation.")] = 256,
+    sft: Annotated[int, typer.Option(help="Samples of `sft` and of `artist`, which `vans sft` is for.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
 ) -> None:
     """Write the toy world: procedural and predictive samples with mp4 clips, as Parquet shards.
 
-    Example: `vans data toy --out data/toy --train 1024 --test 256 --seed 0`
+    Examples: `vans data toy --out data/toy --train 1024 --test 256 --seed 0`, `vans data toy --sft 2048`
     """
     from pipeline.data.toy.shards import write_toy
 
-    write_toy(out, train=train, test=test, seed=seed)
+    counts = write_toy(out, train=train, test=test, seed=seed, sft=sft, artist=sft)
     Console().print(
-        f"wrote {train} training and {test} test samples (and as many for validation) to {out}\n"
+        f"wrote {', '.join(f'{count} {split}' for split, count in counts.items())} samples to {out}\n"
         f"look at them with: vans data inspect {out}/train",
         highlight=False,
     )

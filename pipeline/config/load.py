@@ -78,9 +78,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def config_digest(
-    config: RunConfig, ignore: Sequence[str] = ("out", "cluster", "tracking", "checkpoint", "name", "alarms")
+    config: RunConfig, ignore: Sequence[str] = ("out", "cluster", "tracking", "checkpoint", "name", "alarms", "sft")
 ) -> str:
-    """Return a digest of everything in ``config`` that changes what is learnt."""
+    """Return a digest of everything in ``config`` that changes what Joint-GRPO learns."""
     values = config.model_dump(mode="json", exclude=set(ignore))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -46,7 +46,7 @@ class RowResult:
     key: str
     vlm: str | None = None  # adapter folder, or model folder after plain SFT or lora.rank=0; None: the SFT pair's own
     vdm: str | None = None
-    full: bool = False  # vlm and vdm are whole models that are loaded instead of the pair
+    full: bool = False  # vlm and vdm come from SFT: loaded instead of the pair, whole or as adapters of it
     stages: dict[str, Series] = field(default_factory=dict)
     wall_s: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0  # from start to end, start-up included, of the process that finished it
@@ -120,6 +120,12 @@ def _digest(model: str) -> str:
     files = sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16] if files else model
+
+
+def _places(made: dict[str, str | None]) -> dict[str, str | None]:
+    """Return the keys of a run's section ``models`` at which the folders (or names) of tuned models belong."""
+    adapters = {role for role, folder in made.items() if folder and (Path(folder) / "adapter_config.json").is_file()}
+    return {f"{role}_adapter" if role in adapters else role: folder for role, folder in made.items()}
 
 
 @dataclass
@@ -204,12 +210,16 @@ class _Seed:
         )
 
     def _supervise(self, key: str, folder: Path) -> RowResult:
-        """Continue the pair's SFT for the wall time of the rows it is compared with: VLM as long as stage 1, VDM as stage 2."""
-        from pipeline.sft import SftSettings
-        from pipeline.sft.command import run_tracked_sft
+        """Continue the pair's SFT for the wall time of the rows it is compared with: VLM as long as stage 1, VDM as stage 2.
+
+        All but the length is as in the base run's section ``sft``, at a constant rate. A model that those rows did not
+        train stays as it is.
+        """
+        from pipeline.sft.command import run_configured_sft
 
         experiment = self.experiment
-        base = load_config(experiment.base, experiment.set)
+        models = load_config(experiment.base, experiment.set).models
+        made = {"vlm": models.vlm, "vdm": models.vdm}
         walls: dict[str, float] = {}
         roles: tuple[tuple[Literal["vlm", "vdm"], str, str], ...] = (
             ("vlm", "stage1", "sft"),
@@ -217,22 +227,16 @@ class _Seed:
         )
         for role, stage, split in roles:
             seconds = sum(self.results[other].wall_s.get(stage, 0.0) for other in experiment.rows[key].sft_like)
-            settings = SftSettings(
-                steps=None,
-                max_wall_s=seconds,
-                batch=min(64, experiment.sft_samples),
-                lr=experiment.sft_lr,
-                schedule="constant",
-                ema=0.95,
-                ranks=base.learner.ranks,
-                seed=self.seed + 1,
-                reference_frames=base.video.reference_frames,
+            if not seconds:
+                continue
+            length = {"steps": "null", "epochs": "null", "max_wall_s": seconds, "optim.schedule": "constant"}
+            overrides = [f"sft.{role}.{name}={value}" for name, value in length.items()]
+            config = load_config(experiment.base, [*experiment.set, f"seed={self.seed + 1}", *overrides])
+            result = run_configured_sft(
+                config, role, data=self.out / "data" / split, out=folder / role, console=self.console
             )
-            model = resolve_model(getattr(base.models, role), role)
-            data = self.out / "data" / split
-            run_tracked_sft(role, model, data, folder / role, settings, console=self.console)
-            walls[f"sft_{role}"] = round(seconds, 1)
-        return RowResult(key, vlm=str(folder / "vlm"), vdm=str(folder / "vdm"), full=True, wall_s=walls)
+            made[role], walls[f"sft_{role}"] = str(result.folder), round(result.train_s, 1)
+        return RowResult(key, vlm=made["vlm"], vdm=made["vdm"], full=True, wall_s=walls)
 
     # --- the held-out questions -------------------------------------------------------------------------------------
 
@@ -266,7 +270,7 @@ class _Seed:
                             await serve_trained(pool, trained, version)
                     await self._answer(config, fleet, result.key, samples)
         for result in (r for r in todo if r.full):
-            models = config.models.model_copy(update={"vlm": result.vlm, "vdm": result.vdm})
+            models = config.models.model_copy(update=_places({"vlm": result.vlm, "vdm": result.vdm}))
             async with open_fleet(config.model_copy(update={"models": models})) as fleet:
                 await self._answer(config, fleet, result.key, samples)
 

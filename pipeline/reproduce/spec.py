@@ -98,7 +98,6 @@ class Experiment(Section):
     train_samples: Positive = Field(1024, description="Training samples of the toy world.")
     test_samples: Positive = Field(192, description="Held-out samples, which no choice was made on.")
     sft_samples: Positive = Field(2048, description="Supervised samples for the control of equal time.")
-    sft_lr: float = Field(3e-4, gt=0, description="Learning rate of that control, as in the pair's own SFT.")
     baseline: str = Field("sft", description="Row that gains are relative to.")
     rows: dict[str, Row] = Field(min_length=1, description="Rows by key, each after those it is made of.")
     orderings: list[Ordering] = Field(default_factory=list, description="Orders that are checked.")
@@ -158,7 +157,12 @@ def quickened(experiment: Experiment) -> Experiment:
     }
     return experiment.model_copy(
         update={
-            "set": [*experiment.set, f"stage1.rollout={tiny}", f"stage2.rollout={tiny}", "stage2.anchor_min_rouge=0.3"],
+            "set": [
+                *experiment.set,
+                *(f"{stage}.rollout={tiny}" for stage in ("stage1", "stage2")),
+                *(f"sft.{role}.batch=16" for role in ("vlm", "vdm")),
+                "stage2.anchor_min_rouge=0.3",
+            ],
             "rows": rows,
             "train_samples": 32,
             "test_samples": 8,

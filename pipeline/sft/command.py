@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
-from pipeline.config.schema import TrackingSection
+from cluster.session import connect
+from pipeline.config import RunConfig
+from pipeline.config.schema import SftModelSection, TrackingSection
+from pipeline.fleet import cluster_session
+from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar
-from pipeline.sft.run import run_sft
-from pipeline.sft.settings import SftResult, SftSettings
+from pipeline.sft.run import SftJob, carry_out, check_room, prepare
+from pipeline.sft.settings import Kind, SftResult, sft_settings
 from pipeline.tracking import Tracker
 
 
+def run_configured_sft(
+    config: RunConfig, kind: Kind, *, data: Path | None = None, out: Path | None = None, console: Console | None = None
+) -> SftResult:
+    """Tune the model of ``kind`` as ``config`` says; ``data`` and ``out`` win over its section ``sft``.
+
+    Raises as :func:`pipeline.sft.run_sft`, and CheckpointError for a model or adapter that is not there.
+    """
+    section: SftModelSection = getattr(config.sft, kind)
+    settings = sft_settings(config, kind)
+    job = prepare(
+        kind,
+        resolve_model(getattr(config.models, kind), kind),
+        data or section.data or config.data.train,
+        out or section.out or config.out / f"sft-{kind}",
+        replace(settings, adapter=resolve_adapter(settings.adapter, kind)),
+    )
+    with cluster_session(config):
+        return run_tracked_sft(job, tracking=config.tracking, console=console)
+
+
 def run_tracked_sft(
-    kind: Literal["vlm", "vdm"],
-    model: str | Path,
-    data: Path,
-    out: Path,
-    settings: SftSettings,
-    *,
-    tracking: TrackingSection | None = None,
-    console: Console | None = None,
+    job: SftJob, *, tracking: TrackingSection | None = None, console: Console | None = None
 ) -> SftResult:
     """As :func:`pipeline.sft.run_sft`, shown on the console and logged to MLflow (by default a sqlite file in ``out``)."""
     console = console or Console()
-    params = {"sft.kind": kind, "sft.model": str(model), "sft.data": str(data)}
-    params |= {f"sft.{name}": str(value) for name, value in asdict(settings).items()}
-    with Tracker.open(f"sft-{kind}", out, tracking or TrackingSection(), params) as tracker:
-        tracker.log_dataset(data)
-        with bar(console, f"sft {kind}", settings.steps) as progress:
+    params = {"sft.kind": job.kind, "sft.model": job.model, "sft.data": str(job.source.folder)}
+    params |= {f"sft.{name}": str(value) for name, value in asdict(job.settings).items()}
+    total = job.total_steps if job.total_steps < sys.maxsize else None
+    with connect():
+        check_room(job.settings)  # before there is a run to be seen in MLflow
+        with Tracker.open(f"sft-{job.kind}", job.out, tracking or TrackingSection(), params) as tracker:
+            tracker.log_dataset(job.source.folder, job.source.digest, job.source.count)
+            with bar(console, f"sft {job.kind}", total) as progress:
 
-            def show(step: int, metrics: dict[str, float]) -> None:
-                progress.follow(step, metrics)
-                tracker.log_metrics({f"sft/{n}": v for n, v in metrics.items() if n != "step"}, step)
+                def show(step: int, metrics: dict[str, float]) -> None:
+                    progress.follow(step, metrics)
+                    tracker.log_metrics({f"sft/{n}": v for n, v in metrics.items() if n != "step"}, step)
 
-            result = run_sft(kind, model, data, out, settings, on_metrics=show)
-        tracker.log_checkpoint(out)
+                result = carry_out(job, show)
+            tracker.log_checkpoint(job.out)
     console.print(
-        f"loss {result.loss_first:.4f} → {result.loss_last:.4f} in {result.steps} steps, {result.wall_s:.0f} s; "
+        f"loss {result.loss_first:.4f} → {result.loss_last:.4f} in {result.steps} steps, {result.train_s:.0f} s; "
         f"{result.quarantined} of {result.samples} rows could not be used\n"
-        f"model     {out}\ncurves    mlflow ui --backend-store-uri {tracker.uri}",
+        f"model     {job.out}\ncurves    mlflow ui --backend-store-uri {tracker.uri}",
         highlight=False,
         soft_wrap=True,
     )

@@ -79,7 +79,8 @@ class Loop:
         self.optim = OptimSpec(lr=settings.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)
         self.average = Average(self.parameters, settings.ema) if settings.ema > 0 else None
         self.step = self.skipped = 0
-        self.began = 0.0  # when the first step began
+        self.began: float | None = None  # when the steps since the last checkpoint began, on this rank's clock
+        self.trained_before = 0.0  # seconds of training up to the last checkpoint, earlier starts included
         torch.manual_seed(derive_seed("sft", settings.seed, self.rank))
 
     # --- one step ---------------------------------------------------------------------------------------------------
@@ -115,13 +116,17 @@ class Loop:
         self.step += 1
         return total, norm_value
 
-    def time_is_up(self) -> bool:
-        """Return whether ``max_wall_s`` have passed since the first step; rank 0's clock decides for all ranks."""
-        if self.settings.max_wall_s is None:
-            return False
-        up = torch.tensor(float(time.monotonic() - self.began >= self.settings.max_wall_s), device=self.device)
-        torch.distributed.broadcast(up, src=0)
-        return bool(up)
+    def train_s(self) -> float:
+        """Return the seconds trained, those before a restart included. Collective: rank 0's clock speaks for all."""
+        here = 0.0 if self.began is None else time.monotonic() - self.began
+        seconds = torch.tensor(self.trained_before + here, dtype=torch.float64, device=self.device)
+        torch.distributed.broadcast(seconds, src=0)
+        return float(seconds)
+
+    def done(self) -> bool:
+        """Return whether the last step is done or ``max_wall_s`` are over, on all ranks alike."""
+        wall = self.settings.max_wall_s
+        return self.step >= self.total or (wall is not None and self.train_s() >= wall)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -132,17 +137,22 @@ class Loop:
         state: dict[str, Any] = {
             "model": model,
             "optimizer": optimizer,
-            "counters": {"step": self.step, "skipped": self.skipped},
+            "counters": {"step": self.step, "skipped": self.skipped, "train_s": self.train_s()},
         }
         if self.average is not None:
             state["average"] = self.average.state()
         return state
 
-    def save(self, metrics: dict[str, float]) -> None:
-        """Report ``metrics`` with a distributed checkpoint; Ray Train merges the ranks' files into one folder."""
+    def save(self) -> None:
+        """Report a distributed checkpoint and its counters; Ray Train merges the ranks' files into one folder.
+
+        The clock stops until the next step: writing is not training.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            dcp.save(self._state(), checkpoint_id=folder)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            state = self._state()
+            self.trained_before, self.began = state["counters"]["train_s"], None
+            dcp.save(state, checkpoint_id=folder)
+            ray.train.report(state["counters"], checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def restore(self, checkpoint: ray.train.Checkpoint) -> None:
         """Continue from a checkpoint of this run, by any number of ranks."""
@@ -157,7 +167,8 @@ class Loop:
                 optim_state_dict=state["optimizer"],
                 options=options,
             )
-        self.step, self.skipped = state["counters"]["step"], state["counters"]["skipped"]
+        counters = state["counters"]
+        self.step, self.skipped, self.trained_before = counters["step"], counters["skipped"], counters["train_s"]
 
     def export(self) -> None:
         """Write the (averaged) weights as an ordinary folder, on rank 0."""
@@ -183,14 +194,14 @@ def train_loop(config: dict[str, Any]) -> None:
     losses: list[float] = []
     metrics: dict[str, float] = {}
     started = time.monotonic()
-    for batch in items.batches(loop.step) if loop.step < loop.total else ():
+    for batch in () if loop.done() else items.batches(loop.step):
         if not losses:
             started = started if metrics else time.monotonic()  # the first batch waits for decoding
-        if loop.began == 0.0:
+        if loop.began is None:
             loop.began = time.monotonic()
         loss, norm = loop.train_step(batch)
         losses.append(loss)
-        last = loop.step >= loop.total or loop.time_is_up()
+        last = loop.done()
         if len(losses) == settings.log_every or last:
             mean = torch.tensor([sum(losses) / len(losses), float(len(items.quarantined))], device=loop.device)
             torch.distributed.all_reduce(mean)
@@ -207,8 +218,8 @@ def train_loop(config: dict[str, Any]) -> None:
             if loop.rank == 0:
                 config["mailbox"].add.remote(metrics)
         if settings.checkpoint_every and loop.step % settings.checkpoint_every == 0 and not last:
-            loop.save(metrics)
+            loop.save()
         if last:
             break
-    loop.save(metrics)
+    loop.save()
     loop.export()

@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import ray.data
@@ -26,7 +26,7 @@ from cluster.errors import ConfigError, PlacementError, TrainingError, VansError
 from cluster.session import connect
 from pipeline.data.source import SampleSource
 from pipeline.sft.loop import train_loop
-from pipeline.sft.settings import SftResult, SftSettings
+from pipeline.sft.settings import Kind, SftResult, SftSettings
 
 OnMetrics = Callable[[int, dict[str, float]], None]
 _MAILBOX_S = 120.0
@@ -51,8 +51,24 @@ def start_mailbox() -> Any:
     return ray.remote(num_cpus=0)(Mailbox).remote()
 
 
+@dataclass(frozen=True)
+class SftJob:
+    """A supervised run whose arguments have been checked, and which may start."""
+
+    kind: Kind
+    model: str  # folder (absolute) or hub name
+    source: SampleSource
+    out: Path  # absolute
+    settings: SftSettings
+
+    @property
+    def total_steps(self) -> int:
+        """The last optimizer step; ``sys.maxsize`` where ``max_wall_s`` decides."""
+        return self.settings.total_steps(self.source.count)
+
+
 def run_sft(
-    kind: Literal["vlm", "vdm"],
+    kind: Kind,
     model: str | Path,
     data: str | Path,
     out: str | Path,
@@ -77,43 +93,59 @@ def run_sft(
         ConfigError: contradictory arguments. DataError: no usable data. PlacementError: no room for the ranks.
         TrainingError: training failed; the message has the rank's error.
     """
-    settings = settings or SftSettings()
+    job = prepare(kind, model, data, out, settings or SftSettings())
+    with connect():
+        check_room(job.settings)
+        return carry_out(job, on_metrics)
+
+
+def prepare(kind: Kind, model: str | Path, data: str | Path, out: str | Path, settings: SftSettings) -> SftJob:
+    """Check everything about a run that can be told without a cluster; arguments and errors as :func:`run_sft`."""
     if kind not in ("vlm", "vdm"):
         raise ConfigError(f"sft: kind {kind!r} must be vlm or vdm")
     if settings.train_text_encoder and kind != "vdm":
         raise ConfigError("sft: train_text_encoder is for the vdm; a vlm has no text encoder of its own")
     target = Path(out).resolve()
-    source = Path(model).resolve() if Path(model).exists() else model
-    if target == source:
+    origin = Path(model).resolve() if Path(model).exists() else model
+    if target == origin:
         raise ConfigError(f"sft: out={target} is the model itself; write to another folder")
+    source = SampleSource(
+        data,
+        settings.shape,
+        seed=settings.seed,
+        decoders=settings.decoders,
+        max_quarantine_ratio=settings.max_quarantine_ratio,
+        limits=settings.limits,
+    )
+    return SftJob(kind, str(origin), source, target, settings)
+
+
+def carry_out(job: SftJob, on_metrics: OnMetrics | None = None) -> SftResult:
+    """Train ``job`` on the Ray that is running, and write ``sft.json`` beside what it exports."""
     started = time.monotonic()
-    with connect():
-        shards = SampleSource(
-            data,
-            settings.shape,
-            seed=settings.seed,
-            decoders=settings.decoders,
-            max_quarantine_ratio=settings.max_quarantine_ratio,
-        )
-        total = settings.total_steps(shards.count)
-        check_room(settings)
-        target.mkdir(parents=True, exist_ok=True)
-        history = fit(kind, str(source), shards, target, settings, total, on_metrics)
+    job.out.mkdir(parents=True, exist_ok=True)
+    history, counters = fit(job, on_metrics)
     if not history:
-        previous = target / "sft.json"  # every step had been done before: the figures are the earlier run's
+        previous = job.out / "sft.json"  # every step had been done before: the figures are the earlier run's
         history = json.loads(previous.read_text("utf-8"))["history"] if previous.is_file() else []
     result = SftResult(
-        folder=target,
-        steps=int(history[-1]["step"]) if history else total,
-        samples=shards.count,
+        folder=job.out,
+        steps=int(counters["step"]),
+        samples=job.source.count,
         quarantined=int(history[-1]["quarantined"]) if history else 0,
         loss_first=history[0]["loss"] if history else float("nan"),
         loss_last=history[-1]["loss"] if history else float("nan"),
         history=history,
+        train_s=counters["train_s"],
         wall_s=time.monotonic() - started,
     )
-    facts = asdict(result) | {"folder": target.name, "kind": kind, "model": str(model), "settings": asdict(settings)}
-    (target / "sft.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    facts = asdict(result) | {
+        "folder": job.out.name,
+        "kind": job.kind,
+        "model": job.model,
+        "settings": asdict(job.settings),
+    }
+    (job.out / "sft.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     return result
 
 
@@ -130,25 +162,18 @@ def check_room(settings: SftSettings) -> None:
         )
 
 
-def fit(
-    kind: str,
-    model: str,
-    source: SampleSource,
-    target: Path,
-    settings: SftSettings,
-    total: int,
-    on_metrics: OnMetrics | None,
-) -> list[dict[str, float]]:
-    """Run Ray Train and return the logged rows."""
-    facts = json.dumps([kind, model, source.digest, asdict(settings)], sort_keys=True, default=str)
-    name = f"sft-{kind}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"  # Ray Train resumes a run by its name
+def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Run Ray Train; returns the rows logged by this call, and the counters of the last checkpoint."""
+    settings, source = job.settings, job.source
+    facts = json.dumps([job.kind, job.model, source.digest, asdict(settings)], sort_keys=True, default=str)
+    name = f"sft-{job.kind}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"  # Ray Train resumes a run by its name
     mailbox = start_mailbox()
     config: dict[str, Any] = {
-        "kind": kind,
-        "model": model,
-        "out": str(target),
+        "kind": job.kind,
+        "model": job.model,
+        "out": str(job.out),
         "settings": settings,
-        "total_steps": total,
+        "total_steps": job.total_steps,
         "samples": source.count,
         "shards": [str(path) for path in source.shards],
         "mailbox": mailbox,
@@ -165,7 +190,7 @@ def fit(
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=str(target / "checkpoints"),
+            storage_path=str(job.out / "checkpoints"),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
@@ -177,14 +202,14 @@ def fit(
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="sft-metrics") as threads:
         rows = threads.submit(forward, mailbox, done, on_metrics)
         try:
-            trainer.fit()
+            trained = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise verdict(kind, error) from error
+            raise verdict(job.kind, error) from error
         finally:
             done.set()
             wait([rows])
             ray.kill(mailbox)
-    return rows.result()
+    return rows.result(), dict(trained.metrics or {})
 
 
 def forward(mailbox: Any, done: threading.Event, on_metrics: OnMetrics | None) -> list[dict[str, float]]:

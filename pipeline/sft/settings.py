@@ -1,4 +1,4 @@
-"""What a supervised run is told, and what it tells: frozen values."""
+"""What a supervised run is told, and what it tells: frozen values; and what a run's configuration comes to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.errors import ConfigError
+from pipeline.config.schema import RunConfig, SftModelSection, SftVdmSection
 from pipeline.data.decoder import VideoShape
+from pipeline.data.video import VideoLimits
+from pipeline.sources import video_limits, video_shape
+
+Kind = Literal["vlm", "vdm"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class SftSettings:
 
     steps: int | None = 500  # optimizer steps; or
     epochs: float | None = None  # passes over the data; or
-    max_wall_s: float | None = None  # seconds of training from the first step on, with a constant learning rate
+    max_wall_s: float | None = None  # seconds of training, all starts together, with a constant learning rate
     batch: int = 64  # samples per step, over all ranks
     micro_batch: int | None = None  # samples per forward on one rank; None: all of them
     lr: float = 1e-3
@@ -36,11 +41,12 @@ class SftSettings:
     ranks: int = 1
     cpus: float = 1.0  # per rank
     gpus: float = 0.0  # per rank
-    decoders: int = 1  # Ray Data actors that decode video
+    decoders: int = 1  # Ray Data tasks that decode video at a time
     dtype: str = "float32"  # compute dtype; parameters stay float32
     activation_checkpointing: bool = False
     seed: int = 0
     shape: VideoShape = field(default_factory=VideoShape)
+    limits: VideoLimits = field(default_factory=VideoLimits)
     reference_frames: int = 2
     cache_mib: int = 2048  # decoded samples stay in a rank's memory up to this; larger sets are streamed each epoch
     max_quarantine_ratio: float = 0.05
@@ -77,6 +83,46 @@ class SftSettings:
         return max(1, round(self.epochs * samples / self.batch))
 
 
+def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
+    """Return the settings by which ``config`` tunes its model of ``kind``.
+
+    Raises ConfigError where the section ``sft`` says nothing of the length, or contradicts another section.
+    """
+    section: SftModelSection = getattr(config.sft, kind)
+    if section.steps is None and section.epochs is None and section.max_wall_s is None:
+        raise ConfigError(f"sft.{kind}: give one of steps, epochs and max_wall_s, e.g. sft.{kind}.epochs=1")
+    learner, data, lora = config.learner, config.data, section.lora
+    return SftSettings(
+        steps=section.steps,
+        epochs=section.epochs,
+        max_wall_s=section.max_wall_s,
+        batch=section.batch,
+        micro_batch=section.micro_batch,
+        **section.optim.model_dump(),
+        lora_rank=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_targets=tuple(lora.targets) if lora.targets else None,
+        adapter=getattr(config.models, f"{kind}_adapter"),
+        train_text_encoder=isinstance(section, SftVdmSection) and section.train_text_encoder,
+        ranks=learner.ranks,
+        cpus=learner.cpus,
+        gpus=learner.gpus,
+        dtype=learner.dtype,
+        activation_checkpointing=learner.activation_checkpointing,
+        seed=config.seed,
+        shape=video_shape(config),
+        limits=video_limits(config),
+        reference_frames=config.video.reference_frames,
+        decoders=data.decoders,
+        max_quarantine_ratio=data.max_quarantine_ratio,
+        cache_mib=section.cache_mib,
+        checkpoint_every=section.checkpoint_every,
+        max_failures=section.max_failures,
+        log_every=section.log_every,
+        policy_kwargs={"shift": config.models.flow_shift} if kind == "vdm" else {},
+    )
+
+
 @dataclass(frozen=True)
 class SftResult:
     """What came out: the exported folder and the figures on the way (also in ``sft.json`` inside it)."""
@@ -88,4 +134,5 @@ class SftResult:
     loss_first: float  # mean of the first log_every steps
     loss_last: float  # mean of the last log_every steps
     history: list[dict[str, float]]  # step, loss, lr, grad_norm, skipped, samples_per_s
-    wall_s: float
+    train_s: float  # seconds of training, those before a restart included: what max_wall_s bounds
+    wall_s: float  # of this call, start-up and export included

@@ -49,6 +49,11 @@ def test_resolved_yaml_is_the_same_run(tmp_path) -> None:
         (["learner.ranks=0"], "greater than 0"),
         (["alarms.length_range=[2.0, 3.0]"], "it must hold 1"),
         (["stage1.rollout=3"], "stage1.rollout=3"),
+        (["sft.vlm.step=3"], "did you mean 'steps'"),
+        (["sft.vlm.epochs=2"], "steps=300 and epochs=2: give one of"),
+        (["sft.vdm.steps=null", "sft.vdm.max_wall_s=60"], "max_wall_s=60 needs optim.schedule=constant"),
+        (["sft.vlm.train_text_encoder=true"], "unknown key 'sft.vlm.train_text_encoder'"),
+        (["sft.vdm.train_text_encoder=true", "sft.vdm.lora.rank=8"], "cannot go with lora.rank=8"),
         (["seed.x=3"], "seed is a value, not a section"),
         (["stage1.steps"], "expected section.key=value"),
         (["name=../evil"], "name='../evil'"),
@@ -85,6 +90,7 @@ def test_digest_sees_what_changes_learning_and_nothing_else() -> None:
     base = RunConfig()
     assert config_digest(base) == config_digest(parse_config({"out": "elsewhere", "name": "b"}))
     assert config_digest(base) == config_digest(parse_config({"alarms": {"stop_after": 3, "copy_above": None}}))
+    assert config_digest(base) == config_digest(parse_config({"sft": {"vlm": {"steps": 9, "optim": {"lr": 1e-3}}}}))
     assert config_digest(base) != config_digest(parse_config({"stage1": {"optim": {"lr": 1e-3}}}))
 
 

@@ -1,0 +1,110 @@
+"""What a run's configuration comes to for ``vans sft``: pure, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.errors import ConfigError
+from pipeline.cli import app
+from pipeline.config import load_config, parse_config
+from pipeline.data.decoder import VideoShape
+from pipeline.data.video import VideoLimits
+from pipeline.pretrain import Effort
+from pipeline.sft import SftSettings, sft_settings
+
+
+def test_the_bundled_run_tunes_as_the_bundled_pair_was_tuned() -> None:
+    run, effort = load_config("toy"), Effort()
+    for kind in ("vlm", "vdm"):
+        settings = sft_settings(run, kind)  # type: ignore[arg-type]
+        assert (settings.steps, settings.batch, settings.lr, settings.ranks, settings.ema) == (
+            effort.sft_steps,
+            effort.sft_batch,
+            effort.sft_lr,
+            effort.sft_ranks,
+            0.95,
+        )
+        assert (settings.warmup_steps, settings.schedule) == (SftSettings().warmup_steps, SftSettings().schedule)
+
+
+def test_every_section_of_a_real_run_reaches_the_settings() -> None:
+    run = parse_config(
+        {
+            "seed": 7,
+            "models": {"vdm": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vdm_adapter": "adapter", "flow_shift": 5.0},
+            "video": {"num_frames": 33, "height": 352, "width": 640, "input_frames": 16, "reference_frames": 6},
+            "data": {"decoders": 6, "max_pixels": 1280 * 720, "max_source_frames": 900, "max_quarantine_ratio": 0.01},
+            "learner": {"ranks": 8, "cpus": 4, "gpus": 1, "dtype": "bfloat16", "activation_checkpointing": True},
+            "sft": {
+                "vdm": {
+                    "epochs": 2,
+                    "batch": 128,
+                    "micro_batch": 2,
+                    "optim": {
+                        "lr": 1e-5,
+                        "betas": [0.9, 0.95],
+                        "weight_decay": 0.01,
+                        "warmup_steps": 500,
+                        "ema": 0.999,
+                    },
+                    "lora": {"rank": 8, "alpha": 16, "targets": ["to_q", "to_v"]},
+                    "checkpoint_every": 250,
+                    "max_failures": 3,
+                    "log_every": 5,
+                    "cache_mib": 64,
+                }
+            },
+        }
+    )
+    assert sft_settings(run, "vdm") == SftSettings(
+        steps=None,
+        epochs=2.0,
+        batch=128,
+        micro_batch=2,
+        lr=1e-5,
+        schedule="cosine",
+        warmup_steps=500,
+        betas=(0.9, 0.95),
+        weight_decay=0.01,
+        ema=0.999,
+        lora_rank=8,
+        lora_alpha=16.0,
+        lora_targets=("to_q", "to_v"),
+        adapter="adapter",
+        ranks=8,
+        cpus=4.0,
+        gpus=1.0,
+        decoders=6,
+        dtype="bfloat16",
+        activation_checkpointing=True,
+        seed=7,
+        shape=VideoShape(num_frames=33, height=352, width=640, input_frames=16),
+        limits=VideoLimits(max_pixels=1280 * 720, max_frames=900),
+        reference_frames=6,
+        cache_mib=64,
+        max_quarantine_ratio=0.01,
+        checkpoint_every=250,
+        max_failures=3,
+        log_every=5,
+        policy_kwargs={"shift": 5.0},
+    )
+
+
+def test_a_run_without_a_length_is_asked_for_one_and_other_sections_are_heeded() -> None:
+    with pytest.raises(ConfigError, match=r"sft.vlm: give one of .* e.g. sft.vlm.epochs=1"):
+        sft_settings(parse_config({}), "vlm")
+    with pytest.raises(ConfigError, match="batch=64 must be a multiple of ranks=3"):
+        sft_settings(load_config("toy", ["learner.ranks=3"]), "vlm")
+    assert sft_settings(load_config("toy", ["sft.vdm.train_text_encoder=true"]), "vdm").train_text_encoder
+    assert sft_settings(load_config("toy"), "vlm").policy_kwargs == {}
+
+
+def test_the_command_refuses_before_it_writes(tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    told = CliRunner().invoke(app, ["sft", "clip", "toy"])
+    assert told.exit_code == 2 and "neither vlm nor vdm" in told.output
+    told = CliRunner().invoke(app, ["sft", "vlm", "toy", "--data", str(tmp_path / "no"), "--out", str(out)])
+    assert told.exit_code == 2 and not out.exists()
