@@ -27,7 +27,7 @@ def answers(predictions: list[Prediction]) -> list[tuple[str, bytes]]:
 
 @pytest.mark.timeout(600)
 def test_full_weights_go_from_stage_to_stage_and_into_the_evaluation(
-    ray_alone: None, toy_shards: Path, tmp_path: Path
+    ray_local: None, toy_shards: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     overrides = [f"out={out}", f"data.train={toy_shards}/train", f"data.eval={toy_shards}/test"]

@@ -13,6 +13,10 @@ import mlflow
 import psutil
 import pytest
 
+from cluster.session import connect
+from pipeline.config import load_config
+from pipeline.train import run_training
+
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 
 
@@ -62,3 +66,17 @@ def test_a_run_whose_driver_was_killed_goes_on(ray_alone: None, toy_shards: Path
         history = client.get_metric_history(runs[stage].info.run_id, "reward/total_mean")
         assert sorted(m.step for m in history) == list(range(steps))  # none lost, none doubled
     assert (out / "vdm_adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.timeout(600)
+def test_a_run_without_stage_one_goes_on_in_stage_two(ray_alone: None, toy_shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    overrides = [f"out={out}", f"data.train={toy_shards}/train", f"data.eval={toy_shards}/test"]
+    overrides += ["stage1.steps=0", "stage2.anchor=truth", "stage2.steps=1", "pools.vdm.workers=1", "learner.ranks=1"]
+    overrides += ["stage2.rollout={prompts_per_step: 1, group_size: 2}", "tracking.clips_every=0"]
+    config = load_config("toy", overrides)
+    with connect(local_cpus=8):  # one cluster for both
+        run_training(config)
+        report = run_training(config, resume=True)
+    assert report.stages.keys() == {"stage2"}
+    assert not (out / "vlm_adapter").exists() and (out / "vdm_adapter" / "adapter_model.safetensors").is_file()
