@@ -220,7 +220,7 @@ def reproduce(
 ) -> None:
     """Run the paper's ablation table on the toy world: every row, several seeds, the paper's figures beside ours.
 
-    Called again it continues: finished rows are kept, one that was cut short goes on from its checkpoint. Two hours on two cores.
+    Called again it continues: finished rows are kept, one that was cut short goes on from its checkpoint. Hours on two cores.
 
     Examples: `vans reproduce`, `vans reproduce --seeds 1 --row joint --out runs/one`, `vans reproduce --quick --out runs/quick`
     """
