@@ -77,9 +77,9 @@ def stop_vlm(actor: Any) -> None:
     ray.kill(actor)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")  # pytest ends a package's fixtures with the session here, when this Ray is gone
 def qwen3_worker(tiny_vlm_dir: Path, start_vlm: Callable[[Path], Any]) -> Iterator[Any]:
-    """One engine on the tiny Qwen3-VL for all files of this folder; a test loads the weights that it needs."""
+    """One engine on the tiny Qwen3-VL; a test loads the weights that it needs."""
     start_ray()
     actor = start_vlm(tiny_vlm_dir)
     yield actor
