@@ -134,7 +134,7 @@ class OptimSection(Section):
     )
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant",
-        description="Rate after warm-up: lr throughout, or a cosine or linear descent to 0 at the stage's last step.",
+        description="Rate after warm-up: lr throughout, or a cosine or linear descent to 0 at the stage's last planned step.",
         json_schema_extra=cite("cosine"),
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping by global norm.")

@@ -16,11 +16,11 @@ from pipeline.stages.groups import RolloutBatch
 from pipeline.stages.refill import step_of
 from pipeline.stages.rendering import render_request
 from pipeline.stages.stage1 import Stage1, completion_experiences
-from pipeline.stages.stage2 import sde_spec, sde_window, trajectory_experiences
+from pipeline.stages.stage2 import Windowed, sde_spec, sde_window, trajectory_experiences
 
 
 @dataclass
-class AllInOne(Stage1):
+class AllInOne(Windowed, Stage1):
     """Steps, rollout, text sampling, advantages and updates per batch are stage 1's, the SDE and its rendering stage 2's; the loss,
     the optimizer and the adapter of each model are its own stage's.
     """
@@ -49,18 +49,6 @@ class AllInOne(Stage1):
     def metrics(self, batch: RolloutBatch) -> dict[str, float]:
         """Return what stage 1 measures, and where the window stands."""
         return {**super().metrics(batch), "sde/window_start": float(self.window.start)}
-
-    def state(self) -> dict:
-        """Return the stage's resumable state: the SDE window."""
-        return self.window.state()
-
-    def restore(self, state: dict) -> None:
-        """Restore what :meth:`state` returned."""
-        self.window.restore(state)
-
-    def after_update(self, step: int) -> None:
-        """Move the window."""
-        self.window.advance()
 
     def _render(self, sample: Sample, caption: str, index: int, step: str) -> RenderRequest:
         seed = (self.config.seed, self.name, step, sample.id)

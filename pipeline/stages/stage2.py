@@ -37,8 +37,26 @@ class Anchor:
     rouge_l: float
 
 
+class Windowed:
+    """What a stage that samples the flow as an SDE has to remember: where its window stands."""
+
+    window: WindowSchedule
+
+    def state(self) -> dict:
+        """Return the stage's resumable state: the SDE window."""
+        return self.window.state()
+
+    def restore(self, state: dict) -> None:
+        """Restore what :meth:`state` returned."""
+        self.window.restore(state)
+
+    def after_update(self, step: int) -> None:
+        """Move the window."""
+        self.window.advance()
+
+
 @dataclass
-class Stage2:
+class Stage2(Windowed):
     """How stage 2 samples groups and what its learner reads."""
 
     config: RunConfig
@@ -128,18 +146,6 @@ class Stage2:
                 "anchor/rouge_l": float(np.mean([a.rouge_l for a in seen])),
             }
         return metrics
-
-    def state(self) -> dict:
-        """Return the stage's resumable state: the SDE window."""
-        return self.window.state()
-
-    def restore(self, state: dict) -> None:
-        """Restore what :meth:`state` returned."""
-        self.window.restore(state)
-
-    def after_update(self, step: int) -> None:
-        """Move the window."""
-        self.window.advance()
 
     async def _anchor(self, sample: Sample, step: str) -> Anchor | None:
         if self.section.anchor == "truth":
