@@ -21,8 +21,15 @@ ROLES: tuple[Role, ...] = ("vlm", "vdm")
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 
 
-def answers(predictions: list[Prediction]) -> list[tuple[str, bytes]]:
-    return [(p.text, b"" if p.frames is None else p.frames.tobytes()) for p in predictions]
+def same(one: list[Prediction], other: list[Prediction]) -> bool:
+    """Whether the texts are equal and the clips are equal but for a level: batches of other sizes round otherwise."""
+    return [p.text for p in one] == [p.text for p in other] and all(close(a, b) for a, b in zip(one, other))
+
+
+def close(a: Prediction, b: Prediction) -> bool:
+    if a.frames is None or b.frames is None:
+        return a.frames is b.frames
+    return int(np.abs(a.frames.astype(int) - b.frames.astype(int)).max()) <= 1
 
 
 @pytest.mark.timeout(600)
@@ -48,8 +55,8 @@ def test_full_weights_go_from_stage_to_stage_and_into_the_evaluation(
         assert tuned.kind == base.kind == "full" and tuned.tensors.keys() == base.tensors.keys()
         assert any(not np.array_equal(tuned.tensors[name], base.tensors[name]) for name in tuned.tensors)
 
-    before, after = (answers(report.predictions[system]) for system in SYSTEMS)
-    assert before != after
+    before, after = (report.predictions[system] for system in SYSTEMS)
+    assert not same(before, after)
     from actors.vdm.policy import VdmPolicy  # what the pool drew is what the exported folder draws
 
     torch.set_num_threads(1)
@@ -60,9 +67,9 @@ def test_full_weights_go_from_stage_to_stage_and_into_the_evaluation(
     noise = derive_seed(config.evaluate.seed, sample.id, "noise")
     request = render_request(config, sample, prediction.caption, 0, config.evaluate.render, noise_seed=noise)
     drawn = artist.sample([request])[0].frames.astype(int)
-    assert np.abs(drawn - prediction.frames.astype(int)).max() <= 1  # batches of other sizes round otherwise
+    assert np.abs(drawn - prediction.frames.astype(int)).max() <= 1
 
     # Resumed behind stage 1: the pools start from the base, and are given what the folders hold.
     again = run_training(config, resume=True, evaluate=True)
     assert again.stages.keys() == {"stage2"}
-    assert [answers(again.predictions[system]) for system in SYSTEMS] == [before, after]
+    assert all(same(again.predictions[system], answers) for system, answers in zip(SYSTEMS, (before, after)))
