@@ -22,7 +22,7 @@ from actors.weights import read_weights, send
 from cluster.resources import Ask, Placement, PlacementPlan, place
 from cluster.session import Session, connect
 from pipeline.config import RunConfig
-from pipeline.config.schema import PoolSection
+from pipeline.config.machinery import PoolSection
 from pipeline.models import resolve_adapter, resolve_model
 
 POOLS = ("vlm", "vdm", "reward")

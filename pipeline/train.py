@@ -19,7 +19,7 @@ from actors.records import Sample, derive_seed
 from cluster.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.checkpoint import Checkpoint, CheckpointStore, TrainState, require_same_config
 from pipeline.config import RunConfig, to_yaml
-from pipeline.config.schema import Stage1Section, Stage2Section
+from pipeline.config.stages import Stage1Section, Stage2Section
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable

@@ -58,7 +58,7 @@ def reference() -> str:
         "# Configuration",
         "",
         "Every key that a run's YAML may hold, with its type, its default, what it does and where it comes from. Written by",
-        "`make docs` from `pipeline/config/schema.py`, and held to it by a test. A key can be overridden on the command",
+        "`make docs` from the models in `pipeline/config`, and held to it by a test. A key can be overridden on the command",
         "line by its dotted path: `vans train toy stage1.grpo.kl_beta=0.01`. An unknown key, a value of another type or a",
         "contradiction is refused before anything starts. `vans train RUN --dry-run` prints a run with all of its values.",
     ]

@@ -16,8 +16,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from cluster.errors import ConfigError
+from pipeline.config.base import Positive, Section
 from pipeline.config.load import BUNDLED
-from pipeline.config.schema import Positive, Section
 
 EXPERIMENTS = BUNDLED.parent / "experiments"
 Metric = Literal["rouge_l", "clip_v", "clip_t", "frechet", "follow", "faithful", "drawable", "event", "motion_ratio"]

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from cluster.session import connect
 from pipeline.config import RunConfig
-from pipeline.config.schema import SftModelSection, TrackingSection
+from pipeline.config.machinery import TrackingSection
+from pipeline.config.training import SftModelSection
 from pipeline.fleet import cluster_session
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar

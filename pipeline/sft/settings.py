@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.errors import ConfigError
-from pipeline.config.schema import RunConfig, SftModelSection, SftVdmSection
+from pipeline.config.schema import RunConfig
+from pipeline.config.training import SftModelSection, SftVdmSection
 from pipeline.data.decoder import VideoShape
 from pipeline.data.video import VideoLimits
 from pipeline.sources import video_limits, video_shape

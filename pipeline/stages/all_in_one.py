@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from actors.records import Experience, RenderRequest, Sample, derive_seed
-from pipeline.config.schema import RewardsSection, StageSection
+from pipeline.config.stages import RewardsSection, StageSection
 from pipeline.stages.groups import RolloutBatch
 from pipeline.stages.refill import step_of
 from pipeline.stages.rendering import render_request

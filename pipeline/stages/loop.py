@@ -17,7 +17,7 @@ from actors.learner.group import LearnerGroup
 from actors.pool import WorkerPool
 from actors.records import Experience
 from cluster.errors import TrainingError
-from pipeline.config.schema import StageSection
+from pipeline.config.stages import StageSection
 from pipeline.fleet import Fleet
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import Group, RolloutBatch, assemble

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from actors.records import RenderRequest, Sample, SdeSpec
 from actors.vdm.conditioning import select_reference_frames
-from pipeline.config.schema import RenderSection, RunConfig
+from pipeline.config.schema import RunConfig
+from pipeline.config.stages import RenderSection
 
 
 def render_request(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import RunConfig, config_digest, flatten, to_yaml
-from pipeline.config.schema import TrackingSection
+from pipeline.config.machinery import TrackingSection
 from pipeline.evaluate.table import EvaluationTable
 from pipeline.tracking import lineage, media, metrics
 from pipeline.tracking.outbox import Outbox, OutboxCounts

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from pipeline.config import RunConfig, flatten, parse_config
+from pipeline.config.base import PAPERS
 from pipeline.config.reference import parts, reference
-from pipeline.config.schema import PAPERS
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {key.path: key for part in parts() for key in part.keys}

@@ -9,7 +9,7 @@ import pytest
 
 from actors.learner.spec import GrpoSpec, OptimSpec
 from pipeline.config import RunConfig, load_config
-from pipeline.config.schema import GrpoSection
+from pipeline.config.stages import GrpoSection
 from pipeline.stages.stage1 import Stage1
 from pipeline.stages.stage2 import Stage2
 from pipeline.train import learner_spec

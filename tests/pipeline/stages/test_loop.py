@@ -12,7 +12,7 @@ import pytest
 from actors.records import Sample, Scores
 from cluster.errors import TrainingError
 from pipeline.config import RunConfig
-from pipeline.config.schema import RolloutSection, Stage1Section
+from pipeline.config.stages import RolloutSection, Stage1Section
 from pipeline.data.source import Cursor
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch

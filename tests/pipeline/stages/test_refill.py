@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from actors.records import Sample, Scores, derive_seed
-from pipeline.config.schema import RolloutSection, Stage1Section
+from pipeline.config.stages import RolloutSection, Stage1Section
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import Group, Member
 from pipeline.stages.loop import StepReport

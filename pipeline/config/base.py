@@ -1,0 +1,46 @@
+"""What all sections of a configuration share: the strict model, the papers that keys come from, common types."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+PAPERS = {
+    "VANS": "arXiv:2511.16669",
+    "GRPO": "arXiv:2402.03300",
+    "DAPO": "arXiv:2503.14476",
+    "Dr.GRPO": "arXiv:2503.20783",
+    "GDPO": "arXiv:2601.05242",
+    "PPO": "arXiv:1707.06347",
+    "IMPALA": "arXiv:1802.01561",
+    "AReaL": "arXiv:2505.24298",
+    "Flow-GRPO": "arXiv:2505.05470",
+    "DanceGRPO": "arXiv:2505.07818",
+    "MixGRPO": "arXiv:2507.21802",
+    "CPS": "arXiv:2509.05952",
+    "DiffusionNFT": "arXiv:2509.16117",
+    "classifier-free guidance": "arXiv:2207.12598",
+    "rectified flow": "arXiv:2403.03206",
+    "LoRA": "arXiv:2106.09685",
+    "AdamW": "arXiv:1711.05101",
+    "cosine": "arXiv:1608.03983",
+    "warm-up": "arXiv:1706.02677",
+    "KL estimators": "Schulman 2020, Approximating KL divergence",
+    "KL as a loss": "arXiv:2510.01555",
+}
+
+
+def cite(*papers: str) -> dict[str, Any]:
+    """Return the ``json_schema_extra`` of a key that does what ``papers`` (names in PAPERS) introduced."""
+    return {"source": "; ".join(f"{name} ({PAPERS[name]})" for name in papers)}
+
+
+class Section(BaseModel):
+    """A part of the configuration; a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

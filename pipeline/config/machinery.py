@@ -1,0 +1,160 @@
+"""Sections of the machinery: pools, learner group, cluster, tracking, checkpoints, alarms."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Fraction, Positive, Section
+from rewards.alarms import AlarmSettings
+
+_ALARMS = AlarmSettings()
+
+
+class PoolSection(Section):
+    """One elastic pool of workers."""
+
+    workers: Positive = Field(1, description="Workers to start.")
+    cpus: float = Field(0.5, ge=0, description="CPU cores reserved per worker.")
+    gpus: float = Field(0.0, ge=0, description="GPUs reserved per worker; a fraction shares one.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources per worker.")
+    max_batch: Positive = Field(16, description="Most requests in one call of a worker.")
+    max_inflight: Positive = Field(1, description="Calls a worker may have at once.")
+    max_wait_s: float = Field(0.02, ge=0, description="Longest a request waits for its batch to fill.")
+    start_timeout_s: float = Field(300.0, gt=0, description="Deadline for a worker to load its model.")
+    request_timeout_s: float = Field(300.0, gt=0, description="Deadline for one call.")
+    max_retries: int = Field(3, ge=0, description="Times a request is sent again after an infrastructure failure.")
+    max_restarts: int = Field(20, ge=0, description="Restarts of the pool's workers before the run stops.")
+
+
+class VlmPoolSection(PoolSection):
+    """vLLM engines."""
+
+    max_batch: Positive = Field(1, description="Most requests in one call of a worker; vLLM batches by itself.")
+    max_inflight: Positive = Field(64, description="Requests inside one engine at once.")
+    max_model_len: Positive = Field(512, description="vLLM's context length in tokens.")
+    kv_cache_mib: Positive | None = Field(256, description="KV cache per engine in MiB; null lets vLLM decide (GPU).")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Engine dtype.")
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="vLLM's share of the GPU's memory.")
+    tensor_parallel: Positive = Field(1, description="GPUs per engine.")
+    enforce_eager: bool = Field(True, description="Skip graph capture; false is faster on GPUs after a slower start.")
+
+
+class VdmPoolSection(PoolSection):
+    """Diffusion sampling workers."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Dtype of the transformer; latents stay float32."
+    )
+
+
+class PoolsSection(Section):
+    """The three pools, sized independently."""
+
+    vlm: VlmPoolSection = Field(default_factory=VlmPoolSection)
+    vdm: VdmPoolSection = Field(default_factory=VdmPoolSection)
+    reward: PoolSection = Field(default_factory=PoolSection)
+
+
+class LearnerSection(Section):
+    """One learner group: FSDP2 ranks."""
+
+    ranks: Positive = Field(2, description="Ranks of the group.")
+    cpus: float = Field(0.5, ge=0, description="CPU cores reserved per rank.")
+    gpus: float = Field(0.0, ge=0, description="GPUs reserved per rank.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute dtype (FSDP2 mixed precision).")
+    micro_batch: Positive = Field(16, description="Trajectories per forward and backward on one rank.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    start_timeout_s: float = Field(300.0, gt=0, description="Deadline to start and load.")
+    step_timeout_s: float = Field(600.0, gt=0, description="Deadline for one call on all ranks.")
+
+
+class ClusterSection(Section):
+    """Where the run lives."""
+
+    address: str | None = Field(None, description="Ray address; null starts a local cluster (RAY_ADDRESS wins).")
+    local_cpus: Positive | None = Field(
+        None, description="CPU slots of the local cluster; null is 4 x the machine's cores (tiny models share)."
+    )
+    object_store_mib: Positive = Field(512, description="Object store of the local cluster.")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="Placement strategy."
+    )
+    placement_timeout_s: float = Field(60.0, gt=0, description="Longest wait for room.")
+
+
+class TrackingSection(Section):
+    """MLflow. The environment's MLFLOW_TRACKING_URI wins over ``uri``."""
+
+    uri: str | None = Field(None, description="Tracking server; null is sqlite in the run's folder.")
+    experiment: str = Field("vans", description="Experiment name.")
+    clips_every: int = Field(10, ge=0, description="Steps between logged sample clips; 0 logs none.")
+
+
+class CheckpointSection(Section):
+    """Checkpoints of the run."""
+
+    every: int = Field(20, ge=0, description="Steps between checkpoints; 0 writes one at the end of each stage only.")
+    keep: Positive = Field(3, description="Checkpoints kept per stage.")
+
+
+class AlarmsSection(Section):
+    """Alarms against reward hacking (docs/rewards.md); null turns one off. They warn, and change no reward."""
+
+    motion_below: float | None = Field(
+        _ALARMS.motion_below, ge=0, description="Motion as a share of ground truth's, below which clips are frozen."
+    )
+    copy_above: float | None = Field(
+        _ALARMS.copy_above,
+        description="CLIP similarity to the last input frame beyond ground truth's own, above which clips are copies.",
+    )
+    sharpness_range: tuple[float, float] | None = Field(
+        _ALARMS.sharpness_range, description="Sharpness as a multiple of the run's first steps'."
+    )
+    saturation_beyond: float | None = Field(
+        _ALARMS.saturation_beyond, gt=0, description="Drift of the mean saturation (0…1) from the run's first steps."
+    )
+    correlation_below: float | None = Field(
+        _ALARMS.correlation_below,
+        ge=-1,
+        le=1,
+        description="Correlation of two rewards, below which one buys the other.",
+    )
+    format_below: Fraction | None = Field(
+        _ALARMS.format_below, description="Share of completions in the asked form (stage 1)."
+    )
+    length_range: tuple[float, float] | None = Field(
+        _ALARMS.length_range, description="Length of the completions as a multiple of the run's first steps' (stage 1)."
+    )
+    entropy_range: tuple[float, float] | None = Field(
+        _ALARMS.entropy_range, description="Token entropy as a multiple of the run's first steps' (stage 1)."
+    )
+    anchors_below: Fraction | None = Field(
+        _ALARMS.anchors_below, description="Share of anchor captions that pass the filter (stage 2)."
+    )
+    zero_std_above: Fraction | None = Field(
+        _ALARMS.zero_std_above, description="Share of groups whose rewards are all equal."
+    )
+    first_steps: Positive = Field(_ALARMS.first_steps, description="Steps of a stage from which drifts are measured.")
+    patience: Positive = Field(
+        _ALARMS.patience, description="Steps in a row beyond a threshold that begin an alarm, or within it that end it."
+    )
+    stop_after: int = Field(
+        _ALARMS.stop_after, ge=0, description="Stop the run after the same alarm N steps in a row; 0 never stops it."
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> AlarmsSection:
+        for name in ("sharpness_range", "length_range", "entropy_range"):
+            limits = getattr(self, name)
+            if limits is not None and not 0 <= limits[0] < 1 < limits[1]:
+                raise ValueError(
+                    f"{name}={list(limits)}: it is a multiple of the first steps' value, so it must hold 1, e.g. [0.5, 2.0]"
+                )
+        return self
+
+    @property
+    def settings(self) -> AlarmSettings:
+        """The same, as ``rewards.alarms`` takes it."""
+        return AlarmSettings(**self.model_dump())

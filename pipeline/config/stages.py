@@ -1,0 +1,311 @@
+"""Sections of Joint-GRPO: the two stages and what they are made of."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Fraction, Positive, Section, cite
+from pipeline.config.training import LoraSection, OptimSection
+
+
+class GrpoSection(Section):
+    """Group-relative policy optimisation (ALGORITHM.md: GRPO, common to both stages)."""
+
+    clip_low: float = Field(
+        0.2,
+        gt=0,
+        description="Lower clip range: ratios below 1 - clip_low have no gradient.",
+        json_schema_extra=cite("PPO", "DAPO"),
+    )
+    clip_high: float = Field(
+        0.2,
+        gt=0,
+        description="Upper clip range: ratios above 1 + clip_high have no gradient; above clip_low it is clip-higher.",
+        json_schema_extra=cite("PPO", "DAPO"),
+    )
+    kl_beta: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL to the reference: the model without its adapter, or a frozen copy. 0 spares the "
+        "reference pass.",
+        json_schema_extra=cite("GRPO"),
+    )
+    std_norm: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="Standard deviation that divides advantages: the group's, the whole batch's, or none.",
+        json_schema_extra=cite("GRPO", "Flow-GRPO", "Dr.GRPO"),
+    )
+    normalise_rewards: bool = Field(
+        False,
+        description="Standardise each reward component within its group before the weighted sum, so that weights and "
+        "not spreads decide.",
+        json_schema_extra=cite("GDPO"),
+    )
+    loss_norm: Literal["token", "sequence", "constant"] = Field(
+        "token",
+        description="Mean over all tokens or steps of the batch (token, DAPO), mean of each trajectory's mean (sequence, "
+        "GRPO), or sum divided by the longest possible trajectory (constant, Dr.GRPO).",
+        json_schema_extra=cite("DAPO", "GRPO", "Dr.GRPO"),
+    )
+    old_logprobs: Literal["learner", "rollout"] = Field(
+        "learner",
+        description="Whose policy the samples count as: the learner's own, or the engine's, which weights each step by "
+        "min(p_learner / p_engine, C), truncated importance sampling.",
+        json_schema_extra=cite("PPO", "AReaL"),
+    )
+    importance_cap: float = Field(
+        2.0,
+        gt=0,
+        description="Cap C of the importance weights, used with old_logprobs=rollout.",
+        json_schema_extra=cite("IMPALA"),
+    )
+    updates_per_batch: Positive = Field(
+        1,
+        description="Optimizer steps into which a rollout batch is split, whole groups at a time.",
+        json_schema_extra=cite("PPO", "GRPO"),
+    )
+    epochs_per_batch: Positive = Field(
+        1,
+        description="Times that the learner goes over a rollout batch; ratios stay relative to the policy before the "
+        "first step.",
+        json_schema_extra=cite("PPO"),
+    )
+    min_group: int = Field(2, ge=2, description="A group with fewer scored members is dropped.")
+
+
+class TokenGrpoSection(GrpoSection):
+    """GRPO over the tokens of an answer."""
+
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3",
+        description="Estimate of the KL per token, with D = ref - current: k1 = -D (with the gradient of k2, as its own "
+        "is 0 in expectation), k2 = D^2/2 (the gradient of the KL), k3 = exp(D) - D - 1 (GRPO; the KL's gradient to "
+        "first order).",
+        json_schema_extra=cite("KL estimators", "KL as a loss"),
+    )
+
+
+class FlowGrpoSection(GrpoSection):
+    """GRPO over the stochastic denoising steps of a flow."""
+
+    clip_low: float = Field(
+        1e-3,
+        gt=0,
+        description="Lower clip range; small, because a step's log-probability is a mean over all latent values.",
+        json_schema_extra=cite("VANS", "Flow-GRPO"),
+    )
+    clip_high: float = Field(
+        1e-3, gt=0, description="Upper clip range, as clip_low.", json_schema_extra=cite("VANS", "Flow-GRPO")
+    )
+    kl_beta: float = Field(
+        0.004,
+        ge=0,
+        description="Weight of the KL to the reference: the model without its adapter, or a frozen copy. Paper: 0.004.",
+        json_schema_extra=cite("VANS", "Flow-GRPO"),
+    )
+    loss_norm: Literal["token", "sequence", "constant"] = Field(
+        "sequence",
+        description="As in stage 1, over denoising steps; all trajectories have window_size of them, so the three agree.",
+        json_schema_extra=cite("GRPO"),
+    )
+    kl_estimator: Literal["closed"] = Field(
+        "closed",
+        description="The KL of two Gaussian steps of equal std has a closed form; estimators would only add variance.",
+        json_schema_extra=cite("Flow-GRPO"),
+    )
+
+    @field_validator("kl_estimator", mode="before")
+    @classmethod
+    def _closed(cls, value: Any) -> Any:
+        if value in ("k1", "k2", "k3"):
+            raise ValueError(
+                f"kl_estimator={value}: the flow's KL has a closed form and needs no estimator; leave the key out "
+                "(k1, k2 and k3 are for stage1.grpo)"
+            )
+        return value
+
+
+class RolloutSection(Section):
+    """How a batch of trajectories is sampled."""
+
+    prompts_per_step: Positive = Field(8, description="Samples (groups) per optimizer batch.")
+    group_size: int = Field(
+        8, description="Trajectories per group, G. Paper: 8.", json_schema_extra=cite("GRPO", "VANS")
+    )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Steps by which rollout weights may lag; 0 is synchronous.",
+        json_schema_extra=cite("AReaL"),
+    )
+    max_refills: int = Field(
+        0,
+        ge=0,
+        description="Dynamic sampling: most groups that a step samples in addition, in place of those without a gradient "
+        "(rewards all equal, or dropped). 0 is off; with it the rollouts of two steps do not overlap.",
+        json_schema_extra=cite("DAPO"),
+    )
+
+    @model_validator(mode="after")
+    def _group(self) -> RolloutSection:
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size={self.group_size}: a group-relative advantage needs at least 2 trajectories (paper: 8)"
+            )
+        return self
+
+
+class RenderSection(Section):
+    """How the VDM samples."""
+
+    steps: Positive = Field(10, description="Denoising steps. Training 10-20, evaluation 40-50 on Wan2.1.")
+    guidance: float = Field(
+        1.0,
+        ge=1.0,
+        description="Classifier-free guidance scale; 1 is off. In stage 2 the guided velocity is the policy: sampler and "
+        "learner compute it alike, and the gradient goes through both of its branches.",
+        json_schema_extra=cite("classifier-free guidance", "Flow-GRPO"),
+    )
+
+
+class TextSamplingSection(Section):
+    """How the VLM samples. Without top-p or top-k: the learner's log-probabilities are those of the whole vocabulary."""
+
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    max_tokens: Positive = Field(48, description="Longest completion in tokens.")
+
+
+class GreedyTextSection(TextSamplingSection):
+    """How the VLM answers held-out questions."""
+
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy.")
+
+
+class RewardsSection(Section):
+    """Component name → weight. A name is built in (see docs/rewards.md) or a dotted path ``module:function``."""
+
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="Weights of the components in the total.", json_schema_extra=cite("VANS")
+    )
+
+
+class SdeSection(Section):
+    """Stochastic sampling of the flow (Flow-GRPO, DanceGRPO, MixGRPO window)."""
+
+    schedule: Literal["flow", "wan", "dance", "cps"] = Field(
+        "flow",
+        description="Noise schedule s(sigma): flow a*sqrt(sigma/(1-sigma)), wan linear from 0 at the data, dance "
+        "constant, cps coefficients-preserving.",
+        json_schema_extra=cite("Flow-GRPO", "DanceGRPO", "CPS"),
+    )
+    level: float = Field(
+        0.7,
+        gt=0,
+        description="Noise level: a (flow; cps, at most 1), eta (dance, 0.25-0.3) or sigma_max (wan).",
+        json_schema_extra=cite("Flow-GRPO", "DanceGRPO", "CPS"),
+    )
+    window_size: Positive = Field(
+        2,
+        description="Stochastic, trained steps per trajectory; the other steps follow the ODE.",
+        json_schema_extra=cite("MixGRPO"),
+    )
+    window_range: tuple[int, int] | None = Field(
+        None,
+        description="Steps [first, last) within which the window moves; default: all but the last.",
+        json_schema_extra=cite("MixGRPO"),
+    )
+    window_schedule: Literal["fixed", "progressive", "random"] = Field(
+        "random",
+        description="How the window moves: not at all, towards the data and over again, or by chance (seeded).",
+        json_schema_extra=cite("MixGRPO"),
+    )
+    window_every: Positive = Field(
+        1, description="Steps (rollout batches) between moves of the window.", json_schema_extra=cite("MixGRPO")
+    )
+    same_latent: bool = Field(
+        True, description="All members of a group start from the same noise.", json_schema_extra=cite("DanceGRPO")
+    )
+
+    @model_validator(mode="after")
+    def _level(self) -> SdeSection:
+        if self.schedule == "cps" and self.level > 1:
+            raise ValueError(f"level={self.level}: with schedule=cps the angle is level*pi/2, so level is at most 1")
+        return self
+
+
+class StageSection(Section):
+    """What both stages have in common."""
+
+    steps: int = Field(100, ge=0, description="Rollout batches to train on; 0 skips the stage.")
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+    text: TextSamplingSection = Field(default_factory=TextSamplingSection)
+    render: RenderSection = Field(default_factory=RenderSection)
+    rewards: RewardsSection = Field(default_factory=RewardsSection)
+    grpo: GrpoSection = Field(default_factory=GrpoSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
+
+    @model_validator(mode="after")
+    def _min_group(self) -> StageSection:
+        if self.grpo.min_group > self.rollout.group_size:
+            raise ValueError(
+                f"grpo.min_group={self.grpo.min_group} drops every group of rollout.group_size="
+                f"{self.rollout.group_size}; lower it"
+            )
+        return self
+
+
+class Stage1Section(StageSection):
+    """Visualization-friendly VLM tuning (paper, stage 1)."""
+
+    rewards: RewardsSection = Field(RewardsSection(weights={"format": 1.0, "rouge_l": 1.0, "clip_v": 1.0}))
+    grpo: TokenGrpoSection = Field(default_factory=TokenGrpoSection)
+    dedupe: bool = Field(True, description="Render equal captions of a group once.")
+
+    @model_validator(mode="after")
+    def _temperature(self) -> Stage1Section:
+        if self.steps and self.text.temperature == 0:
+            raise ValueError(
+                "text.temperature=0 is greedy: all members of a group would be equal and nothing could be learnt; "
+                "use e.g. 1.0"
+            )
+        return self
+
+
+class Stage2Section(StageSection):
+    """Context-faithful VDM adaptation (paper, stage 2)."""
+
+    rewards: RewardsSection = Field(RewardsSection(weights={"clip_v": 1.0, "clip_score": 1.0}))
+    grpo: FlowGrpoSection = Field(default_factory=FlowGrpoSection)
+    sde: SdeSection = Field(default_factory=SdeSection)
+    anchor_min_rouge: Fraction = Field(
+        0.6,
+        description="Anchor captions with a lower ROUGE-L to ground truth are dropped. Paper: 0.6.",
+        json_schema_extra=cite("VANS"),
+    )
+    anchor: Literal["thinker", "truth"] = Field(
+        "thinker",
+        description="Whose caption is drawn: the frozen thinker's anchor (paper), or the true one (GRPO of the VDM alone).",
+    )
+    anchor_max_draws: Positive = Field(8, description="Batches drawn in search of enough anchors before the run stops.")
+
+    @model_validator(mode="after")
+    def _window(self) -> Stage2Section:
+        first, last = self.sde.window_range or (0, self.render.steps - 1)
+        if last <= first and self.sde.window_range:
+            raise ValueError(
+                f"sde.window_range=({first}, {last}) holds no step: it is [first, last), so last must exceed first"
+            )
+        if last > self.render.steps - 1 or first < 0:
+            raise ValueError(
+                f"sde.window_range=({first}, {last}) leaves the schedule: with render.steps={self.render.steps} the stochastic steps "
+                f"are 0…{self.render.steps - 2}, because the last step is always an ODE step"
+            )
+        if self.sde.window_size > last - first:
+            raise ValueError(
+                f"sde.window_size={self.sde.window_size} is longer than the {last - first} steps it may move in; "
+                f"shorten the window or raise render.steps (now {self.render.steps})"
+            )
+        return self
