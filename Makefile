@@ -15,11 +15,12 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Where byte code may not be written, every worker would compile the libraries anew, each taking some ten seconds more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test check docs clean
+.PHONY: help setup demo test chaos check docs clean
 
 help:
 	@echo "make demo    install what is needed, then align the tiny pair with Joint-GRPO (runs/demo)"
 	@echo "make test    install what is needed, then run the test suite"
+	@echo "make chaos   the long tests of faults and exact resume, then twenty minutes of random faults"
 	@echo "make check   lint, formatting, types and import layering"
 	@echo "make docs    write docs/metrics.md and docs/configuration.md from the code"
 	@echo "make setup   install only"
@@ -52,6 +53,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The tests that take longer than 20 seconds each, and 20 minutes of random faults.
+chaos: setup
+	$(BIN)/python -m pytest -m chaos
+	rm -rf runs/chaos && $(BIN)/python tests/chaos/soak.py --minutes 20 --seed 0 --out runs/chaos
 
 check: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ Turns the configuration into worker actors; the pools themselves know nothing of
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -78,10 +79,7 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
     makers = _makers(config, started)
     plan = placement_plan(config, only)
     placement = await asyncio.to_thread(place, plan, config.cluster.placement_timeout_s)
-    pools = {
-        name: WorkerPool(name, makers[name](placement), _pool_spec(section))
-        for name, section in _sections(config).items()
-    }
+    pools = {name: WorkerPool(name, makers[name](placement), pool_spec(config, name)) for name in POOLS}
     try:
         await _start_all([pools[name] for name in started])
         yield Fleet(pools["vlm"], pools["vdm"], pools["reward"], placement)
@@ -111,7 +109,8 @@ def _sections(config: RunConfig) -> dict[str, PoolSection]:
     return {"vlm": config.pools.vlm, "vdm": config.pools.vdm, "reward": config.pools.reward}
 
 
-def _pool_spec(section: PoolSection) -> PoolSpec:
+def pool_spec(config: RunConfig, name: str) -> PoolSpec:
+    """Return the limits of pool ``name``; in a deterministic run a request shares its call with no other."""
     names = (
         "workers",
         "max_batch",
@@ -122,7 +121,10 @@ def _pool_spec(section: PoolSection) -> PoolSpec:
         "max_retries",
         "max_restarts",
     )
-    return PoolSpec(**{name: getattr(section, name) for name in names})
+    section = _sections(config)[name]
+    spec = PoolSpec(**{key: getattr(section, key) for key in names})
+    # vLLM makes its batches itself, and is told so at its start.
+    return dataclasses.replace(spec, max_batch=1) if config.deterministic and name != "vlm" else spec
 
 
 def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Placement], Callable[[str], Any]]]:
@@ -154,6 +156,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             tensor_parallel=vlm.tensor_parallel,
             enforce_eager=vlm.enforce_eager,
             lora_rank=config.stage1.lora.rank,
+            alone=config.deterministic,
         )
 
     def make_vdm(placement: Placement) -> Callable[[str], Any]:

@@ -43,6 +43,7 @@ class EngineSpec:
     adapter: str | None = None  # PEFT folder that is part of the base weights (version 0)
     in_process: bool | None = None  # None: in this process without a GPU, in vLLM's own processes with one
     max_num_seqs: int = 256
+    alone: bool = False  # one sequence at a time, nothing reused: no figure depends on what shares a batch
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -293,7 +294,7 @@ def _engine_args(spec: EngineSpec) -> dict[str, Any]:
         "gpu_memory_utilization": spec.gpu_memory_utilization,
         "tensor_parallel_size": spec.tensor_parallel,
         "enforce_eager": spec.enforce_eager,
-        "max_num_seqs": spec.max_num_seqs,
+        "max_num_seqs": 1 if spec.alone else spec.max_num_seqs,
         "limit_mm_per_prompt": {"video": 1, "image": 0},
         "skip_mm_profiling": True,
         "mm_processor_cache_gb": 1.0,
@@ -305,6 +306,8 @@ def _engine_args(spec: EngineSpec) -> dict[str, Any]:
         "disable_log_stats": True,
         "seed": 0,
     }
+    if spec.alone:
+        args["enable_prefix_caching"] = False
     if spec.kv_cache_mib is not None:
         args["kv_cache_memory_bytes"] = spec.kv_cache_mib << 20
     if not _on_gpu():

@@ -91,6 +91,11 @@ class RunConfig(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run.")
     seed: int = Field(0, description="Seed of everything sampled.")
     out: Path = Field(Path("runs/run"), description="Folder the run writes to.")
+    deterministic: bool = Field(
+        False,
+        description="Compute every answer of a pool alone, so that no figure depends on what else was waiting: the same run, killed "
+        "and resumed or not, has bitwise the same metrics and weights. CPU and float32 only, and slower.",
+    )
     models: ModelsSection = Field(default_factory=ModelsSection)
     training: Literal["two_stage", "all_in_one"] = Field(
         "two_stage",
@@ -108,3 +113,26 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     alarms: AlarmsSection = Field(default_factory=AlarmsSection)
+
+    @model_validator(mode="after")
+    def _determinism(self) -> RunConfig:
+        if not self.deterministic:
+            return self
+        pools = {"vlm": self.pools.vlm, "vdm": self.pools.vdm, "reward": self.pools.reward, "learner": self.learner}
+        reasons = [
+            f"{'learner' if name == 'learner' else f'pools.{name}'}.{key}={value}"
+            for name, section in pools.items()
+            for key, exact in (("gpus", 0.0), ("dtype", "float32"))
+            if (value := getattr(section, key, exact)) != exact
+        ]
+        reasons += [
+            f"{name}.rollout.max_staleness={stage.rollout.max_staleness}"
+            for name, stage in (("stage1", self.stage1), ("stage2", self.stage2))
+            if stage.rollout.max_staleness
+        ]
+        if reasons:
+            raise ValueError(
+                f"deterministic=true cannot be kept with {', '.join(reasons)}: it needs float32 on CPUs, and rollouts of the "
+                "newest weights only (max_staleness: 0)"
+            )
+        return self
