@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -162,6 +163,7 @@ def _start_embedded(cpus: int | None, gpus: int | None, object_store_mib: int, o
     niceness = os.environ.get("RAY_worker_niceness", "0")  # noqa: SIM112 - Ray spells it so
     with _loopback(), _environment({"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": niceness}):
         try:
+            _private_token()
             ray.init(
                 address="local",
                 num_cpus=slots,
@@ -174,8 +176,32 @@ def _start_embedded(cpus: int | None, gpus: int | None, object_store_mib: int, o
             raise ClusterError(f"The embedded Ray cluster ({slots} CPU slots) did not start: {error}") from error
 
 
+def _private_token() -> None:
+    """Take others' permission to read the token that Ray keeps in the user's home; the umask would have allowed it.
+
+    ``ray.init`` makes that file where there is none, when it starts a cluster: whoever can read it may run code there.
+    """
+    if (
+        os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
+        or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    ):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if path.exists():
+            path.chmod(0o600)
+        else:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+    except OSError as error:  # a home that cannot be written to, or another process was first: Ray says what it needs
+        log.warning("Ray's token %s could not be made private: %s", path, error)
+
+
 def _join(address: str, options: dict[str, Any]) -> None:
     import ray
+    from ray.exceptions import AuthenticationError, RayError
     from ray.util import get_node_ip_address
 
     host, _, port = address.rpartition(":")
@@ -191,7 +217,12 @@ def _join(address: str, options: dict[str, Any]) -> None:
     with mode:
         try:
             ray.init(address=address, **options)
-        except (RuntimeError, ValueError, ConnectionError, OSError) as error:
+        except AuthenticationError as error:  # its own text says where Ray looks for the token, never the token
+            raise ClusterError(
+                f"The Ray cluster at {address} asks for a token, and this process has none or another one: set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to the head's (docs/security.md)"
+            ) from error
+        except (RayError, RuntimeError, ValueError, ConnectionError, OSError) as error:
             raise ClusterError(f"The Ray cluster at {address} could not be joined: {error}") from error
 
 

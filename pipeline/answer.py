@@ -21,6 +21,7 @@ from pipeline.evaluate.sheets import Strip, contact_sheet
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.sources import video_limits
 from pipeline.stages.rendering import render_request
+from pipeline.text import in_markup
 from rewards.format import parse_answer
 
 
@@ -52,11 +53,12 @@ def run_answer(
     out.parent.mkdir(parents=True, exist_ok=True)
     for item in answers:
         item.path.write_bytes(encode_mp4(item.frames, config.video.fps, near_lossless=False))
-        console.print(f"[bold]{item.question}[/]\n  {item.caption}\n  {item.path}", highlight=False)
+        told = f"[bold]{in_markup(item.question)}[/]\n  {in_markup(item.caption)}\n  {in_markup(str(item.path))}"
+        console.print(told, highlight=False)
     sheet = out.with_suffix(".png")
     strips = [Strip("input", sample.context), *(Strip(f"{a.question}\n{a.caption}", a.frames) for a in answers)]
     contact_sheet([(video.name, strips)], sheet)
-    console.print(f"contact sheet: {sheet}", highlight=False)
+    console.print(f"contact sheet: {sheet}", highlight=False, markup=False)
     return answers
 
 

@@ -24,14 +24,11 @@ class _Group(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except VansError as error:
-            Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+            from pipeline.text import in_markup, redacted
+
+            told = in_markup(redacted(str(error)))
+            Console(stderr=True).print(f"[bold red]error:[/] {told}", highlight=False, soft_wrap=True)
             raise SystemExit(EXIT_USER_ERROR) from None
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 app = typer.Typer(
@@ -246,7 +243,7 @@ def reproduce(
     from rich.markdown import Markdown
 
     console.print(Markdown(report.read_text(encoding="utf-8")))
-    console.print(f"table, JSON, curves and contact sheet are in {report.parent}", highlight=False)
+    console.print(f"table, JSON, curves and contact sheet are in {report.parent}", highlight=False, markup=False)
 
 
 @app.command()
@@ -289,6 +286,7 @@ def data_toy(
         f"wrote {', '.join(f'{count} {split}' for split, count in counts.items())} samples to {out}\n"
         f"look at them with: vans data inspect {out}/train",
         highlight=False,
+        markup=False,
     )
 
 

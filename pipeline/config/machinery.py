@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Fraction, Positive, Section
+from pipeline.text import redacted
 from rewards.alarms import AlarmSettings
 
 _ALARMS = AlarmSettings()
@@ -90,6 +91,16 @@ class TrackingSection(Section):
     uri: str | None = Field(None, description="Tracking server; null is sqlite in the run's folder.")
     experiment: str = Field("vans", description="Experiment name.")
     clips_every: int = Field(10, ge=0, description="Steps between logged sample clips; 0 logs none.")
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and redacted(uri) != uri:  # a configuration is logged, and stands in every checkpoint
+            raise ValueError(
+                f"{redacted(uri)} holds a password, which would be logged with the run; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD for a server, or MLFLOW_TRACKING_URI for a database"
+            )
+        return uri
 
 
 class CheckpointSection(Section):

@@ -74,6 +74,13 @@ class DataSection(Section):
     decoders: Positive = Field(1, description="Ray Data workers that decode video.")
     max_pixels: Positive = Field(3840 * 2160, description="Largest frame accepted, in pixels.")
     max_source_frames: Positive = Field(20000, description="Most frames read from one source video.")
+    max_source_s: float = Field(3600.0, gt=0, description="Longest source video, or part of one, in seconds.")
+    max_source_mib: Positive = Field(512, description="Largest file of a source video in MiB.")
+    max_decode_s: float = Field(
+        300.0,
+        gt=0,
+        description="Longest time in seconds for one pass over a source video; a slower one is quarantined.",
+    )
 
 
 class EvaluateSection(Section):

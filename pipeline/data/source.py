@@ -29,7 +29,7 @@ from actors.records import Sample, derive_seed
 from cluster.errors import DataError
 from pipeline.data.decoder import QuarantinedRow, Shard, VideoShape, block_items, decode_block
 from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
-from pipeline.data.video import VideoLimits, limits_of
+from pipeline.data.video import VideoLimits
 
 __all__ = [
     "Batch",
@@ -39,7 +39,6 @@ __all__ = [
     "VideoLimits",
     "VideoShape",
     "block_items",
-    "limits_of",
     "load_all",
 ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 from av.video.reformatter import Interpolation
 
 from cluster.errors import DataError
+from pipeline.data.boxes import check_mp4_index
 
 # Containers that hold a video themselves. Playlists (hls, concat, dash, …) are left out: they open other files.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,ivf,gif,mxf,wav"
@@ -35,11 +37,7 @@ class VideoLimits:
     max_frames: int = 20_000  # in the part that is read
     max_seconds: float = 3600.0  # of the part that is read
     max_bytes: int = 512 << 20  # of the file
-
-
-def limits_of(max_pixels: int, max_source_frames: int) -> VideoLimits:
-    """Return the limits that the ``data`` section of a run's configuration states, the others at their defaults."""
-    return VideoLimits(max_pixels=max_pixels, max_frames=max_source_frames)
+    max_decode_s: float = 300.0  # of this machine's time, for one pass over the file
 
 
 @dataclass(frozen=True)
@@ -202,8 +200,8 @@ class _Window:
         origin = float(stream.start_time * stream.time_base) if stream.start_time is not None else 0.0
         return cls(origin + (start or 0.0), math.inf if end is None else origin + end, False)
 
-    def holds(self, time: float) -> bool:
-        return self.start - TIME_TOLERANCE_S <= time < self.end - TIME_TOLERANCE_S
+    def holds(self, second: float) -> bool:
+        return self.start - TIME_TOLERANCE_S <= second < self.end - TIME_TOLERANCE_S
 
 
 @contextmanager
@@ -222,23 +220,51 @@ def _opened(
         raise DataError(f"the file has {size} bytes; at most {limits.max_bytes} are accepted")
     if size == 0:
         raise DataError("the file is empty")
-    opened = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")  # noqa: SIM115
+    # ffmpeg looks at frames while it opens a file: it must know the limit, or memory is gone before we can ask.
+    guard = {"max_pixels": str(limits.max_pixels)}
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none", **guard}
     try:
-        with (
-            opened,
-            av.open(opened, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}) as container,
-        ):
-            if not container.streams.video:
-                raise DataError("the file has no video stream")
-            stream = container.streams.video[0]
-            context = stream.codec_context
-            if context is None:
-                raise DataError("the video's codec is not known")
-            context.thread_count = 1  # many decoders share the machine's cores
-            _check_pixels(context.width, context.height, limits)
-            yield container, stream
-    except (av.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
+        opened = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")  # noqa: SIM115
+        with opened:
+            check_mp4_index(opened, size)
+            with av.open(opened, options=options) as container:
+                yield container, _stream_of(container, limits, guard)
+    except (av.FFmpegError, OSError, EOFError, UnicodeDecodeError, MemoryError) as error:
         raise DataError(f"broken video: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _stream_of(
+    container: av.container.InputContainer, limits: VideoLimits, guard: dict[str, str]
+) -> av.VideoStream:
+    """Return the first video stream, ready to be decoded; raises DataError."""
+    if not container.streams.video:
+        raise DataError("the file has no video stream")
+    stream = container.streams.video[0]
+    context = stream.codec_context
+    if context is None:
+        raise DataError("the video's codec is not known")
+    if not context.width * context.height:
+        raise DataError(f"the frames have no size, or more than the {limits.max_pixels} pixels that are accepted")
+    _check_pixels(context.width, context.height, limits)
+    if not stream.time_base:
+        raise DataError("the video's frames carry no times")
+    context.thread_count = 1  # many decoders share the machine's cores
+    context.options = guard
+    return stream
+
+
+class _Clock:
+    """Ends a pass over a file that takes too long, which neither bytes nor frames bound: packets outside the part that
+    is read, and frames that are slow to decode.
+    """
+
+    def __init__(self, limits: VideoLimits) -> None:
+        self._limit, self._end = limits.max_decode_s, time.monotonic() + limits.max_decode_s
+
+    def check(self) -> None:
+        """Raise DataError where the time is over."""
+        if time.monotonic() > self._end:
+            raise DataError(f"reading it took more than {self._limit:g} s; cut the video or raise the limit")
 
 
 def _check_pixels(width: int, height: int, limits: VideoLimits) -> None:
@@ -254,18 +280,20 @@ def _frame_times(
     """Return the sorted times (s) of the frames in ``window`` from the packets; decodes only where those have none."""
     times: list[float] = []
     packets = 0
+    clock = _Clock(limits)
     _seek(container, stream, window)
     for packet in container.demux(stream):
+        clock.check()
         if packet.size == 0:  # the flush packet at the end
             continue
         packets += 1
         if packet.pts is None:
             return _decoded_times(container, stream, window, limits)
-        time = float(packet.pts * stream.time_base)
+        begin = float(packet.pts * stream.time_base)
         if packet.dts is not None and float(packet.dts * stream.time_base) > window.end + 1.0:
             break  # decoding order runs ahead of display order by far less than a second
-        if not packet.is_discard and window.holds(time):
-            times.append(time)
+        if not packet.is_discard and window.holds(begin):
+            times.append(begin)
             _check_span(times, limits)
     if window.whole and stream.frames and packets < 0.9 * stream.frames:
         raise DataError(f"truncated video: it should hold {stream.frames} frames, and holds {packets}")
@@ -308,8 +336,10 @@ def _decoded(
     container: av.container.InputContainer, stream: av.VideoStream, window: _Window, limits: VideoLimits
 ) -> Iterator[av.VideoFrame]:
     """Yield the frames of ``window`` in display order; raises DataError at a damaged one."""
+    clock = _Clock(limits)
     _seek(container, stream, window)
     for frame in container.decode(stream):
+        clock.check()
         if frame.time is None:
             raise DataError("the video's frames carry no times")
         if frame.time >= window.end - TIME_TOLERANCE_S:

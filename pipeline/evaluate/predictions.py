@@ -7,7 +7,6 @@ them (``score``).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from pipeline.data.video import VideoLimits, decode_video, encode_mp4
+from pipeline.text import file_slug, short
 
 FILE = "predictions.jsonl"
 _KEYS = {"id", "index", "caption", "text", "video"}
@@ -64,8 +64,7 @@ def write_predictions(folder: Path, predictions: Iterable[Prediction], fps: floa
         row: dict[str, Any] = {"id": prediction.id, "index": prediction.index, "caption": prediction.caption}
         row |= {"text": prediction.text, "video": None}
         if prediction.frames is not None or prediction.video is not None:
-            slug = re.sub(r"[^\w-]+", "_", prediction.id, flags=re.ASCII)[:64]
-            row["video"] = f"videos/{number:06d}-{slug}.mp4"
+            row["video"] = f"videos/{number:06d}-{file_slug(prediction.id)}.mp4"
             (folder / row["video"]).write_bytes(_mp4(prediction, fps))
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
@@ -89,7 +88,11 @@ def read_predictions(folder: Path) -> list[Prediction]:
     if not path.is_file():
         raise DataError(f"{folder} holds no {FILE}; docs/evaluation.md shows the format")
     found: dict[tuple[str, int], Prediction] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would end a line inside a caption too
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -126,7 +129,7 @@ def check_cover(name: str, predictions: Sequence[Prediction], ids: Sequence[str]
 def _parse(line: str, folder: Path, where: str) -> Prediction:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested too deeply
         raise DataError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict) or not {"id", "caption", "video"} <= set(row):
         raise DataError(f"{where}: needs an object with at least the keys id, caption and video, got {line[:80]!r}")
@@ -136,9 +139,13 @@ def _parse(line: str, folder: Path, where: str) -> Prediction:
     text, index = row.get("text") or "", row.get("index", 0)
     for key, value in (("id", row["id"]), ("caption", row["caption"]), ("text", text)):
         if not isinstance(value, str):
-            raise DataError(f"{where}: {key!r} must be text, not {value!r}")
+            raise DataError(f"{where}: {key!r} must be text, not {short(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: {key!r} is not Unicode text: {error}") from error
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-        raise DataError(f"{where}: 'index' must be a whole number from 0, not {index!r}")
+        raise DataError(f"{where}: 'index' must be a whole number from 0, not {short(index)}")
     video = None if row["video"] is None else _video_path(folder, row["video"], where)
     return Prediction(row["id"], row["caption"], text, None, index, video)
 
@@ -146,13 +153,17 @@ def _parse(line: str, folder: Path, where: str) -> Prediction:
 def _video_path(folder: Path, value: Any, where: str) -> Path:
     """Return the file that ``value`` names; nothing outside ``folder`` can be read, symbolic links included."""
     if not isinstance(value, str) or not value:
-        raise DataError(f"{where}: 'video' must be a path relative to {folder} or null, not {value!r}")
+        raise DataError(f"{where}: 'video' must be a path relative to {folder} or null, not {short(value)}")
     relative = PurePosixPath(value)
     if relative.is_absolute() or ".." in relative.parts or "\\" in value or "\0" in value or ":" in value:
         raise DataError(f"{where}: 'video' must be a plain path inside {folder}, not {value!r}")
-    path = (folder / relative).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    try:
+        path = (folder / relative).resolve()
+        inside, regular = path.is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, a loop of links
+        raise DataError(f"{where}: video {short(value)} is not a usable path: {error}") from error
+    if not inside:
         raise DataError(f"{where}: video {value!r} leads outside {folder}")
-    if not path.is_file():
+    if not regular:
         raise DataError(f"{where}: there is no video {value!r} in {folder}")
     return path

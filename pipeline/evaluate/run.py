@@ -52,7 +52,7 @@ def run_evaluation(
     with cluster_session(config):
         table = asyncio.run(_evaluate(config, out, read, video, compare, console))
     console.print(Markdown(table.markdown()))
-    console.print(f"table, JSON and contact sheet are in {out}", highlight=False)
+    console.print(f"table, JSON and contact sheet are in {out}", highlight=False, markup=False)
     return table
 
 

@@ -18,6 +18,7 @@ from actors.records import Sample
 from pipeline.evaluate.figures import Answered
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.table import EvaluationTable
+from pipeline.text import printable
 from rewards.similarity import resample_frames
 
 INK, SOFT, PAPER, CARD, LINE = "#16202c", "#5c6b7a", "#ffffff", "#f5f7f9", "#dfe5ea"
@@ -26,6 +27,7 @@ ACCENTS = ("#7b8794", "#2f9e6e", "#3267d6", "#d9730d", "#a33fb5", "#c0392b", "#0
 
 LABEL_WIDTH, GAP, PAD, MARGIN = 250, 4, 14, 20
 THUMB_HEIGHT, MAX_STRIP_WIDTH, MAX_FRAMES = 84, 904, 9
+MAX_TEXT = 600  # characters of a question, caption or note: the sheet is for looking, the table has all of it
 _PIXEL_ART = 64  # frames smaller than this are enlarged without blurring
 
 
@@ -55,7 +57,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Strip]]], path: Path, *, ti
     sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, top + sum(h + MARGIN for h in heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((MARGIN, MARGIN - 2), title, font=_font(22, bold=True), fill=INK)
+        draw.text((MARGIN, MARGIN - 2), _one_line(title), font=_font(22, bold=True), fill=INK)
     y = top
     for rank, height in zip(ranks, heights):
         for column, card in enumerate(rank):
@@ -179,13 +181,15 @@ def _filmstrip(frames: np.ndarray) -> Image.Image:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Return ``text`` in lines no wider than ``width`` pixels; a word that is wider is broken."""
+    """Return ``text`` in lines no wider than ``width`` pixels; a word that is wider is broken, a longer text cut."""
     lines: list[str] = []
-    for paragraph in text.splitlines():
+    for paragraph in printable(text, MAX_TEXT).splitlines():
         line = ""
         for word in paragraph.split():
             while font.getlength(word) > width:
-                cut = next(i for i in range(len(word), 0, -1) if i == 1 or font.getlength(word[:i]) <= width)
+                cut = next(
+                    i for i in range(min(len(word), width), 0, -1) if i == 1 or font.getlength(word[:i]) <= width
+                )
                 lines += [line] if line else []
                 lines.append(word[:cut])
                 line, word = "", word[cut:]
@@ -197,6 +201,10 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
                 line = word
         lines += [line] if line else []
     return lines
+
+
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()), 200)
 
 
 @lru_cache(maxsize=16)

@@ -16,6 +16,7 @@ from typing import Any
 from cluster.errors import ConfigError
 from pipeline.evaluate.bootstrap import Estimate
 from pipeline.evaluate.figures import FRECHET, Answered, Difference, Frechet, difference_of, measure, value_of
+from pipeline.text import in_markdown
 from rewards.alarms import AlarmSettings, judge
 from rewards.frechet import FrechetDistance, fvd_name
 from rewards.text import BLEU_ORDERS
@@ -197,7 +198,8 @@ class EvaluationTable:
                 whole = self.comparison["all"][metric]
                 rows.append([self._heading(metric), cells[0], f"{whole.differ} of {whole.n}", *cells[1:]])
         title = (
-            f"**{system} − {baseline}**, sample by sample (mean difference [95% paired bootstrap interval], and the samples "
+            f"**{in_markdown(system)} − {in_markdown(baseline)}**, "
+            "sample by sample (mean difference [95% paired bootstrap interval], and the samples "
             "on which they differ)"
         )
         return [title, markdown_grid(["", "all", "differ", *groups[1:]], rows)]
@@ -226,14 +228,16 @@ class EvaluationTable:
             counts = ", ".join(f"{g} N={d.n}" for g, d in distances.items())
             dim = next(iter(distances.values())).dim
             weak = [g for g, d in distances.items() if not d.well_posed]
-            lines.append(f"- {fvd_name(self.extractor)} of {name}: {dim} features, {counts}. Compare at equal N only.")
+            lines.append(
+                f"- {fvd_name(self.extractor)} of {in_markdown(name)}: {dim} features, {counts}. Compare at equal N only."
+            )
             if weak:
                 lines.append(
-                    f"- **warning** {fvd_name(self.extractor)} of {name}: not more clips than features ({', '.join(weak)}), "
-                    "so the distance is only roughly estimated and too high"
+                    f"- **warning** {fvd_name(self.extractor)} of {in_markdown(name)}: not more clips than features "
+                    f"({', '.join(weak)}), so the distance is only roughly estimated and too high"
                 )
         for name in names:
-            lines += [f"- **alarm** {name}: {text}" for text in self.alarms(name)]
+            lines += [f"- **alarm** {in_markdown(name)}: {text}" for text in self.alarms(name)]
         return "\n".join(lines)
 
 
@@ -309,7 +313,7 @@ def _distance(value: float, sign: str = "") -> str:
 
 def markdown_grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a markdown table whose columns line up in plain text too."""
-    cells = [[c.replace("|", "\\|") for c in row] for row in (header, *rows)]
+    cells = [[in_markdown(c) for c in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -133,19 +133,23 @@ class Experiment(Section):
 def load_experiment(source: str | Path = "table") -> Experiment:
     """Return the experiment in a YAML file, or a bundled one by its name. Raises ConfigError."""
     path = Path(source)
-    if not path.is_file():
-        path = EXPERIMENTS / f"{source}.yaml"
-    if not path.is_file():
+    try:
+        if not path.is_file():
+            path = EXPERIMENTS / f"{source}.yaml"
+        there = path.is_file()
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"no experiment {str(source)[:100]!r}: {error.strerror}") from error
+    if not there:
         names = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("*.yaml")))
         raise ConfigError(f"no experiment {str(source)!r}: not a file, and not one of the bundled ones ({names})")
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Experiment.model_validate(values)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
     except ValidationError as error:
         lines = [f"{'.'.join(str(part) for part in d['loc'])}: {d['msg']}" for d in error.errors()]
         raise ConfigError(f"{path}: " + "; ".join(lines)) from error
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
 
 
 def quickened(experiment: Experiment) -> Experiment:

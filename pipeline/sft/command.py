@@ -17,6 +17,7 @@ from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar
 from pipeline.sft.run import SftJob, carry_out, check_room, prepare
 from pipeline.sft.settings import Kind, SftResult, sft_settings
+from pipeline.text import redacted
 from pipeline.tracking import Tracker
 
 
@@ -63,8 +64,9 @@ def run_tracked_sft(
     console.print(
         f"loss {result.loss_first:.4f} → {result.loss_last:.4f} in {result.steps} steps, {result.train_s:.0f} s; "
         f"{result.quarantined} of {result.samples} rows could not be used\n"
-        f"model     {job.out}\ncurves    mlflow ui --backend-store-uri {tracker.uri}",
+        f"model     {job.out}\ncurves    mlflow ui --backend-store-uri {redacted(tracker.uri)}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return result

@@ -7,21 +7,23 @@ Responsible for one rank's loop. Not responsible for the loss (the policies), da
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from actors.learner.average import Average
+from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_facts, save_tensors
 from actors.learner.rank import POLICIES
 from actors.learner.sharding import gather_state, shard, sync_gradients
 from actors.learner.spec import OptimSpec, learning_rate
@@ -30,6 +32,8 @@ from actors.records import derive_seed
 from cluster.errors import TrainingError
 from pipeline.sft.items import Items
 from pipeline.sft.settings import SftSettings
+
+COUNTERS = "counters.json"
 
 
 def load_policy(kind: str, model: str, settings: SftSettings, samples: int, device: torch.device) -> Any:
@@ -130,18 +134,15 @@ class Loop:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _state(self) -> dict[str, Any]:
+    def _states(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the optimizer's state dict, and all tensors as they are stored."""
         model, optimizer = get_state_dict(
             self.nets, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
         )
-        state: dict[str, Any] = {
-            "model": model,
-            "optimizer": optimizer,
-            "counters": {"step": self.step, "skipped": self.skipped, "train_s": self.train_s()},
-        }
+        tensors: dict[str, Any] = {"model": model, "optimizer": optimizer_tensors(optimizer)}
         if self.average is not None:
-            state["average"] = self.average.state()
-        return state
+            tensors["average"] = self.average.state()
+        return optimizer, tensors
 
     def save(self) -> None:
         """Report a distributed checkpoint and its counters; Ray Train merges the ranks' files into one folder.
@@ -149,25 +150,27 @@ class Loop:
         The clock stops until the next step: writing is not training.
         """
         with tempfile.TemporaryDirectory() as folder:
-            state = self._state()
-            self.trained_before, self.began = state["counters"]["train_s"], None
-            dcp.save(state, checkpoint_id=folder)
-            ray.train.report(state["counters"], checkpoint=ray.train.Checkpoint.from_directory(folder))
+            counters = {"step": self.step, "skipped": self.skipped, "train_s": self.train_s()}
+            self.trained_before, self.began = counters["train_s"], None
+            save_tensors(self._states()[1], folder)
+            if self.rank == 0:
+                Path(folder, COUNTERS).write_text(json.dumps(counters) + "\n", "utf-8")
+            ray.train.report(counters, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def restore(self, checkpoint: ray.train.Checkpoint) -> None:
-        """Continue from a checkpoint of this run, by any number of ranks."""
+        """Continue from a checkpoint of this run, by any number of ranks. Raises CheckpointError for a damaged one."""
         with checkpoint.as_directory() as folder:
-            state = self._state()
-            dcp.load(state, checkpoint_id=folder)
+            counters = read_facts(Path(folder, COUNTERS), {"step": int, "skipped": int, "train_s": (int, float)})
+            optimizer, state = self._states()
+            load_tensors(state, folder)
             options = StateDictOptions(ignore_frozen_params=True, strict=False)
             set_state_dict(
                 self.nets,
                 self.optimizer,
                 model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
+                optim_state_dict=optimizer,
                 options=options,
             )
-        counters = state["counters"]
         self.step, self.skipped, self.trained_before = counters["step"], counters["skipped"], counters["train_s"]
 
     def export(self) -> None:

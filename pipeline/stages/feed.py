@@ -9,6 +9,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from actors.records import Sample
+from cluster.errors import CheckpointError
 from pipeline.data.source import Cursor, QuarantinedRow, SampleSource
 
 
@@ -25,7 +26,9 @@ class FeedCursor:
 
     @classmethod
     def from_json(cls, values: dict[str, int]) -> FeedCursor:
-        """Return the cursor that :meth:`to_json` wrote."""
+        """Return the cursor that :meth:`to_json` wrote; raises CheckpointError where a number is missing."""
+        if missing := {"epoch", "position", "drawn"} - set(values):
+            raise CheckpointError(f"the checkpoint's data cursor lacks {', '.join(sorted(missing))}")
         return cls(Cursor(epoch=values["epoch"], position=values["position"]), values["drawn"])
 
 

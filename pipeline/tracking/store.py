@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.errors import VansError
+from pipeline.text import redacted
 from pipeline.tracking.outbox import Record, Unreachable
 
 PARENT = "parent"
@@ -56,7 +57,7 @@ class MlflowStore:
             found = self.client.get_experiment_by_name(experiment)
             if found is not None and found.lifecycle_stage != "active":
                 raise TrackingError(
-                    f"the MLflow experiment {experiment!r} at {uri} was deleted; restore it, or choose another name "
+                    f"the MLflow experiment {experiment!r} at {redacted(uri)} was deleted; restore it, or choose another name "
                     "(tracking.experiment=…)"
                 )
             location = artifacts.resolve().as_uri() if artifacts else None
@@ -77,7 +78,7 @@ class MlflowStore:
                 self.client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
             raise TrackingError(
-                f"cannot resume the MLflow run {run_id}: not at {self.uri} ({error.message})"
+                redacted(f"cannot resume the MLflow run {run_id}: not at {self.uri} ({error.message})")
             ) from error
         self._know(run_id, PARENT, run_id)
         return dict(run.data.params)
@@ -181,7 +182,7 @@ class MlflowStore:
 
     def _no_answer(self, error: Exception) -> TrackingError:
         return TrackingError(
-            f"the MLflow store at {self.uri} does not answer: {_first_line(error)}\n"
+            f"the MLflow store at {redacted(self.uri)} does not answer: {_first_line(error)}\n"
             "Start it, correct MLFLOW_TRACKING_URI or tracking.uri, or leave both out for a local file."
         )
 
@@ -204,4 +205,4 @@ def _joinable(a: Record, b: Record) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return redacted((str(error).splitlines() or [type(error).__name__])[0][:300])

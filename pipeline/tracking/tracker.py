@@ -24,6 +24,7 @@ import numpy as np
 from pipeline.config import RunConfig, config_digest, flatten, to_yaml
 from pipeline.config.machinery import TrackingSection
 from pipeline.evaluate.table import EvaluationTable
+from pipeline.text import redacted
 from pipeline.tracking import lineage, media, metrics
 from pipeline.tracking.outbox import Outbox, OutboxCounts
 from pipeline.tracking.store import PARENT, MlflowStore, TrackingError, merge_metrics
@@ -261,7 +262,7 @@ class Tracker:
     def _end(self, error: BaseException | None) -> None:
         status = "FINISHED" if error is None else "KILLED" if _stopped(error) else "FAILED"
         if error is not None:
-            self.log_tags({"vans.error": f"{type(error).__name__}: {error}"})
+            self.log_tags({"vans.error": redacted(f"{type(error).__name__}: {error}")})
         self._put("end", status=status, time=_milliseconds())
 
     def _outgoing(self, folder: str) -> Path:
@@ -294,4 +295,4 @@ def _milliseconds() -> int:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("_") or "clip"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("_.") or "clip"

@@ -117,3 +117,37 @@ with connect(local_cpus=1) as session:
     assert result.returncode == 0, result.stderr
     assert "joined True (3, 'yes', '3') 8.0" in result.stdout
     assert ray.is_initialized() and session.view().total()["CPU"] == 8  # leaving does not end what it joined
+
+
+@pytest.mark.parametrize(
+    "credentials",
+    [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5ec2e7" * 10}],
+    ids=["no token", "wrong token"],
+)
+def test_a_driver_without_the_clusters_token_is_refused_and_told_what_to_set(
+    session: Session, credentials: dict[str, str]
+) -> None:
+    story = """
+import time
+from cluster.session import ClusterError, connect
+import ray
+began = time.monotonic()
+try:
+    with connect():
+        print("joined")
+except ClusterError as error:
+    print("refused", round(time.monotonic() - began), error)
+"""
+    assert os.environ["RAY_AUTH_MODE"] == "token"  # Ray sets it for the cluster that it starts for us
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    env |= {"RAY_ADDRESS": session.address, "PYTHONPATH": str(Path(__file__).parents[2]), **credentials}
+    result = subprocess.run([sys.executable, "-c", story], env=env, capture_output=True, text=True, timeout=120)
+    assert result.stdout.startswith("refused"), result.stdout + result.stderr[-3000:]
+    assert int(result.stdout.split()[1]) < 60 and "RAY_AUTH_TOKEN_PATH" in result.stdout
+    assert "5ec2e7" not in result.stdout + result.stderr
+
+
+def test_the_embedded_clusters_token_is_readable_by_its_owner_alone(session: Session) -> None:
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        pytest.skip("the environment names a token of its own")
+    assert (Path.home() / ".ray" / "auth_token").stat().st_mode & 0o077 == 0

@@ -16,6 +16,7 @@ from cluster.errors import DataError
 from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
 from pipeline.data.video import decode_video, probe
 from pipeline.evaluate.sheets import Strip, contact_sheet
+from pipeline.text import in_markup, printable
 
 TEXT = ["id", "kind", "question", "caption"]
 SHEET_FRAMES = 6
@@ -128,7 +129,7 @@ def print_report(report: DatasetReport) -> None:
         "broken": "; ".join(f"{name}: {reason}" for name, reason in report.broken) or "none of those looked at",
         "sheet": str(report.sheet or "none: no row could be decoded"),
     }
-    table = Table(title=str(report.folder), show_header=False, title_justify="left")
+    table = Table(title=in_markup(str(report.folder)), show_header=False, title_justify="left")
     for name, value in lines.items():
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     Console().print(table, markup=False)

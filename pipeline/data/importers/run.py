@@ -16,6 +16,7 @@ from rich.console import Console
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span, load_clip
 from pipeline.data.schema import Row, ShardWriter
+from pipeline.text import printable
 
 REJECTED = "_rejected.csv"  # readers of Parquet folders pass over names that begin with an underscore
 _PREDICTIVE = re.compile(
@@ -135,7 +136,7 @@ def run_import(
     if not report.accepted:
         raise DataError(f"nothing could be imported.\n{report.summary()}")
     if not quiet:
-        Console().print(report.summary(), highlight=False, markup=False)
+        Console().print(printable(report.summary()), highlight=False, markup=False)
     return report
 
 
