@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
     plan = placement_plan(config, only)
     placement = await asyncio.to_thread(place, plan, config.cluster.placement_timeout_s)
     pools = {
-        name: WorkerPool(name, makers[name](placement), _pool_spec(section))
+        name: WorkerPool(
+            name, makers[name](placement), _pool_spec(section), reconsider=partial(placement.reconsider, name)
+        )
         for name, section in _sections(config).items()
     }
     try:
