@@ -145,6 +145,7 @@ class Placement:
         self.plan = plan
         self._groups = dict(groups)
         self._asks = {ask.role: ask for ask in plan.asks}
+        self._astray: set[tuple[str, int]] = set()  # slots that look for room outside their lost bundle
 
     def group(self, role: str) -> Any | None:
         """Return the role's placement group (bundle ``i`` for rank ``i``), or None if it asks for no resources."""
@@ -155,7 +156,8 @@ class Placement:
         """Return ``Actor.options(...)`` arguments that put worker ``name`` (see ``cluster.names``) where it belongs.
 
         A worker of slot ``i`` gets bundle ``i``, and so does its replacement; slots beyond the plan (the pool was
-        resized) ask the cluster for plain resources of the same size.
+        resized) and those whose bundle is lost (:meth:`reconsider`) ask the cluster for plain resources of the same
+        size.
         """
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -165,11 +167,31 @@ class Placement:
             "num_gpus": ask.gpus,
             "resources": {key: value for key, value in ask.resources.items() if value > 0},
         }
-        if group is not None and slot < ask.count:
+        if (role, slot) in self._astray:
+            self.reconsider(role, name)  # home again, if the bundle is back
+        if group is not None and slot < ask.count and (role, slot) not in self._astray:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 placement_group=group, placement_group_bundle_index=slot
             )
         return options
+
+    def reconsider(self, role: str, name: str) -> bool:
+        """Return whether worker ``name``, which has waited for room, is to be made anew with other :meth:`options`.
+
+        When a node dies, Ray moves the bundles that lay there all at once or not at all, so one of two lost workers would
+        wait for a bundle while there is room for it elsewhere. Its slot then asks for plain resources, until its bundle
+        has a node again.
+        """
+        ask, slot, group = self._ask(role), slot_of(name), self._groups.get(role)
+        if group is None or slot >= ask.count:
+            return False
+        from ray.util import placement_group_table
+
+        lost = not placement_group_table(group)["bundles_to_node_id"].get(slot)
+        if lost == ((role, slot) in self._astray):
+            return False
+        self._astray ^= {(role, slot)}
+        return True
 
     def remove(self, *roles: str) -> None:
         """Give back the room of ``roles``, or of all; actors that still live there are ended by Ray."""

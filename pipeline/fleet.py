@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,12 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
     makers = _makers(config, started)
     plan = placement_plan(config, only)
     placement = await asyncio.to_thread(place, plan, config.cluster.placement_timeout_s)
-    pools = {name: WorkerPool(name, makers[name](placement), pool_spec(config, name)) for name in POOLS}
+    pools = {
+        name: WorkerPool(
+            name, makers[name](placement), pool_spec(config, name), reconsider=partial(placement.reconsider, name)
+        )
+        for name in POOLS
+    }
     try:
         await _start_all([pools[name] for name in started])
         yield Fleet(pools["vlm"], pools["vdm"], pools["reward"], placement)

@@ -5,8 +5,8 @@ The function is called with keyword arguments only, one call per answer, in the 
     def redness(*, clip, **_) -> float:
         return float(clip[..., 0].mean() / 255)
 
-What it may name (see :data:`ARGUMENTS`) is what a score request holds. Raise for a bug (the run stops and shows the
-traceback); return ``float("nan")`` for an answer that cannot be scored (it leaves its group).
+What it may name (see :data:`ARGUMENTS`) is what a score request holds. An answer for which the
+function raises or returns ``float("nan")`` leaves its group; too many of them stop the run, which shows where it raised.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ from cluster.resources import amounts, view
 
 log = logging.getLogger(__name__)
 
+RECONSIDER_S = 10.0
+"""Between looks at whether a worker that waits for room would find it elsewhere; Ray's own moves come first."""
+
 _TROUBLE = (WorkerTimeoutError, WorkerGone, WorkerUnreachable, WorkerRaised)
 
 
@@ -35,16 +38,26 @@ class WorkerPool:
 
     ``make_worker(name)`` creates the actor of that name and returns its handle at once (``.options(...).remote(...)``);
     it runs in a thread. ``cluster.names.slot_of(name)`` is the slot, which ``Placement.options`` turns into a bundle.
+    ``reconsider(name)``, also in a thread, says of a worker that waits for room whether ``make_worker`` would now look
+    for it elsewhere (``Placement.reconsider``); it is then made anew.
 
     Requests are idempotent: one whose worker died, hung or failed for a reason of its machine is sent again to another
     worker, and gives the same result because it carries its own seed. A result may then be made with newer weights than
     were current at its submission, if weights were set in between; results carry their version.
     """
 
-    def __init__(self, name: str, make_worker: Callable[[str], Any], spec: PoolSpec) -> None:
+    def __init__(
+        self,
+        name: str,
+        make_worker: Callable[[str], Any],
+        spec: PoolSpec,
+        *,
+        reconsider: Callable[[str], bool] = lambda name: False,
+    ) -> None:
         self.name = name
         self.spec = spec
         self._make_worker = make_worker
+        self._reconsider = reconsider
         self._core = Dispatcher(name, spec)
         self._payload: list[Any] | None = None
         self._requests: dict[int, Any] = {}
@@ -257,16 +270,8 @@ class WorkerPool:
     # --- one coroutine for each kind of command
 
     async def _start_worker(self, name: str) -> None:
-        loop = asyncio.get_running_loop()
         try:
-            handle = await loop.run_in_executor(self._maker, self._make_worker, name)
-        except Exception as error:  # noqa: BLE001 - the caller's code; its error ends the pool and reaches every submitter
-            text = "".join(traceback.format_exception(error))
-            self._core.fail(WorkerBug(f"pool {self.name}: worker {name} could not be created: {error!r}", text))
-            return
-        self._handles[name] = handle
-        try:
-            await self._placement(name, handle)
+            await self._placement(name)
             self._core.placed(name)
             info = await self._ask(name, "setup", timeout_s=self.spec.start_timeout_s)
         except _TROUBLE as error:
@@ -277,27 +282,45 @@ class WorkerPool:
         log.info("pool %s: %s has started on %s", self.name, self._who(name), getattr(info, "device", "?"))
         self._core.started(name, self._now())
 
-    async def _placement(self, name: str, handle: Any) -> None:
-        """Wait for room, however long, as long as others can work meanwhile."""
+    async def _placement(self, name: str) -> None:
+        """Create ``name`` and wait for room, however long, as long as others can work meanwhile."""
         loop = asyncio.get_running_loop()
-        waited, patience = 0.0, self.spec.start_timeout_s
-        ready: asyncio.Future[Any] = asyncio.wrap_future(handle.__ray_ready__.remote().future())
-        ready.add_done_callback(lambda future: future.cancelled() or future.exception())
+        began, patience = self._now(), self.spec.start_timeout_s
+        ready = await self._make(name)
         while self._core.failure is None:
-            done, _ = await asyncio.wait({ready}, timeout=patience)
+            done, _ = await asyncio.wait({ready}, timeout=min(patience, began + patience - self._now(), RECONSIDER_S))
             if done:
                 try:
                     ready.result()
                 except ray.exceptions.RayError as error:
                     raise translate(error) from error
                 return
-            waited += patience
-            cluster = await loop.run_in_executor(self._maker, view)
-            reason = f"Worker {name} has waited {waited:g} s for room; free in the cluster: {amounts(cluster.free)}"
-            log.warning("pool %s: %s", self.name, reason)
-            self._core.unplaced(name, reason)
-            self._pump_soon()
+            if await loop.run_in_executor(self._maker, self._reconsider, name):
+                log.warning("pool %s: worker %s finds no room where it belongs; it looks elsewhere", self.name, name)
+                self._kill(name)
+                ready = await self._make(name)
+            if self._now() >= began + patience:
+                patience += self.spec.start_timeout_s
+                cluster = await loop.run_in_executor(self._maker, view)
+                waited, free = self._now() - began, amounts(cluster.free)
+                reason = f"Worker {name} has waited {waited:.0f} s for room; free in the cluster: {free}"
+                log.warning("pool %s: %s", self.name, reason)
+                self._core.unplaced(name, reason)
+                self._pump_soon()
         raise WorkerGone("the pool failed while it waited for resources")
+
+    async def _make(self, name: str) -> asyncio.Future[Any]:
+        """Create the actor ``name``; return what is done when its process runs."""
+        try:
+            handle = await asyncio.get_running_loop().run_in_executor(self._maker, self._make_worker, name)
+        except Exception as error:  # the caller's code; it ends the pool and reaches every submitter
+            text = "".join(traceback.format_exception(error))
+            self._core.fail(WorkerBug(f"pool {self.name}: worker {name} could not be created: {error!r}", text))
+            raise WorkerGone("it could not be created") from error
+        self._handles[name] = handle
+        ready: asyncio.Future[Any] = asyncio.wrap_future(handle.__ray_ready__.remote().future())
+        ready.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return ready
 
     async def _load(self, name: str, version: int, payload: list[Any] | None) -> None:
         try:

@@ -6,9 +6,11 @@ No Ray: the reward worker and local evaluation run the same code. The formulas a
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,7 +152,7 @@ class Scorer:
             if array is None or (request.clip is None and name != "clip"):
                 continue
             if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
-                raise TypeError(
+                raise BadSampleError(
                     f"sample {request.sample_id}: {name} must be uint8 RGB frames, not {array.dtype} {array.shape}"
                 )
             if 0 in array.shape:
@@ -217,15 +219,26 @@ class Scorer:
                 features["clip"] = clip_frames_feature(view.clip, self.fvd_dim)
                 features["target"] = clip_frames_feature(view.target, self.fvd_dim)
                 continue
-            value = (
-                _BUILT_IN[name](view) if name in _BUILT_IN else call_reward(*self._custom[name], _arguments(request))
-            )
+            value = _BUILT_IN[name](view) if name in _BUILT_IN else self._custom_value(name, request)
             if not math.isfinite(value):
                 raise BadSampleError(
                     f"component {name!r} of sample {request.sample_id}, answer {request.index}, is {value}"
                 )
             values[name] = value
         return Scores(request.sample_id, request.index, values, self._diagnose(view), features)
+
+    def _custom_value(self, name: str, request: ScoreRequest) -> float:
+        """Call a user's reward. That it raises is the answer's failure: one odd clip must not end a run of days."""
+        try:
+            return call_reward(*self._custom[name], _arguments(request))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise BadSampleError(
+                f"reward {self._custom[name][0]!r} raised {type(error).__name__}: {error} "
+                f"({Path(where.filename).name}, line {where.lineno}, in {where.name})"
+            ) from error
 
     def _diagnose(self, view: _View) -> dict[str, float]:
         request = view.request
@@ -258,7 +271,7 @@ def _read_only(array: np.ndarray) -> np.ndarray:
 
 
 def _guarded(function: Callable[[], Any]) -> Outcome:
-    """Run ``function``; no score is the sample's fault, no memory the machine's, the rest a bug."""
+    """Run ``function``; no score is the sample's fault, no memory the machine's, an error of our own code a bug."""
 
     def classed() -> Any:
         try:

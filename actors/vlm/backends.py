@@ -14,11 +14,13 @@ import asyncio
 import gc
 import itertools
 import queue
+import subprocess
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from actors.failures import InfrastructureError
+from actors.vlm.guard import start_guard
 
 
 class Backend(Protocol):
@@ -191,11 +193,13 @@ class AsyncBackend:
         self._args = engine_args
         self._ids = itertools.count()
         self._engine: Any = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        self._guard = start_guard()
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._args))
 
     async def generate(self, prompt: dict[str, Any], params: Any, lora: Any) -> Any:
@@ -234,6 +238,9 @@ class AsyncBackend:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.shutdown()
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.wait()
 
 
 def _build_llm_engine(engine_args: dict[str, Any]) -> Any:

@@ -148,6 +148,12 @@ class RolloutSection(Section):
         json_schema_extra=cite("DAPO"),
     )
 
+    max_failed_ratio: Fraction = Field(
+        0.1,
+        description="Share of trajectories above which the run stops, if workers refuse their requests (a broken sample, a "
+        "reward that raises or is not finite). Those refused leave their group and are logged.",
+    )
+
     @model_validator(mode="after")
     def _group(self) -> RolloutSection:
         if self.group_size < 2:

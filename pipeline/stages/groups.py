@@ -6,6 +6,7 @@ and counted. A reward is never imputed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from actors.learner.advantages import group_advantages
 from actors.records import Clip, Completion, Sample, Scores
+from cluster.errors import TrainingError
 from rewards.combine import combine_rewards
 from rewards.signs import component_correlations
 
@@ -36,6 +38,47 @@ class Group:
     sample: Sample
     members: tuple[Member, ...]
     failures: tuple[str, ...] = ()
+    """The reason of each trajectory that was lost; of all of them, where nothing could be asked about the sample."""
+
+
+JUDGED = 100
+"""Trajectories from which on the share of lost ones is judged; fewer are too few for a share."""
+
+
+@dataclass
+class FailureBudget:
+    """Bounds what a stage may lose to requests that can never succeed, counted from the start of this process."""
+
+    stage: str
+    limit: float
+    """Largest share of trajectories that may be lost, 0…1."""
+    asked: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
+    """Lost trajectories by reason."""
+
+    def count(self, groups: Sequence[Group | None]) -> Counter[str]:
+        """Count ``groups`` and return what was lost in them by reason.
+
+        Raises TrainingError when more than the allowed share is lost, or everything in ``groups``.
+        """
+        new = Counter(reason for g in groups if g is not None for reason in g.failures)
+        kept = sum(len(g.members) for g in groups if g is not None)
+        self.asked += kept + new.total()
+        self.lost += new
+        if new.total() and not kept:
+            raise TrainingError(
+                f"{self.stage}: not one of {new.total()} trajectories could be had.{self._reasons(new)}"
+            )
+        if self.lost.total() > self.limit * max(self.asked, JUDGED):
+            raise TrainingError(
+                f"{self.stage}: {self.lost.total()} of {self.asked} trajectories were lost because their requests cannot "
+                f"succeed; the limit is rollout.max_failed_ratio={self.limit:g}.{self._reasons(self.lost)}"
+            )
+        return new
+
+    @staticmethod
+    def _reasons(lost: Counter[str]) -> str:
+        return " The most frequent reasons:" + "".join(f"\n  {n} × {reason}" for reason, n in lost.most_common(5))
 
 
 @dataclass(frozen=True, eq=False)

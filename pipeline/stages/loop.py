@@ -7,6 +7,7 @@ exactly the weights it trains; with more, sampling goes on while the learner wor
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -20,8 +21,10 @@ from cluster.errors import TrainingError
 from pipeline.config.stages import StageSection
 from pipeline.fleet import Fleet
 from pipeline.stages.feed import FeedCursor, SampleFeed
-from pipeline.stages.groups import Group, RolloutBatch, assemble
+from pipeline.stages.groups import FailureBudget, Group, RolloutBatch, assemble
 from pipeline.stages.refill import Refill
+
+log = logging.getLogger(__name__)
 
 POLICIES = ("vlm", "vdm")
 
@@ -94,11 +97,12 @@ async def run_stage(
     flights: deque[asyncio.Task[tuple[RolloutBatch, float]]] = deque()
     cursors: dict[int, FeedCursor] = {}  # where each step in flight began to draw
     drawing = asyncio.Lock()
+    budget = FailureBudget(stage.name, section.rollout.max_failed_ratio)
     launched = first_step
     try:
         for step in range(first_step, section.steps):
             while launched < section.steps and launched - step <= section.rollout.max_staleness:
-                flights.append(asyncio.create_task(rollout(stage, feed, launched, drawing, cursors, learners)))
+                flights.append(asyncio.create_task(rollout(stage, feed, launched, drawing, cursors, learners, budget)))
                 launched += 1
             started = time.monotonic()
             batch, rollout_s = await flights.popleft()
@@ -130,6 +134,7 @@ async def rollout(
     drawing: asyncio.Lock,
     cursors: dict[int, FeedCursor],
     learners: Learners,
+    budget: FailureBudget,
 ) -> tuple[RolloutBatch, float]:
     """Sample the groups of one step; returns the batch and the seconds it took, and notes in ``cursors`` where it drew from."""
     started = time.monotonic()
@@ -137,8 +142,10 @@ async def rollout(
     async with drawing:  # draws happen in the order of steps, whatever finishes first
         cursors[step] = feed.cursor
         tasks = await stage.draw(feed, step, section.prompts_per_step)
-        refill = await complete(stage, feed, step, await gather(tasks)) if section.max_refills else None
-    groups = refill.groups if refill else await gather(tasks)
+        refill = None
+        if section.max_refills:
+            refill = await complete(stage, feed, step, judged(step, await gather(tasks), budget), budget)
+    groups = refill.groups if refill else judged(step, await gather(tasks), budget)
     batch = assemble(
         groups,
         stage.section.rewards.weights,
@@ -152,15 +159,24 @@ async def rollout(
     return batch, time.monotonic() - started
 
 
-async def complete(stage: Stage, feed: SampleFeed, step: int, groups: list[Group | None]) -> Refill:
+async def complete(
+    stage: Stage, feed: SampleFeed, step: int, groups: list[Group | None], budget: FailureBudget
+) -> Refill:
     """Replace what carries no gradient among a step's ``groups``, wave after wave; the caller holds the drawing lock."""
     grpo, weights = stage.section.grpo, stage.section.rewards.weights
     refill = Refill(groups, weights, grpo.normalise_rewards, grpo.min_group, stage.section.rollout.max_refills)
     wave = 0
     while count := refill.missing():
         wave += 1
-        refill.add(await gather(await stage.draw(feed, step, count, wave)))
+        refill.add(judged(step, await gather(await stage.draw(feed, step, count, wave)), budget))
     return refill
+
+
+def judged(step: int, groups: list[Group | None], budget: FailureBudget) -> list[Group | None]:
+    """Return ``groups``; what was lost in them is logged with its reasons, and too much of it raises TrainingError."""
+    for reason, count in budget.count(groups).items():
+        log.warning("%s step %d: %d trajectories lost: %s", budget.stage, step, count, reason)
+    return groups
 
 
 async def gather(tasks: list[asyncio.Task[Group | None]]) -> list[Group | None]:

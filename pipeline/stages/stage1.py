@@ -57,11 +57,11 @@ class Stage1:
         ]
 
     async def group(self, sample: Sample, step: str) -> Group | None:
-        """Complete, parse, render and score one group; None when the sample itself is unusable."""
+        """Complete, parse, render and score one group; it has no members when the sample itself is unusable."""
         try:
             completions: list[Completion] = await self.fleet.vlm.submit(self._completion_request(sample, step))
-        except SampleFailed:
-            return None
+        except SampleFailed as error:
+            return Group(sample, (), (str(error),) * self.section.rollout.group_size)
         captions = [answer.caption if (answer := parse_answer(c.text)) else None for c in completions]
         draws = not TEXT_ONLY.issuperset(self.section.rewards.weights)  # else nobody would look at the clips
         keys = [caption if self.section.dedupe else (caption, i) for i, caption in enumerate(captions)]

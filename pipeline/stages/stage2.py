@@ -7,6 +7,7 @@ dropped; for the others the artist samples G trajectories as an SDE.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -27,6 +28,8 @@ from pipeline.stages.stage1 import collect, score_request
 from rewards.format import parse_answer
 from rewards.text import rouge_l
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -35,6 +38,8 @@ class Anchor:
     text: str
     caption: str | None
     rouge_l: float
+    failure: str = ""
+    """Why the thinker could not be asked."""
 
 
 class Windowed:
@@ -88,9 +93,8 @@ class Stage2(Windowed):
             for sample, anchor in zip(
                 samples, await asyncio.gather(*(self._anchor(s, key) for s in samples)), strict=True
             ):
-                if anchor is not None:
-                    seen.append(anchor)
-                if anchor is None or anchor.caption is None or anchor.rouge_l < self.section.anchor_min_rouge:
+                seen.append(anchor)
+                if anchor.caption is None or anchor.rouge_l < self.section.anchor_min_rouge:
                     continue
                 name = f"stage2 step {key} {sample.id}"
                 tasks.append(asyncio.create_task(self.group(sample, anchor, key, spec), name=name))
@@ -98,6 +102,11 @@ class Stage2(Windowed):
                 return tasks
         if tasks or wave:
             return tasks
+        failures = [a.failure for a in seen if a.failure]
+        if len(failures) == len(seen):
+            raise TrainingError(
+                f"stage2: the thinker could not be asked about any of {len(seen)} samples: {failures[-1]}"
+            )
         raise TrainingError(
             f"stage2: no anchor caption out of {len(seen)} reached stage2.anchor_min_rouge={self.section.anchor_min_rouge}; "
             f"best {max((a.rouge_l for a in seen), default=0.0):.2f}. Train stage 1 longer or lower the threshold"
@@ -143,16 +152,17 @@ class Stage2(Windowed):
             metrics |= {
                 "anchor/kept": float(np.sum(kept)),
                 "anchor/kept_ratio": float(np.mean(kept)),
+                "anchor/failed": float(sum(bool(a.failure) for a in seen)),
                 "anchor/rouge_l": float(np.mean([a.rouge_l for a in seen])),
             }
         return metrics
 
-    async def _anchor(self, sample: Sample, step: str) -> Anchor | None:
+    async def _anchor(self, sample: Sample, step: str) -> Anchor:
         if self.section.anchor == "truth":
             return Anchor("", sample.caption, 1.0)
         return await self._ask(sample, step)
 
-    async def _ask(self, sample: Sample, step: str) -> Anchor | None:
+    async def _ask(self, sample: Sample, step: str) -> Anchor:
         greedy = self.section.text.temperature == 0
         if greedy and sample.id in self._anchors:  # the thinker is frozen, so its greedy answer never changes
             anchor = self._anchors[sample.id]
@@ -169,8 +179,9 @@ class Stage2(Windowed):
             )
             try:
                 completions: list[Completion] = await self.fleet.vlm.submit(request)
-            except SampleFailed:
-                return None
+            except SampleFailed as error:
+                log.warning("stage2 step %s: no anchor for a sample: %s", step, error)
+                return Anchor("", None, 0.0, str(error))
             answer = parse_answer(completions[0].text)
             caption = answer.caption if answer else None
             anchor = Anchor(completions[0].text, caption, rouge_l(caption, sample.caption) if caption else 0.0)

@@ -96,6 +96,7 @@ def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "def redness(*, clip, **_):\n    return clip[..., 0].mean() / 255\n"
         "def broken(**_):\n    raise ZeroDivisionError('the scorer is broken')\n"
         "def undefined(**_):\n    return float('nan')\n"
+        "def wordy(**_):\n    return 'good'\n"
         "def vandal(*, target_frames, **_):\n    target_frames[:] = 0\n    return 1.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -124,20 +125,22 @@ def test_a_scorer_that_fails_is_a_failure_and_not_a_zero(clip: ClipScorer, reque
         request_for(5, ("clip_score",), caption=" "),
         request_for(6, ("beauty",)),
         request_for(7, (f"{my_rewards}:vandal",)),
+        request_for(9, ("clip_v",), clip=np.zeros((9, 32, 32), np.uint8)),
+        request_for(10, ("clip_v",), clip=np.zeros((9, 32, 32, 3), np.float32)),
+        request_for(11, (f"{my_rewards}:wordy",)),
         request_for(8, ("clip_v",)),
     ]
     outcomes = Scorer(clip).score(requests)
-    assert [type(o) for o in outcomes] == [Ok, *[Failure] * 7, Ok]
-    kinds = [o.kind for o in outcomes[1:8]]
-    assert kinds == ["bug", "data", "data", "bug", "data", "bug", "bug"]
-    messages = [o.message for o in outcomes[1:8]]
-    for message, cause in zip(
-        messages, ["scorer is broken", "is nan", "no picture", "need a clip", "empty caption", "'beauty'", "read-only"]
-    ):
-        assert cause in message
+    assert [type(o) for o in outcomes] == [Ok, *[Failure] * 10, Ok]
+    kinds = [o.kind for o in outcomes[1:-1]]
+    assert kinds == ["data", "data", "data", "bug", "data", "bug", "data", "data", "data", "data"]
+    causes = ["scorer is broken (scorer_test_rewards.py, line 5, in broken)", "is nan", "no picture", "need a clip"]
+    causes += ["empty caption", "'beauty'", "read-only", "uint8 (9, 32, 32)", "float32", "must return a float"]
+    for outcome, cause in zip(outcomes[1:-1], causes, strict=True):
+        assert cause in outcome.message
     assert "ZeroDivisionError" in outcomes[1].traceback
-    alone = Scorer(clip).score([requests[8]])[0]
-    assert outcomes[8].value.values == alone.value.values
+    alone = Scorer(clip).score([requests[-1]])[0]
+    assert outcomes[-1].value.values == alone.value.values
 
 
 def test_the_cache_gives_the_same_values_and_stays_bounded(clip: ClipScorer, request_for) -> None:

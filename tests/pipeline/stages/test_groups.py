@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from actors.records import Completion, Sample, Scores
-from pipeline.stages.groups import Group, Member, assemble
+from cluster.errors import TrainingError
+from pipeline.stages.groups import FailureBudget, Group, Member, assemble
 
 FRAMES = np.zeros((1, 8, 8, 3), np.uint8)
 OPTIONS = {"std_norm": "group", "normalise_rewards": False, "min_group": 2, "trained_version": 3}
@@ -82,3 +83,17 @@ def test_std_norm_says_what_divides_advantages(std_norm: str, divisors: tuple[fl
     batch = assemble(groups, {"x": 1.0}, **(OPTIONS | {"std_norm": std_norm}))
     for advantages, half, divisor in zip(batch.advantages, (0.5, 2.0), divisors):
         np.testing.assert_allclose(advantages, [-half / divisor, half / divisor], rtol=1e-3)
+
+
+def test_what_is_lost_is_counted_by_reason_and_bounded() -> None:
+    budget = FailureBudget("stage1", 0.1)
+    whole = group("a", *(member(i, x=float(i)) for i in range(4)))
+    short = group("b", *(member(i, x=float(i)) for i in range(3)), failures=("the reward is nan",))
+    for _ in range(10):
+        assert budget.count([whole, short]) == {"the reward is nan": 1}
+    assert budget.asked == 80 and budget.lost == {"the reward is nan": 10}  # few trajectories are no share yet
+    with pytest.raises(TrainingError, match=r"(?s)11 of 84 .*max_failed_ratio=0.1.*11 × the reward is nan"):
+        budget.count([short])
+    with pytest.raises(TrainingError, match=r"(?s)stage2: not one of 8 .*8 × a broken frame"):
+        FailureBudget("stage2", 1.0).count([group(n, failures=("a broken frame",) * 4) for n in "ab"])
+    assert FailureBudget("stage2", 0.0).count([]) == {}  # a refill that found no anchor loses nothing

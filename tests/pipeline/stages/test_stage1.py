@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.pool import SampleFailed
 from actors.records import Clip, Completion, CompletionRequest, RenderRequest, Sample, ScoreRequest, Scores
 from actors.scoring.scorer import Scorer
 from pipeline.config import load_config
@@ -102,3 +103,13 @@ def test_text_rewards_alone_draw_nothing(scorer: Scorer) -> None:
         *({"format": 1.0, "rouge_l": rouge_l(c, truth)} for c in captions),
         {"format": 0.0, "rouge_l": 0.0},
     ]
+
+
+def test_a_sample_that_the_thinker_refuses_is_a_group_of_reasons(scorer: Scorer) -> None:
+    class Refusing:
+        async def submit(self, request: CompletionRequest) -> list[Completion]:
+            raise SampleFailed("vlm-0: the question is too long")
+
+    config = load_config("toy", ["stage1.rollout.group_size=4"])
+    found = asyncio.run(Stage1(config, Fleet(Refusing(), Artist(), Judge(scorer))).group(sample(), "0"))  # type: ignore[arg-type]
+    assert found is not None and found.members == () and found.failures == ("vlm-0: the question is too long",) * 4

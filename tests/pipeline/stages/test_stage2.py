@@ -19,7 +19,7 @@ from cluster.errors import TrainingError
 from pipeline.config import RunConfig, parse_config
 from pipeline.data.toy import make_sample
 from pipeline.stages.feed import SampleFeed
-from pipeline.stages.groups import Group
+from pipeline.stages.groups import FailureBudget, Group
 from pipeline.stages.loop import complete
 from pipeline.stages.stage2 import Anchor, Stage2, sde_spec
 from tests.pipeline.stages.test_feed import Numbers
@@ -195,7 +195,7 @@ def test_a_refill_draws_on_until_anchors_pass(fleet: Fleet) -> None:
         groups = await asyncio.gather(*await stage.draw(feed, 0, 2))
         assert [g.sample.id for g in groups if g] == ["0.0", "0.3"]
         assert groups[0] and groups[1]
-        refill = await complete(stage, feed, 0, [flat(groups[0]), groups[1]])  # type: ignore[arg-type]
+        refill = await complete(stage, feed, 0, [flat(groups[0]), groups[1]], FailureBudget("stage2", 0.1))  # type: ignore[arg-type]
         assert refill.metrics() == {"rollout/refill_draws": 1.0, "rollout/refilled_groups": 1.0}
         return [g.sample.id for g in refill.groups if g]
 
@@ -210,7 +210,7 @@ def test_a_refill_that_finds_no_anchor_keeps_what_there_is(fleet: Fleet) -> None
     async def body() -> list[str]:
         groups = await asyncio.gather(*await stage.draw(feed, 0, 2))
         assert groups[0] and groups[1]
-        refill = await complete(stage, feed, 0, [flat(groups[0]), flat(groups[1])])  # type: ignore[arg-type]
+        refill = await complete(stage, feed, 0, [flat(groups[0]), flat(groups[1])], FailureBudget("stage2", 0.1))  # type: ignore[arg-type]
         assert refill.metrics() == {"rollout/refill_draws": 3.0, "rollout/refilled_groups": 0.0}
         return [g.sample.id for g in refill.groups if g]
 
