@@ -27,7 +27,7 @@ from pipeline.control.snapshot import RunView
 READ_TIMEOUT_S = 15.0
 FRESH_S = 10.0
 """A snapshot older than this is told apart: the run's loop is held up, or its driver hangs."""
-FOLLOW_S = 10.0
+FOLLOW_S = 12.0
 """How long ``vans scale`` watches whether new workers find room."""
 
 _SIZE = re.compile(r"(?P<pool>[A-Za-z0-9_-]+)=(?P<workers>[+-]?\d+)")
@@ -108,7 +108,7 @@ class RunClient:
             view, _ = self.view()
             pools = [view.pool(name) for name in sizes]
             told = all(pool.target == sizes[pool.name] for pool in pools)
-            settled = all(pool.coming == 0 or pool.no_room for pool in pools)
+            settled = all(pool.coming == pool.no_room for pool in pools)
             if (told and settled) or time.monotonic() > deadline:
                 return Scaled(found["before"], found["after"], view)
             time.sleep(0.3)

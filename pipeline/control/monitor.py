@@ -38,6 +38,8 @@ TRACE_FILE = "pools.jsonl"
 MOST_BOARDS = 4
 BOARD_TIMEOUT_S = 60.0
 """Longest wait for the board beyond the time it may hold an exchange; its first start is within it."""
+ROOM_GRACE_S = 3.0
+"""A worker is said to have no room once it has had none for so long: with room too, Ray takes a moment to give it."""
 KEPT_RESIZES = 5
 
 
@@ -99,6 +101,7 @@ class Monitor:
         self._boards = 0
         self._answers: dict[int, str] = {}
         self._next_line = 0.0
+        self._roomless: dict[str, float] = {}  # workers without room, since when
         self._troubles: set[str] = set()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="monitor")
 
@@ -138,6 +141,7 @@ class Monitor:
                 for name, figures in stats.items():
                     if not all(worker.placed for worker in figures.workers):
                         without_room[name] = await self.pools[name].waiting_for_room()
+                without_room = self._patiently(without_room)
                 if any(without_room.values()):
                     cluster = await asyncio.get_running_loop().run_in_executor(self._threads, view)
                     free = amounts(cluster.free)
@@ -147,6 +151,15 @@ class Monitor:
             pool_view(figures, self._limits_text(name), without_room.get(name, ())) for name, figures in stats.items()
         )
         return RunView(self.record.run, time.time(), pools, free, tuple(self.resizes))
+
+    def _patiently(self, without_room: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Return those of ``without_room`` that have been so for a while."""
+        now = time.monotonic()
+        self._roomless = {name: self._roomless.get(name, now) for names in without_room.values() for name in names}
+        return {
+            pool: [name for name in names if now - self._roomless[name] >= ROOM_GRACE_S]
+            for pool, names in without_room.items()
+        }
 
     def _limits_text(self, name: str) -> str:
         limits = self.limits[name]

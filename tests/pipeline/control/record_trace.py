@@ -21,7 +21,7 @@ from tests.pipeline.control.toy_run import toy_pool
 
 TRACE = Path(__file__).with_name("trace.json")
 EVERY_S = 0.5
-STORY = {"burst": 4.0, "two": 16.0, "four": 28.0, "end": 44.0, "one": 50.0, "stop": 56.0}
+STORY = {"burst": 4.0, "two": 16.0, "four": 28.0, "end": 44.0, "one": 62.0, "stop": 66.0}
 """Seconds from the beginning; ``one`` goes back to one worker."""
 REQUESTS_PER_S = 40
 QUIET_PER_S = 4
