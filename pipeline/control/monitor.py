@@ -109,22 +109,28 @@ class Monitor:
         """Look and act until cancelled."""
         while True:
             began = time.monotonic()
-            stats = {name: pool.stats() for name, pool in self.pools.items()}
-            points = {name: PoolPoint.of(figures, began) for name, figures in stats.items()}
             try:
-                await self._autoscale(points, began)
+                await self._turn(began)
             except Exception as error:  # noqa: BLE001 - a failed look must not end the looking, nor the run
-                self._trouble("the autoscaler", error)
-            try:
-                self._export(stats)
-            except Exception as error:  # noqa: BLE001 - as above
-                self._trouble("Ray's metrics", error)
-            await self._line(points, began)
-            await self._exchange(await self._look(stats))
+                self._trouble("a look at the pools", error)
             # An exchange ends early when a request arrives; the next one brings its answer back at once.
             left = self.settings.every_s - (time.monotonic() - began)
             if left > 0 and not self._answers:
                 await asyncio.sleep(left)
+
+    async def _turn(self, now: float) -> None:
+        stats = {name: pool.stats() for name, pool in self.pools.items()}
+        points = {name: PoolPoint.of(figures, now) for name, figures in stats.items()}
+        try:
+            await self._autoscale(points, now)
+        except Exception as error:  # noqa: BLE001 - a pool that has failed; the others are shown all the same
+            self._trouble("the autoscaler", error)
+        try:
+            self._export(stats)
+        except Exception as error:  # noqa: BLE001 - the rest does not need Ray's metrics
+            self._trouble("Ray's metrics", error)
+        await self._line(points, now)
+        await self._exchange(await self._look(stats))
 
     def close(self) -> None:
         """End the board."""

@@ -75,7 +75,9 @@ def test_a_worker_that_waits_for_room_stops_growth_however_long_the_queue() -> N
 
 def test_idle_pool_shrinks_step_by_step_after_a_window_of_calm() -> None:
     last = [p for p in TRACE if p.target == 4][-1]
-    idle = [dataclasses.replace(TRACE[-1], at=last.at + n, target=4, ready=4, busy=0, busy_ratio=0.0) for n in range(20)]
+    idle = [
+        dataclasses.replace(TRACE[-1], at=last.at + n, target=4, ready=4, busy=0, busy_ratio=0.0) for n in range(20)
+    ]
     found = [(p.at, wish) for p, wish in wishes(SETTINGS, idle) if wish != 4]
     assert found[0] == (idle[0].at + SETTINGS.window_s, 3)  # the first point counts as the last change
     two = SETTINGS.model_copy(update={"step": 2})
@@ -93,7 +95,9 @@ def test_a_recorded_burst_shrinks_nothing_and_its_end_does() -> None:
 def test_one_call_behind_another_counts_where_all_workers_were_busy() -> None:
     still = PoolPoint(0.0, 2, 2, 0, 2, 0, 0.0, 2, 10, service_s=0.8, busy_ratio=0.3)
     slow = [dataclasses.replace(still, at=float(n)) for n in range(10)]
-    assert decide(SETTINGS, slow, 9.0) == 2  # with one worker a request would wait for a call of 0.8 s: over half of 1 s
+    assert (
+        decide(SETTINGS, slow, 9.0) == 2
+    )  # with one worker a request would wait for a call of 0.8 s: over half of 1 s
     quick = [dataclasses.replace(point, service_s=0.1) for point in slow]
     assert decide(SETTINGS, quick, 9.0) == 1
     loaded = [dataclasses.replace(point, busy_ratio=0.6) for point in quick]
@@ -112,7 +116,9 @@ def test_a_size_by_hand_outside_the_limits_is_left_alone() -> None:
 def test_limits_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValidationError, match="min=3 is above max=2"):
         AutoscaleSection(min=3, max=2)
-    with pytest.raises(ValidationError, match="workers=9 with autoscale: start with autoscale.min=1 to autoscale.max=4"):
+    with pytest.raises(
+        ValidationError, match=r"workers=9 with autoscale: start with autoscale.min=1 to autoscale.max=4"
+    ):
         PoolSection(workers=9, autoscale=SETTINGS)
     assert not PoolSection(workers=9).autoscale.enabled
 

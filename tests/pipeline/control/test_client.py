@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import socket
 import subprocess
@@ -68,7 +69,7 @@ def test_view_travels_as_one_line_of_json() -> None:
 
 
 def test_status_shows_workers_by_state_and_who_waits_for_room() -> None:
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(tables(VIEW, age_s=42.0))
     text = console.export_text()
     for part in ("run toy", "1 of 3", "v4", "5.5 s", "1…4", "vdm-1", "starting", "vdm-2", "no room"):
@@ -100,7 +101,10 @@ def test_runs_that_cannot_be_asked_say_why(tmp_path: Path, monkeypatch: pytest.M
     running = dataclasses.replace(new_record("toy", free), state="running")
     assert running.board.startswith(board_name("toy", "")) and running.pid == os.getpid()
     cases: list[tuple[RunRecord, str]] = [
-        (dataclasses.replace(running, state="ended", ended="2026-01-02T03:04:05+00:00"), "has ended: 2026-01-02T03:04:05"),
+        (
+            dataclasses.replace(running, state="ended", ended="2026-01-02T03:04:05+00:00"),
+            "has ended: 2026-01-02T03:04:05",
+        ),
         (dataclasses.replace(running, pid=gone_pid()), "its driver .pid \\d+. is gone"),
         (dataclasses.replace(running, state="starting"), "is starting its pools since"),
         (running, "run toy does not answer: No Ray cluster answers at 127.0.0.1"),
@@ -118,7 +122,9 @@ def test_runs_that_cannot_be_asked_say_why(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / FILE).unlink()
     with pytest.raises(ControlError, match=r"holds no control\.json"), open_run(str(tmp_path)):
         pass
-    with pytest.raises(ControlError, match="no such run: nowhere is no run's folder; to ask by name give the cluster's"):
+    with pytest.raises(
+        ControlError, match="no such run: nowhere is no run's folder; to ask by name give the cluster's"
+    ):
         with open_run("nowhere"):
             pass
 

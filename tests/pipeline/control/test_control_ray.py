@@ -49,7 +49,12 @@ class Run:
     def vans(self, *words: str, code: int = 0) -> str:
         """Run the command line in a process of its own; return what it printed."""
         done = subprocess.run(
-            [sys.executable, "-m", "pipeline", *words], env=ENV, cwd=self.out, capture_output=True, text=True, timeout=90
+            [sys.executable, "-m", "pipeline", *words],
+            env=ENV,
+            cwd=self.out,
+            capture_output=True,
+            text=True,
+            timeout=90,
         )
         assert done.returncode == code, done.stdout + done.stderr
         if code:
@@ -110,7 +115,9 @@ with join(sys.argv[1]):
 """
     subprocess.run([sys.executable, "-c", kill, run.record()["address"]], env=ENV, check=True, timeout=60)
     run.wait_for(lambda: "the board failed" in (run.out / "driver.log").read_text())
-    error = run.vans("scale", "toy-run", "artist=2", "--address", run.record()["address"], code=2)  # by name; a new board
+    error = run.vans(
+        "scale", "toy-run", "artist=2", "--address", run.record()["address"], code=2
+    )  # by name; a new board
     assert error == "error: no pool artist; the run's pools are toy\n"
     text = run.vans("status", str(run.out))
     assert re.search(r"toy +\d of 3 +v7", text) and re.search(r"toy-0 +ready +127.0.0.1 +v7", text)
@@ -120,7 +127,9 @@ with join(sys.argv[1]):
 def test_nothing_was_lost_or_done_twice_and_an_ended_run_says_so(run: Run) -> None:
     run.end()
     assert run.process.returncode == 0, (run.out / "driver.log").read_text()
-    answers = {int(number): tuple(answer) for number, answer in json.loads((run.out / "answers.json").read_text()).items()}
+    answers = {
+        int(number): tuple(answer) for number, answer in json.loads((run.out / "answers.json").read_text()).items()
+    }
     assert answers == {number: (number * number, 7) for number in range(len(answers))} and len(answers) > 50
     worked = Counter(int(line.split()[0]) for line in (run.out / "processed").read_text().splitlines())
     assert worked == dict.fromkeys(answers, 1)
