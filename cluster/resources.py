@@ -222,6 +222,18 @@ def view() -> ClusterView:
     return ClusterView(nodes, ray.available_resources())
 
 
+def found_room(actor: Any) -> bool:
+    """Return whether the cluster has found room for the process of ``actor``, which may not have finished starting.
+
+    An actor is pending both while it waits for resources and while its process starts; only Ray's own table tells the
+    two apart: the second has a port.
+    """
+    from ray._private import state
+
+    entry = state.actors(actor._actor_id.hex()) or {}
+    return entry.get("State") not in ("DEPENDENCIES_UNREADY", "PENDING_CREATION") or bool(entry["Address"]["Port"])
+
+
 def place(plan: PlacementPlan, timeout_s: float, *, can_grow: bool = False) -> Placement:
     """Reserve everything in ``plan`` or nothing. Blocks up to ``timeout_s``; from a coroutine call it in a thread.
 

@@ -111,6 +111,24 @@ def connect(
         _restore(handler)
 
 
+@contextmanager
+def join(address: str) -> Iterator[Session]:
+    """Join the cluster at ``address`` to talk to what runs there: no workers are started from here, so nothing is uploaded.
+
+    Raises ClusterError when there is nothing at the address, or it does not let this process in.
+    """
+    import ray
+
+    where = resolve_address(address, {})
+    if where is None:
+        raise ClusterError(f"Ray address {address!r}: give host:port (the head's, usually 6379) or auto")
+    try:
+        _join(where, {"logging_level": logging.ERROR, "log_to_driver": False})
+        yield Session(ray.get_runtime_context().gcs_address, embedded=False)
+    finally:
+        ray.shutdown()
+
+
 def resolve_address(address: str | None, environ: Mapping[str, str]) -> str | None:
     """Return the address to join, or None to start an embedded cluster.
 

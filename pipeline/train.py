@@ -20,10 +20,11 @@ from cluster.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.checkpoint import Checkpoint, CheckpointStore, TrainState, require_same_config
 from pipeline.config import RunConfig, to_yaml
 from pipeline.config.stages import Stage1Section, Stage2Section
+from pipeline.control.monitor import supervised_fleet
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable
-from pipeline.fleet import LEARNER, Fleet, cluster_session, open_fleet, placement_plan, serve_trained
+from pipeline.fleet import LEARNER, Fleet, cluster_session, placement_plan, serve_trained
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar, step_note
 from pipeline.sources import training_source
@@ -120,7 +121,7 @@ class _Run:
             self.run_ids |= state.mlflow_run_ids
         with self.console.status("starting the pools (vLLM engine, artist, scorers)"):
             samples = asyncio.create_task(asyncio.to_thread(load_samples, self.config)) if evaluate else None
-            fleet_context = open_fleet(self.config)
+            fleet_context = supervised_fleet(self.config)
             fleet = await fleet_context.__aenter__()
         try:
             self.report.wall_s["start"] = round(time.monotonic() - started, 1)

@@ -85,7 +85,7 @@ class Dispatcher:
         struck = None
         for ticket, outcome in zip(tickets, outcomes, strict=True):
             if isinstance(outcome, Ok):
-                self.meter.done += 1
+                self.meter.answered(now)
                 worker.requests_done += 1
                 self._out.append(Deliver(ticket.id, outcome.value))
                 continue
@@ -271,12 +271,14 @@ class Dispatcher:
             target=self.target,
             ready=sum(w.state is S.READY for w in self.workers),
             workers=tuple(
-                WorkerStats(w.name, w.state, w.version, len(w.calls), w.requests_done)
+                WorkerStats(w.name, w.state, w.version, len(w.calls), w.requests_done, w.placed)
                 for w in sorted(self.workers, key=lambda w: (w.slot, w.incarnation))
             ),
             queue_len=len(self._queue),
+            oldest_wait_s=now - min((t.since for t in self._queue), default=now),
             inflight=sum(len(tickets) for tickets in self._calls.values()),
             done=m.done,
+            requests_per_min=m.requests_per_min(now),
             queue_wait_s=m.queue_wait_s,
             service_s=m.service_s,
             queue_wait_total_s=m.queue_wait_total_s,

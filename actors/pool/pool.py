@@ -7,6 +7,7 @@ One event loop owns a pool; its methods are called from that loop only.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import traceback
 from collections.abc import Callable, Coroutine
@@ -20,10 +21,10 @@ from actors.pool.dispatch import Dispatcher
 from actors.pool.errors import PoolFailed, WorkerBug
 from actors.pool.protocol import WorkerInfo
 from actors.pool.remote import WorkerGone, WorkerRaised, WorkerUnreachable, ask, translate
-from actors.pool.spec import PoolSpec, PoolStats
+from actors.pool.spec import PoolSpec, PoolStats, Timings
 from actors.pool.state import ALIVE, S
 from cluster.errors import WorkerTimeoutError
-from cluster.resources import amounts, view
+from cluster.resources import amounts, found_room, view
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,22 @@ class WorkerPool:
 
     def stats(self) -> PoolStats:
         """Return the pool's figures."""
-        return self._core.stats(self._now())
+        stats = self._core.stats(self._now())
+        nodes = {name: info.node for name, info in self._infos.items()}
+        workers = tuple(dataclasses.replace(worker, node=nodes.get(worker.name, "")) for worker in stats.workers)
+        return dataclasses.replace(stats, workers=workers)
+
+    def take_timings(self) -> Timings:
+        """Return the waits and call times since the last call of this method."""
+        return self._core.meter.take_timings()
+
+    async def waiting_for_room(self) -> list[str]:
+        """Return the workers for whose process the cluster has no room yet; asks the cluster, and only where there may be one."""
+        loop = asyncio.get_running_loop()
+        coming = {w.name: self._handles[w.name] for w in self._core.workers if not w.placed and w.name in self._handles}
+        return [
+            name for name, handle in coming.items() if not await loop.run_in_executor(self._maker, found_room, handle)
+        ]
 
     def infos(self) -> dict[str, WorkerInfo]:
         """Return what the workers told of themselves, by name."""

@@ -98,7 +98,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def config_digest(
-    config: RunConfig, ignore: Sequence[str] = ("out", "cluster", "tracking", "checkpoint", "name", "alarms", "sft")
+    config: RunConfig,
+    ignore: Sequence[str] = ("out", "cluster", "tracking", "control", "checkpoint", "name", "alarms", "sft"),
 ) -> str:
     """Return a digest of everything in ``config`` that changes what Joint-GRPO learns."""
     values = config.model_dump(mode="json", exclude=set(ignore))

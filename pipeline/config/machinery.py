@@ -13,6 +13,30 @@ from rewards.alarms import AlarmSettings
 _ALARMS = AlarmSettings()
 
 
+class AutoscaleSection(Section):
+    """Whether the run sizes this pool by itself, and between which limits (docs/operations.md)."""
+
+    enabled: bool = Field(False, description="Let the run change the number of workers.")
+    min: Positive = Field(1, description="Fewest workers.")
+    max: Positive = Field(4, description="Most workers.")
+    target_wait_s: float = Field(
+        5.0, gt=0, description="Longest a request should wait for a worker; where one waits longer, the pool grows."
+    )
+    window_s: float = Field(
+        120.0, gt=0, description="How far back it looks. Shorter than a step, it would shrink between two rollouts."
+    )
+    cooldown_s: float = Field(
+        60.0, ge=0, description="Least time between two changes of the size, by hand or by itself."
+    )
+    step: Positive = Field(1, description="Most workers added or taken away at once.")
+
+    @model_validator(mode="after")
+    def _limits(self) -> AutoscaleSection:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is above max={self.max}")
+        return self
+
+
 class PoolSection(Section):
     """One elastic pool of workers."""
 
@@ -27,6 +51,16 @@ class PoolSection(Section):
     request_timeout_s: float = Field(300.0, gt=0, description="Deadline for one call.")
     max_retries: int = Field(3, ge=0, description="Times a request is sent again after an infrastructure failure.")
     max_restarts: int = Field(20, ge=0, description="Restarts of the pool's workers before the run stops.")
+    autoscale: AutoscaleSection = Field(default_factory=AutoscaleSection)
+
+    @model_validator(mode="after")
+    def _starts_within_limits(self) -> PoolSection:
+        limits = self.autoscale
+        if limits.enabled and not limits.min <= self.workers <= limits.max:
+            raise ValueError(
+                f"workers={self.workers} with autoscale: start with autoscale.min={limits.min} to autoscale.max={limits.max}"
+            )
+        return self
 
 
 class VlmPoolSection(PoolSection):
@@ -101,6 +135,19 @@ class TrackingSection(Section):
                 "MLFLOW_TRACKING_PASSWORD for a server, or MLFLOW_TRACKING_URI for a database"
             )
         return uri
+
+
+class ControlSection(Section):
+    """Watching and changing the run's pools while it runs (docs/operations.md)."""
+
+    every_s: float = Field(
+        1.0,
+        gt=0,
+        description="Time between two looks at the pools, for `vans status`, Ray's metrics and the autoscaler.",
+    )
+    trace_every_s: float = Field(
+        10.0, ge=0, description="Time between two lines of `pools.jsonl` in the run's folder; 0 writes none."
+    )
 
 
 class CheckpointSection(Section):

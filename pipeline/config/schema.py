@@ -16,6 +16,7 @@ from pipeline.config.machinery import (
     AlarmsSection,
     CheckpointSection,
     ClusterSection,
+    ControlSection,
     LearnerSection,
     PoolsSection,
     TrackingSection,
@@ -117,6 +118,7 @@ class RunConfig(Section):
     learner: LearnerSection = Field(default_factory=LearnerSection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
+    control: ControlSection = Field(default_factory=ControlSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     alarms: AlarmsSection = Field(default_factory=AlarmsSection)
