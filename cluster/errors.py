@@ -21,6 +21,10 @@ class CheckpointError(VansError):
     """A checkpoint or model folder that is missing, damaged or of another run."""
 
 
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint could not be written: the disk is full, a limit was reached, the device failed."""
+
+
 class PlacementError(VansError):
     """The cluster has no room for what the configuration asks for."""
 

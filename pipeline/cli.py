@@ -15,14 +15,23 @@ from rich.console import Console
 from cluster.errors import VansError
 
 EXIT_USER_ERROR = 2
+EXIT_CTRL_C = 130  # 128 + SIGINT, as shells have it
 
 
 class _Group(typer.core.TyperGroup):
     """Print our own errors as one message; anything else is a bug and keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        from pipeline.interrupt import RunStopped
+
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            Console(stderr=True).print("stopped by Ctrl-C", highlight=False)
+            raise SystemExit(EXIT_CTRL_C) from None
+        except RunStopped as stopped:
+            Console(stderr=True).print(str(stopped), highlight=False, markup=False, soft_wrap=True)
+            raise SystemExit(stopped.exit_code) from None
         except VansError as error:
             from pipeline.text import in_markup, redacted
 

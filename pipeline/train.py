@@ -12,12 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.learner.group import LearnerGroup
+from actors.learner.group import LOST, LearnerGroup
 from actors.learner.spec import GrpoSpec, LearnerSpec, OptimSpec
 from actors.learner.trainable import LoraSpec
 from actors.records import Sample, derive_seed
 from cluster.errors import CheckpointError, ConfigError, TrainingError
-from pipeline.checkpoint import Checkpoint, CheckpointStore, TrainState, require_same_config
+from pipeline.checkpoint import Checkpoint, CheckpointStore, TrainState, WriteFailures, require_same_config
 from pipeline.config import RunConfig, to_yaml
 from pipeline.config.stages import Stage1Section, Stage2Section
 from pipeline.control.monitor import supervised_fleet
@@ -25,13 +25,15 @@ from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable
 from pipeline.fleet import LEARNER, Fleet, cluster_session, placement_plan, serve_trained
+from pipeline.interrupt import StopRequest, stop_on_signals
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar, step_note
 from pipeline.sources import training_source
 from pipeline.stages.alarms import AlarmWatch, alarm_lines, alarm_tags
 from pipeline.stages.all_in_one import AllInOne
 from pipeline.stages.feed import FeedCursor, SampleFeed
-from pipeline.stages.loop import Learners, Stage, StageResult, StepReport, pool_of, run_stage
+from pipeline.stages.loop import Learners, Stage, StageResult, StageStopped, StepReport, pool_of, run_stage
+from pipeline.stages.recovery import Restarts, serve_restarted, train_with_restarts
 from pipeline.stages.stage1 import Stage1
 from pipeline.stages.stage2 import Stage2
 from pipeline.tracking import Tracker
@@ -60,7 +62,8 @@ def run_training(
 ) -> RunReport:
     """Run both stages of ``config``; with ``evaluate`` the pair answers the held-out samples before and after.
 
-    Raises ConfigError, DataError, CheckpointError or PlacementError before anything is trained, TrainingError later.
+    Raises ConfigError, DataError, CheckpointError or PlacementError before anything is trained, TrainingError later;
+    RunStopped where SIGINT or SIGTERM ends it, after a checkpoint where a stage was being trained.
     """
     console = console or Console()
     require_trainable(config)
@@ -71,10 +74,32 @@ def run_training(
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     run_ids = checkpoint.state.mlflow_run_ids if checkpoint else {}
-    with cluster_session(config), Tracker.start(config, resume_run_id=run_ids.get("parent")) as tracker:
+    with (
+        stop_on_signals(lambda stop: stopped_message(config, stop)) as stop,
+        cluster_session(config),
+        Tracker.start(config, resume_run_id=run_ids.get("parent")) as tracker,
+    ):
         tracker.log_dataset(config.data.train, source.digest, source.count)
-        run = _Run(config, tracker, console, SampleFeed(source, config.stage1.rollout.prompts_per_step), checkpoint)
-        return asyncio.run(run.go(evaluate))
+        feed = SampleFeed(source, config.stage1.rollout.prompts_per_step)
+        run = _Run(config, tracker, console, feed, checkpoint, stop=stop)
+        try:
+            return stop.run(run.go(evaluate))
+        except KeyboardInterrupt:
+            tracker.log_tags({"vans.stopped": stop.name})
+            raise
+
+
+def resume_command(config: RunConfig) -> str:
+    """Return the command that continues the run of ``config``, whatever command started it."""
+    return f"vans train {config.out / 'config.yaml'} --resume"
+
+
+def stopped_message(config: RunConfig, stop: StopRequest) -> str:
+    """Return what a person is told when a signal has ended the run."""
+    newest = next(iter(CheckpointStore(config.out / "checkpoints", config.checkpoint.keep).paths()), None)
+    if newest is None:
+        return f"stopped by {stop.name} before anything was trained; the same command starts the run again"
+    return f"stopped by {stop.name}; {newest} is kept. Go on with: {resume_command(config)}"
 
 
 def print_plan(config: RunConfig) -> None:
@@ -110,6 +135,11 @@ class _Run:
     checkpoint: Checkpoint | None
     report: RunReport = field(default_factory=RunReport)
     run_ids: dict[str, str] = field(default_factory=dict)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def __post_init__(self) -> None:
+        self.store = CheckpointStore(self.config.out / "checkpoints", self.config.checkpoint.keep)
+        self.failures = WriteFailures(self.store, self.config.checkpoint.max_failures)
 
     async def go(self, evaluate: bool) -> RunReport:
         started = time.monotonic()
@@ -129,7 +159,7 @@ class _Run:
                 self.report.samples = await samples
                 await self._answer(fleet, SYSTEMS[0])
             for kind in STAGES[self.config.training]:
-                await self._stage(kind(self.config, fleet), fleet, state)
+                await self._stage(kind, fleet, state)
             if evaluate:
                 await self._answer(fleet, SYSTEMS[1])
                 self.report.table = await score_systems(
@@ -137,7 +167,7 @@ class _Run:
                 )
                 self.tracker.log_evaluation(self.report.table)
         finally:
-            self.feed.close()
+            await asyncio.to_thread(self.feed.close)
             await fleet_context.__aexit__(None, None, None)
         return self.report
 
@@ -148,45 +178,86 @@ class _Run:
         )
         self.report.wall_s["evaluate"] = round(self.report.wall_s.get("evaluate", 0.0) + time.monotonic() - started, 1)
 
-    async def _stage(self, stage: AnyStage, fleet: Fleet, state: TrainState | None) -> None:
+    async def _stage(self, kind: type[AnyStage], fleet: Fleet, state: TrainState | None) -> None:
         """Train one stage, or load what it made before the run was interrupted."""
+        stage = kind(self.config, fleet)
         if stage.section.steps == 0:
             return
-        exports = {policy: self.config.out / export_name(self.config, policy) for policy in stage.policies}
-        names = [kind.name for kind in STAGES[self.config.training]]
+        names = [each.name for each in STAGES[self.config.training]]
         if state is not None and names.index(stage.name) < names.index(state.stage):
-            for policy, folder in exports.items():
-                await serve_trained(pool_of(stage, policy), folder, version=state.extra["versions"][policy])
+            for policy in stage.policies:
+                folder, version = self.config.out / export_name(self.config, policy), state.extra["versions"][policy]
+                await serve_trained(pool_of(stage, policy), folder, version=version)
             return
-        started = time.monotonic()
-        here = state if state is not None and state.stage == stage.name else None
-        alarms = AlarmWatch(self.config.alarms.settings, tuple(stage.section.rewards.weights))
-        async with self._learners(stage, fleet) as learners:
-            if here is not None:
-                assert self.checkpoint is not None
-                stage.restore(here.window)
-                alarms.state = AlarmState.from_json(here.extra["alarms"])
-                for policy, learner in learners.items():
-                    await learner.restore(str(self.checkpoint.path / f"{policy}_learner"))
-                    await pool_of(stage, policy).set_weights(learner.version, await learner.publish())
-            with self.tracker.stage(stage.name, resume_run_id=self.run_ids.get(stage.name)) as run_id:
-                self.run_ids[stage.name] = run_id
-                first = here.step if here else 0
-                with bar(self.console, stage.title, stage.section.steps, first) as progress:
-                    hook = _StepHook(self, stage, learners, alarms, progress)
-                    result = await run_stage(stage, self.feed, learners, first_step=first, on_step=hook)
-                for policy, folder in exports.items():
-                    await learners[policy].export(str(folder))
-                    self.tracker.log_checkpoint(folder)
-            await serve_averages(stage, learners)
+        started, began = time.monotonic(), self.feed.cursor
+        first = self.checkpoint if state is not None and state.stage == stage.name else None
+        restarts = Restarts(stage.name, self.config.learner.max_restarts, resume_command(self.config))
+
+        async def attempt(here: Checkpoint | None) -> StageResult:
+            return await self._attempt(kind(self.config, fleet), fleet, here, restarts)
+
+        async def on_restart(told: str, here: Checkpoint | None) -> None:
+            self.console.print(
+                f"{stage.name}: {told}", style="bold yellow", markup=False, highlight=False, soft_wrap=True
+            )
+            self.tracker.log_tags({"vans.restart": f"{restarts.count}: {told}"})
+            self.tracker.replay()
+            await asyncio.to_thread(self.feed.close)
+            self.feed = self.feed.at(FeedCursor.from_json(here.state.cursor) if here else began)
+
+        with self.tracker.stage(stage.name, resume_run_id=self.run_ids.get(stage.name)) as run_id:
+            self.run_ids[stage.name] = run_id
+            result = await train_with_restarts(
+                attempt, first, restarts, lambda: self.store.latest(stage.name), on_restart
+            )
         self.report.stages[stage.name] = result
         self.report.wall_s[stage.name] = round(time.monotonic() - started, 1)
 
+    async def _attempt(self, stage: AnyStage, fleet: Fleet, here: Checkpoint | None, restarts: Restarts) -> StageResult:
+        """Train ``stage`` with new learner groups from ``here`` (None: its beginning) to its end, and export the result."""
+        state = here.state if here else None
+        first = state.step if state else 0
+        alarms = AlarmWatch(self.config.alarms.settings, tuple(stage.section.rewards.weights))
+        async with self._learners(stage, fleet) as learners:
+            if here is not None and state is not None:
+                stage.restore(state.window)
+                alarms.state = AlarmState.from_json(state.extra["alarms"])
+                for policy, learner in learners.items():
+                    await learner.restore(str(here.path / f"{policy}_learner"))
+                    if not restarts.count:
+                        await pool_of(stage, policy).set_weights(learner.version, await learner.publish())
+            if restarts.count:
+                await serve_restarted(stage, learners, restored=here is not None)
+            with bar(self.console, stage.title, stage.section.steps, first) as progress, self.stop.deferred():
+                hook = _StepHook(self, stage, learners, alarms, progress, restarts)
+                try:
+                    result = await run_stage(stage, self.feed, learners, first_step=first, on_step=hook, stop=self.stop)
+                except StageStopped as stopped:
+                    await hook.keep(stopped)
+                    raise asyncio.CancelledError from None
+            for policy in stage.policies:
+                folder = self.config.out / export_name(self.config, policy)
+                await learners[policy].export(str(folder))
+                self.tracker.log_checkpoint(folder)
+            await serve_averages(stage, learners)
+        return result
+
     async def save(
+        self, stage: AnyStage, learners: Learners, step: int, cursor: FeedCursor, alarms: AlarmState, *, last: bool
+    ) -> str | None:
+        """Write a checkpoint from which ``step`` is the next step; returns a warning where the run goes on without it.
+
+        Raises CheckpointWriteError where it does not: the ``last`` of a stage, or one too many in a row.
+        """
+        what = f"{stage.name} after {step} steps"
+        told = await self.failures.attempt(self._write(stage, learners, step, cursor, alarms), what, last=last)
+        if told is None:
+            self.tracker.log_checkpoint(self.store.root / f"{stage.name}-step{step:06d}")
+        return told
+
+    async def _write(
         self, stage: AnyStage, learners: Learners, step: int, cursor: FeedCursor, alarms: AlarmState
     ) -> None:
-        """Write a checkpoint from which ``step`` is the next step."""
-        store = CheckpointStore(self.config.out / "checkpoints", self.config.checkpoint.keep)
         trained = {policy: learner.version for policy, learner in learners.items()}
         state = TrainState.of(
             self.config,
@@ -200,11 +271,10 @@ class _Run:
                 "alarms": alarms.to_json(),
             },
         )
-        with store.write(stage.name, step, state) as folder:
+        with self.store.write(stage.name, step, state) as folder:
             for policy, learner in learners.items():
                 await learner.save(str(folder / f"{policy}_learner"))
                 await learner.export(str(folder / export_name(self.config, policy)))
-        self.tracker.log_checkpoint(store.root / f"{stage.name}-step{step:06d}")
 
     @asynccontextmanager
     async def _learners(self, stage: AnyStage, fleet: Fleet) -> AsyncIterator[Learners]:
@@ -233,6 +303,8 @@ class _StepHook:
     learners: Learners
     alarms: AlarmWatch
     progress: Any
+    restarts: Restarts | None = None
+    saved: int = -1  # the step of the last checkpoint
 
     async def __call__(self, report: StepReport) -> None:
         run, section, done = self.run, self.run.config, report.step + 1
@@ -242,7 +314,9 @@ class _StepHook:
             self.progress.say(line, style)
         if tags := alarm_tags(report.step, watched):
             run.tracker.log_tags(tags)
-        run.tracker.log_metrics({**report.metrics, "alarm/on": float(len(watched.state.on))}, report.step)
+        counts = {"alarm/on": float(len(watched.state.on))}
+        counts |= {"learner/restarts": float(self.restarts.count)} if self.restarts else {}
+        run.tracker.log_metrics({**report.metrics, **counts}, report.step)
         every = section.tracking.clips_every
         if every and report.step % every == 0:
             for clip in (g.members[0].clip for g in report.batch.groups[:2]):
@@ -250,13 +324,31 @@ class _StepHook:
                     run.tracker.log_clip(clip.frames, clip.caption, report.step, fps=section.video.fps)
         last = done == self.stage.section.steps or bool(watched.lasting)
         if last or (section.checkpoint.every and done % section.checkpoint.every == 0):
-            await run.save(self.stage, self.learners, done, report.cursor, self.alarms.state)
+            await self.save(done, report.cursor, last=last)
         if watched.lasting:
             raise TrainingError(
                 f"{self.stage.name} stopped after {done} steps, because an alarm stood for {section.alarms.stop_after} steps in a "
                 f"row (alarms.stop_after): {'; '.join(watched.lasting.values())}. The checkpoint of this step is kept; to go on "
                 "all the same, resume with alarms.stop_after=0"
             )
+
+    async def save(self, done: int, cursor: FeedCursor, *, last: bool) -> None:
+        """Write the checkpoint from which step ``done`` is next, or tell why there is none."""
+        told = await self.run.save(self.stage, self.learners, done, cursor, self.alarms.state, last=last)
+        if told is None:
+            self.saved = done
+            return
+        self.progress.say(told, "bold yellow")
+        self.run.tracker.log_metrics({"checkpoint/failed": float(self.run.failures.total)}, done - 1)
+
+    async def keep(self, stopped: StageStopped) -> None:
+        """Write the checkpoint of a stage that was asked to stop, unless this very step has one."""
+        if stopped.step == self.saved:
+            return
+        try:
+            await self.save(stopped.step, stopped.cursor, last=True)
+        except LOST as error:  # no time for a new group; the checkpoint before serves
+            self.progress.say(f"no checkpoint of step {stopped.step}: {error}", "bold yellow")
 
 
 async def serve_averages(stage: Stage, learners: Learners) -> None:

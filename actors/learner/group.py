@@ -8,6 +8,7 @@ so it is closed and must be started anew and restored from a checkpoint.
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -24,14 +25,32 @@ from actors.learner.trainer import RankReport
 from actors.records import Experience
 from cluster.errors import PlacementError, TrainingError, VansError, WorkerTimeoutError
 
-__all__ = ["GrpoSpec", "LearnerGroup", "LearnerSpec", "LoraSpec", "OptimSpec", "RankDiedError"]
+__all__ = [
+    "LOST",
+    "GrpoSpec",
+    "LearnerGroup",
+    "LearnerSpec",
+    "LoraSpec",
+    "OptimSpec",
+    "RankDiedError",
+    "RankSilentError",
+]
 
 _GRACE_S = 2.0  # after a first failure: how long others may still tell a better reason
+_CONNECTION = re.compile(r"Connection (closed by peer|reset by peer|refused)|ncclRemoteError|DistNetworkError")
 _PER_STEP = ("ratio", "kl", "clipped", "clipped_low", "clipped_high", "truncated", "entropy")
 
 
 class RankDiedError(TrainingError):
     """A rank's process or node is gone; restore the group from its last checkpoint."""
+
+
+class RankSilentError(WorkerTimeoutError):
+    """A rank did not answer within its deadline; the group has been ended, restore it from its last checkpoint."""
+
+
+LOST = (RankDiedError, RankSilentError)
+"""What ends a group without anything being wrong with what it was asked: a new one, restored, can go on."""
 
 
 class LearnerGroup:
@@ -42,13 +61,19 @@ class LearnerGroup:
     ) -> None:
         """``placement_group`` holds the ranks, on its ``bundles`` where given; None makes one of its own."""
         self.spec = spec
-        self.version = 0
+        self.first_version = 0  # what the ranks' own count of versions starts from: a pool's versions never go back
+        self._version = 0
         self.ranks: list[Any] = []
         self.infos: list[RankInfo] = []
         self._pg, self._bundles, self._own_pg = placement_group, bundles, placement_group is None
         self._where = [f"rank {r}" for r in range(spec.ranks)]
         self._lock = asyncio.Lock()
         self._down: str | None = "it has not been started"
+
+    @property
+    def version(self) -> int:
+        """The version of the weights, as the pools are told it."""
+        return self.first_version + self._version
 
     # --- life
     # -------------------------------------------------------------------------------------------------------------
@@ -59,7 +84,8 @@ class LearnerGroup:
         Raises:
             PlacementError: no room within ``start_timeout_s``.
             TrainingError: ranks loaded different weights, or one failed.
-            WorkerTimeoutError: a rank did not answer within ``start_timeout_s``; names it.
+            RankDiedError: a rank's process is gone.
+            RankSilentError: a rank did not answer within ``start_timeout_s``; names it.
         """
         spec = self.spec
         if self._pg is None:
@@ -146,11 +172,11 @@ class LearnerGroup:
 
         Raises:
             TrainingError: see ``Trainer.update``; RankDiedError where a rank is gone.
-            WorkerTimeoutError: a rank did not answer within ``step_timeout_s``.
+            RankSilentError: a rank did not answer within ``step_timeout_s``.
         """
         plans = plan_batch(items, ranks=self.spec.ranks, micro_batch=self.spec.micro_batch, updates=updates)
         answers = await self._call("update", per_rank=[(plan, epochs) for plan in plans])
-        self.version = answers[0][1]
+        self._version = answers[0][1]
         return merge_reports([report for report, _ in answers], self.spec)
 
     async def publish(self, *, averaged: bool = False) -> list[ray.ObjectRef]:
@@ -163,19 +189,22 @@ class LearnerGroup:
             self._check()
             pairs = [rank.publish.options(num_returns=2).remote(averaged) for rank in self.ranks]
             versions = await self._race([version for _, version in pairs], "publish", self.spec.step_timeout_s)
-        self.version = versions[0]
+        self._version = versions[0]
         return [pairs[0][0]]
 
     # --- state
     # ------------------------------------------------------------------------------------------------------------
 
     async def save(self, folder: str) -> None:
-        """Write the group's resumable state (all ranks) into ``folder``, which every node must see."""
+        """Write the group's resumable state (all ranks) into ``folder``, which every node must see.
+
+        CheckpointWriteError where a rank cannot write; the group goes on working.
+        """
         await self._call("save", str(folder))
 
     async def restore(self, folder: str) -> None:
         """Restore what ``save`` wrote, by any number of ranks. CheckpointError where it does not fit."""
-        self.version = (await self._call("restore", str(folder)))[0]
+        self._version = (await self._call("restore", str(folder)))[0]
 
     async def export(self, folder: str) -> None:
         """Write an ordinary adapter folder (LoRA) or model folder (full weights): the moving average where one is kept."""
@@ -226,7 +255,7 @@ class LearnerGroup:
             if pending:
                 late = ", ".join(self._where[r] for r, t in enumerate(tasks) if not t.done())
                 self._kill(f"{late} did not answer {method} within {timeout_s:.0f} s")
-                raise WorkerTimeoutError(f"{self.spec.name}: {late} did not answer {method} within {timeout_s:.0f} s")
+                raise RankSilentError(f"{self.spec.name}: {late} did not answer {method} within {timeout_s:.0f} s")
             return [t.result() for t in tasks]
         finally:
             for task in tasks:
@@ -249,6 +278,14 @@ class LearnerGroup:
         if own is not None:
             return own
         rank = min(errors)
+        if all(
+            _CONNECTION.search(str(error)) for error in errors.values()
+        ):  # its peer's death has not been reported yet
+            reason = f"{self._where[rank]} lost its connection to the other ranks during {method}"
+            self._kill(reason)
+            lost = RankDiedError(f"{self.spec.name}: {reason}; restart the group and restore its last checkpoint")
+            lost.__cause__ = errors[rank]
+            return lost
         self._kill(f"{self._where[rank]} failed in {method}")
         failed = TrainingError(f"{self.spec.name}: {self._where[rank]} failed in {method}: {errors[rank]}")
         failed.__cause__ = errors[rank]

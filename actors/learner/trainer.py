@@ -11,7 +11,7 @@ import copy
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -33,7 +34,8 @@ from actors.learner.spec import LearnerSpec, learning_rate
 from actors.learner.trainable import PolicyOutput, Trainable, torch_dtype, trainable_parameters
 from actors.records import Experience, VdmExperience, Weights
 from actors.weights import pack
-from cluster.errors import CheckpointError, TrainingError
+from cluster.errors import CheckpointError, CheckpointWriteError, TrainingError
+from cluster.storage import write_failure
 
 STATE_FILE = "learner.json"
 
@@ -296,12 +298,11 @@ class Trainer:
     def export(self, folder: str) -> None:
         """Write the policy's ordinary folder (adapter or whole model) on rank 0; all ranks return when it is there.
 
-        It holds the moving average of the weights where one is kept: what is evaluated and used.
+        It holds the moving average of the weights where one is kept: what is evaluated and used. CheckpointWriteError, on
+        all ranks, where it cannot be written.
         """
         state = self._gather(lora.has_lora(self.policy.module), averaged=True)
-        if self.rank == 0:
-            self.policy.export(folder, state)
-        dist.barrier()
+        self._first_rank_writes(folder, lambda: self.policy.export(folder, state))
 
     def base_hash(self) -> str:
         """Return the hash of the frozen parameters; it must never change."""
@@ -326,13 +327,43 @@ class Trainer:
 
     def save(self, folder: str) -> None:
         """Write trained weights, optimizer, RNG and counters as a distributed checkpoint that any number of ranks
-        restores.
+        restores. CheckpointWriteError, on all ranks, where one of them cannot write.
         """
-        save_tensors(self._states()[1] | {"rng": {f"rank{self.rank}": torch.get_rng_state()}}, folder)
+        try:
+            save_tensors(self._states()[1] | {"rng": {f"rank{self.rank}": torch.get_rng_state()}}, folder)
+        except CheckpointException as error:  # raised on all ranks; no Exception, so Ray would not carry it
+            raise self._unwritten(folder, error) from None
+        facts = self._facts() | {"version": self.version, "steps": self.steps, "skipped": self.skipped}
+        text = json.dumps(facts | {"ranks": self.world}, indent=2) + "\n"
+        self._first_rank_writes(folder, lambda: Path(folder, STATE_FILE).write_text(text, "utf-8"))
+
+    def _first_rank_writes(self, folder: str, write: Callable[[], Any]) -> None:
+        """Let rank 0 ``write``; all ranks return when it has, or all raise: none is left waiting for one that failed."""
+        failure: Exception | None = None
         if self.rank == 0:
-            facts = self._facts() | {"version": self.version, "steps": self.steps, "skipped": self.skipped}
-            Path(folder, STATE_FILE).write_text(json.dumps(facts | {"ranks": self.world}, indent=2) + "\n", "utf-8")
-        dist.barrier()
+            try:
+                write()
+            except Exception as error:  # noqa: BLE001 - raised below, when the others know
+                failure = error
+        (failed,) = self._reduce([float(failure is not None)], dist.ReduceOp.MAX)
+        if failure is not None:
+            told = write_failure(failure)
+            if told is None:
+                raise TrainingError(f"{self.spec.name}: writing {folder} failed: {failure!r}") from failure
+            raise CheckpointWriteError(self._not_written(0, folder, told)) from failure
+        if failed:
+            raise TrainingError(self._not_written(0, folder, "its own error says why"))
+
+    def _unwritten(self, folder: str, error: CheckpointException) -> Exception:
+        """Return what the ranks' failures come to: one of storage, or a bug."""
+        told = {rank: write_failure(failure) for rank, (failure, _) in error.failures.items()}
+        rank = next((rank for rank, text in told.items() if text), None)
+        if rank is None:
+            return TrainingError(f"{self.spec.name}: saving to {folder} failed: {error}")
+        return CheckpointWriteError(self._not_written(rank, folder, told[rank] or ""))
+
+    def _not_written(self, rank: int, folder: str, why: str) -> str:
+        return f"{self.spec.name}: rank {rank} could not write to {folder}: {why}"
 
     def restore(self, folder: str) -> None:
         """Restore what ``save`` wrote. CheckpointError where the folder is not one, or is of another policy or

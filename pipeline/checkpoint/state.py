@@ -18,7 +18,10 @@ STATE_FILE = "train_state.json"
 
 # What may differ between a run and its continuation, because it does not change what is learnt: the sections that
 # config_digest leaves out, and sizes and deadlines of the machinery.
-MAY_DIFFER = ("name", "out", "cluster", "tracking", "control", "checkpoint", "pools", "evaluate", "alarms", "sft")
+MAY_DIFFER = (
+    *("name", "out", "cluster", "tracking", "control", "checkpoint", "pools", "evaluate", "alarms", "sft"),
+    *("learner.start_timeout_s", "learner.step_timeout_s", "learner.max_restarts"),
+)
 
 
 _WORDS: dict[type, str] = {str: "text", int: "a whole number", dict: "an object"}

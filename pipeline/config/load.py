@@ -102,7 +102,7 @@ def config_digest(
     ignore: Sequence[str] = ("out", "cluster", "tracking", "control", "checkpoint", "name", "alarms", "sft"),
 ) -> str:
     """Return a digest of everything in ``config`` that changes what Joint-GRPO learns."""
-    values = config.model_dump(mode="json", exclude=set(ignore))
+    values = config.model_dump(mode="json", exclude={**dict.fromkeys(ignore, True), "learner": {"max_restarts"}})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

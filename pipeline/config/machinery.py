@@ -103,6 +103,12 @@ class LearnerSection(Section):
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     start_timeout_s: float = Field(300.0, gt=0, description="Deadline to start and load.")
     step_timeout_s: float = Field(600.0, gt=0, description="Deadline for one call on all ranks.")
+    max_restarts: int = Field(
+        2,
+        ge=0,
+        description="Times per stage that a group which lost a rank is started anew from the newest checkpoint; 0 stops the run "
+        "instead, for --resume.",
+    )
 
 
 class ClusterSection(Section):
@@ -155,6 +161,10 @@ class CheckpointSection(Section):
 
     every: int = Field(20, ge=0, description="Steps between checkpoints; 0 writes one at the end of each stage only.")
     keep: Positive = Field(3, description="Checkpoints kept per stage.")
+    max_failures: Positive = Field(
+        3,
+        description="Checkpoints in a row that cannot be written before the run stops; a stage's last one always does.",
+    )
 
 
 class AlarmsSection(Section):

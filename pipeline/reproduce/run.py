@@ -28,6 +28,7 @@ from pipeline.evaluate.run import answer_with_progress, load_samples, score_syst
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable
 from pipeline.fleet import Fleet, open_fleet, serve_trained
+from pipeline.interrupt import stop_on_signals
 from pipeline.models import resolve_model
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.spec import Experiment, Row
@@ -86,7 +87,8 @@ def reproduce(
         size = experiment.sft_samples
         ensure_toy(out / "data", experiment.train_samples, experiment.test_samples, sft=size, artist=size)
     started, done, todo = time.monotonic(), 0, len(keys) * len(seeds)
-    with connect():
+    again = f"the same command continues{': ' + command if command else ''}"
+    with stop_on_signals(lambda stop: f"stopped by {stop.name}; {again}"), connect():
         for seed in seeds:
             one = _Seed(experiment, out, seed, split, console)
             one.remember()

@@ -6,11 +6,12 @@ The source (Ray Data) is a blocking iterator; it is advanced in a thread so that
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass, field
 
 from actors.records import Sample
 from cluster.errors import CheckpointError
-from pipeline.data.source import Cursor, QuarantinedRow, SampleSource
+from pipeline.data.source import Batch, Cursor, QuarantinedRow, SampleSource
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class SampleFeed:
         self._buffer: list[Sample] = []
         self._after = self.cursor.source
         self._skip = self.cursor.drawn
+        self._lock = (
+            threading.Lock()
+        )  # a cancelled wait leaves its thread inside ``next``, where closing must not interfere
 
     async def draw(self, count: int) -> list[Sample]:
         """Return the next ``count`` samples."""
@@ -61,13 +65,22 @@ class SampleFeed:
             )
         return drawn
 
+    def at(self, cursor: FeedCursor) -> SampleFeed:
+        """Return a feed of the same source that goes on at ``cursor``; close this one."""
+        return SampleFeed(self.source, self.batch_size, cursor, list(self.quarantined))
+
     def close(self) -> None:
-        """Stop the decoders. The feed cannot be drawn from afterwards."""
-        self._batches.close()
+        """Stop the decoders, when the batch that is being decoded is done. The feed cannot be drawn from afterwards."""
+        with self._lock:
+            self._batches.close()
+
+    def _next(self) -> Batch:
+        with self._lock:
+            return next(self._batches)
 
     async def _refill(self) -> None:
         start = self._after
-        samples, bad, self._after = await asyncio.to_thread(next, self._batches)
+        samples, bad, self._after = await asyncio.to_thread(self._next)
         self.quarantined += bad
         skip, self._skip = self._skip, 0
         self._buffer = list(samples[skip:])

@@ -20,6 +20,7 @@ from actors.records import Experience
 from cluster.errors import TrainingError
 from pipeline.config.stages import StageSection
 from pipeline.fleet import Fleet
+from pipeline.interrupt import StopRequest
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import FailureBudget, Group, RolloutBatch, assemble
 from pipeline.stages.refill import Refill
@@ -27,6 +28,16 @@ from pipeline.stages.refill import Refill
 log = logging.getLogger(__name__)
 
 POLICIES = ("vlm", "vdm")
+EMPTY_STEPS = 5
+"""Steps in a row without a usable group that stop a run: rewards that fail on every sample teach nothing."""
+
+
+class StageStopped(Exception):
+    """A stop was requested: ``step`` is the first step that was not finished, and draws from ``cursor``."""
+
+    def __init__(self, step: int, cursor: FeedCursor) -> None:
+        super().__init__(f"stopped before step {step}")
+        self.step, self.cursor = step, cursor
 
 
 class Stage(Protocol):
@@ -88,24 +99,38 @@ StepHook = Callable[[StepReport], Any]
 
 
 async def run_stage(
-    stage: Stage, feed: SampleFeed, learners: Learners, *, first_step: int = 0, on_step: StepHook
+    stage: Stage,
+    feed: SampleFeed,
+    learners: Learners,
+    *,
+    first_step: int = 0,
+    on_step: StepHook,
+    stop: StopRequest | None = None,
 ) -> StageResult:
-    """Train ``stage`` from ``first_step`` to its last; ``on_step`` (awaited) tracks, shows and checkpoints."""
-    section = stage.section
+    """Train ``stage`` from ``first_step`` to its last; ``on_step`` (awaited) tracks, shows and checkpoints.
+
+    Raises StageStopped where ``stop`` asks for it: rollouts are cancelled, an update is waited for. TrainingError after
+    EMPTY_STEPS steps in a row that had nothing to learn from.
+    """
+    section, stop = stage.section, StopRequest() if stop is None else stop  # one without a request is false
     result = StageResult(stage.policies, section.steps)
     frozen_before = await frozen_hashes(stage, learners)
     flights: deque[asyncio.Task[tuple[RolloutBatch, float]]] = deque()
     cursors: dict[int, FeedCursor] = {}  # where each step in flight began to draw
     drawing = asyncio.Lock()
     budget = FailureBudget(stage.name, section.rollout.max_failed_ratio)
-    launched = first_step
+    launched, empty = first_step, 0
     try:
         for step in range(first_step, section.steps):
-            while launched < section.steps and launched - step <= section.rollout.max_staleness:
+            while launched < section.steps and launched - step <= section.rollout.max_staleness and not stop:
                 flights.append(asyncio.create_task(rollout(stage, feed, launched, drawing, cursors, learners, budget)))
                 launched += 1
             started = time.monotonic()
-            batch, rollout_s = await flights.popleft()
+            cursor = cursors.get(step, feed.cursor)
+            rolled = await stop.race(flights.popleft()) if flights else None
+            if rolled is None:
+                raise StageStopped(step, cursor)
+            batch, rollout_s = rolled
             waited = time.monotonic() - started
             metrics = {**batch.metrics, **stage.metrics(batch), "time/rollout_s": rollout_s, "time/wait_s": waited}
             metrics |= await learn(stage, learners, batch)
@@ -115,6 +140,11 @@ async def run_stage(
             result.history.append(metrics)
             result.ratio_max_dev = max(result.ratio_max_dev, metrics.get("learner/ratio_max_dev", 0.0))
             await on_step(StepReport(step, metrics, batch, cursors.get(step + 1, feed.cursor)))
+            empty = 0 if batch.groups else empty + 1
+            if empty == EMPTY_STEPS:
+                raise TrainingError(nothing_to_learn(stage.name, step, batch))
+        if stop:
+            raise StageStopped(section.steps, feed.cursor)
     finally:
         for flight in flights:
             flight.cancel()
@@ -125,6 +155,16 @@ async def run_stage(
             f"{stage.name}: the frozen model changed while the other was trained; this is a bug, its results are void"
         )
     return result
+
+
+def nothing_to_learn(name: str, step: int, batch: RolloutBatch) -> str:
+    """Return what to tell of ``EMPTY_STEPS`` steps without a usable group."""
+    lost = ", ".join(f"{key.partition('/')[2]} {value:g}" for key, value in batch.metrics.items())
+    why = f"; the first reason: {batch.failures[0]}" if batch.failures else ""
+    return (
+        f"{name}: the {EMPTY_STEPS} steps up to step {step} had no group to learn from ({lost}){why}. Look at the rewards and "
+        "the samples: what cannot be scored leaves its group, and a group that is too small leaves the step"
+    )
 
 
 async def rollout(

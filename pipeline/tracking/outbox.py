@@ -1,7 +1,8 @@
 """Delivers tracking records in order from a thread of its own, so that a slow or dead store never holds up a step.
 
 Records are dictionaries that JSON can hold. While the store cannot be reached they are appended to a spool file; when it
-answers again the spool is delivered first. What is left when the run ends stays in the spool and is counted.
+answers again the spool is delivered first. Where the spool's disk is full they wait in memory. What is left when the run
+ends stays in the spool and is counted.
 This module knows neither MLflow nor metrics: ``deliver`` says how, and raises :class:`Unreachable` to have it tried again.
 """
 
@@ -64,6 +65,7 @@ class Outbox:
         self._abandoned = False  # the thread hangs in a call; its records were spooled without it
         self._files = threading.Lock()
         self._current: list[Record] = []
+        self._unwritten: list[Record] = []  # for the spool, whose disk is full: kept in memory and tried again
         self._unfinished = 0
         self._idle = threading.Condition()
         left = self._spooled()
@@ -93,6 +95,8 @@ class Outbox:
             self._abandon()
         if self.counts.spooled:
             log.error("%d tracking records could not be delivered; they are in %s", self.counts.spooled, self.spool)
+        if self._unwritten:
+            log.error("%d tracking records are lost: neither store nor spool took them", len(self._unwritten))
         return self.counts.spooled
 
     def _abandon(self) -> None:
@@ -112,7 +116,9 @@ class Outbox:
             entries, closing = self._take()
             try:
                 records = self._merge([e.record for e in entries if self._prepared(e)])
-                self._process(records, last=closing)
+                self._process(self._unwritten + records, last=closing)
+            except OSError as error:  # the thread must outlive a full disk; the spool stays as it was
+                log.error("the tracking spool %s cannot be written: %s", self.spool, error)
             finally:
                 with self._idle:
                     self._unfinished -= len(entries)
@@ -121,7 +127,7 @@ class Outbox:
     def _take(self) -> tuple[list[_Entry], bool]:
         """Everything in the queue, at least one entry unless a retry is due; True where the queue was closed."""
         entries: list[_Entry] = []
-        timeout: float | None = self._retry_s if self.counts.spooled else None
+        timeout: float | None = self._retry_s if self.counts.spooled or self._unwritten else None
         while True:
             try:
                 entry = self._queue.get(timeout=timeout) if not entries else self._queue.get_nowait()
@@ -142,6 +148,7 @@ class Outbox:
         return True
 
     def _process(self, records: list[Record], last: bool) -> None:
+        self._unwritten = []
         if self.counts.spooled:
             self._append(records)
             if last or time.monotonic() >= self._next_try:
@@ -188,7 +195,11 @@ class Outbox:
     def _append(self, records: list[Record]) -> None:
         with self._files:
             if records and not self._abandoned:
-                _write_lines(self.spool, records, "a")
+                try:
+                    _write_lines(self.spool, records, "a")
+                except OSError:
+                    self._unwritten = records
+                    raise
                 self.counts.spooled += len(records)
 
     def _rewrite(self, records: list[Record]) -> None:
@@ -216,8 +227,14 @@ class Outbox:
 
 def _write_lines(path: Path, records: Iterable[Record], mode: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open(mode, encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    before = path.stat().st_size if mode == "a" and path.is_file() else 0
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        if path.is_file():
+            os.truncate(path, before)  # a part of a line would spoil the next one
+        raise

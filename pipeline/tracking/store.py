@@ -154,6 +154,9 @@ class MlflowStore:
     def _do_begin(self, run_id: str, record: Record) -> None:
         self.client.update_run(run_id, status="RUNNING")
 
+    def _do_replay(self, run_id: str, record: Record) -> None:
+        self._last_steps.pop(run_id, None)  # read anew: what this process has logged counts as before, too
+
     def _do_end(self, run_id: str, record: Record) -> None:
         self.client.set_terminated(run_id, record["status"], record["time"])
 

@@ -148,6 +148,10 @@ class Tracker:
         now = _milliseconds()
         self._put("metrics", values=[[name, float(value), now, int(step)] for name, value in values.items()])
 
+    def replay(self) -> None:
+        """Say that steps which were logged already come again: each stays as it was logged first."""
+        self._put("replay")
+
     def log_params(self, values: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
         """Log parameters; those in ``known`` stay, and one that differs from there becomes a tag ``changed.<name>``."""
         known = known or {}
@@ -261,7 +265,7 @@ class Tracker:
 
     def _end(self, error: BaseException | None) -> None:
         status = "FINISHED" if error is None else "KILLED" if _stopped(error) else "FAILED"
-        if error is not None:
+        if status == "FAILED":
             self.log_tags({"vans.error": redacted(f"{type(error).__name__}: {error}")})
         self._put("end", status=status, time=_milliseconds())
 

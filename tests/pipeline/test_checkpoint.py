@@ -78,6 +78,37 @@ def test_writer_killed_half_way_costs_only_its_own_checkpoint(tmp_path: Path) ->
     assert [store.load(path).step for path in store.paths()] == [2, 1]
 
 
+def test_a_full_disk_leaves_the_checkpoint_before_and_no_remains(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes the kernel refuse a file that grows, also in torch's own writer: what a full disk looks like."""
+    script = """
+import asyncio, resource, sys
+import torch
+from pipeline.checkpoint import CheckpointStore, TrainState, WriteFailures
+store = CheckpointStore(sys.argv[1])
+failures = WriteFailures(store, limit=2)
+
+async def write(step, values):
+    with store.write("stage1", step, TrainState("stage1", step)) as folder:
+        torch.save(torch.zeros(values), folder / "weights.pt")
+
+async def main():
+    assert await failures.attempt(write(1, 10), "stage1 after 1 steps", last=False) is None
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    print(await failures.attempt(write(2, 100_000), "stage1 after 2 steps", last=False))
+    await failures.attempt(write(3, 100_000), "stage1 after 3 steps", last=False)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert "stage1 after 2 steps could not be written" in done.stdout and "step000001 is kept" in done.stdout, (
+        done.stderr
+    )
+    assert done.returncode == 1 and "CheckpointWriteError" in done.stderr and "2 in a row" in done.stderr
+    latest = CheckpointStore(tmp_path).latest()
+    assert latest is not None and latest.step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["stage1-step000001"]
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[50] ^= 1

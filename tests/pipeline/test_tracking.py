@@ -167,6 +167,22 @@ def test_wrong_address_is_an_error_at_the_start(config: RunConfig, monkeypatch: 
     assert time.perf_counter() - started < 20
 
 
+def test_resume_without_a_server_is_an_error_too(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9 does not answer"):
+        Tracker.start(config, resume_run_id="0123456789abcdef0123456789abcdef")
+
+
+def test_steps_that_are_replayed_within_a_process_stay_as_they_were(config: RunConfig) -> None:
+    with Tracker.start(config) as tracker, tracker.stage("stage1"):
+        for step in range(4):
+            tracker.log_metrics({"learner/loss": float(step)}, step)
+        tracker.replay()
+        for step in range(2, 6):
+            tracker.log_metrics({"learner/loss": 10.0 + step}, step)
+    assert history(tracker, "stage1", "learner/loss") == [(s, float(s) if s < 4 else 10.0 + s) for s in range(6)]
+
+
 def test_run_to_resume_must_be_in_the_store(config: RunConfig) -> None:
     with pytest.raises(TrackingError, match="cannot resume the MLflow run 0123"):
         Tracker.start(config, resume_run_id="0123456789abcdef0123456789abcdef")

@@ -1,5 +1,8 @@
 """The outbox loses no record and holds nobody up, whether the store is away, slow or hanging."""
 
+import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -101,3 +104,35 @@ def test_refused_record_is_kept_apart_and_the_rest_goes_on(tmp_path: Path, caplo
     assert "no such metric" in rejects and "FileNotFoundError" in rejects
     assert outbox.counts.rejected == 2
     assert "refused" in caplog.text
+
+
+def test_full_disk_under_the_spool_keeps_the_records_in_order(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE in a process of its own: the kernel refuses the spool's growth with EFBIG, as it would a full disk."""
+    script = """
+import json, resource, sys, time
+from pathlib import Path
+from pipeline.tracking.outbox import Outbox, Unreachable
+up, taken = [False], []
+def deliver(record):
+    if not up[0]:
+        raise Unreachable("away")
+    taken.append(record["n"])
+outbox = Outbox(deliver, Path(sys.argv[1]) / "spool.jsonl", retry_s=0.05)
+for n in range(3):
+    outbox.put({"n": n})
+assert outbox.flush(10)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30, resource.RLIM_INFINITY))
+for n in range(3, 60):
+    outbox.put({"n": n})
+assert outbox.flush(10)
+spooled = outbox.counts.spooled
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+up[0] = True
+left = outbox.close(10)
+print(json.dumps([spooled, left, taken == list(range(60))]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    spooled, left, in_order = json.loads(done.stdout)
+    assert spooled < 60 and left == 0 and in_order
+    assert "cannot be written" in done.stderr
