@@ -31,7 +31,7 @@ async def record(folder: Path) -> list[PoolPoint]:
     points: list[PoolPoint] = []
     work: list[asyncio.Task[object]] = []
     with place(PlacementPlan((Ask("toy", 1, 1.0),)), 30) as room:
-        async with toy_pool(folder, room, workers=1) as pool:
+        async with toy_pool("toy", folder, room, 1) as pool:
             began, next_look, number = time.monotonic(), 0.0, 0
             todo = {STORY["two"]: 2, STORY["four"]: 4, STORY["one"]: 1}
             due = 0.0
