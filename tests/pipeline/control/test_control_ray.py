@@ -18,6 +18,7 @@ import pytest
 pytestmark = [pytest.mark.ray]
 ROOT = Path(__file__).resolve().parents[3]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+TOKEN = {"RAY_AUTH_MODE": "token"}  # what a person sets who gives an address; a run's folder says it by itself
 
 
 class Run:
@@ -46,11 +47,11 @@ class Run:
             assert time.monotonic() < deadline, (self.out / "driver.log").read_text()
             time.sleep(0.1)
 
-    def vans(self, *words: str, code: int = 0) -> str:
+    def vans(self, *words: str, code: int = 0, env: dict[str, str] | None = None) -> str:
         """Run the command line in a process of its own; return what it printed."""
         done = subprocess.run(
             [sys.executable, "-m", "pipeline", *words],
-            env=ENV,
+            env=ENV | (env or {}),
             cwd=self.out,
             capture_output=True,
             text=True,
@@ -113,10 +114,10 @@ from cluster.session import join
 with join(sys.argv[1]):
     ray.kill(find_board(boards()["toy-run"][0]))
 """
-    subprocess.run([sys.executable, "-c", kill, run.record()["address"]], env=ENV, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", kill, run.record()["address"]], env=ENV | TOKEN, check=True, timeout=60)
     run.wait_for(lambda: "the board failed" in (run.out / "driver.log").read_text())
     error = run.vans(
-        "scale", "toy-run", "artist=2", "--address", run.record()["address"], code=2
+        "scale", "toy-run", "artist=2", "--address", run.record()["address"], code=2, env=TOKEN
     )  # by name; a new board
     assert error == "error: no pool artist; the run's pools are toy, auto\n"
     text = run.vans("status", str(run.out))
