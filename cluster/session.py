@@ -112,8 +112,11 @@ def connect(
 
 
 @contextmanager
-def join(address: str) -> Iterator[Session]:
+def join(address: str, *, token: bool = False) -> Iterator[Session]:
     """Join the cluster at ``address`` to talk to what runs there: no workers are started from here, so nothing is uploaded.
+
+    ``token``: the cluster is known to want Ray's token. Ray itself shows its token at an address that it was given only
+    where RAY_AUTH_MODE says so, although it gives one to every cluster that it starts.
 
     Raises ClusterError when there is nothing at the address, or it does not let this process in.
     """
@@ -122,6 +125,11 @@ def join(address: str) -> Iterator[Session]:
     where = resolve_address(address, {})
     if where is None:
         raise ClusterError(f"Ray address {address!r}: give host:port (the head's, usually 6379) or auto")
+    if token and "RAY_AUTH_MODE" not in os.environ:
+        from ray._raylet import Config
+
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # Ray reads the variable when it is imported
     try:
         _join(where, {"logging_level": logging.ERROR, "log_to_driver": False})
         yield Session(ray.get_runtime_context().gcs_address, embedded=False)

@@ -1,4 +1,4 @@
-"""How many workers a pool should have, from what was seen of it lately. Pure: no clock, no Ray, no state of its own.
+"""How many workers a pool should have, from what was seen of it lately. Pure: no clock, no Ray.
 
 A pool grows when a request has waited longer than ``target_wait_s``, and shrinks when one worker fewer would still keep well
 within it. Three rules keep it calm:
@@ -70,7 +70,8 @@ class PoolPoint:
 def decide(settings: AutoscaleSection, trace: Sequence[PoolPoint], now: float) -> int:
     """Return how many workers the pool should have at ``now``.
 
-    ``trace`` is what was seen of it, oldest first, at least one point; it should reach back by ``memory_s(settings)``. The
+    ``trace`` is what was seen of it, oldest first, at least one point; it should reach back by ``window_s`` and by
+    ``cooldown_s``. The
     answer is the present target, or lies within ``min`` … ``max`` and at most ``step`` away from it.
     """
     size = trace[-1].target
@@ -88,15 +89,26 @@ def decide(settings: AutoscaleSection, trace: Sequence[PoolPoint], now: float) -
     return size
 
 
+class Autoscaler:
+    """:func:`decide` with its memory: what was seen of one pool, for as long as it matters."""
+
+    def __init__(self, settings: AutoscaleSection) -> None:
+        self.settings = settings
+        self.trace: list[PoolPoint] = []
+
+    def see(self, point: PoolPoint) -> int:
+        """Remember ``point`` and return how many workers the pool should have now."""
+        self.trace.append(point)
+        horizon = point.at - max(self.settings.window_s, self.settings.cooldown_s)
+        while len(self.trace) > 2 and self.trace[1].at < horizon:  # one older point stays: it shows a change after it
+            del self.trace[0]
+        return decide(self.settings, self.trace, point.at)
+
+
 def last_change(trace: Sequence[PoolPoint]) -> float:
     """Return when the target changed last; the first point's time where ``trace`` shows no change."""
     changes = (new.at for old, new in zip(reversed(trace[:-1]), reversed(trace[1:])) if new.target != old.target)
     return next(changes, trace[0].at)
-
-
-def memory_s(settings: AutoscaleSection) -> float:
-    """Return how far back :func:`decide` looks, in seconds."""
-    return max(settings.window_s, settings.cooldown_s)
 
 
 def _too_slow(settings: AutoscaleSection, seen: Sequence[PoolPoint]) -> bool:

@@ -133,9 +133,9 @@ def open_run(run: str, address: str | None = None) -> Iterator[RunClient]:
     """
     if (Path(run) / FILE).is_file():
         record = _read(Path(run))
-        where, name, board = address or record.address, record.run, record.board
+        where, name, board, token = address or record.address, record.run, record.board, record.token
     else:
-        where, name, board = address or os.environ.get("RAY_ADDRESS", ""), run, ""
+        where, name, board, token = address or os.environ.get("RAY_ADDRESS", ""), run, "", False
         if Path(run).is_dir():
             raise ControlError(
                 f"{run} holds no {FILE}: no run was started there, or it has not begun to start its pools"
@@ -145,7 +145,7 @@ def open_run(run: str, address: str | None = None) -> Iterator[RunClient]:
                 f"no such run: {run} is no run's folder; to ask by name give the cluster's --address too"
             )
     try:
-        with join(where):
+        with join(where, token=token):
             handle = find_board(board or _board_of(name, where))
             if handle is None:
                 raise ControlError(f"run {name} does not answer: the cluster at {where} does not have its board")

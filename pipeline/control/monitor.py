@@ -26,7 +26,7 @@ from cluster.errors import WorkerTimeoutError
 from cluster.resources import amounts, view
 from pipeline.config import RunConfig
 from pipeline.config.machinery import AutoscaleSection, ControlSection
-from pipeline.control.autoscale import PoolPoint, decide, memory_s
+from pipeline.control.autoscale import Autoscaler, PoolPoint
 from pipeline.control.exporter import Exporter
 from pipeline.control.record import RunRecord, new_record, utc_now
 from pipeline.control.snapshot import Resize, RunView, pool_view
@@ -94,7 +94,7 @@ class Monitor:
         self.pools = {pool.name: pool for pool in pools}
         self.record, self.out, self.settings = record, out, settings
         self.limits = {name: limits.get(name, AutoscaleSection()) for name in self.pools}
-        self.traces: dict[str, deque[PoolPoint]] = {name: deque() for name in self.pools}
+        self.autoscalers = {name: Autoscaler(section) for name, section in self.limits.items() if section.enabled}
         self.resizes: deque[Resize] = deque(maxlen=KEPT_RESIZES)
         self._exporter: Exporter | None = None
         self._board: Any = None
@@ -122,7 +122,7 @@ class Monitor:
         stats = {name: pool.stats() for name, pool in self.pools.items()}
         points = {name: PoolPoint.of(figures, now) for name, figures in stats.items()}
         try:
-            await self._autoscale(points, now)
+            await self._autoscale(points)
         except Exception as error:  # noqa: BLE001 - a pool that has failed; the others are shown all the same
             self._trouble("the autoscaler", error)
         try:
@@ -195,16 +195,10 @@ class Monitor:
 
     # --- what is changed
 
-    async def _autoscale(self, points: Mapping[str, PoolPoint], now: float) -> None:
-        for name, point in points.items():
-            limits, trace = self.limits[name], self.traces[name]
-            if not limits.enabled:
-                continue
-            trace.append(point)
-            while len(trace) > 2 and trace[1].at < now - memory_s(limits):
-                trace.popleft()
-            wanted = decide(limits, trace, now)
-            if wanted != point.target:
+    async def _autoscale(self, points: Mapping[str, PoolPoint]) -> None:
+        for name, autoscaler in self.autoscalers.items():
+            wanted = autoscaler.see(points[name])
+            if wanted != points[name].target:
                 await self._resize(name, wanted, "autoscaler")
 
     async def _resize(self, name: str, workers: int, by: str) -> None:

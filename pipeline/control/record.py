@@ -29,6 +29,8 @@ class RunRecord:
     host: str
     pid: int
     """The driver."""
+    token: bool
+    """Whether the cluster wants Ray's token; the token itself is not written down."""
     started: str
     state: Literal["starting", "running", "ended"] = "starting"
     ended: str = ""
@@ -48,7 +50,9 @@ class RunRecord:
 
 def new_record(run: str, address: str) -> RunRecord:
     """Return the record of a run that this process starts now."""
-    return RunRecord(run, address, board_name(run, uuid.uuid4().hex[:8]), socket.gethostname(), os.getpid(), utc_now())
+    token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"  # Ray sets it where it decides so itself
+    board = board_name(run, uuid.uuid4().hex[:8])
+    return RunRecord(run, address, board, socket.gethostname(), os.getpid(), token, utc_now())
 
 
 def utc_now() -> str:

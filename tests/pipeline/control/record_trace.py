@@ -1,4 +1,4 @@
-"""Records ``trace.json`` from a real pool: ``python tests/pipeline/control/record_trace.py``, about a minute.
+"""Records ``trace.json`` from a real pool: ``python tests/pipeline/control/record_trace.py [FILE]``, about a minute.
 
 An embedded Ray of three slots, a pool of toy workers of one slot each, a call of 0.05 s per request, a look every half second. A
 minute in the life of a pool: quiet, a burst on one worker, a second worker, a size beyond the cluster (the fourth worker waits for
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ async def record(folder: Path) -> list[PoolPoint]:
     points: list[PoolPoint] = []
     work: list[asyncio.Task[object]] = []
     with place(PlacementPlan((Ask("toy", 1, 1.0),)), 30) as room:
-        async with toy_pool(folder, room, workers=1) as pool:
+        async with toy_pool("toy", folder, room, 1) as pool:
             began, next_look, number = time.monotonic(), 0.0, 0
             todo = {STORY["two"]: 2, STORY["four"]: 4, STORY["one"]: 1}
             due = 0.0
@@ -60,5 +61,6 @@ if __name__ == "__main__":
     rows = ",\n".join(json.dumps(list(dataclasses.asdict(point).values())) for point in found)
     names = json.dumps([field.name for field in dataclasses.fields(PoolPoint)])
     about = json.dumps("A real pool of toy workers, recorded by record_trace.py, which says how.")
-    TRACE.write_text(f'{{"about": {about},\n"fields": {names},\n"points": [\n{rows}\n]}}\n')
-    print(f"{len(found)} points in {TRACE}")
+    file = Path(sys.argv[1]) if len(sys.argv) > 1 else TRACE
+    file.write_text(f'{{"about": {about},\n"fields": {names},\n"points": [\n{rows}\n]}}\n')
+    print(f"{len(found)} points in {file}")

@@ -17,7 +17,7 @@ from actors.pool.commands import End, Load, Send, Start
 from actors.pool.dispatch import Dispatcher
 from actors.pool.spec import PoolSpec
 from pipeline.config.machinery import AutoscaleSection, PoolSection
-from pipeline.control.autoscale import PoolPoint, decide, last_change, memory_s
+from pipeline.control.autoscale import Autoscaler, PoolPoint, decide, last_change
 
 SETTINGS = AutoscaleSection(enabled=True, min=1, max=4, target_wait_s=1.0, window_s=4.0, cooldown_s=3.0)
 
@@ -135,6 +135,7 @@ def rule(settings: AutoscaleSection, arrivals: dict[float, int], until: float, c
     answers: list[tuple[float, int, int]] = []
     starts: list[tuple[float, str]] = []
     seen: list[PoolPoint] = []
+    autoscaler = Autoscaler(settings)
     due = sorted(arrivals.items())
     for tick in range(int(until / TICK)):
         now = tick * TICK
@@ -163,8 +164,7 @@ def rule(settings: AutoscaleSection, arrivals: dict[float, int], until: float, c
                         pass
         if tick % 10 == 0:
             seen.append(PoolPoint.of(core.stats(now), now))
-            trace = [point for point in seen if point.at >= now - memory_s(settings) - 1.0]
-            wanted = decide(settings, trace, now)
+            wanted = autoscaler.see(seen[-1])
             if wanted != core.target:
                 core.resize(wanted)
     return seen
@@ -178,6 +178,12 @@ def arrivals_of(trace: Sequence[PoolPoint]) -> dict[float, int]:
     """Return the recorded arrivals: requests that were done, inside workers or in the queue for the first time."""
     total = [point.done + point.inflight + point.queue_len for point in trace]
     return {new.at: more - less for (less, more), new in zip(pairwise(total), trace[1:]) if more > less}
+
+
+def test_forgetting_what_is_old_changes_no_decision() -> None:
+    autoscaler = Autoscaler(SETTINGS)
+    assert [autoscaler.see(point) for point in TRACE] == [wish for _, wish in wishes(SETTINGS)]
+    assert len(autoscaler.trace) < 15 < len(TRACE)
 
 
 def test_in_charge_of_the_recorded_load_it_grows_for_the_burst_and_ends_at_the_minimum() -> None:

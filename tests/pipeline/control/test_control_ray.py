@@ -18,6 +18,7 @@ import pytest
 pytestmark = [pytest.mark.ray]
 ROOT = Path(__file__).resolve().parents[3]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+TOKEN = {"RAY_AUTH_MODE": "token"}  # what a person sets who gives an address; a run's folder says it by itself
 
 
 class Run:
@@ -46,11 +47,11 @@ class Run:
             assert time.monotonic() < deadline, (self.out / "driver.log").read_text()
             time.sleep(0.1)
 
-    def vans(self, *words: str, code: int = 0) -> str:
+    def vans(self, *words: str, code: int = 0, env: dict[str, str] | None = None) -> str:
         """Run the command line in a process of its own; return what it printed."""
         done = subprocess.run(
             [sys.executable, "-m", "pipeline", *words],
-            env=ENV,
+            env=ENV | (env or {}),
             cwd=self.out,
             capture_output=True,
             text=True,
@@ -113,12 +114,12 @@ from cluster.session import join
 with join(sys.argv[1]):
     ray.kill(find_board(boards()["toy-run"][0]))
 """
-    subprocess.run([sys.executable, "-c", kill, run.record()["address"]], env=ENV, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", kill, run.record()["address"]], env=ENV | TOKEN, check=True, timeout=60)
     run.wait_for(lambda: "the board failed" in (run.out / "driver.log").read_text())
     error = run.vans(
-        "scale", "toy-run", "artist=2", "--address", run.record()["address"], code=2
+        "scale", "toy-run", "artist=2", "--address", run.record()["address"], code=2, env=TOKEN
     )  # by name; a new board
-    assert error == "error: no pool artist; the run's pools are toy\n"
+    assert error == "error: no pool artist; the run's pools are toy, auto\n"
     text = run.vans("status", str(run.out))
     assert re.search(r"toy +\d of 3 +v7", text) and re.search(r"toy-0 +ready +127.0.0.1 +v7", text)
     assert (run.out / "driver.log").read_text().count("the board failed") == 1
@@ -127,17 +128,19 @@ with join(sys.argv[1]):
 def test_nothing_was_lost_or_done_twice_and_an_ended_run_says_so(run: Run) -> None:
     run.end()
     assert run.process.returncode == 0, (run.out / "driver.log").read_text()
-    answers = {
-        int(number): tuple(answer) for number, answer in json.loads((run.out / "answers.json").read_text()).items()
-    }
-    assert answers == {number: (number * number, 7) for number in range(len(answers))} and len(answers) > 50
+    found = json.loads((run.out / "answers.json").read_text())
+    answers = {int(n): tuple(answer) for pool in found.values() for n, answer in pool.items()}
+    versions = {int(n): 7 if pool == "toy" else 0 for pool in found for n in found[pool]}
+    assert answers == {n: (n * n, versions[n]) for n in range(len(answers))} and len(found["toy"]) > 50
     worked = Counter(int(line.split()[0]) for line in (run.out / "processed").read_text().splitlines())
     assert worked == dict.fromkeys(answers, 1)
     metrics = (run.out / "metrics.txt").read_text()
     for name in ("_workers{", "_queue_len{", "_done_total{", "_queue_wait_s_bucket{", "_service_s_sum{"):
         assert f"ray_vans_pool{name}" in metrics
     assert re.search(r'ray_vans_pool_target\{.*pool="toy".*run="toy-run".*\} 3\.0', metrics)
-    lines = [json.loads(line)["pools"]["toy"] for line in (run.out / "pools.jsonl").read_text().splitlines()]
-    assert {1, 3, 5} <= {line["target"] for line in lines}
+    lines = [json.loads(line)["pools"] for line in (run.out / "pools.jsonl").read_text().splitlines()]
+    assert {1, 3, 5} <= {line["toy"]["target"] for line in lines}
+    sizes = [line["auto"]["target"] for line in lines]  # the autoscaler grew it, and then left it alone
+    assert sizes == sorted(sizes) and set(sizes) == {1, 2}
     error = run.vans("status", str(run.out), code=2)
     assert re.fullmatch(r"error: run toy-run in \S+ has ended: \S+\n", error)

@@ -1,4 +1,5 @@
-"""A small run of its own process: an embedded Ray of three slots, a pool of two toy workers in their bundles, requests without end.
+"""A small run of its own process: an embedded Ray of three slots, a pool ``toy`` of two workers in their bundles, a pool ``auto`` that
+sizes itself and takes no slots, requests without end.
 
 ``python toy_run.py OUT`` serves until OUT/stop appears. It leaves OUT/answers.json, what Ray's metrics port says of the pool in
 OUT/metrics.txt, and a line in OUT/processed for each request that a worker worked on.
@@ -21,11 +22,12 @@ from actors.failures import attempt
 from actors.pool import PoolSpec, WorkerInfo, WorkerPool, worker_info
 from cluster.resources import Ask, PlacementPlan, place
 from cluster.session import connect
-from pipeline.config.machinery import ControlSection
+from pipeline.config.machinery import AutoscaleSection, ControlSection
 from pipeline.control.monitor import supervised
 from pipeline.control.record import new_record
 
-IN_FLIGHT = 6
+IN_FLIGHT = {"toy": 6, "auto": 4}
+LIMITS = {"auto": AutoscaleSection(enabled=True, max=2, target_wait_s=0.1, cooldown_s=2.0)}
 
 
 class Toy:
@@ -57,33 +59,33 @@ class Toy:
         return "pong"
 
 
-def toy_pool(out: Path, room: Any, **limits: Any) -> WorkerPool:
-    """Return a pool of Toy workers of one slot each."""
+def toy_pool(name: str, out: Path, room: Any, workers: int) -> WorkerPool:
+    """Return a pool of Toy workers."""
     actor = ray.remote(Toy)
     return WorkerPool(
-        "toy",
-        lambda name: actor.options(**room.options("toy", name), max_restarts=0).remote(name, str(out)),
-        PoolSpec(**{"workers": 2, "max_batch": 1} | limits),
+        name,
+        lambda worker: actor.options(**room.options(name, worker), max_restarts=0).remote(worker, str(out)),
+        PoolSpec(workers, max_batch=1),
     )
 
 
 async def serve(out: Path, address: str) -> None:
     """Submit numbers, ``IN_FLIGHT`` at a time, until there is a file ``stop``."""
-    answers: dict[int, tuple[int, int]] = {}
+    answers: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in IN_FLIGHT}
     numbers = iter(range(10**9))
 
     async def ask_on(pool: WorkerPool) -> None:
         while not (out / "stop").exists():
             number = next(numbers)
-            assert number not in answers
-            answers[number] = await pool.submit(number)
+            answers[pool.name][number] = await pool.submit(number)
 
     record = new_record("toy-run", address)
-    with place(PlacementPlan((Ask("toy", 2, 1.0),)), 30) as room:
-        async with toy_pool(out, room) as pool:
-            await pool.set_weights(7, None)
-            async with supervised([pool], record, out, ControlSection(every_s=0.5, trace_every_s=1.0)):
-                await asyncio.gather(*(ask_on(pool) for _ in range(IN_FLIGHT)))
+    settings = ControlSection(every_s=0.5, trace_every_s=0.5)
+    with place(PlacementPlan((Ask("toy", 2, 1.0), Ask("auto", 1, 0.0))), 30) as room:
+        async with toy_pool("toy", out, room, 2) as toy, toy_pool("auto", out, room, 1) as auto:
+            await toy.set_weights(7, None)
+            async with supervised([toy, auto], record, out, settings, LIMITS):
+                await asyncio.gather(*(ask_on(pool) for pool in (toy, auto) for _ in range(IN_FLIGHT[pool.name])))
                 url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
                 text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=10).read().decode())
     lines = [line for line in text.splitlines() if line.startswith("ray_vans_pool")]
