@@ -89,7 +89,6 @@ class RolloutBatch:
     totals: tuple[np.ndarray, ...]
     advantages: tuple[np.ndarray, ...]
     metrics: dict[str, float] = field(default_factory=dict)
-    failures: tuple[str, ...] = ()  # why members left their groups
 
 
 def assemble(
@@ -113,8 +112,7 @@ def assemble(
     }
     if kept:
         metrics |= _reward_metrics(kept, values, totals, zero_std, trained_version)
-    failures = tuple(text for g in groups if g is not None for text in g.failures)
-    return RolloutBatch(kept, totals, tuple(advantages), metrics, failures)
+    return RolloutBatch(kept, totals, tuple(advantages), metrics)
 
 
 def _reward_metrics(

@@ -28,8 +28,6 @@ from pipeline.stages.refill import Refill
 log = logging.getLogger(__name__)
 
 POLICIES = ("vlm", "vdm")
-EMPTY_STEPS = 5
-"""Steps in a row without a usable group that stop a run: rewards that fail on every sample teach nothing."""
 
 
 class StageStopped(Exception):
@@ -109,8 +107,7 @@ async def run_stage(
 ) -> StageResult:
     """Train ``stage`` from ``first_step`` to its last; ``on_step`` (awaited) tracks, shows and checkpoints.
 
-    Raises StageStopped where ``stop`` asks for it: rollouts are cancelled, an update is waited for. TrainingError after
-    EMPTY_STEPS steps in a row that had nothing to learn from.
+    Raises StageStopped where ``stop`` asks for it: rollouts are cancelled, an update is waited for.
     """
     section, stop = stage.section, StopRequest() if stop is None else stop  # one without a request is false
     result = StageResult(stage.policies, section.steps)
@@ -119,7 +116,7 @@ async def run_stage(
     cursors: dict[int, FeedCursor] = {}  # where each step in flight began to draw
     drawing = asyncio.Lock()
     budget = FailureBudget(stage.name, section.rollout.max_failed_ratio)
-    launched, empty = first_step, 0
+    launched = first_step
     try:
         for step in range(first_step, section.steps):
             while launched < section.steps and launched - step <= section.rollout.max_staleness and not stop:
@@ -140,9 +137,6 @@ async def run_stage(
             result.history.append(metrics)
             result.ratio_max_dev = max(result.ratio_max_dev, metrics.get("learner/ratio_max_dev", 0.0))
             await on_step(StepReport(step, metrics, batch, cursors.get(step + 1, feed.cursor)))
-            empty = 0 if batch.groups else empty + 1
-            if empty == EMPTY_STEPS:
-                raise TrainingError(nothing_to_learn(stage.name, step, batch))
         if stop:
             raise StageStopped(section.steps, feed.cursor)
     finally:
@@ -155,16 +149,6 @@ async def run_stage(
             f"{stage.name}: the frozen model changed while the other was trained; this is a bug, its results are void"
         )
     return result
-
-
-def nothing_to_learn(name: str, step: int, batch: RolloutBatch) -> str:
-    """Return what to tell of ``EMPTY_STEPS`` steps without a usable group."""
-    lost = ", ".join(f"{key.partition('/')[2]} {value:g}" for key, value in batch.metrics.items())
-    why = f"; the first reason: {batch.failures[0]}" if batch.failures else ""
-    return (
-        f"{name}: the {EMPTY_STEPS} steps up to step {step} had no group to learn from ({lost}){why}. Look at the rewards and "
-        "the samples: what cannot be scored leaves its group, and a group that is too small leaves the step"
-    )
 
 
 async def rollout(
