@@ -165,7 +165,7 @@ def test_rewards_that_are_nan_leave_their_group_and_never_the_run(
     (tmp_path / "house_rewards.py").write_text(REWARDS)
     out, log = tmp_path / "run", tmp_path / "log"
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    command = arguments(out, toy_shards, "stage1.steps=3", "stage2.steps=0")
+    command = arguments(out, toy_shards, "stage1.steps=3", "stage2.steps=0", "stage1.rollout.max_failed_ratio=0.9")
     command += ['stage1.rewards.weights={"house_rewards:sometimes": 1.0}']
     with driver(log, command, PYTHONPATH=path) as run:
         assert run.wait(PATIENCE_S) == 0, log.read_text()[-8000:]
@@ -176,12 +176,12 @@ def test_rewards_that_are_nan_leave_their_group_and_never_the_run(
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "told"),
-    [("never", 2, "had no group to learn from"), ("broken", 1, "return {}[text]")],
+    ("name", "told"),
+    [("never", "is nan"), ("broken", "KeyError")],
     ids=["NaN for every sample", "an exception"],
 )
 def test_rewards_that_never_work_stop_the_run_and_say_why(
-    ray_alone: None, toy_shards: Path, tmp_path: Path, name: str, code: int, told: str
+    ray_alone: None, toy_shards: Path, tmp_path: Path, name: str, told: str
 ) -> None:
     (tmp_path / "house_rewards.py").write_text(REWARDS)
     log = tmp_path / "log"
@@ -189,5 +189,5 @@ def test_rewards_that_never_work_stop_the_run_and_say_why(
     command = arguments(tmp_path / "run", toy_shards, "stage1.steps=9", "stage2.steps=0")
     command += [f'stage1.rewards.weights={{"house_rewards:{name}": 1.0}}']
     with driver(log, command, PYTHONPATH=path) as run:
-        assert run.wait(PATIENCE_S) == code, log.read_text()[-8000:]
-    assert told in log.read_text()
+        assert run.wait(PATIENCE_S) == 2, log.read_text()[-8000:]
+    assert "trajectories could be had" in log.read_text() and told in log.read_text()
