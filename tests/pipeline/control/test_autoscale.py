@@ -1,4 +1,4 @@
-"""The autoscaler on a recorded pool (``trace.json``; record_trace.py says how), and in charge of the real dispatcher."""
+"""The autoscaler on a pool's trace (``trace.json``, which says where it is from), and in charge of the real dispatcher."""
 
 from __future__ import annotations
 
