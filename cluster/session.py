@@ -40,6 +40,7 @@ _FORWARDED = (
 )
 """Switches of the driver that workers on other nodes are to have too."""
 
+_TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to the head's (docs/security.md)"
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 
 
@@ -243,13 +244,13 @@ def _join(address: str, options: dict[str, Any]) -> None:
     with mode:
         try:
             ray.init(address=address, **options)
-        except AuthenticationError as error:  # its own text says where Ray looks for the token, never the token
-            raise ClusterError(
-                f"The Ray cluster at {address} asks for a token, and this process has none or another one: set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to the head's (docs/security.md)"
-            ) from error
         except (RayError, RuntimeError, ValueError, ConnectionError, OSError) as error:
-            raise ClusterError(f"The Ray cluster at {address} could not be joined: {error}") from error
+            # A refused token reaches us as a lost connection; that something listens there is known by now.
+            refused = isinstance(error, AuthenticationError | ConnectionError)
+            hint = (
+                f". It answers, so it may ask for a token that this process does not have: {_TOKEN}" if refused else ""
+            )
+            raise ClusterError(f"The Ray cluster at {address} could not be joined: {error}{hint}") from error
 
 
 def _unreachable(host: str, port: int) -> str | None:
