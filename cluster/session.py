@@ -40,7 +40,7 @@ _FORWARDED = (
 )
 """Switches of the driver that workers on other nodes are to have too."""
 
-_TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to the head's (docs/security.md)"
+_AUTHENTICATE = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to the head's (docs/security.md)"
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 
 
@@ -248,7 +248,9 @@ def _join(address: str, options: dict[str, Any]) -> None:
             # A refused token reaches us as a lost connection; that something listens there is known by now.
             refused = isinstance(error, AuthenticationError | ConnectionError)
             hint = (
-                f". It answers, so it may ask for a token that this process does not have: {_TOKEN}" if refused else ""
+                f". It answers, so it may ask for a token that this process does not have: {_AUTHENTICATE}"
+                if refused
+                else ""
             )
             raise ClusterError(f"The Ray cluster at {address} could not be joined: {error}{hint}") from error
 
