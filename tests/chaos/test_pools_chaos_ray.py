@@ -224,7 +224,7 @@ def test_bad_requests_leave_their_neighbours_in_real_pools_alone() -> None:
         await refused(
             vdm_pool(),
             one,
-            [(replace(one[0], caption="  "), "caption is empty"), (bad_frames, "34"), (grey, "(2, 32, 32)")],
+            [(replace(one[0], caption="  "), "caption is empty"), (bad_frames, "height=30"), (grey, "(2, 32, 32)")],
         )
         judged = scores(3)
         odd = replace(judged[0], clip=np.zeros((9, 32, 32), np.uint8))
