@@ -59,7 +59,7 @@ def test_a_stage_of_no_steps_hands_nothing_on_when_the_run_is_resumed(tmp_path: 
     run = _Run(config, None, Console(file=io.StringIO()), None, None)  # type: ignore[arg-type]
     fleet = SimpleNamespace(vlm=Pool())
     state = TrainState("stage2", 1, extra={"versions": {"vlm": 0, "vdm": 1}})
-    asyncio.run(run._stage(Stage1(config, fleet), fleet, state))  # type: ignore[arg-type]
+    asyncio.run(run._stage(Stage1, fleet, state))  # type: ignore[arg-type]
     assert fleet.vlm == Pool()
 
 
