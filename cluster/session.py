@@ -126,6 +126,14 @@ def join(address: str, *, token: bool = False) -> Iterator[Session]:
     where = resolve_address(address, {})
     if where is None:
         raise ClusterError(f"Ray address {address!r}: give host:port (the head's, usually 6379) or auto")
+    if ray.is_initialized():  # it is not ours to end
+        mine = ray.get_runtime_context().gcs_address
+        if where not in (mine, "auto"):
+            raise ClusterError(
+                f"This process is in the Ray cluster at {mine}, and cannot join the one at {where} as well"
+            )
+        yield Session(mine, embedded=False)
+        return
     if token and "RAY_AUTH_MODE" not in os.environ:
         from ray._raylet import Config
 

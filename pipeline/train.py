@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import shlex
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -41,6 +42,7 @@ from rewards.alarms import AlarmState
 
 AnyStage = Stage1 | Stage2 | AllInOne
 STAGES: dict[str, tuple[type[AnyStage], ...]] = {"two_stage": (Stage1, Stage2), "all_in_one": (AllInOne,)}
+FEED_CLOSE_S = 30.0
 SYSTEMS = ("SFT", "Joint-GRPO")
 
 
@@ -91,14 +93,14 @@ def run_training(
 
 def resume_command(config: RunConfig) -> str:
     """Return the command that continues the run of ``config``, whatever command started it."""
-    return f"vans train {config.out / 'config.yaml'} --resume"
+    return f"vans train {shlex.quote(str(config.out / 'config.yaml'))} --resume"
 
 
 def stopped_message(config: RunConfig, stop: StopRequest) -> str:
     """Return what a person is told when a signal has ended the run."""
     newest = next(iter(CheckpointStore(config.out / "checkpoints", config.checkpoint.keep).paths()), None)
     if newest is None:
-        return f"stopped by {stop.name} before anything was trained; the same command starts the run again"
+        return f"stopped by {stop.name}, and there is no checkpoint yet; the same command starts the run again"
     return f"stopped by {stop.name}; {newest} is kept. Go on with: {resume_command(config)}"
 
 
@@ -167,8 +169,12 @@ class _Run:
                 )
                 self.tracker.log_evaluation(self.report.table)
         finally:
-            await asyncio.to_thread(self.feed.close)
-            await fleet_context.__aexit__(None, None, None)
+            try:  # a decoder that never answers must not keep the pools
+                await asyncio.wait_for(asyncio.to_thread(self.feed.close), FEED_CLOSE_S)
+            except TimeoutError:
+                self.console.print(f"the data stream did not end within {FEED_CLOSE_S:g} s", style="yellow")
+            finally:
+                await fleet_context.__aexit__(None, None, None)
         return self.report
 
     async def _answer(self, fleet: Fleet, system: str) -> None:
@@ -232,6 +238,8 @@ class _Run:
                 hook = _StepHook(self, stage, learners, alarms, progress, restarts)
                 try:
                     result = await run_stage(stage, self.feed, learners, first_step=first, on_step=hook, stop=self.stop)
+                    if self.stop:  # asked for while the frozen models were compared
+                        raise StageStopped(stage.section.steps, self.feed.cursor)
                 except StageStopped as stopped:
                     await hook.keep(stopped)
                     raise asyncio.CancelledError from None

@@ -317,6 +317,10 @@ class Trainer:
 
     def _states(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the optimizer's state dict, and all tensors as they are stored."""
+        if not self.optimizer.state:  # torch fills it by a step of rate 0, which would count as the first one
+            get_state_dict(self.policy.module, self.optimizer)
+            for values in self.optimizer.state.values():
+                values["step"].zero_()
         model, optimizer = get_state_dict(
             self.policy.module, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
         )
@@ -345,14 +349,15 @@ class Trainer:
                 write()
             except Exception as error:  # noqa: BLE001 - raised below, when the others know
                 failure = error
-        (failed,) = self._reduce([float(failure is not None)], dist.ReduceOp.MAX)
-        if failure is not None:
-            told = write_failure(failure)
-            if told is None:
-                raise TrainingError(f"{self.spec.name}: writing {folder} failed: {failure!r}") from failure
-            raise CheckpointWriteError(self._not_written(0, folder, told)) from failure
-        if failed:
-            raise TrainingError(self._not_written(0, folder, "its own error says why"))
+        told = None if failure is None else write_failure(failure)
+        bug, storage = self._reduce(
+            [float(failure is not None and told is None), float(told is not None)], dist.ReduceOp.MAX
+        )
+        # All ranks raise the same kind, whichever of them is heard first.
+        if storage:
+            raise CheckpointWriteError(self._not_written(0, folder, told or "its own error says why")) from failure
+        if bug:
+            raise TrainingError(f"{self.spec.name}: writing {folder} failed on rank 0: {failure!r}") from failure
 
     def _unwritten(self, folder: str, error: CheckpointException) -> Exception:
         """Return what the ranks' failures come to: one of storage, or a bug."""

@@ -311,7 +311,7 @@ class WorkerPool:
                 except ray.exceptions.RayError as error:
                     raise translate(error) from error
                 return
-            if await loop.run_in_executor(self._maker, self._reconsider, name):
+            if await loop.run_in_executor(self._maker, self._looks_elsewhere, name):
                 log.warning("pool %s: worker %s finds no room where it belongs; it looks elsewhere", self.name, name)
                 self._kill(name)
                 ready = await self._make(name)
@@ -324,6 +324,13 @@ class WorkerPool:
                 self._core.unplaced(name, reason)
                 self._pump_soon()
         raise WorkerGone("the pool failed while it waited for resources")
+
+    def _looks_elsewhere(self, name: str) -> bool:
+        try:
+            return self._reconsider(name)
+        except Exception as error:  # noqa: BLE001 - Ray's tables are in flux when a node dies; it is asked again soon
+            log.warning("pool %s: whether %s has a place could not be found out: %s", self.name, name, error)
+            return False
 
     async def _make(self, name: str) -> asyncio.Future[Any]:
         """Create the actor ``name``; return what is done when its process runs."""

@@ -231,8 +231,8 @@ class Scorer:
         """Call a user's reward. That it raises is the answer's failure: one odd clip must not end a run of days."""
         try:
             return call_reward(*self._custom[name], _arguments(request))
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
+        except (InfrastructureError, ConnectionError, TimeoutError, MemoryError, torch.OutOfMemoryError):
+            raise  # a judge that is asked over a network may answer the next time
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise BadSampleError(

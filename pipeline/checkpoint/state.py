@@ -21,6 +21,8 @@ STATE_FILE = "train_state.json"
 MAY_DIFFER = (
     *("name", "out", "cluster", "tracking", "control", "checkpoint", "pools", "evaluate", "alarms", "sft"),
     *("learner.start_timeout_s", "learner.step_timeout_s", "learner.max_restarts"),
+    *("data.max_source_s", "data.max_source_mib", "data.max_decode_s", "data.max_quarantine_ratio"),
+    *("stage1.rollout.max_failed_ratio", "stage2.rollout.max_failed_ratio"),
 )
 
 

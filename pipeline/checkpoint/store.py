@@ -75,7 +75,10 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self.prune()
+        try:
+            self.prune()
+        except OSError as error:  # the new one is in its place all the same
+            log.warning("an old checkpoint could not be removed: %s", error)
 
     def latest(self, stage: str | None = None) -> Checkpoint | None:
         """Return the newest undamaged checkpoint (of ``stage``), None where there is none at all.

@@ -25,12 +25,14 @@ from pipeline.control.record import FILE, RunRecord
 from pipeline.control.snapshot import RunView
 
 READ_TIMEOUT_S = 15.0
+MOST_WORKERS = 4096
+"""More is a slip of the finger: each is a task of the run's event loop and an actor that waits for room."""
 FRESH_S = 10.0
 """A snapshot older than this is told apart: the run's loop is held up, or its driver hangs."""
 FOLLOW_S = 12.0
 """How long ``vans scale`` watches whether new workers find room."""
 
-_SIZE = re.compile(r"(?P<pool>[A-Za-z0-9_-]+)=(?P<workers>[+-]?\d+)")
+_SIZE = re.compile(r"(?P<pool>[A-Za-z0-9_-]+)=(?P<workers>[+-]?\d{1,9})")
 
 
 class ControlError(VansError):
@@ -69,6 +71,8 @@ def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
         pool, workers = match["pool"], int(match["workers"])
         if workers < 1:
             raise ControlError(f"{text}: a pool has at least 1 worker")
+        if workers > MOST_WORKERS:
+            raise ControlError(f"{text}: at most {MOST_WORKERS} workers")
         if pool in sizes:
             raise ControlError(f"{text}: pool {pool} is given twice")
         sizes[pool] = workers

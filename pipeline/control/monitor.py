@@ -22,7 +22,7 @@ from typing import Any
 from actors.control import open_board
 from actors.pool import PoolStats, WorkerPool
 from actors.pool.remote import WorkerGone, WorkerRaised, WorkerUnreachable, ask
-from cluster.errors import WorkerTimeoutError
+from cluster.errors import VansError, WorkerTimeoutError
 from cluster.resources import amounts, view
 from pipeline.config import RunConfig
 from pipeline.config.machinery import AutoscaleSection, ControlSection
@@ -56,7 +56,7 @@ async def supervised_fleet(config: RunConfig) -> AsyncIterator[Fleet]:
             async with supervised(list(fleet.pools()), record, config.out, config.control, limits):
                 yield fleet
     finally:  # also where the fleet did not open
-        _write(dataclasses.replace(record, state="ended", ended=utc_now()), config.out)
+        _write_end(record, config.out)
 
 
 @asynccontextmanager
@@ -74,7 +74,7 @@ async def supervised(
     try:
         yield monitor
     finally:
-        _write(dataclasses.replace(record, state="ended", ended=utc_now()), out)
+        _write_end(record, out)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         monitor.close()
@@ -264,6 +264,7 @@ class Monitor:
         import ray
 
         board, self._board = self._board, None
+        self._answers = {}  # the next board numbers its requests anew
         if board is not None and ray.is_initialized():
             ray.kill(board, no_restart=True)
 
@@ -286,3 +287,13 @@ def _write(record: RunRecord, out: Path) -> None:
         record.write(out)
     except OSError as error:
         log.warning("monitor: control.json could not be written to %s: %s. Training goes on.", out, error)
+
+
+def _write_end(record: RunRecord, out: Path) -> None:
+    """Say that the run has ended, unless the folder is another process's by now: one that resumed it."""
+    try:
+        mine = RunRecord.read(out).board == record.board
+    except (VansError, OSError):
+        mine = True
+    if mine:
+        _write(dataclasses.replace(record, state="ended", ended=utc_now()), out)

@@ -14,7 +14,6 @@ from typing import BinaryIO
 from cluster.errors import DataError
 
 _PARENTS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf", b"edts", b"mvex"}
-_FIRST = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"sidx", b"moof", b"pnot", b"uuid"}
 _MAX_BOXES, _MAX_DEPTH = 100_000, 8
 _EDITED = 4  # times that each frame may be shown, on average, were every frame one byte long
 _RUNS = {b"stts", b"ctts"}  # (count, value) pairs; the sum of the counts is the number of frames
@@ -31,7 +30,8 @@ def check_mp4_index(file: BinaryIO, size: int) -> None:
     head = file.read(8)
     totals: dict[str, int] = {}
     try:
-        if len(head) == 8 and head[4:] in _FIRST:
+        # Any name may come first: ffmpeg walks past boxes that it does not know, to the index.
+        if len(head) == 8 and not 2 <= int.from_bytes(head[:4], "big") < 8:
             for kind, start, end in _boxes(file, size):
                 name, count = _frames(file, kind, start, end)
                 totals[name] = totals.get(name, 0) + count

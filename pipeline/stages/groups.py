@@ -41,13 +41,15 @@ class Group:
     """The reason of each trajectory that was lost; of all of them, where nothing could be asked about the sample."""
 
 
+BARREN = 5
+"""Batches in a row without a single trajectory that stop a stage; one may be a single odd sample."""
 JUDGED = 100
 """Trajectories from which on the share of lost ones is judged; fewer are too few for a share."""
 
 
 @dataclass
 class FailureBudget:
-    """Bounds what a stage may lose to requests that can never succeed, counted from the start of this process."""
+    """Bounds what a stage may lose to requests that can never succeed, counted from the start of the stage, or its restart."""
 
     stage: str
     limit: float
@@ -55,19 +57,22 @@ class FailureBudget:
     asked: int = 0
     lost: Counter[str] = field(default_factory=Counter)
     """Lost trajectories by reason."""
+    barren: int = 0
+    """Batches in a row of which nothing could be had."""
 
     def count(self, groups: Sequence[Group | None]) -> Counter[str]:
         """Count ``groups`` and return what was lost in them by reason.
 
-        Raises TrainingError when more than the allowed share is lost, or everything in ``groups``.
+        Raises TrainingError when more than the allowed share is lost, or everything in BARREN batches in a row.
         """
         new = Counter(reason for g in groups if g is not None for reason in g.failures)
         kept = sum(len(g.members) for g in groups if g is not None)
         self.asked += kept + new.total()
         self.lost += new
-        if new.total() and not kept:
+        self.barren = self.barren + 1 if new.total() and not kept else 0
+        if self.barren == BARREN:
             raise TrainingError(
-                f"{self.stage}: not one of {new.total()} trajectories could be had.{self._reasons(new)}"
+                f"{self.stage}: not one trajectory of {BARREN} batches in a row could be had.{self._reasons(self.lost)}"
             )
         if self.lost.total() > self.limit * max(self.asked, JUDGED):
             raise TrainingError(

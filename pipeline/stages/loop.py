@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from actors.learner.group import LearnerGroup
 from actors.pool import WorkerPool
@@ -28,6 +28,7 @@ from pipeline.stages.refill import Refill
 log = logging.getLogger(__name__)
 
 POLICIES = ("vlm", "vdm")
+T = TypeVar("T")
 
 
 class StageStopped(Exception):
@@ -203,8 +204,8 @@ def judged(step: int, groups: list[Group | None], budget: FailureBudget) -> list
     return groups
 
 
-async def gather(tasks: list[asyncio.Task[Group | None]]) -> list[Group | None]:
-    """Return the groups of ``tasks``; the first that fails ends the others and is raised."""
+async def gather(tasks: list[asyncio.Task[T]]) -> list[T]:
+    """Return the results of ``tasks``; the first that fails ends the others and is raised."""
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
@@ -218,7 +219,9 @@ async def learn(stage: Stage, learners: Learners, batch: RolloutBatch) -> dict[s
     """Update on ``batch`` and publish the new weights; a batch without groups is skipped and counted."""
     if not batch.groups:
         return {"learner/empty_batches": 1.0}
-    found = await asyncio.gather(*(learn_one(stage, policy, learners[policy], batch) for policy in stage.policies))
+    found = await gather(
+        [asyncio.create_task(learn_one(stage, policy, learners[policy], batch)) for policy in stage.policies]
+    )
     metrics: dict[str, float] = {}
     for policy, (figures, update_s, publish_s) in zip(stage.policies, found, strict=True):
         prefix = "learner/" if len(found) == 1 else f"learner/{policy}/"

@@ -132,7 +132,7 @@ LEARNER = Family(
         Metric("learner/updates", "steps", "Optimizer steps planned for this batch.",
                "grpo.updates_per_batch × grpo.epochs_per_batch."),
         Metric("learner/empty_batches", "count", "1 for a step without any usable group.",
-               "Should never appear; five in a row stop the run."),
+               "Should never appear."),
         Metric("learner/restarts", "restarts",
                "Times that the stage lost its learner group and went on with a new one, since the start of the process.",
                "Should be 0; the stage's tag `vans.restart` says why. The run stops above learner.max_restarts."),

@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 from pipeline.tracking.store import PARENT_TAG, STAGE_TAG  # noqa: E402 - found through the line above
 
 WORKERS = ("VlmWorker", "VdmWorker", "RewardWorker")
-CLOCK = ("time/", "pool/")
+CLOCK = ("time/", "pool/", "learner/restarts", "checkpoint/failed", "data/quarantined")
+"""Metrics of how long things took, of what the pools did meanwhile, and of what befell this process."""
 NODE_CPUS = 4
 console = Console(width=120, highlight=False)
 
@@ -156,7 +157,7 @@ class Soak:
     def _end(self, driver: subprocess.Popen[bytes], number: int) -> bool:
         driver.send_signal(number)
         try:
-            driver.wait(timeout=120)
+            driver.wait(timeout=300)
         except subprocess.TimeoutExpired:
             raise SystemExit(f"the driver hangs after signal {number}; see {self.log}") from None
         return True
@@ -220,6 +221,7 @@ def main() -> int:
         "stage2.rollout={prompts_per_step: 2, group_size: 4}",
     ]
     arguments += ["stage2.anchor_min_rouge=0.2", "pools.vdm.request_timeout_s=60", "pools.reward.request_timeout_s=60"]
+    arguments += ["pools.vdm.start_timeout_s=90", "pools.reward.start_timeout_s=90", "learner.step_timeout_s=90"]
     arguments += ["pools.vdm.max_restarts=1000", "pools.vlm.max_restarts=1000", "pools.reward.max_restarts=1000"]
     with Nodes() as nodes:
         console.print("the undisturbed run …")

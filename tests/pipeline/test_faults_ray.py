@@ -190,4 +190,4 @@ def test_rewards_that_never_work_stop_the_run_and_say_why(
     command += [f'stage1.rewards.weights={{"house_rewards:{name}": 1.0}}']
     with driver(log, command, PYTHONPATH=path) as run:
         assert run.wait(PATIENCE_S) == 2, log.read_text()[-8000:]
-    assert "trajectories could be had" in log.read_text() and told in log.read_text()
+    assert told in log.read_text()

@@ -316,5 +316,7 @@ def test_rewards_that_always_fail_stop_the_run(tmp_path: Path, monkeypatch: pyte
         return Group(sample, (), ("component 'x' is nan",))
 
     monkeypatch.setattr(ServedStage, "group", lost)
-    with pytest.raises(TrainingError, match=r"(?s)not one of \d+ trajectories could be had.*component 'x' is nan"):
+    with pytest.raises(
+        TrainingError, match=r"(?s)not one trajectory of 5 batches in a row could be had.*component 'x' is nan"
+    ):
         go(settings(tmp_path / "run"), World())

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
 from cluster.resources import Ask, PlacementPlan, place
 from cluster.session import connect
 from pipeline.control.autoscale import PoolPoint
