@@ -65,6 +65,7 @@ BOMBS = {
     "many-frames": (lambda: written("libx264", "mp4", 16, 2500, "yuv420p"), "more than 2000 frames|longer than"),
     "many-gif-frames": (lambda: written("gif", "gif", 16, 2500, "bgr8"), "more than 2000 frames|longer than"),
     "index": (index_bomb, "index counts 4000000000 entries"),
+    "index behind another box": (lambda: b"\0\0\0\x08junk" + index_bomb(), "index counts 4000000000 entries"),
     "times": (lambda: patched(small(), b"stts", 8, 2_000_000_000), "index counts 2000000000 entries"),
     "cut-index": (lambda: small()[: small().index(b"stbl") + 60], "broken|no video|not known|no frames|no size"),
     "compressed-index": (lambda: small().replace(b"trak", b"cmov"), "compressed"),
