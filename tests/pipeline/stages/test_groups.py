@@ -94,6 +94,11 @@ def test_what_is_lost_is_counted_by_reason_and_bounded() -> None:
     assert budget.asked == 80 and budget.lost == {"the reward is nan": 10}  # few trajectories are no share yet
     with pytest.raises(TrainingError, match=r"(?s)11 of 84 .*max_failed_ratio=0.1.*11 × the reward is nan"):
         budget.count([short])
-    with pytest.raises(TrainingError, match=r"(?s)stage2: not one of 8 .*8 × a broken frame"):
-        FailureBudget("stage2", 1.0).count([group(n, failures=("a broken frame",) * 4) for n in "ab"])
+    barren, lost = FailureBudget("stage2", 1.0), [group(n, failures=("a broken frame",) * 4) for n in "ab"]
+    for batch in (lost, lost, lost, lost, [whole], lost, lost, lost, lost):  # one odd batch after another, but not five
+        barren.count(batch)
+    with pytest.raises(
+        TrainingError, match=r"(?s)stage2: not one trajectory of 5 batches in a row.*72 × a broken frame"
+    ):
+        barren.count(lost)
     assert FailureBudget("stage2", 0.0).count([]) == {}  # a refill that found no anchor loses nothing
