@@ -38,6 +38,7 @@ def kill_with_family(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_a_run_whose_driver_was_killed_goes_on(ray_alone: None, toy_shards: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
