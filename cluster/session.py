@@ -129,6 +129,8 @@ def join(address: str, *, token: bool = False) -> Iterator[Session]:
     if ray.is_initialized():  # it is not ours to end
         mine = ray.get_runtime_context().gcs_address
         if where not in (mine, "auto"):
+            if where.rpartition(":")[2].isdigit():
+                _require_answer(where)
             raise ClusterError(
                 f"This process is in the Ray cluster at {mine}, and cannot join the one at {where} as well"
             )
@@ -244,9 +246,7 @@ def _join(address: str, options: dict[str, Any]) -> None:
     if address != "auto":
         if not host or not port.isdigit():
             raise ClusterError(f"Ray address {address!r}: give host:port (the head's, usually 6379), auto or local")
-        problem = _unreachable(host, int(port))  # Ray itself keeps trying for minutes
-        if problem is not None:
-            raise ClusterError(f"No Ray cluster answers at {address} ({problem}). Is its head running on this port?")
+        _require_answer(address)  # Ray itself keeps trying for minutes
         if host in ("localhost", "127.0.0.1") and _unreachable(get_node_ip_address(), int(port)):
             mode = _loopback()  # Ray would replace the loopback address by one at which a private head does not listen
     with mode:
@@ -261,6 +261,13 @@ def _join(address: str, options: dict[str, Any]) -> None:
                 else ""
             )
             raise ClusterError(f"The Ray cluster at {address} could not be joined: {error}{hint}") from error
+
+
+def _require_answer(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    problem = _unreachable(host, int(port))
+    if problem is not None:
+        raise ClusterError(f"No Ray cluster answers at {address} ({problem}). Is its head running on this port?")
 
 
 def _unreachable(host: str, port: int) -> str | None:

@@ -40,7 +40,7 @@ class Run:
     def processed(self) -> int:
         return len((self.out / "processed").read_text().splitlines())
 
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 200.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, (self.out / "driver.log").read_text()
@@ -97,6 +97,7 @@ def test_sizes_change_while_requests_run_and_a_worker_without_room_stops_nobody(
     states = {worker["name"]: worker["state"] for worker in pool["workers"]}
     assert states["toy-0"] == "ready" and states["toy-3"] == states["toy-4"] == "no room"
     assert set(states) == {"toy-0", "toy-1.2", "toy-2", "toy-3", "toy-4"}
+    run.wait_for(lambda: [worker["state"] for worker in run.pool()["workers"][:3]] == ["ready"] * 3)
     assert pool["figures"]["target"] == 5 and pool["figures"]["version"] == 7
     assert pool["figures"]["requests_per_min"] > 0 and 0 < pool["figures"]["oldest_wait_s"] < 30
     assert pool["workers"][0]["node"] == "127.0.0.1" and pool["workers"][0]["version"] == 7
