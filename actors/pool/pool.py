@@ -22,7 +22,7 @@ from actors.pool.errors import PoolFailed, WorkerBug
 from actors.pool.protocol import WorkerInfo
 from actors.pool.remote import WorkerGone, WorkerRaised, WorkerUnreachable, ask, translate
 from actors.pool.spec import PoolSpec, PoolStats, Timings
-from actors.pool.state import ALIVE, S
+from actors.pool.state import ALIVE, COMING, S
 from cluster.errors import WorkerTimeoutError
 from cluster.resources import amounts, found_room, view
 
@@ -164,7 +164,10 @@ class WorkerPool:
     async def waiting_for_room(self) -> list[str]:
         """Return the workers for whose process the cluster has no room yet; asks the cluster, and only where there may be one."""
         loop = asyncio.get_running_loop()
-        coming = {w.name: self._handles[w.name] for w in self._core.workers if not w.placed and w.name in self._handles}
+        waiting = [
+            w.name for w in self._core.workers if w.state in COMING and not w.placed
+        ]  # a leaving one waits no more
+        coming = {name: self._handles[name] for name in waiting if name in self._handles}
         return [
             name for name, handle in coming.items() if not await loop.run_in_executor(self._maker, found_room, handle)
         ]

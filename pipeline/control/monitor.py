@@ -22,7 +22,7 @@ from typing import Any
 from actors.control import open_board
 from actors.pool import PoolStats, WorkerPool
 from actors.pool.remote import WorkerGone, WorkerRaised, WorkerUnreachable, ask
-from cluster.errors import VansError, WorkerTimeoutError
+from cluster.errors import WorkerTimeoutError
 from cluster.resources import amounts, view
 from pipeline.config import RunConfig
 from pipeline.config.machinery import AutoscaleSection, ControlSection
@@ -293,7 +293,7 @@ def _write_end(record: RunRecord, out: Path) -> None:
     """Say that the run has ended, unless the folder is another process's by now: one that resumed it."""
     try:
         mine = RunRecord.read(out).board == record.board
-    except (VansError, OSError):
+    except (OSError, ValueError, TypeError):  # gone, or damaged
         mine = True
     if mine:
         _write(dataclasses.replace(record, state="ended", ended=utc_now()), out)
