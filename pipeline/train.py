@@ -203,6 +203,8 @@ class _Run:
             return await self._attempt(kind(self.config, fleet), fleet, here, restarts)
 
         async def on_restart(told: str, here: Checkpoint | None) -> None:
+            if self.stop:  # no new group for a run that is to end; the checkpoint before serves
+                raise asyncio.CancelledError
             self.console.print(
                 f"{stage.name}: {told}", style="bold yellow", markup=False, highlight=False, soft_wrap=True
             )
@@ -311,7 +313,7 @@ class _StepHook:
     learners: Learners
     alarms: AlarmWatch
     progress: Any
-    restarts: Restarts | None = None
+    restarts: Restarts
     saved: int = -1  # the step of the last checkpoint
 
     async def __call__(self, report: StepReport) -> None:
@@ -322,8 +324,7 @@ class _StepHook:
             self.progress.say(line, style)
         if tags := alarm_tags(report.step, watched):
             run.tracker.log_tags(tags)
-        counts = {"alarm/on": float(len(watched.state.on))}
-        counts |= {"learner/restarts": float(self.restarts.count)} if self.restarts else {}
+        counts = {"alarm/on": float(len(watched.state.on)), "learner/restarts": float(self.restarts.count)}
         run.tracker.log_metrics({**report.metrics, **counts}, report.step)
         every = section.tracking.clips_every
         if every and report.step % every == 0:

@@ -28,11 +28,11 @@ class Restarts:
 
     def again(self, error: Exception, newest: Checkpoint | None) -> str:
         """Count one more and return a line for people; raises TrainingError where that is one too many."""
-        goes_on = f"`{self.resume_command}` goes on from {newest.path}" if newest else "there is no checkpoint yet"
         if self.count >= self.limit:
+            goes_on = f"`{self.resume_command}` goes on from {newest.path}" if newest else "There is no checkpoint yet"
             raise TrainingError(
                 f"{self.stage} lost its learner group, and learner.max_restarts={self.limit} allows no further restart: "
-                f"{error}. {goes_on[0].upper() + goes_on[1:] if newest is None else goes_on}"
+                f"{error}. {goes_on}"
             ) from error
         self.count += 1
         where = f"from step {newest.step}" if newest else f"from the start of {self.stage}"

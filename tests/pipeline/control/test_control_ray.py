@@ -88,14 +88,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 def test_sizes_change_while_requests_run_and_a_worker_without_room_stops_nobody(run: Run) -> None:
     text = run.vans("scale", str(run.out), "toy=1")
     assert text == "toy: 2 → 1 workers\n"
-    # Slot 1 is taken again in its bundle, slot 2 gets the cluster's last slot, slots 3 and 4 wait for room.
+    # Slot 1 is taken again in its bundle, one of the others gets the cluster's last slot, two wait for room.
     text = run.vans("scale", str(run.out), "toy=5")
     assert re.fullmatch(
         r"toy: 1 → 5 workers; \d wait for room in the cluster \(free: nothing\)\. The others go on serving\.\n", text
     )
     pool = run.pool()
     states = {worker["name"]: worker["state"] for worker in pool["workers"]}
-    assert states["toy-0"] == "ready" and states["toy-3"] == states["toy-4"] == "no room"
+    assert states["toy-0"] == "ready" and [states[f"toy-{slot}"] for slot in (2, 3, 4)].count("no room") == 2
     assert set(states) == {"toy-0", "toy-1.2", "toy-2", "toy-3", "toy-4"}
     assert pool["figures"]["target"] == 5 and pool["figures"]["version"] == 7
     assert pool["figures"]["requests_per_min"] > 0 and 0 < pool["figures"]["oldest_wait_s"] < 30
