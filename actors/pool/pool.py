@@ -164,9 +164,8 @@ class WorkerPool:
     async def waiting_for_room(self) -> list[str]:
         """Return the workers for whose process the cluster has no room yet; asks the cluster, and only where there may be one."""
         loop = asyncio.get_running_loop()
-        waiting = [
-            w.name for w in self._core.workers if w.state in COMING and not w.placed
-        ]  # a leaving one waits no more
+        # Not RETIRED: one that leaves before it was placed waits for nothing any more.
+        waiting = [w.name for w in self._core.workers if w.state in COMING and not w.placed]
         coming = {name: self._handles[name] for name in waiting if name in self._handles}
         return [
             name for name, handle in coming.items() if not await loop.run_in_executor(self._maker, found_room, handle)
