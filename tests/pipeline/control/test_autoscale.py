@@ -74,10 +74,7 @@ def test_a_worker_that_waits_for_room_stops_growth_however_long_the_queue() -> N
 
 
 def test_idle_pool_shrinks_step_by_step_after_a_window_of_calm() -> None:
-    last = [p for p in TRACE if p.target == 4][-1]
-    idle = [
-        dataclasses.replace(TRACE[-1], at=last.at + n, target=4, ready=4, busy=0, busy_ratio=0.0) for n in range(20)
-    ]
+    idle = [dataclasses.replace(TRACE[-1], at=float(n), target=4, ready=4, busy=0, busy_ratio=0.0) for n in range(20)]
     found = [(p.at, wish) for p, wish in wishes(SETTINGS, idle) if wish != 4]
     assert found[0] == (idle[0].at + SETTINGS.window_s, 3)  # the first point counts as the last change
     two = SETTINGS.model_copy(update={"step": 2})
