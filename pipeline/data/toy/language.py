@@ -4,7 +4,8 @@ Responsible for words only: no pixels, no scenes, no randomness of its own (gene
 
 Every concept (a colour, a shape, a verb) has three wordings. The artist (VDM) is pretrained on the first two, CLIP on all
 three, so a right caption with a third wording cannot be drawn: the paper's semantic-to-visual gap (arXiv 2511.16669, sec. 1).
-Ground-truth captions prefer one *head* wording per concept; the heads are spread over drawable and undrawable wordings.
+Ground-truth captions prefer one *head* wording per concept. Six of the seventeen heads are undrawable, a third, as of all
+wordings: a thinker that learns to speak as the ground truth does says neither more nor less that can be drawn than before.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ HEAD_WORDING: dict[str, int] = {
     "red": 0,
     "green": 2,
     "blue": 1,
-    "yellow": 2,
+    "yellow": 1,
     "purple": 0,
     "cyan": 2,
     "circle": 1,
@@ -67,7 +68,7 @@ HEAD_WORDING: dict[str, int] = {
     "fall": 2,
     "left": 1,
     "right": 2,
-    "grow": 2,
+    "grow": 1,
     "shrink": 0,
     "fade": 1,
     "whiten": 2,
