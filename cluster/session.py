@@ -198,7 +198,7 @@ def _start_embedded(cpus: int | None, gpus: int | None, object_store_mib: int, o
     slots = cpus if cpus is not None else 4 * (os.cpu_count() or 1)
     # Ray's +15 would leave the workers what anything else on this machine does not want: a set-up of 20 s takes minutes.
     niceness = os.environ.get("RAY_worker_niceness", "0")  # noqa: SIM112 - Ray spells it so
-    with _loopback(), _environment({"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": niceness}):
+    with _loopback(), environment({"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": niceness}):
         try:
             _private_token()
             ray.init(
@@ -288,7 +288,7 @@ def _loopback() -> Iterator[None]:
     from ray._private import ray_constants
 
     remembered = ray_constants.ENABLE_RAY_CLUSTER
-    with _environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):
+    with environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):
         ray_constants.ENABLE_RAY_CLUSTER = False
         try:
             yield
@@ -297,7 +297,7 @@ def _loopback() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Set ``variables`` for the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

@@ -20,12 +20,13 @@ from typing import Any
 import ray
 import ray.data
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from cluster.errors import ConfigError, PlacementError, TrainingError, VansError, WorkerTimeoutError
-from cluster.session import connect
+from cluster.session import connect, environment
 from pipeline.data.source import SampleSource
 from pipeline.sft.loop import train_loop
+from pipeline.sft.rendezvous import RendezvousConfig
 from pipeline.sft.settings import Kind, SftResult, SftSettings
 
 OnMetrics = Callable[[int, dict[str, float]], None]
@@ -165,7 +166,8 @@ def check_room(settings: SftSettings) -> None:
 def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Run Ray Train; returns the rows logged by this call, and the counters of the last checkpoint."""
     settings, source = job.settings, job.source
-    facts = json.dumps([job.kind, job.model, source.digest, asdict(settings)], sort_keys=True, default=str)
+    told = {key: value for key, value in asdict(settings).items() if not key.endswith("_timeout_s")}
+    facts = json.dumps([job.kind, job.model, source.digest, told], sort_keys=True, default=str)
     name = f"sft-{job.kind}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"  # Ray Train resumes a run by its name
     mailbox = start_mailbox()
     config: dict[str, Any] = {
@@ -184,14 +186,17 @@ def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if settings.gpus else "gloo"),
+        torch_config=RendezvousConfig(timeout_s=round(settings.step_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.ranks, use_gpu=settings.gpus > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(job.out / "checkpoints"),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=settings.max_failures,
+                controller_failure_limit=settings.max_failures,  # Ray's default waits for room without an end
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
         datasets={"train": dataset},
@@ -202,7 +207,8 @@ def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="sft-metrics") as threads:
         rows = threads.submit(forward, mailbox, done, on_metrics)
         try:
-            trained = trainer.fit()
+            with environment(deadlines(settings)):
+                trained = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise verdict(job.kind, error) from error
         finally:
@@ -210,6 +216,14 @@ def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float
             wait([rows])
             ray.kill(mailbox)
     return rows.result(), dict(trained.metrics or {})
+
+
+def deadlines(settings: SftSettings) -> dict[str, str]:
+    """Return the environment by which Ray Train learns how long to wait for room, and for a rank that does not answer."""
+    return {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(settings.placement_timeout_s),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(settings.step_timeout_s),
+    }
 
 
 def forward(mailbox: Any, done: threading.Event, on_metrics: OnMetrics | None) -> list[dict[str, float]]:

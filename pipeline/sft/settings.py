@@ -53,6 +53,8 @@ class SftSettings:
     max_quarantine_ratio: float = 0.05
     checkpoint_every: int = 0  # steps between checkpoints; 0 writes one at the end
     max_failures: int = 0  # times Ray Train restarts the ranks from the last checkpoint
+    placement_timeout_s: float = 60.0  # longest wait for room in the cluster
+    step_timeout_s: float = 600.0  # longest silence of a rank, and longest collective
     log_every: int = 10
     policy_kwargs: dict[str, Any] = field(default_factory=dict)  # more arguments of the policy's load
 
@@ -119,6 +121,8 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         cache_mib=section.cache_mib,
         checkpoint_every=section.checkpoint_every,
         max_failures=section.max_failures,
+        placement_timeout_s=config.cluster.placement_timeout_s,
+        step_timeout_s=learner.step_timeout_s,
         log_every=section.log_every,
         policy_kwargs={"shift": config.models.flow_shift} if kind == "vdm" else {},
     )

@@ -5,58 +5,16 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
-import psutil
 import pytest
 
 from pipeline.checkpoint import CheckpointStore
+from tests.processes import PATIENCE_S, command, family, members, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos, pytest.mark.timeout(1500)]
-PATIENCE_S = 400
-
-
-@contextmanager
-def driver(log: Path, arguments: list[str], **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A run in a process of its own; nothing of it is left behind."""
-    with log.open("ab") as stream:
-        command = [sys.executable, "-m", "pipeline", "train", *arguments]
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env={**os.environ, **environment})
-    try:
-        yield process
-    finally:
-        for member in family(process):
-            member.kill()
-        process.kill()
-        process.wait(30)
-
-
-def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-
-
-def ranks(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    found = []
-    for member in family(process):
-        try:
-            if "LearnerRank" in " ".join(member.cmdline()):
-                found.append(member)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-8000:]
-        time.sleep(0.05)
 
 
 def arguments(out: Path, shards: Path, *more: str) -> list[str]:
@@ -88,8 +46,8 @@ def test_sigterm_in_a_rollout_and_ctrl_c_at_the_start_lose_nothing(
     ray_alone: None, toy_shards: Path, tmp_path: Path
 ) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
-    command = arguments(out, toy_shards, "stage1.steps=3", "stage2.steps=0", "checkpoint.every=0")
-    with driver(log, command) as first:
+    given = arguments(out, toy_shards, "stage1.steps=3", "stage2.steps=0", "checkpoint.every=0")
+    with command(log, "train", *given) as first:
         until(lambda: "thinker 1/3" in log.read_text(), first, log)
         time.sleep(0.3)  # into the rollout of the next step
         first.send_signal(signal.SIGTERM)
@@ -103,11 +61,11 @@ def test_sigterm_in_a_rollout_and_ctrl_c_at_the_start_lose_nothing(
     assert [step for step, _ in curves(out)["stage1"]] == list(range(checkpoint.step))
 
     resumed = [str(out / "config.yaml"), "--resume"]  # the command that the message names
-    with driver(log, resumed) as second:
+    with command(log, "train", *resumed) as second:
         until(lambda: len(family(second)) > 6, second, log)  # Ray is up, the pools are starting
         second.send_signal(signal.SIGINT)
         assert second.wait(120) == 128 + signal.SIGINT, log.read_text()[-8000:]
-    with driver(log, resumed) as third:
+    with command(log, "train", *resumed) as third:
         assert third.wait(PATIENCE_S) == 0, log.read_text()[-8000:]
     assert [step for step, _ in curves(out)["stage1"]] == [0, 1, 2]
     assert set(statuses(out).values()) == {"FINISHED"}
@@ -118,17 +76,17 @@ def test_ranks_that_die_hang_or_cannot_write_do_not_end_the_run(
     ray_alone: None, toy_shards: Path, tmp_path: Path
 ) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
-    command = arguments(out, toy_shards, "stage1.steps=5", "stage2.steps=2", "checkpoint.every=1", "checkpoint.keep=9")
-    command += ["learner.step_timeout_s=40"]
+    given = arguments(out, toy_shards, "stage1.steps=5", "stage2.steps=2", "checkpoint.every=1", "checkpoint.keep=9")
+    given += ["learner.step_timeout_s=40"]
 
     def written(name: str) -> bool:
         return (out / "checkpoints" / name / "manifest.json").is_file()
 
-    with driver(log, command) as run:
+    with command(log, "train", *given) as run:
         until(lambda: written("stage1-step000001"), run, log)
-        os.kill(ranks(run)[1].pid, signal.SIGKILL)
+        os.kill(members(run, "LearnerRank")[1].pid, signal.SIGKILL)
         until(lambda: written("stage1-step000003"), run, log)
-        limited = ranks(run)
+        limited = members(run, "LearnerRank")
         assert len(limited) == 2
         for rank in limited:  # a full disk, as far as this process can tell: EFBIG
             resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
@@ -136,7 +94,7 @@ def test_ranks_that_die_hang_or_cannot_write_do_not_end_the_run(
         for rank in limited:
             resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         until(lambda: written("stage2-step000001"), run, log)
-        os.kill(ranks(run)[0].pid, signal.SIGSTOP)
+        os.kill(members(run, "LearnerRank")[0].pid, signal.SIGSTOP)
         assert run.wait(PATIENCE_S) == 0, log.read_text()[-8000:]
     assert "Traceback" not in log.read_text()
     for stage, steps in (("stage1", 5), ("stage2", 2)):
@@ -165,9 +123,9 @@ def test_rewards_that_are_nan_leave_their_group_and_never_the_run(
     (tmp_path / "house_rewards.py").write_text(REWARDS)
     out, log = tmp_path / "run", tmp_path / "log"
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    command = arguments(out, toy_shards, "stage1.steps=3", "stage2.steps=0", "stage1.rollout.max_failed_ratio=0.9")
-    command += ['stage1.rewards.weights={"house_rewards:sometimes": 1.0}']
-    with driver(log, command, PYTHONPATH=path) as run:
+    given = arguments(out, toy_shards, "stage1.steps=3", "stage2.steps=0", "stage1.rollout.max_failed_ratio=0.9")
+    given += ['stage1.rewards.weights={"house_rewards:sometimes": 1.0}']
+    with command(log, "train", *given, PYTHONPATH=path) as run:
         assert run.wait(PATIENCE_S) == 0, log.read_text()[-8000:]
     failed, rewards = curves(out, "rollout/failed_members")["stage1"], curves(out)["stage1"]
     assert sum(value for _, value in failed) > 0
@@ -186,8 +144,8 @@ def test_rewards_that_never_work_stop_the_run_and_say_why(
     (tmp_path / "house_rewards.py").write_text(REWARDS)
     log = tmp_path / "log"
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    command = arguments(tmp_path / "run", toy_shards, "stage1.steps=9", "stage2.steps=0")
-    command += [f'stage1.rewards.weights={{"house_rewards:{name}": 1.0}}']
-    with driver(log, command, PYTHONPATH=path) as run:
+    given = arguments(tmp_path / "run", toy_shards, "stage1.steps=9", "stage2.steps=0")
+    given += [f'stage1.rewards.weights={{"house_rewards:{name}": 1.0}}']
+    with command(log, "train", *given, PYTHONPATH=path) as run:
         assert run.wait(PATIENCE_S) == 2, log.read_text()[-8000:]
     assert told in log.read_text()

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
-import psutil
 import pytest
 
+from pipeline.checkpoint import CheckpointStore
 from pipeline.data.real import make_real
+from tests.processes import kill
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,16 +33,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    family = [process, *psutil.Process(process.pid).children(recursive=True)]
-    for member in reversed(family):
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait(timeout=30)
 
 
 @pytest.fixture
@@ -65,9 +56,13 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True)
         try:
             wait_for(f"http://127.0.0.1:{dashboard}/api/version", token.read_text(), process, tmp_path / "head.log")
-            yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+            yield {
+                **environment,
+                "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+                "CLUSTER": f"127.0.0.1:{port}",
+            }
         finally:
-            end(process)
+            kill(process)
             log.close()
 
 
@@ -105,3 +100,59 @@ def test_a_submitted_job_trains_on_real_footage(head: dict[str, str], ray_alone:
     assert 0 < runs["stage2"].data.metrics["reward/clip_v_mean"] <= 1
     for adapter in ("vlm_adapter", "vdm_adapter"):
         assert (out / adapter / "adapter_model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_job_is_scaled_with_the_token_stopped_gently_and_resumed(
+    head: dict[str, str], ray_alone: None, toy_shards: Path, tmp_path: Path
+) -> None:
+    out, name = tmp_path / "run", "stopped-job"
+    run = ["toy", f"out={out}", f"data.train={toy_shards}/train", f"data.eval={toy_shards}/test", "checkpoint.every=0"]
+    run += ["stage1.steps=6", "stage2.steps=0", "stage1.rollout={prompts_per_step: 4, group_size: 4}"]
+    run += ["pools.vdm.workers=1", "tracking.clips_every=0"]
+
+    def ray(*arguments: str) -> str:
+        told = subprocess.run(
+            [RAY, "job", *arguments], env=head, capture_output=True, text=True, timeout=400, check=False
+        )
+        return told.stdout + told.stderr
+
+    def vans(*arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipeline", *arguments]
+        return subprocess.run(
+            command, env={**head, **changed}, capture_output=True, text=True, timeout=200, check=False
+        )
+
+    submit = ["submit", "--working-dir", str(ROOT), "--submission-id"]
+    patience = ["--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "100"}}', "--no-wait"]
+    train = ["--", sys.executable, "-m", "pipeline", "train", *run]
+    told = ray(*submit, name, *patience, *train)
+    assert "submitted" in told, told
+    deadline = time.monotonic() + 300
+    while "thinker 1/6" not in (log := ray("logs", name)):
+        assert time.monotonic() < deadline, log[-6000:]
+        time.sleep(0.5)
+
+    grown = vans("scale", str(out), "vdm=2")
+    assert grown.returncode == 0 and "vdm: 1 → 2 workers" in grown.stdout, grown.stdout + grown.stderr
+    foreign = tmp_path / "foreign"
+    foreign.write_text(secrets.token_hex(32))
+    refused = vans("scale", "toy", "vdm=9", "--address", head["CLUSTER"], RAY_AUTH_TOKEN_PATH=str(foreign))
+    assert refused.returncode == 2 and "token" in refused.stdout + refused.stderr, refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stdout + refused.stderr
+
+    ray("stop", name)
+    log = ray("logs", name)
+    assert "STOPPED" in ray("status", name) and "--resume" in log and "Traceback" not in log, log[-6000:]
+    checkpoint = CheckpointStore(out / "checkpoints").latest()
+    assert checkpoint is not None and 1 <= checkpoint.step < 6
+
+    resumed = ray(*submit, f"{name}-again", *train, "--resume")
+    assert "succeeded" in resumed, resumed[-6000:]
+    client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
+    experiment = client.get_experiment_by_name("vans")
+    stage = client.search_runs([experiment.experiment_id], "tags.vans.stage = 'stage1'")
+    (only,) = stage
+    history = client.get_metric_history(only.info.run_id, "reward/total_mean")
+    assert sorted(m.step for m in history) == list(range(6)) and only.info.status == "FINISHED"

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import mlflow
-import psutil
 import pytest
 
 from cluster.session import connect
 from pipeline.config import load_config
 from pipeline.train import run_training
+from tests.processes import command, kill, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
-
-
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as stream:
-        command = [sys.executable, "-m", "pipeline", "train", *arguments]
-        return subprocess.Popen(command, stdout=stream, stderr=stream, env=dict(os.environ))
-
-
-def kill_with_family(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL the driver, and then what it leaves behind, as the end of a node does."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 @pytest.mark.chaos
@@ -48,16 +25,13 @@ def test_a_run_whose_driver_was_killed_goes_on(ray_alone: None, toy_shards: Path
     for stage, prompts in (("stage1", 4), ("stage2", 2)):
         arguments += [f"{stage}.rollout.prompts_per_step={prompts}", f"{stage}.rollout.group_size=4"]
 
-    first = start(arguments, log)
-    deadline = time.monotonic() + 300
-    while not (out / "checkpoints" / "stage2-step000001" / "manifest.json").is_file():
-        assert first.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
-    kill_with_family(first)
+    with command(log, "train", *arguments) as first:
+        until((out / "checkpoints" / "stage2-step000001" / "manifest.json").is_file, first, log)
+        kill(first)
     assert not (out / "vdm_adapter").exists()
 
-    second = start([*arguments, "--resume"], log)
-    assert second.wait(timeout=300) == 0, log.read_text()
+    with command(log, "train", *arguments, "--resume") as second:
+        assert second.wait(timeout=300) == 0, log.read_text()
 
     client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
     experiment = client.get_experiment_by_name("vans")
