@@ -8,13 +8,14 @@ Rules that the tests hold:
 * every ticket ends in exactly one Deliver or Reject;
 * a request is sent only to a READY worker, hence only to one that holds the current weights;
 * no worker has more than ``max_inflight`` calls or a call of more than ``max_batch`` requests;
-* a ticket is sent again at most ``max_retries`` times, at most ``max_restarts`` processes are replaced.
+* a ticket is sent again at most ``max_retries`` times, at most ``max_restarts`` processes are replaced in an hour.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +48,7 @@ class Dispatcher:
         self.workers: list[Worker] = []
         self.meter = Meter()
         self.last_deaths: list[str] = []
+        self._restarts: deque[float] = deque()  # when, within the spec's window
         self._incarnations: dict[int, int] = {}
         self._queue: list[_Ticket] = []  # by id, so that what is sent again goes first
         self._calls: dict[int, list[_Ticket]] = {}
@@ -189,9 +191,12 @@ class Dispatcher:
             return
         worker.move(S.DEAD)
         worker.failed_starts += 1
-        if self.meter.restarts >= self.spec.max_restarts:
+        while self._restarts and self._restarts[0] <= now - self.spec.restart_window_s:
+            self._restarts.popleft()
+        if len(self._restarts) >= self.spec.max_restarts:
             self.fail(PoolFailed(self._too_many_restarts()))
             return
+        self._restarts.append(now)
         self.meter.restarts += 1
         wait = 0.0
         if worker.failed_starts > 1:
@@ -398,7 +403,7 @@ class Dispatcher:
     def _too_many_restarts(self) -> str:
         deaths = "\n".join(f"  {text}" for text in self.last_deaths)
         return (
-            f"pool {self.pool}: workers died {self.meter.restarts + 1} times "
+            f"pool {self.pool}: workers died {len(self._restarts) + 1} times within {self.spec.restart_window_s / 60:.0f} min "
             f"and max_restarts={self.spec.max_restarts}; the last:\n{deaths}"
         )
 

@@ -27,7 +27,9 @@ class PoolSpec:
     max_retries: int = 3
     """Times a request is sent again after infrastructure failures."""
     max_restarts: int = 20
-    """Worker replacements in the pool's life before it fails."""
+    """Worker replacements within ``restart_window_s`` before the pool fails."""
+    restart_window_s: float = 3600.0
+    """A week's run may lose more workers than an hour's: older replacements no longer count."""
     probe_every_s: float = 10.0
     """An idle worker that has not been heard of for this long is pinged."""
     probe_timeout_s: float = 60.0

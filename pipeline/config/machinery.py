@@ -50,7 +50,9 @@ class PoolSection(Section):
     start_timeout_s: float = Field(300.0, gt=0, description="Deadline for a worker to load its model.")
     request_timeout_s: float = Field(300.0, gt=0, description="Deadline for one call.")
     max_retries: int = Field(3, ge=0, description="Times a request is sent again after an infrastructure failure.")
-    max_restarts: int = Field(20, ge=0, description="Restarts of the pool's workers before the run stops.")
+    max_restarts: int = Field(
+        20, ge=0, description="Restarts of the pool's workers within an hour before the run stops."
+    )
     autoscale: AutoscaleSection = Field(default_factory=AutoscaleSection)
 
     @model_validator(mode="after")

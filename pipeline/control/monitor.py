@@ -156,7 +156,7 @@ class Monitor:
         pools = tuple(
             pool_view(figures, self._limits_text(name), without_room.get(name, ())) for name, figures in stats.items()
         )
-        return RunView(self.record.run, time.time(), pools, free, tuple(self.resizes))
+        return RunView(self.record.run, time.time(), pools, free, tuple(self.resizes), self.settings.every_s)
 
     def _patiently(self, without_room: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """Return those of ``without_room`` that have been so for a while."""

@@ -39,7 +39,7 @@ def watch(client: RunClient, console: Console) -> None:
 def tables(view: RunView, age_s: float) -> RenderableType:
     """Return the pools of ``view`` and their workers."""
     parts: list[RenderableType] = [Text(f"run {view.run}, {clock(view.at)}", style="bold")]
-    if age_s > FRESH_S:
+    if age_s > max(FRESH_S, 5 * view.every_s):
         parts.append(
             Text(f"as of {age_s:.0f} s ago: the run has not been heard of since; it is held up, or it hangs", "yellow")
         )

@@ -82,6 +82,8 @@ class RunView:
     """What the cluster has free, where a worker waits for room; else empty."""
     resizes: tuple[Resize, ...] = ()
     """The last few."""
+    every_s: float = 1.0
+    """Time between two views."""
 
     def pool(self, name: str) -> PoolView:
         """Return the pool of that name."""

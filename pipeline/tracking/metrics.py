@@ -214,7 +214,7 @@ POOLS = Family(
                "Requests sent again after an infrastructure failure, since the start.",
                "Should be 0; they cost time, not samples."),
         Metric("pool/<pool>/restarts", "workers", "Workers replaced since the start.",
-               "Should be 0; the run stops above max_restarts."),
+               "Should be 0; the run stops above max_restarts within an hour."),
     ),
 )
 

@@ -241,6 +241,19 @@ def test_restarts_back_off_and_end_in_an_error_with_reasons() -> None:
         core.submit(now)
 
 
+def test_deaths_of_an_hour_ago_no_longer_count() -> None:
+    core = make(1, max_restarts=2)
+    for hour in range(9):
+        for death in (0.0, 60.0):
+            now = 3600.0 * hour + death
+            (start,) = only(core.step(now + 30.0), Start)
+            core.died(start.name, "node lost", now + 30.0)
+    assert core.failure is None and core.meter.restarts == 18
+    (start,) = only(core.step(now + 60.0), Start)
+    core.died(start.name, "node lost", now + 60.0)
+    assert "workers died 3 times within 60 min" in str(core.failure)
+
+
 def test_idle_workers_are_probed_busy_ones_are_not() -> None:
     core = serving(2, probe_every_s=10.0, max_batch=1)
     submit(core, 1)

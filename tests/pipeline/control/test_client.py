@@ -76,6 +76,8 @@ def test_status_shows_workers_by_state_and_who_waits_for_room() -> None:
         assert part in text
     assert "as of 42 s ago" in text and "1 worker(s) wait for room; free in the cluster: CPU 0.5" in text
     assert "vdm: 1 → 3 workers, vans scale" in text
+    console.print(tables(dataclasses.replace(VIEW, every_s=20.0), age_s=42.0))
+    assert "as of" not in console.export_text(), "two looks of a run that looks every 20 s"
 
 
 def test_scaling_says_before_and_after_and_what_waits() -> None:
