@@ -7,7 +7,7 @@ whoever plans prints.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cluster.errors import ConfigError
 
@@ -17,11 +17,12 @@ MOST_GPUS = 128
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU's peaks: ``bf16`` and ``float32`` matrix FLOP/s, ``bandwidth`` of its memory in bytes/s."""
+    """One GPU's peaks: FLOP/s in bfloat16, TF32 and float32, ``bandwidth`` of its memory in bytes/s."""
 
     name: str
     gib: int
     bf16: float
+    tf32: float
     float32: float
     bandwidth: float
 
@@ -29,12 +30,12 @@ class Card:
 CARDS = {
     card.name: card
     for card in (
-        # NVIDIA data sheets: A100 80GB (SXM), A100 40GB (SXM), H100 (SXM), H200 (SXM), L40S. float32 without TF32.
-        Card("a100-40", 40, 312e12, 19.5e12, 1.555e12),
-        Card("a100", 80, 312e12, 19.5e12, 2.039e12),
-        Card("h100", 80, 989e12, 67e12, 3.35e12),
-        Card("h200", 141, 989e12, 67e12, 4.8e12),
-        Card("l40s", 48, 362e12, 91.6e12, 0.864e12),
+        # NVIDIA data sheets: A100 40GB and 80GB (SXM), H100 (SXM), H200 (SXM), L40S.
+        Card("a100-40", 40, 312e12, 156e12, 19.5e12, 1.555e12),
+        Card("a100", 80, 312e12, 156e12, 19.5e12, 2.039e12),
+        Card("h100", 80, 989e12, 494e12, 67e12, 3.35e12),
+        Card("h200", 141, 989e12, 494e12, 67e12, 4.8e12),
+        Card("l40s", 48, 362e12, 183e12, 91.6e12, 0.864e12),
     )
 }
 _BY_GIB = {40: "a100-40", 48: "l40s", 80: "h100", 141: "h200"}
@@ -42,9 +43,13 @@ _BY_GIB = {40: "a100-40", 48: "l40s", 80: "h100", 141: "h200"}
 
 @dataclass(frozen=True)
 class Rates:
-    """What one GPU is assumed to achieve: matrix FLOP/s in bfloat16 and float32, bytes/s from its memory."""
+    """What one GPU is assumed to achieve: FLOP/s in bfloat16, TF32 and float32, bytes/s from its memory.
+
+    PyTorch's default computes float32 convolutions in TF32, and float32 matrix products in float32.
+    """
 
     bf16: float
+    tf32: float
     float32: float
     bandwidth: float
     source: str
@@ -96,19 +101,22 @@ def rates_of(
     if name not in CARDS:
         raise ConfigError(f"--card {name!r} is not known; use one of {', '.join(CARDS)}, or give --tflops")
     known = CARDS[name]
-    assumed = Rates(
-        mfu * known.bf16,
-        mfu * known.float32,
+    bf16 = mfu * known.bf16 if tflops is None else tflops * 1e12
+    share = bf16 / known.bf16
+    what = (
+        f"{name.upper()}: {share:.0%} of its peaks"
+        if tflops is None
+        else f"{tflops:g} TFLOP/s as stated, of an {name.upper()}"
+    )
+    return Rates(
+        bf16,
+        share * known.tf32,
+        share * known.float32,
         mbu * known.bandwidth,
-        f"{name.upper()}: {mfu:.0%} of {known.bf16 / 1e12:g} TFLOP/s in bfloat16 and of {known.float32 / 1e12:g} in float32, "
-        f"{mbu:.0%} of {known.bandwidth / 1e12:g} TB/s",
+        f"{what} ({_tera(bf16)} TFLOP/s in bfloat16, {_tera(share * known.tf32)} in TF32, "
+        f"{_tera(share * known.float32)} in float32), {mbu:.0%} of its memory's bandwidth ({_tera(mbu * known.bandwidth)} TB/s)",
     )
-    if tflops is None:
-        return assumed
-    return replace(
-        assumed,
-        bf16=tflops * 1e12,
-        float32=tflops * 1e12 * known.float32 / known.bf16,
-        source=f"{tflops:g} TFLOP/s in bfloat16 as stated, float32 and memory in an {name.upper()}'s proportion "
-        f"({tflops * known.float32 / known.bf16:.3g} TFLOP/s, {assumed.bandwidth / 1e12:.3g} TB/s)",
-    )
+
+
+def _tera(value: float) -> str:
+    return f"{value / 1e12:.3g}"
