@@ -410,9 +410,9 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
     lora = section.lora
     longest = section.text.max_tokens if isinstance(section, Stage1Section) else section.sde.window_size
     seed = derive_seed(config.seed, stage.name, policy, "learner")
-    options: dict[str, Any] = (
-        {"temperature": section.text.temperature} if policy == "vlm" else {"shift": models.flow_shift}
-    )
+    options: dict[str, Any] = {"temperature": section.text.temperature}
+    if policy == "vdm":  # every trajectory comes with what it was conditioned on
+        options = {"shift": models.flow_shift, "components": ("transformer",)}
     return LearnerSpec(
         kind=policy,
         model_path=resolve_model(getattr(models, policy), policy),  # type: ignore[arg-type]
@@ -425,7 +425,9 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
         gpus=learner.gpus,
         dtype=learner.dtype,
         micro_batch=learner.micro_batch,
+        micro_steps=learner.micro_steps,
         activation_checkpointing=learner.activation_checkpointing,
+        reference_offload=learner.reference_offload,
         grpo=GrpoSpec(**grpo, constant_length=longest),
         optim=OptimSpec(**section.optim.model_dump()),
         policy_kwargs=options,

@@ -167,8 +167,9 @@ class LearnerGroup:
         Metrics (means are over steps, i.e. tokens or SDE steps, of all ranks): ``loss``, ``ratio``, ``ratio_max_dev``,
         ``clip_frac``, ``clip_frac_low``, ``clip_frac_high``, ``grad_norm``, ``lr``, ``skipped`` (since the start),
         ``updates``, ``applied``, ``steps``, ``logp_diff_mean``, ``logp_diff_max``; ``kl`` with a KL, ``entropy``
-        where the policy has it, ``truncated_frac`` with rollout log-probabilities, ``logp_diff_tNN`` per denoising
-        step of the flow, ``logp_diff_pNNNN`` per bucket of token positions that starts at NNNN.
+        where the policy has it, ``prompt_hit_ratio`` of the VLM's, ``truncated_frac`` with rollout log-probabilities,
+        ``logp_diff_tNN`` per denoising step of the flow, ``logp_diff_pNNNN`` per bucket of token positions that starts
+        at NNNN.
 
         Raises:
             TrainingError: see ``Trainer.update``; RankDiedError where a rank is gone.
@@ -313,6 +314,8 @@ def merge_reports(reports: Sequence[RankReport], spec: LearnerSpec) -> dict[str,
         if name in sums and used:
             key = renamed.get(name, "truncated_frac" if name == "truncated" else name)
             metrics[key] = sums[name] / max(sums["steps"], 1.0)
+    if asked := sums.get("prompts_asked"):
+        metrics["prompt_hit_ratio"] = 1.0 - sums["prompts"] / asked
     metrics["logp_diff_mean"] = sums.get("logp_diff", 0.0) / max(sums.get("logp_diff_steps", 0.0), 1.0)
     for name in sums:
         if name.startswith(("logp_diff_t", "logp_diff_p")) and not name.endswith("_steps"):

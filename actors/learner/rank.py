@@ -111,6 +111,11 @@ class LearnerRank:
         """See ``Trainer.checksum``."""
         return self._ready().checksum()
 
+    def held(self) -> dict[str, int]:
+        """Return the bytes of the parameters that this rank's policy holds, by component, where it can tell."""
+        held = getattr(self._ready().policy, "held", None)
+        return held() if held is not None else {}
+
     def leave(self) -> None:
         """Leave the process group in good order."""
         if dist.is_initialized():

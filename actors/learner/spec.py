@@ -97,7 +97,11 @@ class LearnerSpec:
     gpus: float = 0.0
     dtype: str = "float32"
     micro_batch: int = 16
+    micro_steps: int | None = (
+        None  # steps of a trajectory per forward and backward, where the policy can split; None: all
+    )
     activation_checkpointing: bool = False
+    reference_offload: bool = False  # the frozen copy's shards rest in host memory
     grpo: GrpoSpec = field(default_factory=GrpoSpec)
     optim: OptimSpec = field(default_factory=OptimSpec)
     policy_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -108,8 +112,11 @@ class LearnerSpec:
     total_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.micro_batch < 1:
-            raise ValueError(f"{self.name}: ranks={self.ranks} and micro_batch={self.micro_batch} must be at least 1")
+        if self.ranks < 1 or self.micro_batch < 1 or (self.micro_steps or 1) < 1:
+            raise ValueError(
+                f"{self.name}: ranks={self.ranks}, micro_batch={self.micro_batch} and micro_steps={self.micro_steps} "
+                "must be at least 1"
+            )
         if self.optim.schedule != "constant" and self.total_steps < 1:
             raise ValueError(
                 f"{self.name}: schedule={self.optim.schedule} needs total_steps >= 1 to know where it ends"

@@ -18,6 +18,9 @@ How the learner uses a policy, which is what an implementation must allow for:
 6. SFT of the VDM may train its text encoder jointly: the policy then has an attribute ``text_encoder`` (a module called
    as ``self.text_encoder(...)``), and ``sft_loss`` embeds captions with gradients, uncached, while any of the encoder's
    parameters requires grad.
+7. A policy whose steps have a forward each may have ``split(batch, steps)``, which cuts a batch along T into
+   ``[(slice of T, batch), …]`` of at most ``steps`` steps: with ``LearnerSpec.micro_steps`` each part gets a forward and
+   backward of its own, and the activations of one part at a time are kept. All ranks must get equally many parts.
 """
 
 from __future__ import annotations

@@ -87,6 +87,14 @@ class VdmWorker:
         with self._busy:
             return f"{self._base_hash()}:{self.policy.version}"
 
+    def counters(self) -> dict[str, float]:
+        """Return how many captions were embedded and clips' reference frames encoded, and asked for, since the start."""
+        return self.policy.counters()
+
+    def held(self) -> dict[str, int]:
+        """Return the bytes of the parameters that this process holds, by component."""
+        return self.policy.held()
+
     def ping(self) -> str:
         """Return the worker's name."""
         return self.name
@@ -119,7 +127,7 @@ class VdmWorker:
         except torch.OutOfMemoryError as error:
             raise InfrastructureError(
                 f"{self.name}: out of memory while rendering {len(requests)} clips at once; "
-                f"lower pools.vdm.max_batch: {error}"
+                f"lower pools.vdm.max_batch, or pools.vdm.max_decode: {error}"
             ) from error
 
     def _apply(self, weights: Weights) -> None:

@@ -67,6 +67,7 @@ class VlmEngine:
         self._adapter: _Adapter | None = None
         self._lora_ids = 0
         self._running = 0
+        self._asked = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._open = asyncio.Event()
@@ -89,6 +90,7 @@ class VlmEngine:
         backend = InProcessBackend if _in_process(self.spec) else AsyncBackend
         self._backend = backend(_engine_args(self.spec))
         await self._backend.start()
+        await self._backend.rpc("vans_count_videos")
         await self._serve_base(0)
 
     @property
@@ -120,6 +122,7 @@ class VlmEngine:
         # Nothing is awaited between here and the count: what is served and what is stamped cannot come apart.
         adapter, version = self._adapter, self.version
         self._running += 1
+        self._asked += request.n
         self._idle.clear()
         if adapter is not None:
             adapter.users += 1
@@ -159,6 +162,11 @@ class VlmEngine:
     async def base_hash(self) -> str:
         """Return the hash of the base (frozen) weights in the engine's memory."""
         return str(await self.backend.rpc("vans_base_hash"))
+
+    async def counters(self) -> dict[str, float]:
+        """Return the videos that the vision tower encoded, and the completions that needed one, since the start."""
+        encoded = await self.backend.rpc("vans_videos_encoded")
+        return {"videos": float(encoded), "videos_asked": float(self._asked)}
 
     def check(self) -> None:
         """Raise InfrastructureError if the engine is dead."""

@@ -1,4 +1,4 @@
-"""Two methods that vLLM's worker gains (``worker_extension_cls``): reload weights from a file, and hash the base weights.
+"""Methods that vLLM's worker gains (``worker_extension_cls``): reload weights from a file, hash the base weights, count videos.
 
 They run where the model is, which may be a process of vLLM's own; arguments and results are therefore plain text.
 """
@@ -33,6 +33,23 @@ class WeightsExtension:
             if hasattr(module, "cpu_linear") and module.weight.numel() == 0:
                 _add(digest, f"{name}.weight", _packed_weight(module))
         return digest.hexdigest()
+
+    def vans_count_videos(self) -> None:
+        """Count from now on what goes through the vision tower."""
+        worker: Any = self
+        worker.vans_videos = 0
+        tower = getattr(worker.model_runner.get_model(), "visual", None)
+
+        def count(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            worker.vans_videos += len(kwargs["grid_thw"] if "grid_thw" in kwargs else args[1])
+
+        if tower is not None:
+            tower.register_forward_pre_hook(count, with_kwargs=True)
+
+    def vans_videos_encoded(self) -> int:
+        """Return how many videos the vision tower has encoded since the count began."""
+        worker: Any = self
+        return int(worker.vans_videos)
 
 
 def _packed_weight(layer: Any) -> torch.Tensor:

@@ -117,6 +117,10 @@ class VlmPolicy:
             completions.append(torch.from_numpy(np.asarray(item.token_ids, dtype=np.int64)))
         return self._join(self._prompts.encode(prompts), completions)
 
+    def counters(self) -> dict[str, float]:
+        """Return how many prompts (question and video) were processed, and how many were asked for, since the start."""
+        return {"prompts": float(self._prompts.made), "prompts_asked": float(self._prompts.asked)}
+
     def rollout_logprobs(self, items: Sequence[Experience]) -> Tensor:
         """Return the engine's log-probabilities, (B, T) float32, 0 in the padding."""
         rows = [torch.from_numpy(np.array(i.rollout_logprobs, dtype=np.float32)) for i in items]  # type: ignore[union-attr]

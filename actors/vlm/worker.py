@@ -58,6 +58,10 @@ class VlmWorker:
         """Return the hash of the base weights and the version served."""
         return await self._engine.weights_hash()
 
+    async def counters(self) -> dict[str, float]:
+        """Return how many videos were encoded, and how many completions asked for one, since the start."""
+        return await self._engine.counters()
+
     async def ping(self) -> str:
         """Return the worker's name; raises InfrastructureError if the engine is dead."""
         self._engine.check()

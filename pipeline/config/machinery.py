@@ -114,12 +114,36 @@ class VdmPoolSection(PoolSection):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Dtype of the transformer; latents stay float32."
     )
+    max_decode: Positive = Field(
+        8, description="Most clips that the VAE decodes at once; 1 needs the least memory, and is what slicing means."
+    )
+
+
+class EmbedPoolSection(PoolSection):
+    """Frozen models in front of the diffusion transformer (docs/architecture.md): captions are embedded and reference frames
+    encoded once, and only here.
+    """
+
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Workers to start. 0: each sampler loads the text encoder and the VAE's encoder itself, right for small ones. "
+        "From 1 on no sampler holds them.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Dtype of the text encoder; the VAE stays float32."
+    )
+    cache_mib: Positive = Field(
+        1024,
+        description="Driver memory for embeddings and latents; what falls out of it is made again when it is asked for.",
+    )
 
 
 class PoolsSection(Section):
-    """The three pools, sized independently."""
+    """The pools, sized independently."""
 
     vlm: VlmPoolSection = Field(default_factory=VlmPoolSection)
+    embed: EmbedPoolSection = Field(default_factory=EmbedPoolSection)
     vdm: VdmPoolSection = Field(default_factory=VdmPoolSection)
     reward: PoolSection = Field(default_factory=PoolSection)
 
@@ -139,7 +163,17 @@ class LearnerSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute dtype (FSDP2 mixed precision).")
     micro_batch: Positive = Field(16, description="Trajectories per forward and backward on one rank.")
+    micro_steps: Positive | None = Field(
+        None,
+        description="Denoising steps of a trajectory's window per forward and backward (stage 2): 1 keeps the activations of one "
+        "step at a time; null takes the whole window.",
+    )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    reference_offload: bool = Field(
+        False,
+        description="With lora.rank 0 and a KL: keep the frozen reference model's shards in host memory while they are not "
+        "computed with. With LoRA the reference is the model without its adapter, and costs nothing.",
+    )
     start_timeout_s: float = Field(300.0, gt=0, description="Deadline to start and load.")
     step_timeout_s: float = Field(600.0, gt=0, description="Deadline for one call on all ranks.")
     max_restarts: int = Field(

@@ -54,6 +54,10 @@ class VideoSection(Section):
     reference_frames: Positive = Field(
         2, description="Reference frames that condition the VDM (n), last input frame included."
     )
+    vae_tiling: bool = Field(
+        False,
+        description="Encode and decode frames beyond 256 pixels in overlapping tiles: less memory, slightly other pixels.",
+    )
 
     @model_validator(mode="after")
     def _causal_vae(self) -> VideoSection:
@@ -127,7 +131,14 @@ class RunConfig(Section):
     def _determinism(self) -> RunConfig:
         if not self.deterministic:
             return self
-        pools = {"vlm": self.pools.vlm, "vdm": self.pools.vdm, "reward": self.pools.reward, "learner": self.learner}
+        sections = self.pools
+        pools = {
+            "vlm": sections.vlm,
+            "embed": sections.embed,
+            "vdm": sections.vdm,
+            "reward": sections.reward,
+            "learner": self.learner,
+        }
         reasons = [
             f"{'learner' if name == 'learner' else f'pools.{name}'}.{key}={value}"
             for name, section in pools.items()

@@ -21,6 +21,7 @@ from cluster.errors import TrainingError
 from pipeline.config.stages import StageSection
 from pipeline.fleet import Fleet
 from pipeline.interrupt import StopRequest
+from pipeline.stages.caches import cache_metrics
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import FailureBudget, Group, RolloutBatch, assemble
 from pipeline.stages.refill import Refill
@@ -134,7 +135,7 @@ async def run_stage(
             metrics |= await learn(stage, learners, batch)
             stage.after_update(step)
             metrics |= {"time/step_s": time.monotonic() - started, "data/quarantined": float(len(feed.quarantined))}
-            metrics |= pool_metrics(stage)
+            metrics |= pool_metrics(stage) | await cache_metrics(stage.fleet)
             result.history.append(metrics)
             result.ratio_max_dev = max(result.ratio_max_dev, metrics.get("learner/ratio_max_dev", 0.0))
             await on_step(StepReport(step, metrics, batch, cursors.get(step + 1, feed.cursor)))
@@ -257,6 +258,8 @@ def pool_of(stage: Stage, policy: str) -> WorkerPool:
 async def frozen_hashes(stage: Stage, learners: Learners) -> tuple[frozenset[str], ...]:
     """Return what must not change: the weights of the pools that are not trained, and the learners' base weights."""
     frozen = [pool_of(stage, policy) for policy in POLICIES if policy not in stage.policies]
+    if stage.fleet.embed is not None:
+        frozen.append(stage.fleet.embed)
     pools = [frozenset((await pool.call_all("weights_hash")).values()) for pool in frozen]
     return (*pools, frozenset([await learner.base_hash() for learner in learners.values()]))
 

@@ -262,3 +262,47 @@ def test_closed_form_has_no_estimator(guided: tuple[VdmPolicy, list[VdmExperienc
         out = policy.forward(policy.collate(items))
     with pytest.raises(ValueError, match="use 'closed'"):
         policy.kl(out, out, "k3")
+
+
+# --- micro-batches over members and over steps ----------------------------------------------------------------------
+
+
+def updated(mesh: DeviceMesh, guided: tuple[VdmPolicy, list[VdmExperience]], micro: int, steps: int | None, **grpo):
+    """The adapter after one update cut as told, its report, and the most bytes kept for a backward pass."""
+    policy, items = guided
+    loss = GrpoSpec(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, kl_estimator="closed", **grpo)
+    spec = replace(SPEC, kind="vdm", grpo=loss, micro_batch=micro, micro_steps=steps)
+    trainer = Trainer(copy.deepcopy(policy), spec, mesh, torch.device("cpu"))
+    kept, most = 0, 0
+    backward = torch.Tensor.backward
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept, most
+        kept += tensor.nbytes
+        most = max(most, kept)
+        return tensor
+
+    def release(self: torch.Tensor, *args, **kwargs) -> None:
+        nonlocal kept
+        backward(self, *args, **kwargs)
+        kept = 0
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        patch.setattr(torch.Tensor, "backward", release)
+        report = trainer.update(plan_batch(items, ranks=1, micro_batch=micro, updates=1)[0])
+    return published(trainer), report, most
+
+
+@pytest.mark.parametrize("loss_norm", ["sequence", "token"])
+@pytest.mark.parametrize("old_logprobs", ["learner", "rollout"])
+def test_however_it_is_cut_the_update_is_the_same(mesh: DeviceMesh, guided, loss_norm: str, old_logprobs: str) -> None:
+    whole, report, most = updated(mesh, guided, 4, None, loss_norm=loss_norm, old_logprobs=old_logprobs)
+    for micro, steps in ((4, 1), (1, 1)):
+        parts, other, peak = updated(mesh, guided, micro, steps, loss_norm=loss_norm, old_logprobs=old_logprobs)
+        for name, tensor in whole.items():
+            torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-5)
+        assert other.sums["steps"] == report.sums["steps"] == 8
+        for name in ("loss", "kl"):
+            assert other.sums[name] == pytest.approx(report.sums[name], rel=1e-3, abs=1e-6)
+        assert other.sums["logp_diff_steps"] == report.sums["logp_diff_steps"]
+        assert peak < 0.6 * most  # one step's activations at a time, of two
