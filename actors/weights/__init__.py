@@ -1,6 +1,6 @@
 """Published weights on the move: through the object store or by broadcast, and to disk as ordinary folders."""
 
-from actors.weights.broadcast import Broadcast, BroadcastError, BroadcastSpec, Offer, receive_broadcast
+from actors.weights.broadcast import Broadcast, BroadcastError, BroadcastSpec, Offer, receive_broadcast, snapshot
 from actors.weights.files import read_adapter, read_model, read_weights, write_adapter
 from actors.weights.transport import Delivery, as_tensors, fetch, offer_of, pack, receive, send
 
@@ -20,5 +20,6 @@ __all__ = [
     "receive",
     "receive_broadcast",
     "send",
+    "snapshot",
     "write_adapter",
 ]

@@ -38,6 +38,11 @@ _CLOSED = 1 << 32  # added to the count of those who joined: whoever counts beyo
 _CONNECT_S = 3.0  # a rendezvous that is over does not answer: no use in waiting for it
 
 
+def snapshot(weights: Weights) -> Weights:
+    """Return a copy of ``weights`` that shares no memory with anything."""
+    return replace(weights, tensors={name: np.array(array) for name, array in weights.tensors.items()})
+
+
 class BroadcastError(RuntimeError):
     """The weights did not arrive by broadcast; they can still be had from the object store."""
 
@@ -88,7 +93,7 @@ class Broadcast:
         self.sent_to = 0
         """How many received it, once it has been sent."""
         if device.type != "cuda":  # there, arrays may share the memory of parameters that go on learning
-            weights = replace(weights, tensors={name: np.array(a) for name, a in weights.tensors.items()})
+            weights = snapshot(weights)
         self._weights, self._spec, self._receivers, self._device = weights, spec, receivers, device
         listener = socket.create_server((host, 0), backlog=max(128, receivers))  # on this address alone
         port = listener.getsockname()[1]
