@@ -51,6 +51,8 @@ class Fleet:
     placement: Placement
     embed: WorkerPool | None = None
     conditions: Conditions | None = None
+    resting: tuple[str, ...] = ()
+    """Pools that share GPUs with the learner, and give up the memory while it works."""
 
     def pools(self) -> Iterator[WorkerPool]:
         """Yield the pools in the order of a step."""
@@ -113,10 +115,23 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
         await _start_all([pools[name] for name in started])
         embed = pools.get("embed")
         conditions = Conditions(embed.submit, config.pools.embed.cache_mib * 2**20) if embed is not None else None
-        yield Fleet(pools["vlm"], pools["vdm"], pools["reward"], placement, embed, conditions)
+        resting = tuple(name for name, section in _sections(config).items() if section.rest)
+        yield Fleet(pools["vlm"], pools["vdm"], pools["reward"], placement, embed, conditions, resting)
     finally:
         await asyncio.gather(*(pool.close() for pool in pools.values()))
         placement.remove()
+
+
+@asynccontextmanager
+async def at_rest(fleet: Fleet) -> AsyncIterator[None]:
+    """Within it, the pools of ``fleet.resting`` have given up their GPUs' memory, and take no requests."""
+    pools = [pool for pool in fleet.pools() if pool.name in fleet.resting]
+    try:
+        await asyncio.gather(*(pool.rest() for pool in pools))
+        yield
+    finally:
+        for pool in pools:
+            pool.wake()
 
 
 async def serve_trained(pool: WorkerPool, folder: str | Path, version: int) -> None:
@@ -155,7 +170,7 @@ def pool_spec(config: RunConfig, name: str) -> PoolSpec:
         "max_restarts",
     )
     section = _sections(config)[name]
-    spec = PoolSpec(**{key: getattr(section, key) for key in names})
+    spec = PoolSpec(**{key: getattr(section, key) for key in names}, receivers=getattr(section, "tensor_parallel", 1))
     # vLLM makes its batches itself, and is told so at its start.
     return dataclasses.replace(spec, max_batch=1) if config.deterministic and name != "vlm" else spec
 
@@ -190,6 +205,8 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             tensor_parallel=vlm.tensor_parallel,
             enforce_eager=vlm.enforce_eager,
             lora_rank=config.stage1.lora.rank,
+            broadcast=config.weights.transport == "collective" and config.stage1.lora.rank == 0,
+            sleep=vlm.rest,
             alone=config.deterministic,
         )
 

@@ -180,18 +180,19 @@ class LearnerGroup:
         self._version = answers[0][1]
         return merge_reports([report for report, _ in answers], self.spec)
 
-    async def publish(self, *, averaged: bool = False) -> list[ray.ObjectRef]:
-        """Gather the trained weights into the object store; returns what ``actors.weights.receive`` takes.
+    async def publish(self, *, averaged: bool = False, receivers: int = 0) -> list[Any]:
+        """Gather the trained weights into the object store; returns what ``actors.weights.fetch`` and ``receive`` take.
 
         They are the weights themselves, which rollouts need; ``averaged``: their moving average, where one is kept.
-        The driver owns the object: it outlives the group and is freed when the list is dropped.
+        The driver owns the object: it outlives the group and is freed when the list is dropped. Full weights are offered by
+        broadcast too, where the spec says so, to the ``receivers`` processes that are expected to come at once.
         """
         async with self._lock:
             self._check()
-            pairs = [rank.publish.options(num_returns=2).remote(averaged) for rank in self.ranks]
-            versions = await self._race([version for _, version in pairs], "publish", self.spec.step_timeout_s)
-        self._version = versions[0]
-        return [pairs[0][0]]
+            pairs = [rank.publish.options(num_returns=2).remote(averaged, receivers) for rank in self.ranks]
+            told = await self._race([second for _, second in pairs], "publish", self.spec.step_timeout_s)
+        self._version, offer = told[0]
+        return [pairs[0][0]] if offer is None else [pairs[0][0], offer]
 
     # --- state
     # ------------------------------------------------------------------------------------------------------------

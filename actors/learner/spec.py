@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from actors.learner.grpo import LOSS_NORMS, TOKEN_ESTIMATORS
 from actors.learner.trainable import LoraSpec
+from actors.weights.broadcast import BroadcastSpec
+
+OFFLOADS = ("none", "optimizer", "all")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,9 @@ class LearnerSpec:
 
     ``kind`` is ``vlm``, ``vdm`` or a dotted path ``module:Class`` of a Trainable with the same ``load``.
     ``lora=None`` trains the full weights. ``dtype`` is the compute dtype; parameters and optimizer stay float32.
-    ``total_steps`` (optimizer steps) is where cosine and linear schedules end.
+    ``total_steps`` (optimizer steps) is where cosine and linear schedules end. ``broadcast`` offers full weights by broadcast
+    too, beside the object store. ``offload`` moves the optimizer's state, or all that the learner holds, to host memory
+    between calls.
     """
 
     kind: str
@@ -110,8 +115,12 @@ class LearnerSpec:
     step_timeout_s: float = 600.0
     name: str = "learner"
     total_steps: int = 0
+    broadcast: BroadcastSpec | None = None
+    offload: Literal["none", "optimizer", "all"] = "none"
 
     def __post_init__(self) -> None:
+        if self.offload not in OFFLOADS:
+            raise ValueError(f"{self.name}: offload={self.offload!r} is unknown; use {', '.join(OFFLOADS)}")
         if self.ranks < 1 or self.micro_batch < 1 or (self.micro_steps or 1) < 1:
             raise ValueError(
                 f"{self.name}: ranks={self.ranks}, micro_batch={self.micro_batch} and micro_steps={self.micro_steps} "

@@ -32,6 +32,7 @@ from actors.learner.grpo import grpo_loss, normaliser
 from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
 from actors.learner.spec import LearnerSpec, learning_rate
 from actors.learner.trainable import PolicyOutput, Trainable, torch_dtype, trainable_parameters
+from actors.offload import Offloader, module_tensors
 from actors.records import Experience, VdmExperience, Weights
 from actors.weights import pack
 from cluster.errors import CheckpointError, CheckpointWriteError, TrainingError
@@ -104,6 +105,37 @@ class Trainer:
             self.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
         )
         self.average = Average(self.parameters, optim.ema) if optim.ema > 0 else None
+        self._offloader = Offloader(device) if spec.offload != "none" else None
+        self.offload()
+
+    # --- memory
+    # -----------------------------------------------------------------------------------------------------------
+
+    def offload(self) -> None:
+        """Move to host memory what ``spec.offload`` names; the next :meth:`resident` brings it back."""
+        if self._offloader is not None:
+            self._offloader.unload(self._offloaded())
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Within it, everything is on the device: around each of the methods below, where the learner offloads."""
+        if self._offloader is None:
+            yield
+            return
+        self._offloader.load()
+        try:
+            yield
+        finally:
+            self.offload()
+
+    def _offloaded(self) -> Iterator[Tensor]:
+        """Yield what moves between host and device: the optimizer's state and the average, or the parameters too."""
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+        if self.average is not None:
+            yield from self.average.values
+        if self.spec.offload == "all":
+            yield from module_tensors(self.policy.module, self.frozen, *getattr(self.policy, "frozen_parts", ()))
 
     # --- learning
     # ---------------------------------------------------------------------------------------------------------

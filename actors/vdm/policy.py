@@ -156,6 +156,12 @@ class VdmPolicy:
         """The transformer blocks."""
         return list(self.module.blocks)  # type: ignore[arg-type]
 
+    @property
+    def frozen_parts(self) -> list[nn.Module]:
+        """The models beside ``module``: VAE and text encoder, as far as they were loaded."""
+        encoder = self.embedder.encoder if self.embedder is not None else None
+        return [part for part in (self.vae, encoder) if part is not None]
+
     # --- conditions ---
 
     def embed(self, captions: Sequence[str]) -> Tensor:

@@ -99,10 +99,12 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 def config_digest(
     config: RunConfig,
-    ignore: Sequence[str] = ("out", "cluster", "tracking", "control", "checkpoint", "name", "alarms", "sft"),
+    ignore: Sequence[str] = ("out", "cluster", "weights", "tracking", "control", "checkpoint", "name", "alarms", "sft"),
 ) -> str:
     """Return a digest of everything in ``config`` that changes what Joint-GRPO learns."""
-    values = config.model_dump(mode="json", exclude={**dict.fromkeys(ignore, True), "learner": {"max_restarts"}})
+    exclude: dict[str, Any] = {**dict.fromkeys(ignore, True), "learner": {"max_restarts", "offload"}}
+    exclude["pools"] = {name: {"rest"} for name in type(config.pools).model_fields}
+    values = config.model_dump(mode="json", exclude=exclude)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

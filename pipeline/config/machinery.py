@@ -74,6 +74,11 @@ class PoolSection(Section):
     request_timeout_s: float = Field(300.0, gt=0, description="Deadline for one call.")
     max_retries: int = Field(3, ge=0, description="Times a request is sent again after an infrastructure failure.")
     max_restarts: int = Field(20, ge=0, description="Restarts of the pool's workers before the run stops.")
+    rest: bool = Field(
+        False,
+        description="Give up the GPU's memory while a learner works, for pools that share GPUs with it (docs/weights.md); needs "
+        "max_staleness 0.",
+    )
     autoscale: AutoscaleSection = Field(default_factory=AutoscaleSection)
 
     @model_validator(mode="after")
@@ -174,6 +179,11 @@ class LearnerSection(Section):
         description="With lora.rank 0 and a KL: keep the frozen reference model's shards in host memory while they are not "
         "computed with. With LoRA the reference is the model without its adapter, and costs nothing.",
     )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="What the learner moves to host memory while it does not work: the optimizer's state and the moving average, or "
+        "all of its weights too (docs/weights.md).",
+    )
     start_timeout_s: float = Field(300.0, gt=0, description="Deadline to start and load.")
     step_timeout_s: float = Field(600.0, gt=0, description="Deadline for one call on all ranks.")
     max_restarts: int = Field(
@@ -181,6 +191,22 @@ class LearnerSection(Section):
         ge=0,
         description="Times per stage that a group which lost a rank is started anew from the newest checkpoint; 0 stops the run "
         "instead, for --resume.",
+    )
+
+
+class WeightsSection(Section):
+    """How published weights reach the workers (docs/weights.md)."""
+
+    transport: Literal["object_store", "collective"] = Field(
+        "object_store",
+        description="object_store: each worker pulls them. collective: full weights are broadcast from the learner to the workers "
+        "(NCCL between GPUs, gloo between CPUs), and pulled only by those who miss it. Adapters are always pulled.",
+    )
+    join_timeout_s: float = Field(
+        10.0, gt=0, description="Longest that a broadcast waits for the other workers once the first is there."
+    )
+    transfer_timeout_s: float = Field(
+        120.0, gt=0, description="Deadline of the broadcast itself; who has not everything by then pulls."
     )
 
 
