@@ -19,6 +19,7 @@ import numpy as np
 from cluster.errors import PlacementError
 
 ROLES = ("vlm", "vdm", "reward", "learner")
+"""What GPUs are split over. The embed pool, where there is one, stands with the scorers: both are small beside the others."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class StageDemand:
         by_role: dict[str, np.ndarray] = {}
         for demand in self.demands:
             by_role[demand.role] = by_role.get(demand.role, np.asarray(0.0)) + seconds[demand.name]
+        by_role["reward"] = by_role.get("reward", np.asarray(0.0)) + by_role.pop("embed", np.asarray(0.0))
         parts = [by_role.get(role, np.asarray(0.0)) for role in ROLES]
         if colocated:
             return sum(parts, np.asarray(self.switch_s))
@@ -93,6 +95,8 @@ class Split:
     run_s: float
     """All steps of all stages."""
     colocated: bool = False
+    engine_share: float = 0.85
+    """Colocated: the VLM engine's share of a GPU's memory."""
 
 
 def best_split(
@@ -126,17 +130,24 @@ def best_split(
     allowed = np.logical_and.reduce([counts[role] >= fewest[role] for role in ROLES]) & (vlm % engine_gpus == 0)
     total = np.zeros(vlm.shape)
     for stage, table in zip(stages, tables):
-        seconds = {d.name: table[d.name][np.maximum(counts[d.role], 0)] for d in stage.demands}
+        seconds = {d.name: table[d.name][np.maximum(counts[standing(d.role)], 0)] for d in stage.demands}
         total = total + stage.steps * stage.combine(seconds)
     total = np.where(allowed, total, np.inf)
     best = np.unravel_index(int(np.argmin(total)), total.shape)
     split = {role: int(counts[role][best]) for role in ROLES}
-    workers = {**split, "vlm": split["vlm"] // engine_gpus}
+    workers = {**split, "vlm": split["vlm"] // engine_gpus, "embed": split["reward"]}
     return Split(split, {stage.name: stage.seconds(workers) for stage in stages}, float(total[best]))
 
 
 def shared_split(stages: Sequence[StageDemand], gpus: int) -> Split:
     """Return what colocated roles come to: each stage of a step on all ``gpus``, one after another."""
-    everywhere = dict.fromkeys(ROLES, gpus)
+    everywhere = dict.fromkeys((*ROLES, "embed"), gpus)
     step_s = {stage.name: stage.seconds(everywhere, colocated=True) for stage in stages}
-    return Split(everywhere, step_s, sum(stage.steps * step_s[stage.name] for stage in stages), colocated=True)
+    return Split(
+        dict.fromkeys(ROLES, gpus), step_s, sum(stage.steps * step_s[stage.name] for stage in stages), colocated=True
+    )
+
+
+def standing(role: str) -> str:
+    """Return which of ROLES ``role`` shares its GPUs with in a split."""
+    return "reward" if role == "embed" else role

@@ -8,7 +8,7 @@ from actors.architectures import cost as costs
 from actors.scoring.scorer import TEXT_ONLY
 from cluster.hardware import Rates
 from pipeline.config import RunConfig
-from pipeline.config.stages import RenderSection
+from pipeline.config.stages import RenderSection, RolloutSection, Stage1Section, Stage2Section, StageSection
 from pipeline.plan.balance import Demand, StageDemand
 from pipeline.plan.measured import Measured
 from pipeline.plan.models import BYTES, CAPTION_TOKENS, Models
@@ -25,17 +25,18 @@ def stage_demands(
     """
     count = _Count(config, models, rates)
     one, two = config.stage1, config.stage2
-    stages = []
+    stages: list[tuple[str, StageSection, list[Demand]]] = []
     if config.training == "all_in_one":
         learn = [replace(count.learn_vlm(), name="learn vlm"), replace(count.learn_vdm(one.rollout), name="learn vdm")]
-        draw = count.draw("draw", one.rollout, two.render)
-        stages.append(("all_in_one", one, [count.think(), draw, count.score(one), *learn]))
+        draws = count.draws(one.rollout, two.render, one.rollout.group_size)
+        stages.append(("all_in_one", one, [count.think(), *draws, count.score(one), *learn]))
     else:
-        draws = [] if TEXT_ONLY.issuperset(one.rewards.weights) else [count.draw("draw", one.rollout, one.render)]
+        text_only = TEXT_ONLY.issuperset(one.rewards.weights)
+        draws = [] if text_only else count.draws(one.rollout, one.render, one.rollout.group_size)
         stages.append(("stage1", one, [count.think(), *draws, count.score(one), count.learn_vlm()]))
         anchor = [] if two.anchor == "truth" else [count.anchor()]
-        draw = count.draw("draw", two.rollout, two.render)
-        stages.append(("stage2", two, [*anchor, draw, count.score(two), count.learn_vdm(two.rollout)]))
+        draws = count.draws(two.rollout, two.render, 1)
+        stages.append(("stage2", two, [*anchor, *draws, count.score(two), count.learn_vdm(two.rollout)]))
     found = []
     for name, section, demands in stages:
         if not section.steps:
@@ -94,18 +95,26 @@ class _Count:
             source="FLOPs and bytes",
         )
 
-    def draw(self, name: str, rollout, render: RenderSection) -> Demand:
-        """All clips of a step: a request is a clip."""
-        models, video, dtype = self.models, self.config.video, self.config.pools.vdm.dtype
+    def draws(self, rollout: RolloutSection, render: RenderSection, captions: int) -> list[Demand]:
+        """All clips of a step, whose groups have ``captions`` captions each. An embed pool, if there is one, embeds and encodes."""
+        models, video, pools = self.models, self.config.video, self.config.pools
         branches = 2 if render.guidance > 1 else 1
-        steps = costs.transformer_flops(models.vdm, models.clip_tokens).total * render.steps * branches
-        caption = costs.text_encoder_flops(models.vdm, CAPTION_TOKENS).total
-        vae = costs.decode_flops(models.vdm, video.num_frames, video.height, video.width).total
-        vae += self._references() / rollout.group_size
-        seconds = (steps + caption) / self.rates.flops(dtype) + vae / self.rates.tf32
-        return Demand(name, "vdm", rollout.prompts_per_step * rollout.group_size, seconds, source="FLOPs")
+        sampling = costs.transformer_flops(models.vdm, models.clip_tokens).total * render.steps * branches
+        decoding = costs.decode_flops(models.vdm, video.num_frames, video.height, video.width).total
+        seconds = sampling / self.rates.flops(pools.vdm.dtype) + decoding / self.rates.tf32
+        clips, embedder = (
+            rollout.prompts_per_step * rollout.group_size,
+            pools.embed if pools.embed.workers else pools.vdm,
+        )
+        caption = costs.text_encoder_flops(models.vdm, CAPTION_TOKENS).total / self.rates.flops(embedder.dtype)
+        encoding = video.reference_frames * costs.encode_flops(models.vdm, 1, video.height, video.width).total
+        group = captions * caption + encoding / self.rates.tf32
+        if not pools.embed.workers:
+            return [Demand("draw", "vdm", clips, seconds + group / rollout.group_size, source="FLOPs")]
+        embed = Demand("embed", "embed", rollout.prompts_per_step, group, source="FLOPs")
+        return [embed, Demand("draw", "vdm", clips, seconds, source="FLOPs")]
 
-    def score(self, section) -> Demand:
+    def score(self, section: StageSection) -> Demand:
         """All answers of a step: a request is an answer. The target's frames are read once for each group."""
         rollout, frames = section.rollout, self.config.video.num_frames
         image, text = costs.clip_image_flops(self.models.clip).total, costs.clip_text_flops(self.models.clip).total
@@ -124,17 +133,14 @@ class _Count:
         forward = costs.completion_flops(models.vlm, models.prompt, stage.text.max_tokens)
         return self._learn(forward, stage, stage.rollout)
 
-    def learn_vdm(self, rollout) -> Demand:
+    def learn_vdm(self, rollout: RolloutSection) -> Demand:
         """All trajectories of a step: one forward for each step of the window."""
         stage = self.config.stage2
         branches = 2 if stage.render.guidance > 1 else 1
         forward = costs.transformer_flops(self.models.vdm, self.models.clip_tokens) * (stage.sde.window_size * branches)
-        demand = self._learn(forward, stage, rollout)
-        caption = costs.text_encoder_flops(self.models.vdm, CAPTION_TOKENS).total
-        once = caption / self.rates.float32 + self._references() / self.rates.tf32
-        return replace(demand, unit_s=demand.unit_s + once / rollout.group_size)
+        return self._learn(forward, stage, rollout)
 
-    def _learn(self, forward: costs.Flops, stage, rollout) -> Demand:
+    def _learn(self, forward: costs.Flops, stage: Stage1Section | Stage2Section, rollout: RolloutSection) -> Demand:
         learner, grpo = self.config.learner, stage.grpo
         again = forward.update(
             lora=stage.lora.rank > 0,
@@ -155,9 +161,3 @@ class _Count:
             component = "model" if policy == "vlm" else "transformer"
             whole += 0.0 if section.lora.rank else 4.0 * self.models.parameters[policy, component]
         return Demand("publish", "learner", 1, 0.0, whole / PUBLISH_BANDWIDTH, source="bytes") if whole else None
-
-    def _references(self) -> float:
-        """FLOPs of encoding the reference frames of one clip."""
-        video = self.config.video
-        each = costs.encode_flops(self.models.vdm, 1, video.height, video.width).total
-        return video.reference_frames * each

@@ -45,8 +45,10 @@ class Process:
     parts: Mapping[str, float]
     loading: float = 0.0
     """Peak before sharding, where that is more."""
+    rests: bool = False
+    """Whether it moves what it holds to host memory while another role works (``pools.<pool>.rest``, ``learner.offload``)."""
     keeps: float = CONTEXT
-    """Bytes that stay on the GPU while it sleeps, colocated: its CUDA context."""
+    """Bytes that stay on the GPU while it rests."""
 
     @property
     def total(self) -> float:
@@ -54,10 +56,15 @@ class Process:
         return max(sum(self.parts.values()), self.loading)
 
     @property
+    def idle(self) -> float:
+        """Bytes that it holds while another role works; memory that was used once stays with a process that does not rest."""
+        return self.keeps if self.rests else self.total
+
+    @property
     def moved(self) -> float:
-        """Bytes that leave the GPU while it sleeps and come back; caches and activations are made anew."""
+        """Bytes that leave the GPU when it rests and come back; caches and activations are made anew."""
         held = sum(self.parts.get(part, 0.0) for part in ("weights", "optimizer", "reference"))
-        return max(0.0, held - (self.keeps - CONTEXT))
+        return max(0.0, held - (self.keeps - CONTEXT)) if self.rests else 0.0
 
 
 def processes(config: RunConfig, models: Models, gib: float) -> tuple[Process, ...]:
@@ -69,8 +76,9 @@ def processes(config: RunConfig, models: Models, gib: float) -> tuple[Process, .
     ]
     return (
         _engine(config, models, gib),
+        *([_embedder(config, models)] if config.pools.embed.workers else []),
         _sampler(config, models),
-        _scorer(models),
+        _scorer(config, models),
         *(_vlm_learner(config, models) if policy == "vlm" else _vdm_learner(config, models) for policy, _ in learners),
     )
 
@@ -118,7 +126,7 @@ def _engine(config: RunConfig, models: Models, gib: float) -> Process:
     rest = pool.gpu_memory_utilization * gib * GIB - weights - activations - CONTEXT
     cache = pool.kv_cache_mib * 2.0**20 if pool.kv_cache_mib is not None else max(rest, 0.0)
     parts = {"weights": weights, "activations": activations, "KV cache": cache, "CUDA context": CONTEXT}
-    return Process("vlm", "vLLM engine", parts)
+    return Process("vlm", "vLLM engine", parts, rests=pool.rest)
 
 
 def sequences_in_cache(config: RunConfig, models: Models, cache: float) -> float:
@@ -135,37 +143,52 @@ def _sampler(config: RunConfig, models: Models) -> Process:
     group = max(config.stage1.rollout.group_size, config.stage2.rollout.group_size)
     prompts = max(config.stage1.rollout.prompts_per_step, config.stage2.rollout.prompts_per_step)
     clips = min(pool.max_batch, math.ceil(prompts * group / pool.workers))
-    moments = (
+    height, width = _tile(config)
+    moments = [
         sampling_bytes(models, clips, pool.dtype),
-        decoding_bytes(models, video.height, video.width) * min(clips, DECODE_BATCH),
-        encoding_bytes(models, video.reference_frames, video.height, video.width),
-    )
-    weights = element * models.parameters["vdm", "transformer"] + _frozen(models, element)
+        decoding_bytes(models, height, width) * min(clips, pool.max_decode),
+    ]
+    weights = element * models.parameters["vdm", "transformer"] + 4.0 * models.parameters["vdm", "vae"]
+    if not config.pools.embed.workers:
+        weights += element * models.parameters["vdm", "text_encoder"]
+        moments.append(encoding_bytes(models, video.reference_frames, height, width))
     rank = config.stage2.lora.rank
     weights += costs.lora_parameters(models.vdm, rank) * element if rank else 0
     parts = {"weights": weights, "activations": max(moments), "caches": 2.0 * CACHE, "CUDA context": CONTEXT}
-    return Process("vdm", f"sampler, {clips} clip(s) at a time", parts)
+    return Process("vdm", f"sampler, {clips} clip(s) at a time", parts, rests=pool.rest)
 
 
-DECODE_BATCH = 8
-"""Clips that the sampler decodes at once (``VdmPolicy``)."""
 CACHE = 256 * 2**20
 """Most bytes of caption embeddings, and of frame latents, that a policy keeps (``VdmPolicy``)."""
 
 
-def _frozen(models: Models, element: int) -> float:
-    """Return the bytes of what stands before and behind the transformer: the text encoder, and the VAE in float32."""
-    return element * models.parameters["vdm", "text_encoder"] + 4.0 * models.parameters["vdm", "vae"]
+def _embedder(config: RunConfig, models: Models) -> Process:
+    pool, video = config.pools.embed, config.video
+    parameters = models.parameters
+    weights = BYTES[pool.dtype] * parameters["vdm", "text_encoder"] + 4.0 * parameters["vdm", "vae"]
+    activations = encoding_bytes(models, video.reference_frames, *_tile(config))
+    parts = {"weights": weights, "activations": activations, "CUDA context": CONTEXT}
+    return Process("embed", "text encoder, VAE encoder", parts, rests=pool.rest)
 
 
-def _scorer(models: Models) -> Process:
+def _tile(config: RunConfig) -> tuple[int, int]:
+    """Return height and width of what the VAE works on at once."""
+    video = config.video
+    return (min(video.height, TILE), min(video.width, TILE)) if video.vae_tiling else (video.height, video.width)
+
+
+TILE = 256
+"""Side of a tile in pixels (AutoencoderKLWan)."""
+
+
+def _scorer(config: RunConfig, models: Models) -> Process:
     vision = models.clip.components["model"]["vision_config"]
     tokens = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2 + 1
     frames = 64  # ClipScorer's batch
     activations = frames * tokens * (6 * int(vision["hidden_size"]) + 2 * int(vision["intermediate_size"])) * 4.0
     weights = 4.0 * models.parameters["clip", "model"]
     parts = {"weights": weights, "activations": activations, "CUDA context": CONTEXT}
-    return Process("reward", "CLIP", parts, keeps=CONTEXT + weights)
+    return Process("reward", "CLIP", parts, rests=config.pools.reward.rest)
 
 
 def _vlm_learner(config: RunConfig, models: Models) -> Process:
@@ -184,7 +207,7 @@ def _vlm_learner(config: RunConfig, models: Models) -> Process:
         logits=items * completion,
         kl=stage.grpo.kl_beta > 0,
     )
-    return _learner(f"VLM learner, {items} completion(s) at a time", found, 0.0, 4.0 * count, stage.optim.ema > 0)
+    return _learner(config, f"VLM learner, {items} completion(s) at a time", found, 4.0 * count, stage.optim.ema > 0)
 
 
 def _vdm_learner(config: RunConfig, models: Models) -> Process:
@@ -200,27 +223,32 @@ def _vdm_learner(config: RunConfig, models: Models) -> Process:
         ranks=learner.ranks,
         element=BYTES[learner.dtype],
         checkpointing=learner.activation_checkpointing,
-        passes=stage.sde.window_size * guided,
+        passes=min(stage.sde.window_size, learner.micro_steps or stage.sde.window_size) * guided,
         kl=stage.grpo.kl_beta > 0,
         text=items * costs.WAN_TEXT_TOKENS,
     )
-    frozen = _frozen(models, 4)  # each rank loads all of the pipeline in float32
-    return _learner(
-        f"VDM learner, {items} trajectory(ies) at a time", found, frozen, 4.0 * count + frozen, stage.optim.ema > 0
-    )
+    return _learner(config, f"VDM learner, {items} trajectory(ies) at a time", found, 4.0 * count, stage.optim.ema > 0)
 
 
-def _learner(does: str, found: costs.TrainingBytes, frozen: float, loading: float, average: bool) -> Process:
+def _learner(config: RunConfig, does: str, found: costs.TrainingBytes, loading: float, average: bool) -> Process:
+    offload = config.learner.offload
     parts = {
-        "weights": found.parameters + frozen,
+        "weights": found.parameters,
         "gathered": found.gathered,
         "gradients": found.gradients,
         "optimizer": found.optimizer + (found.optimizer / 2 if average else 0.0),
-        "reference": found.reference,
+        "reference": 0.0 if config.learner.reference_offload else found.reference,
         "activations": found.activations,
         "CUDA context": CONTEXT,
     }
-    return Process("learner", does, {name: size for name, size in parts.items() if size}, loading=loading + CONTEXT)
+    return Process(
+        "learner",
+        does,
+        {name: size for name, size in parts.items() if size},
+        loading=loading + CONTEXT,
+        rests=offload != "none",
+        keeps=CONTEXT + (parts["weights"] + parts["reference"] if offload == "optimizer" else 0.0),
+    )
 
 
 def _items_per_rank(config: RunConfig, stage: str) -> int:

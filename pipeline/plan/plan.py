@@ -17,13 +17,15 @@ from cluster.packing import Gpu, Member, pack
 from pipeline.config import RunConfig
 from pipeline.config.load import apply_override, parse_config
 from pipeline.fleet import LEARNER, placement_plan
-from pipeline.plan.balance import ROLES, Split, StageDemand, best_split, shared_split
+from pipeline.plan.balance import Split, StageDemand, best_split, shared_split
 from pipeline.plan.demands import PUBLISH_BANDWIDTH, stage_demands
 from pipeline.plan.measured import Measured
 from pipeline.plan.memory import CONTEXT, USABLE, VLLM_BATCH_TOKENS, Process, processes, sequences_in_cache
 from pipeline.plan.models import CAPTION_TOKENS, Models
 
 _PLENTY = 1e6  # of CPUs and custom resources, which --gpus does not tell
+POOLS = ("vlm", "embed", "vdm", "reward")
+RESTING = ("pools.vlm.rest=true", "pools.vdm.rest=true", "learner.offload=all")
 SWITCH_BANDWIDTH = 25e9
 """Assumed bytes per second between a GPU and its host's memory (PCIe 4.0 x16 has 32)."""
 CPU_FLOPS = 5e10
@@ -81,16 +83,13 @@ def make_plan(
     kinds = processes(config, models, gib)
     problems: list[Problem] = []
     placement, gpus = _placed(config, hardware, problems)
-    peaks = {(gpu.node, gpu.index): peak(gpu, config, kinds) for gpu in gpus}
+    peaks = {(gpu.node, gpu.index): peak(gpu, kinds) for gpu in gpus}
     problems += _context_problems(config, models, kinds)
     if gpus:
         problems += _memory_problems(config, hardware, models, gpus, kinds)
-    switch_s = sum(2 * kind.moved for kind in kinds) / SWITCH_BANDWIDTH
-    stages = tuple(
-        dataclasses.replace(stage, switch_s=switch_s) for stage in stage_demands(config, models, rates, measured)
-    )
+    stages = stage_demands(config, models, rates, measured)
     workers = _workers(config, placement)
-    slowed = tuple(_on_cpu(config, stage, rates) for stage in stages)
+    slowed = tuple(_on_cpu(config, stage, rates) for stage in switching(stages, kinds))
     splits = _splits(config, hardware, models, stages)
     if any(p.cure == "split" for p in problems):
         better = min(splits, key=lambda split: split.run_s, default=None)
@@ -111,45 +110,54 @@ def make_plan(
     )
 
 
-def peak(gpu: Gpu, config: RunConfig, kinds: Iterable[Process]) -> float:
+def peak(gpu: Gpu, kinds: Iterable[Process]) -> float:
     """Return the bytes that are used on ``gpu`` at its largest moment.
 
-    Members with GPUs of their own, or a share of one by chance, are all awake. Colocated roles take turns: one role works while the
-    others sleep; scorers work beside samplers and learners beside neither, and CLIP, which is small, stays where it is.
+    There are two: the pools sample, all of them awake, or the learner learns. What rests meanwhile keeps a little, what does not
+    rest keeps all that it once used.
     """
     kinds = list(kinds)
 
     def of(role: str, size: str) -> float:
         return max((getattr(kind, size) for kind in kinds if kind.role == role), default=0.0)
 
-    counts: dict[str, int] = {}
-    for member in gpu.members:
-        counts[member.role] = counts.get(member.role, 0) + 1
-    if config.cluster.layout == "disaggregated":
-        return sum(count * of(role, "total") for role, count in counts.items())
-    asleep = sum(count * of(role, "keeps") for role, count in counts.items())
-    turns = [("vlm",), ("vdm", "reward"), (LEARNER,)]
-    awake = [sum(counts.get(role, 0) * (of(role, "total") - of(role, "keeps")) for role in turn) for turn in turns]
-    return asleep + max(awake)
+    pools = sum(of(member.role, "total") for member in gpu.members if member.role != LEARNER)
+    resting = sum(of(member.role, "idle") for member in gpu.members if member.role != LEARNER)
+    ranks = [member for member in gpu.members if member.role == LEARNER]
+    return max(pools + len(ranks) * of(LEARNER, "idle"), resting + len(ranks) * of(LEARNER, "total"))
+
+
+def switching(stages: Iterable[StageDemand], kinds: Iterable[Process]) -> tuple[StageDemand, ...]:
+    """Return ``stages`` with the seconds in which what rests moves off the GPUs and on again, once a step."""
+    moved: dict[str, float] = {}
+    for kind in kinds:
+        moved[kind.role] = max(moved.get(kind.role, 0.0), kind.moved)
+    switch_s = 2 * sum(moved.values()) / SWITCH_BANDWIDTH
+    return tuple(dataclasses.replace(stage, switch_s=switch_s) for stage in stages)
 
 
 def overrides(config: RunConfig, split: Split) -> str:
     """Return the overrides with which ``config`` has ``split``."""
-    engine = config.pools.vlm.tensor_parallel
+    engine, embeds = config.pools.vlm.tensor_parallel, config.pools.embed.workers > 0
     if split.colocated:
         count = split.gpus["vdm"]
-        shares = {"pools.vlm": 0.3, "pools.vdm": 0.3, "pools.reward": 0.1, "learner": 0.3}
-        each = [
-            f"{key}.{'ranks' if key == 'learner' else 'workers'}={count} {key}.gpus={share}"
-            for key, share in shares.items()
-        ]
-        return " ".join(["cluster.layout=colocated", *each])
-    gpus = split.gpus
+        pools = ["pools.vlm", *(["pools.embed"] if embeds else []), "pools.vdm", "pools.reward"]
+        each = [f"{pool}.workers={count} {pool}.gpus=0.2" for pool in pools]
+        stale = [f"{stage}.rollout.max_staleness=0" for stage in ("stage1", "stage2") if _staleness(config, stage)]
+        share = f"pools.vlm.gpu_memory_utilization={split.engine_share:g} pools.vlm.kv_cache_mib=null"
+        ranks = f"learner.ranks={count} learner.gpus=0.2"
+        return " ".join(["cluster.layout=colocated", *each, ranks, *RESTING, *stale, share])
+    gpus, small = split.gpus, 0.5 if embeds else 1
+    embed = f" pools.embed.workers={gpus['reward']} pools.embed.gpus={small}" if embeds else ""
     return (
-        f"cluster.layout=disaggregated pools.vlm.workers={gpus['vlm'] // engine} pools.vlm.gpus={engine} "
-        f"pools.vdm.workers={gpus['vdm']} pools.vdm.gpus=1 pools.reward.workers={gpus['reward']} pools.reward.gpus=1 "
+        f"cluster.layout=disaggregated pools.vlm.workers={gpus['vlm'] // engine} pools.vlm.gpus={engine}{embed} "
+        f"pools.vdm.workers={gpus['vdm']} pools.vdm.gpus=1 pools.reward.workers={gpus['reward']} pools.reward.gpus={small} "
         f"learner.ranks={gpus['learner']} learner.gpus=1"
     )
+
+
+def _staleness(config: RunConfig, stage: str) -> int:
+    return int(getattr(config, stage).rollout.max_staleness)
 
 
 def with_overrides(config: RunConfig, texts: Iterable[str]) -> RunConfig:
@@ -210,11 +218,11 @@ def _ranks_together(config: RunConfig, gpus: Iterable[Gpu]) -> str:
 
 def _workers(config: RunConfig, placement: PlacementPlan | None) -> dict[str, float]:
     """Return how many GPUs work for each role; a role without any counts its workers, on CPUs."""
-    counts = {role: getattr(config.pools, role).workers for role in ("vlm", "vdm", "reward")}
+    counts = {role: getattr(config.pools, role).workers for role in POOLS}
     counts[LEARNER] = config.learner.ranks * (2 if config.training == "all_in_one" else 1)
     shared = {ask.role for ask in placement.sharing} if placement else set()
     found: dict[str, float] = {}
-    for role in ROLES:
+    for role in counts:
         gpus = _gpus(config, role)
         if role in shared and placement is not None:
             found[role] = min(counts[role], placement.shared_gpus)
@@ -281,7 +289,7 @@ def _memory_problems(
     found: dict[tuple[str, ...], Problem] = {}
     for gpu in gpus:
         roles = tuple(sorted({member.role for member in gpu.members}))
-        need = peak(gpu, config, kinds)
+        need = peak(gpu, kinds)
         if need <= limit or roles in found:
             continue
         largest = max((kind for kind in kinds if kind.role in roles), key=lambda kind: kind.total)
@@ -314,7 +322,7 @@ def _cure(config: RunConfig, hardware: Hardware, models: Models, gpu: Gpu, large
                 other = with_overrides(config, texts)
             except ConfigError:
                 continue
-            if peak(gpu, other, processes(other, models, hardware.gib)) <= limit:
+            if peak(gpu, processes(other, models, hardware.gib)) <= limit:
                 return " ".join(texts)
         tried.append(text)
     return ""
@@ -357,8 +365,13 @@ def _splits(
         ranks = split.gpus[LEARNER] + 1  # fewer ranks hold larger shards, so only more of them can help
     if engine == 1:
         shared = shared_split(stages, hardware.gpus)
-        if _roomy(config, hardware, models, shared):
-            found.append(shared)
+        for percent in range(85, 5, -5):  # the engine takes what it is given; the others need the rest
+            shared = dataclasses.replace(shared, engine_share=percent / 100)
+            if _roomy(config, hardware, models, shared):
+                kinds = processes(with_overrides(config, overrides(config, shared).split()), models, hardware.gib)
+                timed = shared_split(switching(stages, kinds), hardware.gpus)
+                found.append(dataclasses.replace(timed, engine_share=shared.engine_share))
+                break
     return tuple(found)
 
 
@@ -370,7 +383,7 @@ def _roomy(config: RunConfig, hardware: Hardware, models: Models, split: Split) 
     except (ConfigError, PlacementError):
         return False
     kinds = processes(other, models, hardware.gib)
-    return all(peak(gpu, other, kinds) <= USABLE * hardware.gib * GIB for gpu in gpus)
+    return all(peak(gpu, kinds) <= USABLE * hardware.gib * GIB for gpu in gpus)
 
 
 # --- what was taken for granted --------------------------------------------------------------------------------------
@@ -386,12 +399,12 @@ def _assumptions(config: RunConfig, rates: Rates, models: Models, measured: Meas
         f"captions have {CAPTION_TOKENS} tokens, prompts {models.prompt.text} beside the video's"
     )
     if config.cluster.layout == "colocated":
-        yield "a step is: think, then draw and score, then learn, one after another on all GPUs"
+        yield "a step is: think, embed, draw, score, learn, one after another, since they share GPUs"
     elif config.stage1.rollout.max_staleness or config.stage2.rollout.max_staleness:
         yield "with max_staleness > 0 the slowest role sets the pace; without, think, then draw and score together, then learn"
     else:
         yield "a step is: think, then draw and score together (the slower counts), then learn"
-    yield f"colocated roles take turns: what they hold moves off a GPU and on again once a step, at {SWITCH_BANDWIDTH / 1e9:g} GB/s"
+    yield f"where roles share GPUs, what rests moves off and on again once a step, at {SWITCH_BANDWIDTH / 1e9:g} GB/s"
     if any(section.lora.rank == 0 for section in (config.stage1, config.stage2) if section.steps):
         yield f"whole models are published at {PUBLISH_BANDWIDTH / 1e9:g} GB/s"
     yield "decoding of input video, the network between ranks and between nodes, and checkpoints are not counted"
@@ -399,5 +412,5 @@ def _assumptions(config: RunConfig, rates: Rates, models: Models, measured: Meas
         f"memory: {CONTEXT / GIB:g} GiB of CUDA context per process, vLLM prefills {VLLM_BATCH_TOKENS} tokens at once, allocators' "
         f"fragments take {1 - USABLE:.0%}; activations are estimates"
     )
-    if any(_gpus(config, role) == 0 for role in ROLES):
+    if any(_gpus(config, role) == 0 for role in _workers(config, None)):
         yield f"roles without a GPU compute {CPU_FLOPS / 1e9:g} GFLOP/s per reserved core (one at least)"
