@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from cluster.errors import CheckpointError, ConfigError
 
+_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 COMPONENTS = ("transformer", "vae_encoder", "vae_decoder", "text_encoder")
 
 
@@ -38,7 +40,7 @@ class Parts:
 def pipeline_folder(path: str | Path) -> Path:
     """Return the local folder of a WanPipeline folder or hub name; CheckpointError where a part is missing."""
     folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
-    for part in ("transformer", "vae", "text_encoder", "tokenizer"):
+    for part in _PARTS:
         if not (folder / part).is_dir():
             raise CheckpointError(f"{folder} is not a diffusers WanPipeline folder: it has no {part}/ in it")
     return folder
@@ -97,10 +99,13 @@ def save_full(
         raise CheckpointError(f"export to {target} would overwrite the model it was loaded from; choose another folder")
     replaced = {"transformer"} | ({"text_encoder"} if text_encoder is not None else set())
     target.mkdir(parents=True, exist_ok=True)
+    # The pipeline alone: a folder that a training made may also hold its checkpoints, captions and tracking store.
+    index = source / "model_index.json"
+    parts = set(json.loads(index.read_text("utf-8"))) if index.is_file() else set(_PARTS)
     for entry in source.iterdir():
-        if entry.is_dir() and entry.name not in replaced:
+        if entry.is_dir() and entry.name in parts - replaced:
             shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
-        elif entry.is_file():
+        elif entry.is_file() and (entry.name == index.name or entry.name.startswith(("README", "LICENSE"))):
             shutil.copy2(entry, target / entry.name)
     if state is not None:
         with torch.device("meta"):

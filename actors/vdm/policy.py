@@ -121,6 +121,13 @@ class VdmPolicy:
     def add_adapter(self, folder: str | Path, spec: LoraSpec | None = None) -> None:
         """Put the PEFT adapter of ``folder`` into the transformer; ``spec``, where given, must have its shape."""
         saved, tensors = lora.read_adapter(folder)
+        foreign = sorted(name for name in tensors if "text_encoder" in name.split("."))
+        if foreign:
+            raise CheckpointError(
+                f"the adapter in {folder} has {len(foreign)} tensors for the text encoder ({foreign[0]}), which is frozen "
+                "and whose embeddings are shared by samplers and learners; merge them into the model folder's "
+                "text_encoder, or train an adapter of the transformer alone"
+            )
         if spec is not None and not lora.same_shape(saved, spec):
             raise CheckpointError(
                 f"the adapter in {folder} is {saved}, but the configuration asks for {spec}; set them equal"

@@ -121,7 +121,9 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         checkpoint_every=section.checkpoint_every,
         max_failures=section.max_failures,
         log_every=section.log_every,
-        policy_kwargs={"shift": config.models.flow_shift} if kind == "vdm" else {},
+        policy_kwargs={"shift": config.models.flow_shift, "vae_tiling": config.video.vae_tiling}
+        if kind == "vdm"
+        else {},
     )
 
 

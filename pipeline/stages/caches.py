@@ -7,8 +7,8 @@ import asyncio
 from actors.pool import WorkerPool
 from pipeline.fleet import Fleet
 
-MADE = ("captions", "references", "videos")
-"""What is counted, as ``<name>`` (made) and ``<name>_asked``."""
+RATIOS = {"captions": "caption_hit_ratio", "references": "reference_hit_ratio", "videos": "video_hit_ratio"}
+"""What is counted, as ``<name>`` (made) and ``<name>_asked``, and how the share of hits is called."""
 
 
 async def cache_metrics(fleet: Fleet) -> dict[str, float]:
@@ -18,10 +18,10 @@ async def cache_metrics(fleet: Fleet) -> dict[str, float]:
     if fleet.conditions is not None:
         found.append(fleet.conditions.counters())
     metrics: dict[str, float] = {}
-    for name in MADE:
+    for name, ratio in RATIOS.items():
         made, asked = (sum(counts.get(key, 0.0) for counts in found) for key in (name, f"{name}_asked"))
         if asked:
-            metrics |= {f"cache/{name}": made, f"cache/{name[:-1]}_hit_ratio": 1.0 - made / asked}
+            metrics |= {f"cache/{name}": made, f"cache/{ratio}": 1.0 - made / asked}
     return metrics
 
 

@@ -160,3 +160,19 @@ def test_bad_requests_are_data_failures_and_others_go_on(worker: Any) -> None:
     for outcome in outcomes[:3]:
         assert isinstance(outcome, Failure) and outcome.kind == "data", outcome
     assert "512" in outcomes[0].message
+
+
+def test_a_group_encodes_its_video_once(worker: Any) -> None:
+    import ray
+
+    def counted() -> dict[str, float]:
+        return ray.get(worker.counters.remote(), timeout=60)
+
+    requests = [
+        CompletionRequest(f"new{i}", QUESTIONS[0], frames(100 + i), n=8, seed=i, max_tokens=8) for i in range(2)
+    ]
+    before = counted()
+    complete(worker, requests)
+    after = counted()
+    assert after["videos_asked"] - before["videos_asked"] == 16
+    assert after["videos"] - before["videos"] == 2
