@@ -161,7 +161,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rest(self) -> RunConfig:
-        resting = [f"pools.{name}.rest=true" for name in type(self.pools).model_fields if getattr(self.pools, name).rest]
+        resting = [
+            f"pools.{name}.rest=true" for name in type(self.pools).model_fields if getattr(self.pools, name).rest
+        ]
         stale = [
             f"{name}.rollout.max_staleness={stage.rollout.max_staleness}"
             for name, stage in (("stage1", self.stage1), ("stage2", self.stage2))

@@ -34,6 +34,9 @@ class Pool:
         await asyncio.sleep(0.001)
         self.version = version
 
+    def receivers(self) -> int:
+        return 1
+
     async def call_all(self, method: str) -> dict[str, str]:
         return {"worker": self.hashes[0] if len(self.hashes) == 1 else self.hashes.pop(0)}
 
@@ -51,6 +54,7 @@ class Pool:
 class Fleet:
     vlm: Pool = field(default_factory=lambda: Pool("vlm"))
     vdm: Pool = field(default_factory=lambda: Pool("vdm"))
+    resting: tuple[str, ...] = ()
 
     def pools(self) -> tuple[Pool, ...]:
         return (self.vlm, self.vdm)
@@ -69,7 +73,7 @@ class Learner:
         self.seen.append(list(items))
         return {"loss": 0.0}
 
-    async def publish(self) -> list[Any]:
+    async def publish(self, *, receivers: int = 0) -> list[Any]:
         return []
 
     async def base_hash(self) -> str:
