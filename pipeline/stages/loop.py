@@ -220,13 +220,15 @@ async def learn(stage: Stage, learners: Learners, batch: RolloutBatch) -> dict[s
     """Update on ``batch`` and publish the new weights; a batch without groups is skipped and counted."""
     if not batch.groups:
         return {"learner/empty_batches": 1.0}
+    started = time.monotonic()
     async with at_rest(stage.fleet):
+        rested = time.monotonic()
         found = await gather(
             [asyncio.create_task(update_one(stage, policy, learners[policy], batch)) for policy in stage.policies]
         )
     serving = [serve_one(stage, policy, learners[policy], u) for policy, u in zip(stage.policies, found, strict=True)]
     published = await gather([asyncio.create_task(work) for work in serving])
-    metrics: dict[str, float] = {}
+    metrics = {"time/rest_s": rested - started} if stage.fleet.resting else {}
     for policy, update, publish_s in zip(stage.policies, found, published, strict=True):
         prefix = "learner/" if len(found) == 1 else f"learner/{policy}/"
         metrics |= {f"{prefix}{name}": value for name, value in update.figures.items()}

@@ -253,6 +253,8 @@ REST = Family(
         Metric("time/wait_s", "s", "How long the learner waited for the rollout.",
                "Near rollout_s when synchronous, near 0 when staleness hides it."),
         Metric("time/update_s", "s", "The learner group's update.", "Scales with ranks."),
+        Metric("time/rest_s", "s", "Pools that share GPUs with the learner give up their memory (pools.<pool>.rest).",
+               "The price of sharing, beside the slower first requests of the next rollout."),
         Metric("time/publish_s", "s", "New weights from the learner into every worker of the pool.",
                "Seconds; grows with full weights."),
         Metric("checkpoint/failed", "checkpoints",

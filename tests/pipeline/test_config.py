@@ -57,6 +57,25 @@ def test_resolved_yaml_is_the_same_run(tmp_path) -> None:
         (["seed.x=3"], "seed is a value, not a section"),
         (["stage1.steps"], "expected section.key=value"),
         (["name=../evil"], "name='../evil'"),
+        (["weights.transport=nccl"], "'object_store' or 'collective'"),
+        (["weights.transport=collective"], "this run trains adapters alone"),
+        (
+            ["weights.transport=collective", "stage2.lora.rank=0", "learner.gpus=0.5", "pools.vdm.gpus=1"],
+            "learner.gpus=0.5: NCCL takes no two processes on one GPU",
+        ),
+        (
+            ["weights.transport=collective", "stage2.lora.rank=0", "learner.gpus=1"],
+            "the same kind of device, here learner.gpus=1, pools.vdm.gpus=0",
+        ),
+        (
+            ["weights.transport=collective", "stage1.lora.rank=0", "weights.transfer_timeout_s=290"],
+            "leave no time to pull the weights instead: a worker has pools.vlm.start_timeout_s=300 s",
+        ),
+        (
+            ["pools.vlm.rest=true", "stage1.rollout.max_staleness=1"],
+            "pools.vlm.rest=true with stage1.rollout.max_staleness=1",
+        ),
+        (["learner.offload=everything"], "'none', 'optimizer' or 'all'"),
     ],
 )
 def test_mistakes_are_named(overrides: list[str], expected: str) -> None:
@@ -91,6 +110,8 @@ def test_digest_sees_what_changes_learning_and_nothing_else() -> None:
     assert config_digest(base) == config_digest(parse_config({"out": "elsewhere", "name": "b"}))
     assert config_digest(base) == config_digest(parse_config({"alarms": {"stop_after": 3, "copy_above": None}}))
     assert config_digest(base) == config_digest(parse_config({"sft": {"vlm": {"steps": 9, "optim": {"lr": 1e-3}}}}))
+    moved = {"weights": {"join_timeout_s": 3}, "learner": {"offload": "all"}, "pools": {"vdm": {"rest": True}}}
+    assert config_digest(base) == config_digest(parse_config(moved))
     assert config_digest(base) != config_digest(parse_config({"stage1": {"optim": {"lr": 1e-3}}}))
 
 

@@ -34,6 +34,9 @@ class Pool:
         await asyncio.sleep(0.001)
         self.version = version
 
+    def receivers(self) -> int:
+        return 1
+
     async def call_all(self, method: str) -> dict[str, Any]:
         if method == "counters":
             return {}
@@ -53,6 +56,10 @@ class Pool:
 class Fleet:
     vlm: Pool = field(default_factory=lambda: Pool("vlm"))
     vdm: Pool = field(default_factory=lambda: Pool("vdm"))
+
+    def receivers(self) -> int:
+        return 1
+
     embed: Any = None
     conditions: Any = None
 
@@ -73,7 +80,7 @@ class Learner:
         self.seen.append(list(items))
         return {"loss": 0.0}
 
-    async def publish(self) -> list[Any]:
+    async def publish(self, *, receivers: int = 0) -> list[Any]:
         return []
 
     async def base_hash(self) -> str:
