@@ -67,6 +67,20 @@ def _rendezvous(address: str, rank: int, world: int, timeout: timedelta) -> dist
     )
 
 
+def unit_names(module: nn.Module, units: Iterable[nn.Module]) -> list[str]:
+    """Return the names in ``module`` of the units of gathering and of activation checkpointing, in module order.
+
+    ValueError where one of ``units`` is no submodule.
+    """
+    wanted = {id(unit) for unit in units}
+    names = [name for name, m in module.named_modules() if id(m) in wanted]
+    if len(names) != len(wanted):
+        raise ValueError(
+            f"{len(wanted) - len(names)} of {len(wanted)} fsdp_units are not submodules of the policy's module"
+        )
+    return names
+
+
 def shard(
     module: nn.Module,
     units: Iterable[nn.Module],
@@ -82,12 +96,7 @@ def shard(
     and gradients are reduced in float32. ``offload``: shards rest in host memory, and reach the device for their forward
     only; nothing to do on a CPU. Returns the units' names.
     """
-    wanted = {id(unit) for unit in units}
-    names = [name for name, m in module.named_modules() if id(m) in wanted]
-    if len(names) != len(wanted):
-        raise ValueError(
-            f"{len(wanted) - len(names)} of {len(wanted)} fsdp_units are not submodules of the policy's module"
-        )
+    names = unit_names(module, units)
     if checkpointing:
         for name in names:
             parent, _, child = name.rpartition(".")
