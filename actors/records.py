@@ -89,8 +89,52 @@ class SdeSpec:
 
 
 @dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What frozen models made of a caption and of reference frames: made once, it travels to whoever needs it.
+
+    Float32 whatever the encoder's dtype: bfloat16 values survive it exactly.
+    """
+
+    text: np.ndarray  # float32 (tokens, D), the caption's embedding without padding
+    negative: np.ndarray | None  # float32 (tokens, D) of the negative prompt; None without guidance
+    references: np.ndarray | None  # float32 (C, n, h, w), latents of the reference frames; None without any
+    max_tokens: int  # to how many tokens the transformer wants the text padded
+
+
+@dataclass(frozen=True, eq=False)
+class EmbedRequest:
+    """Ask the embed pool for a caption's embedding, float32 (tokens, D); None is the negative prompt."""
+
+    caption: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class EncodeRequest:
+    """Ask the embed pool for the latents, float32 (C, n, h, w), of reference frames."""
+
+    sample_id: str
+    reference_frames: np.ndarray  # uint8 (n, H, W, 3), RGB
+
+
+@dataclass(frozen=True, eq=False)
+class TextEmbedding:
+    """The embed pool's answer to an :class:`EmbedRequest`."""
+
+    rows: np.ndarray  # float32 (tokens, D)
+    max_tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return int(self.rows.nbytes)
+
+
+@dataclass(frozen=True, eq=False)
 class RenderRequest:
-    """Ask the VDM for one clip of ``caption``, conditioned on reference frames. ``sde=None`` samples the ODE."""
+    """Ask the VDM for one clip of ``caption``, conditioned on reference frames. ``sde=None`` samples the ODE.
+
+    With a ``condition`` the sampler neither embeds the caption nor encodes the frames, which then only tell the size.
+    """
 
     sample_id: str
     index: int
@@ -102,6 +146,7 @@ class RenderRequest:
     noise_seed: int  # initial noise; shared within a group under same_latent
     sde_seed: int = 0  # noise of the SDE steps
     sde: SdeSpec | None = None
+    condition: Conditioning | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +162,7 @@ class Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One rendered clip; ``trajectory`` only when it was sampled as an SDE."""
+    """One rendered clip; ``trajectory``, and what it was conditioned on, only when it was sampled as an SDE."""
 
     sample_id: str
     index: int
@@ -125,6 +170,7 @@ class Clip:
     frames: np.ndarray  # uint8 (T, H, W, 3)
     weights_version: int
     trajectory: Trajectory | None = None
+    condition: Conditioning | None = None
 
 
 # --- rewards --------------------------------------------------------------------------------------------------------------
@@ -180,7 +226,10 @@ class VlmExperience:
 
 @dataclass(frozen=True, eq=False)
 class VdmExperience:
-    """One trajectory with its advantage, as the stage-2 learner reads it."""
+    """One trajectory with its advantage, as the stage-2 learner reads it.
+
+    With a ``condition`` the learner needs neither text encoder nor VAE, and reads no frames.
+    """
 
     sample_id: str
     index: int
@@ -188,6 +237,12 @@ class VdmExperience:
     reference_frames: np.ndarray  # uint8 (n, H, W, 3)
     trajectory: Trajectory
     advantage: float
+    condition: Conditioning | None = None
+
+    @property
+    def guidance(self) -> float:
+        """The guidance that the trajectory was sampled with."""
+        return self.trajectory.guidance
 
 
 Experience = VlmExperience | VdmExperience

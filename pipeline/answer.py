@@ -138,7 +138,12 @@ async def _answer(
         dtype=config.pools.vdm.dtype,
         adapter=vdm_adapter,
         shift=config.models.flow_shift,
+        decode_batch=config.pools.vdm.max_decode,
+        vae_tiling=config.video.vae_tiling,
     )
+    guided = section.render.guidance != 1.0
+    artist.embed([*captions, *([artist.negative_prompt] if guided else [])])
+    artist.drop_text_encoder()  # the largest of the models, and done
     noise = derive_seed(seed, sample.id, "noise")
     clips: list[Clip] = artist.sample(
         [

@@ -15,6 +15,7 @@ from rich.console import Console
 from cluster.errors import VansError
 
 EXIT_USER_ERROR = 2
+PLAN_WIDTH = 150
 EXIT_CTRL_C = 130  # 128 + SIGINT, as shells have it
 
 
@@ -122,6 +123,50 @@ def train(
         print_plan(run)
     else:
         run_training(run, resume=resume)
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        str, typer.Option(help="GPUs x GiB, such as `8x80`, or nodes x GPUs x GiB, such as `2x8x80`.")
+    ] = "8x80",
+    card: Annotated[
+        str | None, typer.Option(help="Whose rates are assumed: `a100`, `h100`, … Default: by the memory's size.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=1e-3, help="bfloat16 TFLOP/s that a GPU achieves, in place of the assumed.")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder of a run whose recorded service times are used.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say before anything starts where a run stands, whether it fits into the GPUs, and how long a step takes (docs/placement.md).
+
+    Exit code 1 where it does not fit.
+
+    Examples: `vans plan vans_paper --gpus 8x80`, `vans plan run.yaml learner.ranks=8 --gpus 2x8x80 --json`,
+    `vans plan run.yaml --gpus 16x80 --measured runs/first`
+    """
+    import json
+
+    from cluster.hardware import parse_gpus, rates_of
+    from pipeline.config import load_config
+    from pipeline.plan import load_models, make_plan
+    from pipeline.plan.measured import read_run
+    from pipeline.plan.report import as_json as values
+    from pipeline.plan.report import show
+
+    run, hardware = load_config(config, overrides or []), parse_gpus(gpus)
+    rates = rates_of(hardware, card, tflops=tflops)
+    found = make_plan(run, hardware, rates, load_models(run), read_run(measured, run) if measured else None)
+    if as_json:
+        print(json.dumps(values(found), indent=1))
+    else:
+        show(found, Console() if sys.stdout.isatty() else Console(width=PLAN_WIDTH))
+    raise typer.Exit(0 if found.fits else 1)
 
 
 RunArgument = Annotated[str, typer.Argument(help="The run's folder, or its name together with `--address`.")]

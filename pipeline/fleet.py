@@ -1,4 +1,4 @@
-"""The three pools of a run, sized independently, and where they stand.
+"""The pools of a run, sized independently, and where they stand.
 
 Turns the configuration into worker actors; the pools themselves know nothing of models, the workers nothing of the configuration.
 """
@@ -18,31 +18,46 @@ import ray
 
 from actors.pool import PoolSpec, WorkerPool
 from actors.scoring.worker import RewardWorker
+from actors.vdm.embed_worker import EmbedWorker
+from actors.vdm.loading import COMPONENTS
 from actors.vdm.worker import VdmWorker
 from actors.vlm.worker import VlmWorker
 from actors.weights import read_weights, send
 from cluster.resources import Ask, Placement, PlacementPlan, place
 from cluster.session import Session, connect
+from pipeline.conditions import Conditions
 from pipeline.config import RunConfig
 from pipeline.config.machinery import PoolSection
 from pipeline.models import resolve_adapter, resolve_model
 
-POOLS = ("vlm", "vdm", "reward")
 LEARNER = "learner"
+
+
+def pool_names(config: RunConfig) -> tuple[str, ...]:
+    """Return the pools of a run in the order of a step; ``embed`` is one of them where it has workers."""
+    return tuple(_sections(config))
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """The pools of a run and the room that was reserved for them and for the learner."""
+    """The pools of a run and the room that was reserved for them and for the learner.
+
+    ``embed`` is None where ``pools.embed.workers`` is 0: each sampler then embeds and encodes for itself.
+    """
 
     vlm: WorkerPool
     vdm: WorkerPool
     reward: WorkerPool
     placement: Placement
+    embed: WorkerPool | None = None
+    conditions: Conditions | None = None
+    resting: tuple[str, ...] = ()
+    """Pools that share GPUs with the learner, and give up the memory while it works."""
 
     def pools(self) -> Iterator[WorkerPool]:
         """Yield the pools in the order of a step."""
-        yield from (self.vlm, self.vdm, self.reward)
+        pools = (self.vlm, self.embed, self.vdm, self.reward)
+        yield from (pool for pool in pools if pool is not None)
 
 
 @contextmanager
@@ -60,14 +75,24 @@ def placement_plan(config: RunConfig, only: Sequence[str] = ()) -> PlacementPlan
     """
     learner = config.learner
     asks = [
-        Ask(name, section.workers, section.cpus, section.gpus, section.resources)
-        for name, section in _sections(config).items()
-        if name in (only or POOLS)
+        Ask(name, pool.workers, pool.cpus, pool.gpus, pool.resources, pool.placement, pool.labels)
+        for name, pool in _sections(config).items()
+        if not only or name in only
     ]
     if not only:
         groups = 2 if config.training == "all_in_one" else 1
-        asks.append(Ask(LEARNER, groups * learner.ranks, learner.cpus, learner.gpus))
-    return PlacementPlan(tuple(asks), strategy=config.cluster.placement)
+        asks.append(
+            Ask(
+                LEARNER,
+                groups * learner.ranks,
+                learner.cpus,
+                learner.gpus,
+                strategy=learner.placement,
+                labels=learner.labels,
+                apart=learner.ranks,
+            )
+        )
+    return PlacementPlan(tuple(asks), strategy=config.cluster.placement, layout=config.cluster.layout)
 
 
 @asynccontextmanager
@@ -76,7 +101,7 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
 
     ``only`` starts the named pools alone; the others exist and refuse requests.
     """
-    started = tuple(only or POOLS)
+    started = tuple(only or pool_names(config))
     makers = _makers(config, started)
     plan = placement_plan(config, only)
     placement = await asyncio.to_thread(place, plan, config.cluster.placement_timeout_s)
@@ -84,14 +109,29 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
         name: WorkerPool(
             name, makers[name](placement), pool_spec(config, name), reconsider=partial(placement.reconsider, name)
         )
-        for name in POOLS
+        for name in pool_names(config)
     }
     try:
         await _start_all([pools[name] for name in started])
-        yield Fleet(pools["vlm"], pools["vdm"], pools["reward"], placement)
+        embed = pools.get("embed")
+        conditions = Conditions(embed.submit, config.pools.embed.cache_mib * 2**20) if embed is not None else None
+        resting = tuple(name for name, section in _sections(config).items() if section.rest)
+        yield Fleet(pools["vlm"], pools["vdm"], pools["reward"], placement, embed, conditions, resting)
     finally:
         await asyncio.gather(*(pool.close() for pool in pools.values()))
         placement.remove()
+
+
+@asynccontextmanager
+async def at_rest(fleet: Fleet) -> AsyncIterator[None]:
+    """Within it, the pools of ``fleet.resting`` have given up their GPUs' memory, and take no requests."""
+    pools = [pool for pool in fleet.pools() if pool.name in fleet.resting]
+    try:
+        await asyncio.gather(*(pool.rest() for pool in pools))
+        yield
+    finally:
+        for pool in pools:
+            pool.wake()
 
 
 async def serve_trained(pool: WorkerPool, folder: str | Path, version: int) -> None:
@@ -112,7 +152,9 @@ async def _start_all(pools: list[WorkerPool]) -> None:
 
 
 def _sections(config: RunConfig) -> dict[str, PoolSection]:
-    return {"vlm": config.pools.vlm, "vdm": config.pools.vdm, "reward": config.pools.reward}
+    pools = config.pools
+    embed = {"embed": pools.embed} if pools.embed.workers else {}
+    return {"vlm": pools.vlm, **embed, "vdm": pools.vdm, "reward": pools.reward}
 
 
 def pool_spec(config: RunConfig, name: str) -> PoolSpec:
@@ -128,7 +170,7 @@ def pool_spec(config: RunConfig, name: str) -> PoolSpec:
         "max_restarts",
     )
     section = _sections(config)[name]
-    spec = PoolSpec(**{key: getattr(section, key) for key in names})
+    spec = PoolSpec(**{key: getattr(section, key) for key in names}, receivers=getattr(section, "tensor_parallel", 1))
     # vLLM makes its batches itself, and is told so at its start.
     return dataclasses.replace(spec, max_batch=1) if config.deterministic and name != "vlm" else spec
 
@@ -136,8 +178,9 @@ def pool_spec(config: RunConfig, name: str) -> PoolSpec:
 def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Placement], Callable[[str], Any]]]:
     """Return, by pool, what makes its workers. Missing models of the pools to be started are found here, before they are."""
     models, vlm, vdm, reward = config.models, config.pools.vlm, config.pools.vdm, config.pools.reward
-    roles = {"vlm": "vlm", "vdm": "vdm", "reward": "clip"}
-    vlm_path, vdm_path, clip_path = (
+    embed = config.pools.embed
+    roles = {"vlm": "vlm", "vdm": "vdm", "reward": "clip", "embed": "vdm"}
+    vlm_path, vdm_path, clip_path, embed_path = (
         resolve_model(getattr(models, role), role) if pool in started else ""  # type: ignore[arg-type]
         for pool, role in roles.items()
     )
@@ -162,6 +205,8 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             tensor_parallel=vlm.tensor_parallel,
             enforce_eager=vlm.enforce_eager,
             lora_rank=config.stage1.lora.rank,
+            broadcast=config.weights.transport == "collective" and config.stage1.lora.rank == 0,
+            sleep=vlm.rest,
             alone=config.deterministic,
         )
 
@@ -173,7 +218,23 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             adapter=vdm_adapter,
             dtype=vdm.dtype,
             device=_device(vdm),
-            options={"shift": models.flow_shift},
+            options={
+                "shift": models.flow_shift,
+                "decode_batch": vdm.max_decode,
+                "vae_tiling": config.video.vae_tiling,
+                "components": ("transformer", "vae_decoder") if embed.workers else COMPONENTS,
+            },
+        )
+
+    def make_embed(placement: Placement) -> Callable[[str], Any]:
+        actor = ray.remote(EmbedWorker)
+        return lambda name: actor.options(**placement.options("embed", name), max_restarts=0, max_concurrency=2).remote(
+            name,
+            embed_path,
+            dtype=embed.dtype,
+            device=_device(embed),
+            threads=max(1, int(embed.cpus)),
+            vae_tiling=config.video.vae_tiling,
         )
 
     def make_reward(placement: Placement) -> Callable[[str], Any]:
@@ -182,7 +243,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             **placement.options("reward", name), max_restarts=0, max_concurrency=2
         ).remote(name, clip_path, components, device=_device(reward))
 
-    return {"vlm": make_vlm, "vdm": make_vdm, "reward": make_reward}
+    return {"vlm": make_vlm, "embed": make_embed, "vdm": make_vdm, "reward": make_reward}
 
 
 def _device(section: PoolSection) -> str:

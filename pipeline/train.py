@@ -17,6 +17,7 @@ from actors.learner.group import LOST, LearnerGroup
 from actors.learner.spec import GrpoSpec, LearnerSpec, OptimSpec
 from actors.learner.trainable import LoraSpec
 from actors.records import Sample, derive_seed
+from actors.weights import BroadcastSpec
 from cluster.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.checkpoint import Checkpoint, CheckpointStore, TrainState, WriteFailures, require_same_config
 from pipeline.config import RunConfig, to_yaml
@@ -25,7 +26,7 @@ from pipeline.control.monitor import supervised_fleet
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable
-from pipeline.fleet import LEARNER, Fleet, cluster_session, placement_plan, serve_trained
+from pipeline.fleet import LEARNER, Fleet, at_rest, cluster_session, placement_plan, serve_trained
 from pipeline.interrupt import StopRequest, stop_on_signals
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar, step_note
@@ -108,7 +109,15 @@ def print_plan(config: RunConfig) -> None:
     """Print the resolved configuration and what it asks of the cluster."""
     console = Console()
     console.print(to_yaml(config), highlight=False, markup=False)
-    console.print(placement_plan(config).table(), highlight=False, markup=False)
+    plan = placement_plan(config)
+    console.print(plan.table(), highlight=False, markup=False)
+    if "GPU" in plan.total():
+        console.print(
+            "whether it fits into the GPUs' memory, and how long a step takes: vans plan CONFIG --gpus 8x80",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _starting_point(config: RunConfig, resume: bool) -> Checkpoint | None:
@@ -230,8 +239,10 @@ class _Run:
             if here is not None and state is not None:
                 stage.restore(state.window)
                 alarms.state = AlarmState.from_json(state.extra["alarms"])
+                async with at_rest(fleet):
+                    for policy, learner in learners.items():
+                        await learner.restore(str(here.path / f"{policy}_learner"))
                 for policy, learner in learners.items():
-                    await learner.restore(str(here.path / f"{policy}_learner"))
                     if not restarts.count:
                         await pool_of(stage, policy).set_weights(learner.version, await learner.publish())
             if restarts.count:
@@ -247,7 +258,8 @@ class _Run:
                     raise asyncio.CancelledError from None
             for policy in stage.policies:
                 folder = self.config.out / export_name(self.config, policy)
-                await learners[policy].export(str(folder))
+                async with at_rest(fleet):
+                    await learners[policy].export(str(folder))
                 self.tracker.log_checkpoint(folder)
             await serve_averages(stage, learners)
         return result
@@ -282,23 +294,26 @@ class _Run:
             },
         )
         with self.store.write(stage.name, step, state) as folder:
-            for policy, learner in learners.items():
-                await learner.save(str(folder / f"{policy}_learner"))
-                await learner.export(str(folder / export_name(self.config, policy)))
+            async with at_rest(stage.fleet):
+                for policy, learner in learners.items():
+                    await learner.save(str(folder / f"{policy}_learner"))
+                    await learner.export(str(folder / export_name(self.config, policy)))
 
     @asynccontextmanager
     async def _learners(self, stage: AnyStage, fleet: Fleet) -> AsyncIterator[Learners]:
         """Start a learner group for each policy that ``stage`` trains, and end them with the block."""
         group, ranks = fleet.placement.group(LEARNER), self.config.learner.ranks
+        bundles = fleet.placement.bundles(LEARNER)
         learners = {
             policy: LearnerGroup(
-                learner_spec(self.config, stage, policy), group, range(i * ranks, (i + 1) * ranks) if group else None
+                learner_spec(self.config, stage, policy), group, bundles[i * ranks : (i + 1) * ranks] if group else None
             )
             for i, policy in enumerate(stage.policies)
         }
         try:
             with self.console.status(f"starting the {' and the '.join(learners)} learner ({ranks} ranks)"):
-                await asyncio.gather(*(learner.start() for learner in learners.values()))
+                async with at_rest(fleet):
+                    await asyncio.gather(*(learner.start() for learner in learners.values()))
             yield learners
         finally:
             await asyncio.gather(*(learner.close() for learner in learners.values()))
@@ -401,9 +416,9 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
     lora = section.lora
     longest = section.text.max_tokens if isinstance(section, Stage1Section) else section.sde.window_size
     seed = derive_seed(config.seed, stage.name, policy, "learner")
-    options: dict[str, Any] = (
-        {"temperature": section.text.temperature} if policy == "vlm" else {"shift": models.flow_shift}
-    )
+    options: dict[str, Any] = {"temperature": section.text.temperature}
+    if policy == "vdm":  # every trajectory comes with what it was conditioned on
+        options = {"shift": models.flow_shift, "components": ("transformer",)}
     return LearnerSpec(
         kind=policy,
         model_path=resolve_model(getattr(models, policy), policy),  # type: ignore[arg-type]
@@ -416,7 +431,13 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
         gpus=learner.gpus,
         dtype=learner.dtype,
         micro_batch=learner.micro_batch,
+        micro_steps=learner.micro_steps,
         activation_checkpointing=learner.activation_checkpointing,
+        reference_offload=learner.reference_offload,
+        broadcast=BroadcastSpec(config.weights.join_timeout_s, config.weights.transfer_timeout_s)
+        if config.weights.transport == "collective"
+        else None,
+        offload=learner.offload,
         grpo=GrpoSpec(**grpo, constant_length=longest),
         optim=OptimSpec(**section.optim.model_dump()),
         policy_kwargs=options,

@@ -167,8 +167,9 @@ class LearnerGroup:
         Metrics (means are over steps, i.e. tokens or SDE steps, of all ranks): ``loss``, ``ratio``, ``ratio_max_dev``,
         ``clip_frac``, ``clip_frac_low``, ``clip_frac_high``, ``grad_norm``, ``lr``, ``skipped`` (since the start),
         ``updates``, ``applied``, ``steps``, ``logp_diff_mean``, ``logp_diff_max``; ``kl`` with a KL, ``entropy``
-        where the policy has it, ``truncated_frac`` with rollout log-probabilities, ``logp_diff_tNN`` per denoising
-        step of the flow, ``logp_diff_pNNNN`` per bucket of token positions that starts at NNNN.
+        where the policy has it, ``prompt_hit_ratio`` of the VLM's, ``truncated_frac`` with rollout log-probabilities,
+        ``logp_diff_tNN`` per denoising step of the flow, ``logp_diff_pNNNN`` per bucket of token positions that starts
+        at NNNN.
 
         Raises:
             TrainingError: see ``Trainer.update``; RankDiedError where a rank is gone.
@@ -179,18 +180,19 @@ class LearnerGroup:
         self._version = answers[0][1]
         return merge_reports([report for report, _ in answers], self.spec)
 
-    async def publish(self, *, averaged: bool = False) -> list[ray.ObjectRef]:
-        """Gather the trained weights into the object store; returns what ``actors.weights.receive`` takes.
+    async def publish(self, *, averaged: bool = False, receivers: int = 0) -> list[Any]:
+        """Gather the trained weights into the object store; returns what ``actors.weights.fetch`` and ``receive`` take.
 
         They are the weights themselves, which rollouts need; ``averaged``: their moving average, where one is kept.
-        The driver owns the object: it outlives the group and is freed when the list is dropped.
+        The driver owns the object: it outlives the group and is freed when the list is dropped. Full weights are offered by
+        broadcast too, where the spec says so, to the ``receivers`` processes that are expected to come at once.
         """
         async with self._lock:
             self._check()
-            pairs = [rank.publish.options(num_returns=2).remote(averaged) for rank in self.ranks]
-            versions = await self._race([version for _, version in pairs], "publish", self.spec.step_timeout_s)
-        self._version = versions[0]
-        return [pairs[0][0]]
+            pairs = [rank.publish.options(num_returns=2).remote(averaged, receivers) for rank in self.ranks]
+            told = await self._race([second for _, second in pairs], "publish", self.spec.step_timeout_s)
+        self._version, offer = told[0]
+        return [pairs[0][0]] if offer is None else [pairs[0][0], offer]
 
     # --- state
     # ------------------------------------------------------------------------------------------------------------
@@ -313,6 +315,8 @@ def merge_reports(reports: Sequence[RankReport], spec: LearnerSpec) -> dict[str,
         if name in sums and used:
             key = renamed.get(name, "truncated_frac" if name == "truncated" else name)
             metrics[key] = sums[name] / max(sums["steps"], 1.0)
+    if asked := sums.get("prompts_asked"):
+        metrics["prompt_hit_ratio"] = 1.0 - sums["prompts"] / asked
     metrics["logp_diff_mean"] = sums.get("logp_diff", 0.0) / max(sums.get("logp_diff_steps", 0.0), 1.0)
     for name in sums:
         if name.startswith(("logp_diff_t", "logp_diff_p")) and not name.endswith("_steps"):

@@ -115,6 +115,7 @@ def grpo_loss(
     beta: float = 0.0,
     rollout_logprobs: Tensor | None = None,
     importance_cap: float = 2.0,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
     """Return the clipped surrogate plus KL, as this micro-batch's share of the batch's loss, and its statistics.
 
@@ -135,6 +136,8 @@ def grpo_loss(
         rollout_logprobs: (B, T) float32 of the engine that sampled. Where they are given, w corrects the surrogate
             for their difference to ``old_logprobs``; the clip looks at ρ alone, and the KL is not weighted.
         importance_cap: C of the truncation, > 0.
+        lengths: (B,) steps that count in each whole trajectory, where T is only a part of them (``sequence`` divides by
+            it); None: the mask's own.
 
     Returns:
         A scalar whose sum over all micro-batches of all ranks is the batch's loss, and :class:`LossStats`.
@@ -159,7 +162,7 @@ def grpo_loss(
         per_step = per_step + beta * torch.where(mask, kl, 0.0)
     per_step = torch.where(mask, per_step, 0.0)
     if loss_norm == "sequence":
-        total = (per_step.sum(-1) / mask.sum(-1).clamp(min=1)).sum()
+        total = (per_step.sum(-1) / (mask.sum(-1) if lengths is None else lengths).clamp(min=1)).sum()
     elif loss_norm in LOSS_NORMS:
         total = per_step.sum()
     else:

@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,9 @@ from actors.learner.spec import LearnerSpec
 from actors.learner.trainable import Trainable
 from actors.learner.trainer import RankReport, Trainer
 from actors.records import Weights
+from actors.weights import Broadcast, Offer, snapshot
+
+log = logging.getLogger(__name__)
 
 POLICIES = {"vlm": "actors.vlm.policy:VlmPolicy", "vdm": "actors.vdm.policy:VdmPolicy"}
 
@@ -60,6 +66,7 @@ class LearnerRank:
         self.spec, self.rank = spec, rank
         self.device = torch.device("cuda" if spec.gpus > 0 and torch.cuda.is_available() else "cpu")
         self.trainer: Trainer | None = None
+        self._broadcast: Broadcast | None = None
 
     def where(self) -> tuple[str, int]:
         """Return this rank's node address and process id."""
@@ -80,43 +87,73 @@ class LearnerRank:
 
     def update(self, plan: RankPlan, epochs: int) -> tuple[RankReport, int]:
         """Run the optimizer steps of ``plan``; returns this rank's figures and the weights version."""
-        trainer = self._ready()
-        return trainer.update(plan, epochs), trainer.version
+        with self._working() as trainer:
+            return trainer.update(plan, epochs), trainer.version
 
-    def publish(self, averaged: bool) -> tuple[Weights | None, int]:
-        """Return the weights (rank 0) and their version, as two objects, so that the caller waits for the second
-        only.
+    def publish(self, averaged: bool, receivers: int = 0) -> tuple[Weights | None, tuple[int, Offer | None]]:
+        """Return the weights (rank 0); and their version with the offer of a broadcast, where there is one.
+
+        As two objects, so that the caller waits for the second only.
         """
-        trainer = self._ready()
-        return trainer.weights(averaged), trainer.version
+        with self._working() as trainer:
+            weights = trainer.weights(averaged)
+            if self.spec.offload == "all" and self.device.type == "cpu" and weights is not None:
+                weights = snapshot(weights)  # they share the parameters' memory, which is freed now
+            return weights, (trainer.version, self._offer(weights, receivers))
+
+    def _offer(self, weights: Weights | None, receivers: int) -> Offer | None:
+        """Offer full weights by broadcast where the run wants it; the offer before is over."""
+        spec, previous = self.spec.broadcast, self._broadcast
+        if spec is None or weights is None or weights.kind != "full" or receivers < 1:
+            return None
+        if previous is not None and not previous.close():
+            log.warning("the broadcast of version %d still hangs; there are no more", previous.offer.version)
+            return None
+        self._broadcast = Broadcast(weights, self.where()[0], receivers, spec, self.device)
+        return self._broadcast.offer
 
     def save(self, folder: str) -> None:
         """See ``Trainer.save``."""
-        self._ready().save(folder)
+        with self._working() as trainer:
+            trainer.save(folder)
 
     def restore(self, folder: str) -> int:
         """See ``Trainer.restore``; returns the restored version."""
-        self._ready().restore(folder)
-        return self._ready().version
+        with self._working() as trainer:
+            trainer.restore(folder)
+            return trainer.version
 
     def export(self, folder: str) -> None:
         """See ``Trainer.export``."""
-        self._ready().export(folder)
+        with self._working() as trainer:
+            trainer.export(folder)
 
     def base_hash(self) -> str:
         """See ``Trainer.base_hash``."""
-        return self._ready().base_hash()
+        with self._working() as trainer:
+            return trainer.base_hash()
 
     def checksum(self) -> str:
         """See ``Trainer.checksum``."""
-        return self._ready().checksum()
+        with self._working() as trainer:
+            return trainer.checksum()
+
+    def held(self) -> dict[str, int]:
+        """Return the bytes of the parameters that this rank's policy holds, by component, where it can tell."""
+        held = getattr(self._ready().policy, "held", None)
+        return held() if held is not None else {}
 
     def leave(self) -> None:
         """Leave the process group in good order."""
+        if self._broadcast is not None:
+            self._broadcast.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _ready(self) -> Trainer:
+    @contextmanager
+    def _working(self) -> Iterator[Trainer]:
+        """Yield the trainer with everything on its device."""
         if self.trainer is None:
             raise RuntimeError(f"{self.spec.name} rank {self.rank} is asked to work before its set-up")
-        return self.trainer
+        with self.trainer.resident():
+            yield self.trainer

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch
@@ -21,7 +22,7 @@ from torch.distributed._composable.fsdp import FSDPModule
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -66,13 +67,10 @@ def _rendezvous(address: str, rank: int, world: int, timeout: timedelta) -> dist
     )
 
 
-def shard(
-    module: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype, checkpointing: bool
-) -> list[str]:
-    """Shard ``module`` in place over ``mesh`` with ``units`` (submodules of it) as the units of gathering.
+def unit_names(module: nn.Module, units: Iterable[nn.Module]) -> list[str]:
+    """Return the names in ``module`` of the units of gathering and of activation checkpointing, in module order.
 
-    Parameters stay in their own dtype; with a ``dtype`` other than float32 they are gathered and computed with in it,
-    and gradients are reduced in float32. Returns the units' names.
+    ValueError where one of ``units`` is no submodule.
     """
     wanted = {id(unit) for unit in units}
     names = [name for name, m in module.named_modules() if id(m) in wanted]
@@ -80,6 +78,25 @@ def shard(
         raise ValueError(
             f"{len(wanted) - len(names)} of {len(wanted)} fsdp_units are not submodules of the policy's module"
         )
+    return names
+
+
+def shard(
+    module: nn.Module,
+    units: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    *,
+    offload: bool = False,
+) -> list[str]:
+    """Shard ``module`` in place over ``mesh`` with ``units`` (submodules of it) as the units of gathering.
+
+    Parameters stay in their own dtype; with a ``dtype`` other than float32 they are gathered and computed with in it,
+    and gradients are reduced in float32. ``offload``: shards rest in host memory, and reach the device for their forward
+    only; nothing to do on a CPU. Returns the units' names.
+    """
+    names = unit_names(module, units)
     if checkpointing:
         for name in names:
             parent, _, child = name.rpartition(".")
@@ -87,9 +104,12 @@ def shard(
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    if offload and mesh.device_type != "cpu":
+        options["offload_policy"] = CPUOffloadPolicy()
     for name in names:
-        fully_shard(module.get_submodule(name), mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module.get_submodule(name), **options)
+    fully_shard(module, **options)
     return names
 
 

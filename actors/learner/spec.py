@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from actors.learner.grpo import LOSS_NORMS, TOKEN_ESTIMATORS
 from actors.learner.trainable import LoraSpec
+from actors.weights.broadcast import BroadcastSpec
+
+OFFLOADS = ("none", "optimizer", "all")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,9 @@ class LearnerSpec:
 
     ``kind`` is ``vlm``, ``vdm`` or a dotted path ``module:Class`` of a Trainable with the same ``load``.
     ``lora=None`` trains the full weights. ``dtype`` is the compute dtype; parameters and optimizer stay float32.
-    ``total_steps`` (optimizer steps) is where cosine and linear schedules end.
+    ``total_steps`` (optimizer steps) is where cosine and linear schedules end. ``broadcast`` offers full weights by broadcast
+    too, beside the object store. ``offload`` moves the optimizer's state, or all that the learner holds, to host memory
+    between calls.
     """
 
     kind: str
@@ -97,7 +102,11 @@ class LearnerSpec:
     gpus: float = 0.0
     dtype: str = "float32"
     micro_batch: int = 16
+    micro_steps: int | None = (
+        None  # steps of a trajectory per forward and backward, where the policy can split; None: all
+    )
     activation_checkpointing: bool = False
+    reference_offload: bool = False  # the frozen copy's shards rest in host memory
     grpo: GrpoSpec = field(default_factory=GrpoSpec)
     optim: OptimSpec = field(default_factory=OptimSpec)
     policy_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -106,10 +115,17 @@ class LearnerSpec:
     step_timeout_s: float = 600.0
     name: str = "learner"
     total_steps: int = 0
+    broadcast: BroadcastSpec | None = None
+    offload: Literal["none", "optimizer", "all"] = "none"
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.micro_batch < 1:
-            raise ValueError(f"{self.name}: ranks={self.ranks} and micro_batch={self.micro_batch} must be at least 1")
+        if self.offload not in OFFLOADS:
+            raise ValueError(f"{self.name}: offload={self.offload!r} is unknown; use {', '.join(OFFLOADS)}")
+        if self.ranks < 1 or self.micro_batch < 1 or (self.micro_steps or 1) < 1:
+            raise ValueError(
+                f"{self.name}: ranks={self.ranks}, micro_batch={self.micro_batch} and micro_steps={self.micro_steps} "
+                "must be at least 1"
+            )
         if self.optim.schedule != "constant" and self.total_steps < 1:
             raise ValueError(
                 f"{self.name}: schedule={self.optim.schedule} needs total_steps >= 1 to know where it ends"

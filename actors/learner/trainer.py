@@ -31,7 +31,8 @@ from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_fact
 from actors.learner.grpo import grpo_loss, normaliser
 from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
 from actors.learner.spec import LearnerSpec, learning_rate
-from actors.learner.trainable import PolicyOutput, Trainable, torch_dtype, trainable_parameters
+from actors.learner.trainable import PolicyOutput, Trainable, set_compute_dtype, torch_dtype, trainable_parameters
+from actors.offload import Offloader, module_tensors
 from actors.records import Experience, VdmExperience, Weights
 from actors.weights import pack
 from cluster.errors import CheckpointError, CheckpointWriteError, TrainingError
@@ -85,13 +86,15 @@ class Trainer:
         self.skipped = 0
         dtype = torch_dtype(spec.dtype)
         policy.module.eval()
+        set_compute_dtype(policy, dtype)
         self.initial_checksum = parameter_hash(policy.module, trainable=True)
         self.frozen = None
         if spec.grpo.kl_beta > 0 and not lora.has_lora(policy.module):
             ids = {id(unit) for unit in policy.fsdp_units}
             names = [name for name, m in policy.module.named_modules() if id(m) in ids]
             self.frozen = copy.deepcopy(policy.module).requires_grad_(False)
-            shard(self.frozen, [self.frozen.get_submodule(n) for n in names], mesh, dtype, checkpointing=False)
+            units = [self.frozen.get_submodule(n) for n in names]
+            shard(self.frozen, units, mesh, dtype, checkpointing=False, offload=spec.reference_offload)
         shard(policy.module, policy.fsdp_units, mesh, dtype, spec.activation_checkpointing)
         self.parameters = trainable_parameters(policy.module)
         if not self.parameters:
@@ -103,6 +106,37 @@ class Trainer:
             self.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
         )
         self.average = Average(self.parameters, optim.ema) if optim.ema > 0 else None
+        self._offloader = Offloader(device) if spec.offload != "none" else None
+        self.offload()
+
+    # --- memory
+    # -----------------------------------------------------------------------------------------------------------
+
+    def offload(self) -> None:
+        """Move to host memory what ``spec.offload`` names; the next :meth:`resident` brings it back."""
+        if self._offloader is not None:
+            self._offloader.unload(self._offloaded())
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Within it, everything is on the device: around each of the methods below, where the learner offloads."""
+        if self._offloader is None:
+            yield
+            return
+        self._offloader.load()
+        try:
+            yield
+        finally:
+            self.offload()
+
+    def _offloaded(self) -> Iterator[Tensor]:
+        """Yield what moves between host and device: the optimizer's state and the average, or the parameters too."""
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+        if self.average is not None:
+            yield from self.average.values
+        if self.spec.offload == "all":
+            yield from module_tensors(self.policy.module, self.frozen, *getattr(self.policy, "frozen_parts", ()))
 
     # --- learning
     # ---------------------------------------------------------------------------------------------------------
@@ -121,7 +155,10 @@ class Trainer:
                 ranks alike, before any rank has stepped.
         """
         report = RankReport()
+        counted = self._counters()
         prepared = [[self._prepare(micro) for micro in step] for step in plan]
+        for name, value in self._counters().items():
+            report.sums[name] += value - counted[name]
         for step in prepared if self.spec.grpo.old_logprobs == "learner" else prepared[1:]:
             for item in step:
                 with torch.no_grad():
@@ -134,6 +171,11 @@ class Trainer:
         report.common |= {"skipped": float(self.skipped), "updates": float(len(order))}
         return report
 
+    def _counters(self) -> dict[str, float]:
+        """Return what the policy counts of its inputs' processing, where it does."""
+        counters = getattr(self.policy, "counters", None)
+        return counters() if counters is not None else {}
+
     def _prepare(self, micro: MicroBatch) -> _Prepared:
         items = micro.items
         advantages = torch.tensor([i.advantage for i in items], dtype=torch.float32, device=self.device)
@@ -145,42 +187,58 @@ class Trainer:
         sums: dict[str, float] = defaultdict(float)
         self.optimizer.zero_grad(set_to_none=True)
         for k, item in enumerate(step):
-            sync_gradients(self.policy.module, k == len(step) - 1)
-            out = self.policy.forward(item.batch)
-            mask = out.mask if item.micro.real else torch.zeros_like(out.mask)
-            old = item.old
-            if old is None:
-                item.old = old = out.logprobs.detach()
-                self._compare(report, item, out)
-            # Divided by the global count after the last micro-batch: only then is it known, and gradients are linear
-            # in it.
-            loss, stats = grpo_loss(
-                out.logprobs,
-                old,
-                item.advantages,
-                mask,
-                clip_low=grpo.clip_low,
-                clip_high=grpo.clip_high,
-                loss_norm=grpo.loss_norm,
-                normaliser=1.0,
-                kl=self._kl(item.batch, out),
-                beta=grpo.kl_beta,
-                rollout_logprobs=item.rollout if grpo.old_logprobs == "rollout" else None,
-                importance_cap=grpo.importance_cap,
-            )
-            loss.backward()
-            total += float(loss.detach())
-            count += normaliser(mask, grpo.loss_norm, grpo.constant_length)
-            deviation = max(deviation, stats.ratio_max_dev)
-            for name in ("steps", "ratio", "clipped", "clipped_low", "clipped_high", "truncated", "kl"):
-                sums[name] += getattr(stats, name)
-            if out.entropy is not None:
-                sums["entropy"] += float(torch.where(mask, out.entropy, 0.0).sum())
+            parts, outputs = self._parts(item), []
+            for p, (steps, batch, lengths) in enumerate(parts):
+                sync_gradients(self.policy.module, k == len(step) - 1 and p == len(parts) - 1)
+                out = self.policy.forward(batch)
+                mask = out.mask if item.micro.real else torch.zeros_like(out.mask)
+                old = out.logprobs.detach() if item.old is None else item.old[:, steps]
+                # Divided by the global count after the last micro-batch: only then is it known, and gradients are
+                # linear in it.
+                loss, stats = grpo_loss(
+                    out.logprobs,
+                    old,
+                    item.advantages,
+                    mask,
+                    clip_low=grpo.clip_low,
+                    clip_high=grpo.clip_high,
+                    loss_norm=grpo.loss_norm,
+                    normaliser=1.0,
+                    kl=self._kl(batch, out),
+                    beta=grpo.kl_beta,
+                    rollout_logprobs=item.rollout[:, steps] if grpo.old_logprobs == "rollout" else None,
+                    importance_cap=grpo.importance_cap,
+                    lengths=lengths,
+                )
+                loss.backward()
+                total += float(loss.detach())
+                deviation = max(deviation, stats.ratio_max_dev)
+                for name in ("steps", "ratio", "clipped", "clipped_low", "clipped_high", "truncated", "kl"):
+                    sums[name] += getattr(stats, name)
+                if out.entropy is not None:
+                    sums["entropy"] += float(torch.where(mask, out.entropy, 0.0).sum())
+                outputs.append((out.logprobs.detach(), out.mask))
+            logprobs, full = (torch.cat(rows, dim=1) for rows in zip(*outputs))
+            if item.old is None:
+                item.old = logprobs
+                self._compare(report, item, PolicyOutput(logprobs, full))
+            counted = full if item.micro.real else torch.zeros_like(full)
+            count += normaliser(counted, grpo.loss_norm, grpo.constant_length)
         if first:
             self._gate(deviation, report)
         self._apply(total, count, report)
         for name, value in sums.items():
             report.sums[name] += value
+
+    def _parts(self, item: _Prepared) -> list[tuple[slice, Any, Tensor | None]]:
+        """Return what of ``item`` gets a forward and backward of its own: which of its steps, their batch, and how many
+        steps each trajectory has in all (None where it is not cut).
+        """
+        split = getattr(self.policy, "split", None)
+        if self.spec.micro_steps is None or split is None:
+            return [(slice(None), item.batch, None)]
+        lengths = item.batch.mask.sum(-1)
+        return [(steps, batch, lengths) for steps, batch in split(item.batch, self.spec.micro_steps)]
 
     def _kl(self, batch: Any, out: PolicyOutput) -> Tensor | None:
         if self.spec.grpo.kl_beta <= 0:

@@ -44,6 +44,8 @@ class Dispatcher:
         self.spec = spec
         self.version = 0
         self.target = 0
+        self.resting = False
+        """Nothing is asked of workers but pings: no requests, no weights, no new processes."""
         self.failure: PoolFailed | WorkerBug | None = None
         self.workers: list[Worker] = []
         self.meter = Meter()
@@ -256,11 +258,11 @@ class Dispatcher:
         """Return the time at which ``step`` has to be called if nothing happens before, or None."""
         times: list[float] = []
         for worker in self.workers:
-            if worker.errand is None and worker.state in COMING:
+            if worker.errand is None and worker.state in COMING and not self.resting:
                 times.append(worker.not_before)
             elif worker.errand is None and worker.state is S.READY and not worker.calls and not worker.side_calls:
                 times.append(worker.last_heard + self.spec.probe_every_s)
-        if self._queue and any(self._free()):
+        if self._queue and any(self._free()) and not self.resting:
             times.append(min(t.since for t in self._queue) + self.spec.max_wait_s)
         later = [time for time in times if time > now]
         return min(later, default=None)
@@ -302,7 +304,7 @@ class Dispatcher:
             self.workers.remove(worker)  # one that still starts, perhaps waits for room, is not waited for
             self._out.append(End(worker.name, healthy=worker.seen))
             return
-        if worker.errand is not None:
+        if worker.errand is not None or (self.resting and worker.state in (*COMING, S.STALE)):
             return
         if worker.state in COMING and now >= worker.not_before:
             worker.errand = "start"
@@ -328,7 +330,7 @@ class Dispatcher:
 
         Requests are spread evenly over the free workers, the least busy first.
         """
-        while self._queue:
+        while self._queue and not self.resting:
             free = sorted(self._free(), key=lambda w: (len(w.calls), w.last_sent, w.slot))
             oldest = min(t.since for t in self._queue)
             if not free or (len(self._queue) < self.spec.max_batch and now < oldest + self.spec.max_wait_s):

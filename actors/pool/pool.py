@@ -150,6 +150,27 @@ class WorkerPool:
             finally:
                 timer.cancel()
 
+    async def rest(self) -> None:
+        """Have every worker give up its device's memory until :meth:`wake`; returns when all have.
+
+        Calls under way finish first. Until then requests wait, and so do weights and workers to be started or replaced; pings
+        go on. A worker takes the memory back when it is first asked for something that needs it.
+        """
+        if self._core.failure is not None:
+            raise self._core.failure
+        self._core.resting = True
+        await self._until(lambda: not any(w.calls or w.errand == "load" for w in self._core.workers))
+        await self.call_all("rest")
+
+    def wake(self) -> None:
+        """Let requests, weights and new workers through again; without a :meth:`rest` before it does nothing."""
+        self._core.resting = False
+        self._pump_soon()
+
+    def receivers(self) -> int:
+        """Return how many processes will receive weights that are set now (``PoolSpec.receivers`` of each live worker)."""
+        return self.spec.receivers * sum(worker.state in ALIVE for worker in self._core.workers)
+
     def stats(self) -> PoolStats:
         """Return the pool's figures."""
         stats = self._core.stats(self._now())

@@ -38,7 +38,8 @@ class Worker(Protocol):
 
     The actor is created with ``max_restarts=0``: Ray would bring it back with its first weights and let it serve. The
     pool replaces a dead actor by a new one, which loads the current weights before it serves. A method ``shutdown()``,
-    where there is one, is called before a healthy worker is ended.
+    where there is one, is called before a healthy worker is ended; a method ``rest()`` gives up the device's memory
+    until something needs it (``WorkerPool.rest``).
     """
 
     def setup(self) -> WorkerInfo:
@@ -48,7 +49,7 @@ class Worker(Protocol):
     def load_weights(self, version: int, payload: list[Any] | None) -> int:
         """Load weights ``version`` and return it.
 
-        ``payload`` is a list of object refs, resolved in here by ``ray.get``; None means the base weights.
+        ``payload`` is what ``actors.weights.fetch`` takes; None means the base weights.
         """
         ...
 

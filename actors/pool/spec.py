@@ -34,6 +34,8 @@ class PoolSpec:
     """An idle worker that has not been heard of for this long is pinged."""
     probe_timeout_s: float = 60.0
     """Deadline of a ping, and of a worker's ``shutdown``."""
+    receivers: int = 1
+    """Processes of one worker that take part in a broadcast of weights: one, or one for each GPU of an engine."""
     max_strikes: int = 3
     """Infrastructure failures in a row after which a worker that still answers pings is replaced."""
     backoff_s: float = 0.5

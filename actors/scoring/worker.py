@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from actors.failures import Outcome
+from actors.offload import Offloader, module_tensors
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import ScoreRequest
 from actors.scoring.clip import ClipScorer
@@ -54,6 +55,7 @@ class RewardWorker:
         self._threads = threads
         self._version = 0
         self._scorer: Scorer | None = None
+        self._offloader = Offloader(torch.device(device))
 
     @property
     def scorer(self) -> Scorer:
@@ -82,11 +84,17 @@ class RewardWorker:
 
     def process(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
         """Return ``Ok(Scores)`` or a Failure for each request, in order."""
-        return self.scorer.score(requests)
+        with self._offloader.used():
+            return self.scorer.score(requests)
 
     def weights_hash(self) -> str:
         """Return the hash of CLIP's parameters and the version."""
-        return f"{self.scorer.clip.parameter_hash()}:{self._version}"
+        with self._offloader.used():
+            return f"{self.scorer.clip.parameter_hash()}:{self._version}"
+
+    def rest(self) -> int:
+        """Move CLIP to host memory until it is next needed, by whatever needs it; returns the bytes freed."""
+        return self._offloader.rest(lambda: module_tensors(self.scorer.clip.model))
 
     def ping(self) -> str:
         """Return the worker's name."""

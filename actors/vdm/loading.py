@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from cluster.errors import CheckpointError, ConfigError
 
+_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 COMPONENTS = ("transformer", "vae_encoder", "vae_decoder", "text_encoder")
 
 
@@ -28,9 +31,35 @@ class Parts:
     transformer: Any
     vae: Any
     vae_config: Mapping[str, Any]
+    has_encoder: bool
     has_decoder: bool
     text_encoder: Any
     tokenizer: Any
+
+
+def pipeline_folder(path: str | Path) -> Path:
+    """Return the local folder of a WanPipeline folder or hub name; CheckpointError where a part is missing."""
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
+    for part in _PARTS:
+        if not (folder / part).is_dir():
+            raise CheckpointError(f"{folder} is not a diffusers WanPipeline folder: it has no {part}/ in it")
+    return folder
+
+
+def load_vae(folder: Path, *, encoder: bool = True, decoder: bool = True) -> Any:
+    """Return the AutoencoderKLWan of a pipeline folder, float32, without the half that is not asked for."""
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    if not decoder:
+        vae.decoder = vae.post_quant_conv = None
+    if not encoder:
+        vae.encoder = vae.quant_conv = None
+    return vae
+
+
+def load_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return the UMT5 encoder of a pipeline folder and its tokenizer."""
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+    return encoder, AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def load_parts(path: str | Path, dtype: torch.dtype, components: Sequence[str] = COMPONENTS) -> Parts:
@@ -40,26 +69,21 @@ def load_parts(path: str | Path, dtype: torch.dtype, components: Sequence[str] =
         raise ConfigError(
             f"components {sorted(components)}: choose from {', '.join(COMPONENTS)}, 'transformer' always among them"
         )
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
-    for part in ("transformer", "vae", "text_encoder", "tokenizer"):
-        if not (folder / part).is_dir():
-            raise CheckpointError(f"{folder} is not a diffusers WanPipeline folder: it has no {part}/ in it")
+    folder = pipeline_folder(path)
     transformer = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
     vae = text_encoder = tokenizer = None
     if {"vae_encoder", "vae_decoder"} & set(components):
-        vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        if "vae_decoder" not in components:
-            vae.decoder = vae.post_quant_conv = None
+        vae = load_vae(folder, encoder="vae_encoder" in components, decoder="vae_decoder" in components)
     if "text_encoder" in components:
-        text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        text_encoder, tokenizer = load_text_encoder(folder, dtype)
     config = AutoencoderKLWan.load_config(folder / "vae")
     if transformer.config.in_channels != config["z_dim"]:
         raise CheckpointError(
             f"{folder}: the transformer takes {transformer.config.in_channels} latent channels, the VAE makes "
             f"{config['z_dim']}; only text-to-video Wan pipelines fit (image-to-video ones concatenate channels)"
         )
-    return Parts(folder, transformer, vae, config, "vae_decoder" in components, text_encoder, tokenizer)
+    has_encoder, has_decoder = (vae is not None and getattr(vae, half) is not None for half in ("encoder", "decoder"))
+    return Parts(folder, transformer, vae, config, has_encoder, has_decoder, text_encoder, tokenizer)
 
 
 def save_full(
@@ -75,10 +99,13 @@ def save_full(
         raise CheckpointError(f"export to {target} would overwrite the model it was loaded from; choose another folder")
     replaced = {"transformer"} | ({"text_encoder"} if text_encoder is not None else set())
     target.mkdir(parents=True, exist_ok=True)
+    # The pipeline alone: a folder that a training made may also hold its checkpoints, captions and tracking store.
+    index = source / "model_index.json"
+    parts = set(json.loads(index.read_text("utf-8"))) if index.is_file() else set(_PARTS)
     for entry in source.iterdir():
-        if entry.is_dir() and entry.name not in replaced:
+        if entry.is_dir() and entry.name in parts - replaced:
             shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
-        elif entry.is_file():
+        elif entry.is_file() and (entry.name == index.name or entry.name.startswith(("README", "LICENSE"))):
             shutil.copy2(entry, target / entry.name)
     if state is not None:
         with torch.device("meta"):
@@ -88,6 +115,11 @@ def save_full(
     transformer.save_pretrained(target / "transformer", safe_serialization=True)
     if text_encoder is not None:
         text_encoder.save_pretrained(target / "text_encoder", safe_serialization=True)
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's parameters in this process; of sharded ones, the shard's."""
+    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in module.parameters())
 
 
 def parameter_hash(modules: Mapping[str, nn.Module | None]) -> str:

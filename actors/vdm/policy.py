@@ -27,14 +27,15 @@ from actors.records import (
     RenderRequest,
     SdeSpec,
     Trajectory,
+    VdmExperience,
     derive_seed,
 )
 from actors.vdm import conditioning, flow_sde, lora, trajectories
 from actors.vdm.cache import TensorCache, content_key
 from actors.vdm.conditioning import ExactTimes, FlowMatchingSpec
-from actors.vdm.loading import COMPONENTS, Parts, load_parts, save_full
-from actors.vdm.text import CaptionEmbedder
-from actors.vdm.trajectories import Condition, VdmBatch
+from actors.vdm.loading import COMPONENTS, Parts, held_bytes, load_parts, save_full
+from actors.vdm.text import CaptionEmbedder, padded
+from actors.vdm.trajectories import Condition, Encoded, VdmBatch
 from cluster.errors import CheckpointError, TrainingError
 
 
@@ -56,27 +57,29 @@ class VdmPolicy:
         max_text_tokens: int | None = None,
         negative_prompt: str = "",
         decode_batch: int = 8,
+        vae_tiling: bool = False,
         cache_bytes: int = 256 << 20,
     ) -> None:
         self.device = torch.device(device)
         self.module: nn.Module = parts.transformer.to(self.device).eval()
         self.vae = parts.vae.to(self.device).eval().requires_grad_(False) if parts.vae is not None else None
-        self.has_decoder = parts.has_decoder
+        self.has_encoder, self.has_decoder = parts.has_encoder, parts.has_decoder
+        if vae_tiling and self.vae is not None:
+            self.vae.enable_tiling()
         self.embedder: CaptionEmbedder | None = None
         if parts.text_encoder is not None:
             encoder = parts.text_encoder.to(self.device).eval().requires_grad_(False)
             self.embedder = CaptionEmbedder(encoder, parts.tokenizer, max_text_tokens, cache_bytes)
         self.geometry = conditioning.geometry_of(parts.transformer, parts.vae_config)
-        self.compute_dtype = (
-            dtype  # of the transformer's inputs; a learner with FSDP mixed precision sets its param_dtype here
-        )
+        self.compute_dtype = dtype  # of the transformer's inputs; a learner sets the one that its FSDP computes in
         self.shift, self.reference_frames, self.negative_prompt = shift, reference_frames, negative_prompt
         self.decode_batch = decode_batch
         self.folder = parts.folder
         self.version = 0
         self.adapter: LoraSpec | None = None
         self._times = ExactTimes(parts.transformer)
-        self._latents = TensorCache(cache_bytes)
+        self._latents: TensorCache[Tensor] = TensorCache(cache_bytes)
+        self._references: TensorCache[Tensor] = TensorCache(cache_bytes)
 
     @classmethod
     def load(
@@ -94,7 +97,8 @@ class VdmPolicy:
 
         ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree.
         ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``).
-        ``options`` are the constructor's: shift, reference_frames, max_text_tokens, negative_prompt, decode_batch,
+        ``options`` are the constructor's: shift, reference_frames, max_text_tokens, negative_prompt, decode_batch
+        (clips decoded at once), vae_tiling (frames beyond 256 pixels go through the VAE in overlapping tiles),
         cache_bytes. Without LoRA all of the transformer's weights are trainable.
         """
         kind = torch_dtype(dtype)
@@ -115,6 +119,13 @@ class VdmPolicy:
     def add_adapter(self, folder: str | Path, spec: LoraSpec | None = None) -> None:
         """Put the PEFT adapter of ``folder`` into the transformer; ``spec``, where given, must have its shape."""
         saved, tensors = lora.read_adapter(folder)
+        foreign = sorted(name for name in tensors if "text_encoder" in name.split("."))
+        if foreign:
+            raise CheckpointError(
+                f"the adapter in {folder} has {len(foreign)} tensors for the text encoder ({foreign[0]}), which is frozen "
+                "and whose embeddings are shared by samplers and learners; merge them into the model folder's "
+                "text_encoder, or train an adapter of the transformer alone"
+            )
         if spec is not None and not lora.same_shape(saved, spec):
             raise CheckpointError(
                 f"the adapter in {folder} is {saved}, but the configuration asks for {spec}; set them equal"
@@ -148,27 +159,83 @@ class VdmPolicy:
     @property
     def fsdp_units(self) -> list[nn.Module]:
         """The transformer blocks."""
-        return list(self.module.blocks)  # type: ignore[arg-type]
+        return transformer_units(self.module)
+
+    @property
+    def frozen_parts(self) -> list[nn.Module]:
+        """The models beside ``module``: VAE and text encoder, as far as they were loaded."""
+        encoder = self.embedder.encoder if self.embedder is not None else None
+        return [part for part in (self.vae, encoder) if part is not None]
 
     # --- conditions ---
 
     def embed(self, captions: Sequence[str]) -> Tensor:
         """Return caption embeddings (B, L, D), zero behind each caption's end."""
+        return self._require_embedder()(captions)
+
+    def _require_embedder(self) -> CaptionEmbedder:
         if self.embedder is None:
             raise CheckpointError(
-                "captions cannot be embedded: the policy was loaded without the component 'text_encoder'"
+                "captions cannot be embedded: the policy was loaded without the component 'text_encoder', and they came "
+                "without their embeddings"
             )
-        return self.embedder(captions)
+        return self.embedder
 
     def encode_references(self, frames: np.ndarray) -> Tensor:
         """Return the latents (C, n, h, w) of reference frames uint8 (n, H, W, 3)."""
-        if self.vae is None:
+        if not self.has_encoder:
             raise CheckpointError(
                 "reference frames cannot be encoded: the policy was loaded without the component 'vae_encoder'"
             )
-        return self._latents.get(
-            ("reference", content_key(frames)), lambda: conditioning.encode_references(self.vae, frames, self.device)
+        return self._references.get(
+            content_key(frames), lambda: conditioning.encode_references(self.vae, frames, self.device)
         )
+
+    def encode(self, caption: str, references: np.ndarray, guidance: float) -> Encoded:
+        """Return what the frozen models make of one caption (its embedding, the negative prompt's where ``guidance`` is
+        not 1) and of its reference frames uint8 (n, H, W, 3): what a process without them has to be sent.
+        """
+        embedder = self._require_embedder()
+        return Encoded(
+            text=embedder.row(caption),
+            negative=embedder.row(self.negative_prompt) if guidance != 1.0 else None,
+            references=self.encode_references(references) if len(references) else None,
+            max_tokens=embedder.max_tokens,
+        )
+
+    def join(self, items: Sequence[Encoded], guidance: Sequence[float]) -> Condition:
+        """Return ``items`` as the condition of one batch; guidance 1 in all rows leaves the negative branch out."""
+        length = items[0].max_tokens
+        negative = None
+        if any(scale != 1.0 for scale in guidance):
+            # Of a row without guidance the branch is computed and weighs 0, so its text may be anything.
+            rows = [item.text if item.negative is None else item.negative for item in items]
+            negative = padded(rows, length)
+        return Condition(
+            text=padded([item.text for item in items], length),
+            references=None
+            if items[0].references is None
+            else torch.stack([item.references for item in items if item.references is not None]),
+            negative=negative,
+            guidance=torch.tensor(guidance, dtype=torch.float32, device=self.device),
+        )
+
+    def counters(self) -> dict[str, float]:
+        """Return what the frozen models made, and how often it was asked for, since the start."""
+        made, asked = self.embedder.counters() if self.embedder is not None else (0, 0)
+        return {
+            "captions": float(made),
+            "captions_asked": float(asked),
+            "references": float(self._references.misses),
+            "references_asked": float(self._references.misses + self._references.hits),
+        }
+
+    def held(self) -> dict[str, int]:
+        """Return the bytes of the parameters that this process holds, by component; sharded ones count their shard."""
+        encoder = self.embedder.encoder if self.embedder is not None else None
+        halves = {} if self.vae is None else {"vae_encoder": self.vae.encoder, "vae_decoder": self.vae.decoder}
+        parts = {"transformer": self.module, "text_encoder": encoder, **halves}
+        return {name: held_bytes(part) for name, part in parts.items() if part is not None}
 
     def condition(
         self, captions: Sequence[str], references: Sequence[np.ndarray], guidance: Sequence[float]
@@ -254,7 +321,8 @@ class VdmPolicy:
     def _sample_group(self, requests: list[RenderRequest], shape: tuple[int, int, int, int]) -> list[Clip]:
         if not self.has_decoder:
             raise CheckpointError("clips cannot be decoded: the policy was loaded without the component 'vae_decoder'")
-        latents, trajectories = self.sample_latents(requests, shape)
+        encoded = self._encoded(requests)
+        latents, trajectories = self.sample_latents(requests, shape, encoded)
         for request, finite in zip(requests, latents.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
             if not finite:
                 raise TrainingError(
@@ -263,20 +331,30 @@ class VdmPolicy:
         frames = np.concatenate(
             [conditioning.decode_latents(self.vae, part) for part in latents.split(self.decode_batch)]
         )
+        # What an SDE's clip was conditioned on goes with it, so that its learner needs no frozen models; whoever sent a
+        # condition has it.
+        made = [
+            None if trajectory is None or r.condition is not None else item.record()
+            for r, trajectory, item in zip(requests, trajectories, encoded, strict=True)
+        ]
         return [
-            Clip(r.sample_id, r.index, r.caption, clip, self.version, trajectory)
-            for r, clip, trajectory in zip(requests, frames, trajectories, strict=True)
+            Clip(r.sample_id, r.index, r.caption, clip, self.version, trajectory, condition)
+            for r, clip, trajectory, condition in zip(requests, frames, trajectories, made, strict=True)
         ]
 
     @torch.no_grad()
     def sample_latents(
-        self, requests: Sequence[RenderRequest], shape: tuple[int, int, int, int]
+        self,
+        requests: Sequence[RenderRequest],
+        shape: tuple[int, int, int, int],
+        encoded: Sequence[Encoded] | None = None,
     ) -> tuple[Tensor, list[Trajectory | None]]:
-        """Return the final latents (B, C, F, h, w) of requests that share everything but caption, frames and seeds."""
+        """Return the final latents (B, C, F, h, w) of requests that share everything but caption, frames and seeds.
+
+        ``encoded`` is what the requests are conditioned on, where it has been made.
+        """
         first = requests[0]
-        condition = self.condition(
-            [r.caption for r in requests], [r.reference_frames for r in requests], [r.guidance for r in requests]
-        )
+        condition = self.join(self._encoded(requests) if encoded is None else encoded, [r.guidance for r in requests])
         sigmas = flow_sde.sigma_grid(first.steps, self.shift).to(self.device)
         x = self._normal([r.noise_seed for r in requests], shape)
         window = _stochastic_steps(first.sde)
@@ -303,6 +381,15 @@ class VdmPolicy:
         grid = sigmas.cpu().numpy()
         return x, [Trajectory(path[b], grid, logp[b], first.sde, r.guidance) for b, r in enumerate(requests)]
 
+    def _encoded(self, items: Sequence[RenderRequest | VdmExperience]) -> list[Encoded]:
+        """Return what ``items`` are conditioned on: what came with them, or what this process makes."""
+        return [
+            self.encode(item.caption, item.reference_frames, item.guidance)
+            if item.condition is None
+            else Encoded.received(item.condition, self.device)
+            for item in items
+        ]
+
     def _normal(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Return standard normal noise (B, *shape), each row from its own seed on the CPU: equal on every device."""
         rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -313,12 +400,12 @@ class VdmPolicy:
     def collate(self, items: Sequence[Experience]) -> VdmBatch:
         """Return trajectories as one batch; they must agree in noise schedule, level and sizes."""
         vdm = [trajectories.experience(item) for item in items]
-        condition = self.condition(
-            [item.caption for item in vdm],
-            [item.reference_frames for item in vdm],
-            [item.trajectory.guidance for item in vdm],
-        )
+        condition = self.join(self._encoded(vdm), [item.guidance for item in vdm])
         return trajectories.collate(vdm, condition, self.device)
+
+    def split(self, batch: VdmBatch, steps: int) -> list[tuple[slice, VdmBatch]]:
+        """Cut ``batch`` into parts of at most ``steps`` window steps: each is a forward and backward of its own."""
+        return trajectories.window_parts(batch, steps)
 
     def forward(self, batch: VdmBatch) -> PolicyOutput:
         """Return the log-probability, mean and std of every window step: (B, W), (B, W, C, F, h, w), (B, W), float32.
@@ -387,16 +474,21 @@ class VdmPolicy:
         }
         return loss, metrics
 
+    def drop_text_encoder(self) -> None:
+        """Free the text encoder's memory; captions that were embedded stay known."""
+        if self.embedder is not None:
+            self.embedder.drop_encoder()
+
     def train_text_encoder(self, enabled: bool = True) -> nn.Module:
         """Let ``sft_loss`` train the text encoder too (from-scratch pretraining); returns it for the optimizer."""
-        if self.embedder is None:
+        if self.embedder is None or self.embedder.encoder is None:
             raise CheckpointError("the policy was loaded without the component 'text_encoder'")
         self.embedder.train(enabled)
         return self.embedder.encoder
 
     def encode_targets(self, targets: Sequence[np.ndarray], references: int = 0) -> Tensor:
         """Return the latents (B, C, F, h, w) of clips uint8 (T, H, W, 3), cached by content."""
-        if self.vae is None:
+        if not self.has_encoder:
             raise CheckpointError(
                 "target frames cannot be encoded: the policy was loaded without the component 'vae_encoder'"
             )
@@ -410,6 +502,11 @@ class VdmPolicy:
             for key, latents in zip(new, conditioning.encode_videos(self.vae, videos)):
                 rows[key] = self._latents.put(key, latents.clone())
         return torch.stack([rows[key] for key in keys])
+
+
+def transformer_units(transformer: Any) -> list[nn.Module]:
+    """Return what a WanTransformer3DModel is sharded and checkpointed by: its blocks."""
+    return list(transformer.blocks)
 
 
 def _stochastic_steps(sde: SdeSpec | None) -> range:

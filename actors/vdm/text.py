@@ -7,7 +7,7 @@ learner's are equal bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,20 +15,30 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
 from actors.vdm.cache import TensorCache
+from cluster.errors import CheckpointError
 
 WAN_TEXT_TOKENS = 512  # what Wan 2.1 was trained with
 
 
 class CaptionEmbedder:
-    """Embeds captions with a frozen text encoder, cached per caption for as long as the encoder's weights stay."""
+    """Embeds captions with a frozen text encoder, cached per caption for as long as the encoder's weights stay.
+
+    ``encoder`` None: embeddings come from ``stored`` (caption → (tokens, D)) alone.
+    """
 
     def __init__(
-        self, encoder: Any, tokenizer: Any, max_tokens: int | None = None, cache_bytes: int = 256 << 20
+        self,
+        encoder: Any,
+        tokenizer: Any,
+        max_tokens: int | None = None,
+        cache_bytes: int = 256 << 20,
+        stored: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.encoder, self.tokenizer = encoder, tokenizer
         self.max_tokens = max_tokens or min(WAN_TEXT_TOKENS, int(tokenizer.model_max_length))
         self.trained = False
-        self._cache = TensorCache(cache_bytes)
+        self._stored = stored
+        self._cache: TensorCache[Tensor] = TensorCache(cache_bytes)
 
     def train(self, enabled: bool) -> None:
         """Let gradients reach the encoder (joint pretraining); nothing is cached meanwhile."""
@@ -40,16 +50,30 @@ class CaptionEmbedder:
         """Return (B, max_tokens, D); captions beyond ``max_tokens`` tokens are truncated, as Wan's are."""
         if self.trained:
             return self._encode_batch([prompt_clean(caption) for caption in captions])
-        with torch.no_grad():
-            rows = [self._cache.get(caption, lambda c=caption: self._encode(prompt_clean(c))) for caption in captions]  # type: ignore[misc]
-        out = rows[0].new_zeros(len(rows), self.max_tokens, rows[0].shape[-1])
-        for i, row in enumerate(rows):
-            out[i, : len(row)] = row
-        return out
+        return padded([self.row(caption) for caption in captions], self.max_tokens)
+
+    @torch.no_grad()
+    def row(self, caption: str) -> Tensor:
+        """Return the embedding (tokens, D) of one caption, made once."""
+        if self.trained:
+            return self._encode(caption)
+        return self._cache.get(caption, lambda: self._encode(caption))
+
+    def drop_encoder(self) -> None:
+        """Let the encoder go; only captions that are in the cache can be asked for from now on."""
+        self.encoder = None
+
+    def counters(self) -> tuple[int, int]:
+        """Return how many captions were embedded, and how often an embedding was asked for."""
+        return self._cache.misses, self._cache.misses + self._cache.hits
 
     def _encode(self, caption: str) -> Tensor:
-        """Return (tokens, D) of one cleaned caption."""
-        tokens = self.tokenizer(caption, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        """Return (tokens, D) of one caption."""
+        if self.encoder is None:
+            if self._stored is None:
+                raise CheckpointError(f"caption {caption[:80]!r} cannot be embedded: the text encoder has been let go")
+            return self._stored(caption)
+        tokens = self.tokenizer(prompt_clean(caption), truncation=True, max_length=self.max_tokens, return_tensors="pt")
         return self.encoder(tokens.input_ids.to(self.encoder.device)).last_hidden_state[0].clone()
 
     def _encode_batch(self, captions: list[str]) -> Tensor:
@@ -64,3 +88,11 @@ class CaptionEmbedder:
         states = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         states = states * tokens.attention_mask[..., None].to(states.dtype)
         return torch.nn.functional.pad(states, (0, 0, 0, self.max_tokens - states.shape[1]))
+
+
+def padded(rows: Sequence[Tensor], max_tokens: int) -> Tensor:
+    """Return embeddings (tokens, D) of any length as one batch (B, max_tokens, D), zero behind each one's end."""
+    out = rows[0].new_zeros(len(rows), max_tokens, rows[0].shape[-1])
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

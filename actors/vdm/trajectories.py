@@ -6,13 +6,41 @@ Responsible for stacking and padding windows; computes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from actors.records import Experience, NoiseSchedule, Trajectory, VdmExperience
+from actors.records import Conditioning, Experience, NoiseSchedule, Trajectory, VdmExperience
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the frozen models made of one caption and its reference frames, on the policy's device."""
+
+    text: Tensor  # (tokens, D), not padded
+    negative: Tensor | None  # (tokens, D) of the negative prompt; None without guidance
+    references: Tensor | None  # float32 (C, n, h, w)
+    max_tokens: int
+
+    @classmethod
+    def received(cls, record: Conditioning, device: torch.device) -> Encoded:
+        """Return what travelled as ``record``."""
+        text, negative, references = (
+            None if array is None else torch.from_numpy(np.array(array)).to(device)  # Ray's arrays are read-only
+            for array in (record.text, record.negative, record.references)
+        )
+        assert text is not None
+        return cls(text, negative, references, record.max_tokens)
+
+    def record(self) -> Conditioning:
+        """Return the same, ready to travel."""
+        text, negative, references = (
+            None if tensor is None else tensor.float().cpu().numpy()
+            for tensor in (self.text, self.negative, self.references)
+        )
+        return Conditioning(text, negative, references, self.max_tokens)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -37,6 +65,24 @@ class VdmBatch:
     condition: Condition
     schedule: NoiseSchedule
     level: float
+
+
+def window_parts(batch: VdmBatch, steps: int) -> list[tuple[slice, VdmBatch]]:
+    """Cut ``batch`` along its window into parts of at most ``steps`` steps, each with its place among the W steps."""
+    cuts = [slice(k, k + steps) for k in range(0, len(batch.before), steps)]
+    return [
+        (
+            cut,
+            replace(
+                batch,
+                before=batch.before[cut],
+                after=batch.after[cut],
+                sigmas=batch.sigmas[cut],
+                mask=batch.mask[:, cut],
+            ),
+        )
+        for cut in cuts
+    ]
 
 
 def experience(item: Experience) -> VdmExperience:

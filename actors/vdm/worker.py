@@ -8,19 +8,21 @@ weights into the policy. The class is undecorated, so that it also runs in proce
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from actors.failures import Failure, InfrastructureError, Ok, Outcome, attempt, failure_of
+from actors.offload import Offloader, module_tensors
 from actors.pool.protocol import WorkerInfo, worker_info
-from actors.records import Clip, RenderRequest, Weights
+from actors.records import Clip, RenderRequest
 from actors.vdm import lora
 from actors.vdm.loading import parameter_hash
 from actors.vdm.policy import VdmPolicy
-from actors.weights import as_tensors, receive
+from actors.weights import Delivery, fetch
 from cluster.errors import CheckpointError
 
 
@@ -42,8 +44,10 @@ class VdmWorker:
         self._threads = threads
         self._options = dict(options or {})
         self._policy: VdmPolicy | None = None
+        self._offloader = Offloader(torch.device(device))
         self._initial: dict[str, Tensor] = {}  # the adapter as set up: what "base weights" means while one is injected
         self._full = False
+        self._arrival: str = "model folder"
         self._busy = threading.Lock()  # one call at a time uses the models; the actor's other thread answers ping()
 
     @property
@@ -62,21 +66,26 @@ class VdmWorker:
 
     def load_weights(self, version: int, payload: list[Any] | None) -> int:
         """Put the published weights into the policy and return ``version``; None brings back the base weights."""
-        weights = receive(payload) if payload is not None else None
-        with self._busy:
+        weights = fetch(payload, self._device) if payload is not None else None
+        with self._awake():
             if weights is None:
                 self._restore_base()
             else:
                 self._apply(weights)
             self.policy.version = version
+            self._arrival = weights.arrival if weights is not None else "model folder"
         return version
+
+    def arrival(self) -> str:
+        """Return how the weights that it serves have come: ``object store``, ``broadcast`` or ``model folder``."""
+        return self._arrival
 
     def process(self, requests: Sequence[RenderRequest]) -> list[Outcome]:
         """Render what can be rendered in as few batches as possible; a failure is pinned to its own request."""
         outcomes: list[Outcome | None] = [self._refuse(request) for request in requests]
         good = [i for i, refusal in enumerate(outcomes) if refusal is None]
         if good:
-            with self._busy:
+            with self._awake():
                 rendered = self._render([requests[i] for i in good])
             for i, outcome in zip(good, rendered, strict=True):
                 outcomes[i] = outcome
@@ -84,12 +93,30 @@ class VdmWorker:
 
     def weights_hash(self) -> str:
         """Return the hash of all parameters but the adapter's, and the version served."""
-        with self._busy:
+        with self._awake():
             return f"{self._base_hash()}:{self.policy.version}"
+
+    def counters(self) -> dict[str, float]:
+        """Return how many captions were embedded and clips' reference frames encoded, and asked for, since the start."""
+        return self.policy.counters()
+
+    def held(self) -> dict[str, int]:
+        """Return the bytes of the parameters that this process holds, by component."""
+        return self.policy.held()
+
+    def rest(self) -> int:
+        """Move the models to host memory until they are next needed, by whatever needs them; returns the bytes freed."""
+        return self._offloader.rest(lambda: module_tensors(self.policy.module, *self.policy.frozen_parts))
 
     def ping(self) -> str:
         """Return the worker's name."""
         return self.name
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Hold the models, on their device."""
+        with self._busy, self._offloader.used():
+            yield
 
     def _load(self) -> VdmPolicy:
         policy = VdmPolicy.load(
@@ -119,11 +146,11 @@ class VdmWorker:
         except torch.OutOfMemoryError as error:
             raise InfrastructureError(
                 f"{self.name}: out of memory while rendering {len(requests)} clips at once; "
-                f"lower pools.vdm.max_batch: {error}"
+                f"lower pools.vdm.max_batch, or pools.vdm.max_decode: {error}"
             ) from error
 
-    def _apply(self, weights: Weights) -> None:
-        tensors = as_tensors(weights)
+    def _apply(self, weights: Delivery) -> None:
+        tensors = weights.tensors
         if weights.kind == "full":
             if self._adapter is not None:
                 raise CheckpointError(

@@ -41,6 +41,12 @@ class Backend(Protocol):
     async def remove_lora(self, lora_id: int) -> None:
         """Forget an adapter."""
 
+    async def sleep(self) -> None:
+        """Give up the GPU's memory (vLLM's level 1); nothing may be running. A no-op of vLLM's on a CPU."""
+
+    async def wake_up(self) -> None:
+        """Take it back."""
+
     def check(self) -> None:
         """Raise InfrastructureError if the engine is dead."""
 
@@ -96,6 +102,12 @@ class InProcessBackend:
 
     async def remove_lora(self, lora_id: int) -> None:
         await self._call(lambda: self._engine.remove_lora(lora_id))
+
+    async def sleep(self) -> None:
+        await self._call(lambda: self._engine.sleep(level=1))
+
+    async def wake_up(self) -> None:
+        await self._call(lambda: self._engine.wake_up())
 
     def check(self) -> None:
         if self._dead is not None:
@@ -230,6 +242,12 @@ class AsyncBackend:
 
     async def remove_lora(self, lora_id: int) -> None:
         await self._engine.remove_lora(lora_id)
+
+    async def sleep(self) -> None:
+        await self._engine.sleep(level=1)
+
+    async def wake_up(self) -> None:
+        await self._engine.wake_up()
 
     def check(self) -> None:
         if self._engine is None or self._engine.errored:

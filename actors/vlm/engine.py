@@ -8,13 +8,15 @@ responsible for: how vLLM is run (``actors.vlm.backends``), Ray (``actors.vlm.wo
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import psutil
@@ -24,6 +26,11 @@ from actors.records import Completion, CompletionRequest, Weights
 from actors.vlm.backends import AsyncBackend, Backend, InProcessBackend
 from actors.vlm.inputs import check_frames, video_metadata, writable
 from actors.vlm.prompt import BAN_BIAS, banned_token_ids, render_prompt
+
+if TYPE_CHECKING:
+    from actors.weights import Offer
+
+log = logging.getLogger(__name__)
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told
 
@@ -43,6 +50,8 @@ class EngineSpec:
     adapter: str | None = None  # PEFT folder that is part of the base weights (version 0)
     in_process: bool | None = None  # None: in this process without a GPU, in vLLM's own processes with one
     max_num_seqs: int = 256
+    broadcast: bool = False  # full weights may come by broadcast, through vLLM's native weight transfer
+    sleep: bool = False  # :meth:`VlmEngine.rest` gives up the GPU's memory (on a CPU there is nothing to give)
     alone: bool = False  # one sequence at a time, nothing reused: no figure depends on what shares a batch
     env: dict[str, str] = field(default_factory=dict)
 
@@ -67,12 +76,14 @@ class VlmEngine:
         self._adapter: _Adapter | None = None
         self._lora_ids = 0
         self._running = 0
+        self._asked = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._open = asyncio.Event()
         self._open.set()
         self._load = asyncio.Lock()
         self._full = False  # the live model's weights are no longer the folder's
+        self._resting = False
         self._folder: Path | None = None
 
     async def start(self) -> None:
@@ -89,6 +100,7 @@ class VlmEngine:
         backend = InProcessBackend if _in_process(self.spec) else AsyncBackend
         self._backend = backend(_engine_args(self.spec))
         await self._backend.start()
+        await self._backend.rpc("vans_count_videos")
         await self._serve_base(0)
 
     @property
@@ -115,11 +127,12 @@ class VlmEngine:
                 )
             },
         }
-        while not self._open.is_set():  # it may be closed again before a waiter runs
-            await self._open.wait()
+        while self._resting or not self._open.is_set():  # it may be closed again before a waiter runs
+            await (self.wake() if self._resting else self._open.wait())
         # Nothing is awaited between here and the count: what is served and what is stamped cannot come apart.
         adapter, version = self._adapter, self.version
         self._running += 1
+        self._asked += request.n
         self._idle.clear()
         if adapter is not None:
             adapter.users += 1
@@ -144,6 +157,7 @@ class VlmEngine:
         """
         new = version if version is not None else (0 if weights is None else weights.version)
         async with self._load:
+            await self._wake()
             if weights is None:
                 await self._serve_base(new)
             elif weights.kind == "lora":
@@ -152,13 +166,81 @@ class VlmEngine:
                 await self._serve_full(weights, new)
         return new
 
+    async def load_offered(
+        self, offer: Offer, otherwise: Callable[[], Awaitable[Weights]], version: int
+    ) -> Literal["broadcast", "object store"]:
+        """Serve the full weights of ``offer`` from now on; where they do not come, those that ``otherwise`` fetches.
+
+        Returns which of the two it was. Requests that are running are waited for; later ones wait for the new weights.
+        """
+        arrival: Literal["broadcast", "object store"] = "broadcast"
+
+        async def receive() -> None:
+            nonlocal arrival
+            try:
+                await self.backend.rpc("vans_receive", asdict(offer))
+                return
+            except InfrastructureError:
+                raise
+            except Exception as error:  # noqa: BLE001 - vLLM's processes pass on the text of an error, not its class
+                log.warning("weights version %d are taken from the object store: %s", version, error)
+            arrival = "object store"
+            from actors.weights import as_tensors
+
+            with self._written(as_tensors(await otherwise())) as path:
+                await self.backend.rpc("vans_reload", path)
+
+        async with self._load:
+            await self._wake()
+            await self._replace(receive, None, version)
+            self._full = True
+        return arrival
+
+    # --- giving up memory
+
+    async def rest(self) -> None:
+        """Give up the GPU's memory until the engine is next needed: vLLM keeps the weights in host memory and drops its caches.
+
+        It wakes by itself for a request, for weights and for a hash. On a CPU vLLM keeps everything where it is.
+        """
+        async with self._load:
+            if self._resting:
+                return
+            self._open.clear()
+            try:
+                await self._idle.wait()
+                await self.backend.drop_caches()
+                await self.backend.sleep()
+                self._resting = True
+            finally:
+                self._open.set()
+
+    async def wake(self) -> None:
+        """Take the memory back, where it was given up."""
+        async with self._load:
+            await self._wake()
+
+    async def _wake(self) -> None:
+        if self._resting:
+            await self.backend.wake_up()
+            self._resting = False
+
+    # --- what is served
+
     async def weights_hash(self) -> str:
         """Return the hash of the base weights in the engine's memory, and the version served."""
         return f"{await self.base_hash()}:{self.version}"
 
     async def base_hash(self) -> str:
         """Return the hash of the base (frozen) weights in the engine's memory."""
-        return str(await self.backend.rpc("vans_base_hash"))
+        async with self._load:
+            await self._wake()
+            return str(await self.backend.rpc("vans_base_hash"))
+
+    async def counters(self) -> dict[str, float]:
+        """Return the videos that the vision tower encoded, and the completions that needed one, since the start."""
+        encoded = await self.backend.rpc("vans_videos_encoded")
+        return {"videos": float(encoded), "videos_asked": float(self._asked)}
 
     def check(self) -> None:
         """Raise InfrastructureError if the engine is dead."""
@@ -230,22 +312,34 @@ class VlmEngine:
             await self.backend.remove_lora(adapter.request.lora_int_id)
 
     async def _reload(self, tensors: Mapping[str, Any], adapter: _Adapter | None, version: int) -> None:
-        """Replace the model's own weights while nothing runs; requests that arrive meanwhile wait for the new ones."""
+        """Replace the model's own weights by ``tensors``, and serve ``adapter`` (None: none) on them."""
+        with self._written(tensors) as path:
+            await self._replace(lambda: self.backend.rpc("vans_reload", path), adapter, version)
+
+    async def _replace(self, load: Callable[[], Awaitable[Any]], adapter: _Adapter | None, version: int) -> None:
+        """Let ``load`` replace the model's own weights while nothing runs; requests that arrive meanwhile wait for the new ones."""
+        self._open.clear()
+        try:
+            await self._idle.wait()
+            await load()
+            await self.backend.drop_caches()
+            await self._switch(adapter, version)
+        finally:
+            self._open.set()
+
+    @contextmanager
+    def _written(self, tensors: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a safetensors file of ``tensors``: the engine may be a process of its own."""
         from safetensors.torch import save_file
 
         assert self._folder is not None
         path = self._folder / "full.safetensors"
         # Clones: tied weights (embedding and head) share memory, which the file format refuses.
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, str(path))
-        self._open.clear()
         try:
-            await self._idle.wait()
-            await self.backend.rpc("vans_reload", str(path))
-            await self.backend.drop_caches()
-            await self._switch(adapter, version)
+            yield str(path)
         finally:
             path.unlink(missing_ok=True)
-            self._open.set()
 
     # --- requests ---
 
@@ -315,6 +409,12 @@ def _engine_args(spec: EngineSpec) -> dict[str, Any]:
         # offset"), so prompts are prefilled whole.
         args["enable_chunked_prefill"] = False
         args["max_num_batched_tokens"] = max(4096, spec.max_model_len)
+    if spec.sleep and _on_gpu():
+        args["enable_sleep_mode"] = True
+    if spec.broadcast:
+        from vllm.config import WeightTransferConfig
+
+        args["weight_transfer_config"] = WeightTransferConfig(backend="vans_broadcast")  # registered by the extension
     if spec.lora_rank:
         args["enable_lora"] = True
         args["max_lora_rank"] = next(r for r in _LORA_RANKS if r >= spec.lora_rank)

@@ -1,6 +1,7 @@
-"""Two methods that vLLM's worker gains (``worker_extension_cls``): reload weights from a file, and hash the base weights.
+"""What vLLM's worker gains (``worker_extension_cls``): reload weights from a file or a broadcast, hash base weights, count videos.
 
-They run where the model is, which may be a process of vLLM's own; arguments and results are therefore plain text.
+These methods run where the model is, which may be a process of vLLM's own; arguments and results are therefore plain values. vLLM
+imports this module there, which is where its factory learns of our way to transfer weights.
 """
 
 from __future__ import annotations
@@ -9,6 +10,15 @@ import hashlib
 from typing import Any
 
 import torch
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+TRANSFER = "vans_broadcast"
+"""What our weight transfer engine is called in vLLM's ``WeightTransferConfig``."""
+
+try:
+    WeightTransferEngineFactory.register_engine(TRANSFER, "actors.vlm.transfer", "BroadcastTransferEngine")
+except ValueError:  # a second engine in this process
+    pass
 
 
 class WeightsExtension:
@@ -20,6 +30,16 @@ class WeightsExtension:
 
         worker: Any = self
         worker.reload_weights(weights_iterator=iter(load_file(path).items()))
+
+    def vans_receive(self, offer: dict[str, Any]) -> None:
+        """Receive the whole model by broadcast into the live one; ``offer`` is an ``actors.weights.Offer`` as a dict.
+
+        Whatever it raises, the model can be reloaded afterwards, and must be: its weights may be of two versions.
+        """
+        worker: Any = self
+        worker.start_weight_update()
+        worker.update_weights({"offer": offer})
+        worker.finish_weight_update()
 
     def vans_base_hash(self) -> str:
         """Return a hash of all parameters but LoRA's, as they lie in the worker's memory."""
@@ -33,6 +53,23 @@ class WeightsExtension:
             if hasattr(module, "cpu_linear") and module.weight.numel() == 0:
                 _add(digest, f"{name}.weight", _packed_weight(module))
         return digest.hexdigest()
+
+    def vans_count_videos(self) -> None:
+        """Count from now on what goes through the vision tower."""
+        worker: Any = self
+        worker.vans_videos = 0
+        tower = getattr(worker.model_runner.get_model(), "visual", None)
+
+        def count(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            worker.vans_videos += len(kwargs["grid_thw"] if "grid_thw" in kwargs else args[1])
+
+        if tower is not None:
+            tower.register_forward_pre_hook(count, with_kwargs=True)
+
+    def vans_videos_encoded(self) -> int:
+        """Return how many videos the vision tower has encoded since the count began."""
+        worker: Any = self
+        return int(worker.vans_videos)
 
 
 def _packed_weight(layer: Any) -> torch.Tensor:

@@ -115,6 +115,7 @@ class PromptEncoder:
         self._tokens_per_second = getattr(config.vision_config, "tokens_per_second", None)
         self._cache: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
         self._cache_size = cache_size
+        self.made = self.asked = 0  # prompts processed, and prompts asked for
 
     def encode(self, prompts: Sequence[VideoQuestion]) -> list[EncodedPrompt]:
         """Return one :class:`EncodedPrompt` per item; equal items share one, and missing ones are processed together.
@@ -125,6 +126,7 @@ class PromptEncoder:
         keys = [_digest(p) for p in prompts]
         found = {key: self._cache[key] for key in keys if key in self._cache}
         missing = {key: p for key, p in zip(keys, prompts, strict=True) if key not in found}
+        self.asked, self.made = self.asked + len(keys), self.made + len(missing)
         if missing:
             found.update(zip(missing, self._process(list(missing.values())), strict=True))
         for key in keys:

@@ -65,7 +65,7 @@ class VlmPolicy:
         self.fps = fps
         self.device = torch.device(device)
         inner: Any = model
-        self.fsdp_units: list[nn.Module] = [*inner.model.language_model.layers, *inner.model.visual.blocks]
+        self.fsdp_units = model_units(inner)
         self.eos_token_id = int(processor.tokenizer.eos_token_id)
         vocab_size = int(inner.config.text_config.vocab_size)
         self.banned_ids = banned_token_ids(processor.tokenizer, vocab_size)
@@ -116,6 +116,10 @@ class VlmPolicy:
             prompts.append(VideoQuestion(item.question, item.frames, item.fps))
             completions.append(torch.from_numpy(np.asarray(item.token_ids, dtype=np.int64)))
         return self._join(self._prompts.encode(prompts), completions)
+
+    def counters(self) -> dict[str, float]:
+        """Return how many prompts (question and video) were processed, and how many were asked for, since the start."""
+        return {"prompts": float(self._prompts.made), "prompts_asked": float(self._prompts.asked)}
 
     def rollout_logprobs(self, items: Sequence[Experience]) -> Tensor:
         """Return the engine's log-probabilities, (B, T) float32, 0 in the padding."""
@@ -242,6 +246,11 @@ class VlmPolicy:
         module: Any = self.module
         module.save_pretrained(folder, state_dict=dict(module.state_dict() if state is None else state))
         self.processor.save_pretrained(folder)
+
+
+def model_units(model: Any) -> list[nn.Module]:
+    """Return what a Qwen-VL model is sharded and checkpointed by: the language model's layers, the vision tower's blocks."""
+    return [*model.model.language_model.layers, *model.model.visual.blocks]
 
 
 def load_model(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:

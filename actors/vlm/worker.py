@@ -12,7 +12,7 @@ from typing import Any
 
 from actors.failures import Ok, Outcome, failure_of
 from actors.pool.protocol import WorkerInfo, worker_info
-from actors.records import CompletionRequest
+from actors.records import CompletionRequest, Weights
 from actors.vlm.engine import EngineSpec, VlmEngine
 
 
@@ -22,6 +22,7 @@ class VlmWorker:
     def __init__(self, name: str, model_path: str, *, threads: int | None = 1, **options: Any) -> None:
         self.name = name
         self._threads = threads
+        self._arrival: str = "model folder"
         self._engine = VlmEngine(EngineSpec(model_path, **options))
 
     async def setup(self) -> WorkerInfo:
@@ -35,14 +36,30 @@ class VlmWorker:
 
     async def load_weights(self, version: int, payload: list[Any] | None) -> int:
         """Serve the published weights from now on; None brings back the base weights."""
-        weights = None
-        if payload is not None:
-            from actors.weights import receive
+        self._arrival = "model folder"
+        if payload is None:
+            return await self._engine.load(None, version)
+        from actors.weights import offer_of, receive
 
+        async def fetch() -> Weights:
             # Off the event loop: a blocking fetch would hold up every running completion. (to_thread would carry the
             # loop's context along, and Ray would warn of blocking it.)
-            weights = await asyncio.get_running_loop().run_in_executor(None, receive, payload)
-        return await self._engine.load(weights, version)
+            return await asyncio.get_running_loop().run_in_executor(None, receive, payload)
+
+        offer = offer_of(payload)
+        if offer is not None:
+            self._arrival = await self._engine.load_offered(offer, fetch, version)
+            return version
+        self._arrival = "object store"
+        return await self._engine.load(await fetch(), version)
+
+    async def arrival(self) -> str:
+        """Return how the weights that it serves have come: ``object store``, ``broadcast`` or ``model folder``."""
+        return self._arrival
+
+    async def rest(self) -> None:
+        """Give up the GPU's memory until the engine is next needed."""
+        await self._engine.rest()
 
     async def process(self, requests: Sequence[CompletionRequest]) -> list[Outcome]:
         """Complete all requests together; a failure is pinned to its own request."""
@@ -57,6 +74,10 @@ class VlmWorker:
     async def weights_hash(self) -> str:
         """Return the hash of the base weights and the version served."""
         return await self._engine.weights_hash()
+
+    async def counters(self) -> dict[str, float]:
+        """Return how many videos were encoded, and how many completions asked for one, since the start."""
+        return await self._engine.counters()
 
     async def ping(self) -> str:
         """Return the worker's name; raises InfrastructureError if the engine is dead."""

@@ -1,6 +1,25 @@
-"""Published weights on the move: through the object store, and to disk as ordinary folders."""
+"""Published weights on the move: through the object store or by broadcast, and to disk as ordinary folders."""
 
+from actors.weights.broadcast import Broadcast, BroadcastError, BroadcastSpec, Offer, receive_broadcast, snapshot
 from actors.weights.files import read_adapter, read_model, read_weights, write_adapter
-from actors.weights.transport import as_tensors, pack, receive, send
+from actors.weights.transport import Delivery, as_tensors, fetch, offer_of, pack, receive, send
 
-__all__ = ["as_tensors", "pack", "read_adapter", "read_model", "read_weights", "receive", "send", "write_adapter"]
+__all__ = [
+    "Broadcast",
+    "BroadcastError",
+    "BroadcastSpec",
+    "Delivery",
+    "Offer",
+    "as_tensors",
+    "fetch",
+    "offer_of",
+    "pack",
+    "read_adapter",
+    "read_model",
+    "read_weights",
+    "receive",
+    "receive_broadcast",
+    "send",
+    "snapshot",
+    "write_adapter",
+]

@@ -1,12 +1,18 @@
-"""Weights from the learner to the workers through Ray's object store: two functions, ``send`` and ``receive``.
+"""Weights from the learner to the workers: what is published, and how a worker gets it.
 
-Arrays arrive read-only and without a copy (they lie in shared memory): copy them into parameters, never write to
-them. A faster transport for full weights on GPUs belongs behind the same two functions.
+A payload is a list. Its first entry is a reference to the weights in Ray's object store, from which any worker can have them
+at any time (:func:`receive`). A second entry, where there is one, offers the same version by broadcast to those who come soon
+(``actors.weights.broadcast``); :func:`fetch` takes what it can get.
+
+Arrays from the object store arrive read-only and without a copy (they lie in shared memory): copy them into parameters, never
+write to them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +21,23 @@ import torch
 from torch import Tensor
 
 from actors.records import Weights
+from actors.weights.broadcast import BroadcastError, Offer, receive_broadcast
 from cluster.errors import WorkerTimeoutError
+
+log = logging.getLogger(__name__)
+
+Arrival = Literal["object store", "broadcast"]
+"""How weights have reached a worker."""
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """One version as a worker loads it: tensors that own their memory, and how they have arrived."""
+
+    kind: Literal["lora", "full"]
+    tensors: dict[str, Tensor]
+    adapter_config: dict[str, Any] = field(default_factory=dict)
+    arrival: Arrival = "object store"
 
 
 def pack(
@@ -56,17 +78,41 @@ def send(weights: Weights) -> list[ray.ObjectRef]:
     return [ray.put(weights)]
 
 
-def receive(refs: Sequence[ray.ObjectRef], timeout_s: float = 60.0) -> Weights:
-    """Return the weights behind ``refs`` (what :func:`send` or a learner's ``publish`` gave), arrays read-only.
+def receive(payload: Sequence[Any], timeout_s: float = 60.0) -> Weights:
+    """Return the weights of ``payload`` (what :func:`send` or a learner's ``publish`` gave) from the object store.
+
+    Arrays are read-only.
 
     Raises:
         WorkerTimeoutError: they did not arrive within ``timeout_s`` seconds.
     """
     try:
-        (weights,) = ray.get(list(refs), timeout=timeout_s)
+        weights: Weights = ray.get(payload[0], timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
         raise WorkerTimeoutError(
             f"published weights did not arrive within {timeout_s:.0f} s; is the learner's node alive, and is this "
             "node's object store large enough?"
         ) from error
     return weights
+
+
+def offer_of(payload: Sequence[Any]) -> Offer | None:
+    """Return where ``payload`` can be received by broadcast, or None."""
+    return payload[1] if len(payload) > 1 else None
+
+
+def fetch(payload: Sequence[Any], device: str | torch.device = "cpu", timeout_s: float = 60.0) -> Delivery:
+    """Return ``payload``'s weights: by broadcast onto ``device``, or else from the object store as CPU tensors.
+
+    Raises:
+        WorkerTimeoutError: see :func:`receive`.
+    """
+    offer = offer_of(payload)
+    if offer is not None:
+        try:
+            batches = receive_broadcast(offer, torch.device(device))
+            return Delivery("full", {name: t for batch in batches for name, t in batch}, arrival="broadcast")
+        except BroadcastError as error:
+            log.warning("weights version %d are taken from the object store: %s", offer.version, error)
+    weights = receive(payload, timeout_s)
+    return Delivery(weights.kind, as_tensors(weights), weights.adapter_config)

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from cluster.labels import check_selector
 from pipeline.config.base import Fraction, Positive, Section
 from pipeline.text import redacted
 from rewards.alarms import AlarmSettings
 
 _ALARMS = AlarmSettings()
+
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+
+
+def _gpu_amount(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"{gpus:g} GPUs: a share of one GPU (at most 1), or whole GPUs")
+    return gpus
+
+
+def _selector(labels: dict[str, str]) -> dict[str, str]:
+    check_selector(labels)
+    return labels
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_gpu_amount)]
+Labels = Annotated[dict[str, str], AfterValidator(_selector)]
 
 
 class AutoscaleSection(Section):
@@ -42,8 +60,13 @@ class PoolSection(Section):
 
     workers: Positive = Field(1, description="Workers to start.")
     cpus: float = Field(0.5, ge=0, description="CPU cores reserved per worker.")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved per worker; a fraction shares one.")
+    gpus: Gpus = Field(0.0, description="GPUs reserved per worker; a fraction shares one.")
     resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources per worker.")
+    labels: Labels = Field(
+        default_factory=dict,
+        description="Ray node labels that the workers' nodes must have: a value, `!value`, `in(a, b)` or `!in(a, b)` for each.",
+    )
+    placement: Strategy | None = Field(None, description="How the workers lie on nodes; null is cluster.placement.")
     max_batch: Positive = Field(16, description="Most requests in one call of a worker.")
     max_inflight: Positive = Field(1, description="Calls a worker may have at once.")
     max_wait_s: float = Field(0.02, ge=0, description="Longest a request waits for its batch to fill.")
@@ -52,6 +75,11 @@ class PoolSection(Section):
     max_retries: int = Field(3, ge=0, description="Times a request is sent again after an infrastructure failure.")
     max_restarts: int = Field(
         20, ge=0, description="Restarts of the pool's workers within an hour before the run stops."
+    )
+    rest: bool = Field(
+        False,
+        description="Give up the GPU's memory while a learner works, for pools that share GPUs with it (docs/weights.md); needs "
+        "max_staleness 0.",
     )
     autoscale: AutoscaleSection = Field(default_factory=AutoscaleSection)
 
@@ -77,6 +105,15 @@ class VlmPoolSection(PoolSection):
     tensor_parallel: Positive = Field(1, description="GPUs per engine.")
     enforce_eager: bool = Field(True, description="Skip graph capture; false is faster on GPUs after a slower start.")
 
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> VlmPoolSection:
+        if self.gpus > 0 and self.tensor_parallel > 1 and self.gpus != self.tensor_parallel:
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} with gpus={self.gpus:g}: an engine over {self.tensor_parallel} GPUs needs "
+                f"gpus: {self.tensor_parallel} (one bundle, so all of them are on one node)"
+            )
+        return self
+
 
 class VdmPoolSection(PoolSection):
     """Diffusion sampling workers."""
@@ -84,12 +121,36 @@ class VdmPoolSection(PoolSection):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Dtype of the transformer; latents stay float32."
     )
+    max_decode: Positive = Field(
+        8, description="Most clips that the VAE decodes at once; 1 needs the least memory, and is what slicing means."
+    )
+
+
+class EmbedPoolSection(PoolSection):
+    """Frozen models in front of the diffusion transformer (docs/architecture.md): captions are embedded and reference frames
+    encoded once, and only here.
+    """
+
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Workers to start. 0: each sampler loads the text encoder and the VAE's encoder itself, right for small ones. "
+        "From 1 on no sampler holds them.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Dtype of the text encoder; the VAE stays float32."
+    )
+    cache_mib: Positive = Field(
+        1024,
+        description="Driver memory for embeddings and latents; what falls out of it is made again when it is asked for.",
+    )
 
 
 class PoolsSection(Section):
-    """The three pools, sized independently."""
+    """The pools, sized independently."""
 
     vlm: VlmPoolSection = Field(default_factory=VlmPoolSection)
+    embed: EmbedPoolSection = Field(default_factory=EmbedPoolSection)
     vdm: VdmPoolSection = Field(default_factory=VdmPoolSection)
     reward: PoolSection = Field(default_factory=PoolSection)
 
@@ -99,10 +160,32 @@ class LearnerSection(Section):
 
     ranks: Positive = Field(2, description="Ranks of the group.")
     cpus: float = Field(0.5, ge=0, description="CPU cores reserved per rank.")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved per rank.")
+    gpus: Gpus = Field(0.0, description="GPUs reserved per rank.")
+    labels: Labels = Field(
+        default_factory=dict, description="Ray node labels that the ranks' nodes must have, as for pools."
+    )
+    placement: Strategy | None = Field(
+        None,
+        description="How the ranks lie on nodes; null is cluster.placement. STRICT_PACK keeps NCCL within one node.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute dtype (FSDP2 mixed precision).")
     micro_batch: Positive = Field(16, description="Trajectories per forward and backward on one rank.")
+    micro_steps: Positive | None = Field(
+        None,
+        description="Denoising steps of a trajectory's window per forward and backward (stage 2): 1 keeps the activations of one "
+        "step at a time; null takes the whole window.",
+    )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    reference_offload: bool = Field(
+        False,
+        description="With lora.rank 0 and a KL: keep the frozen reference model's shards in host memory while they are not "
+        "computed with. With LoRA the reference is the model without its adapter, and costs nothing.",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="What the learner moves to host memory while it does not work: the optimizer's state and the moving average, or "
+        "all of its weights too (docs/weights.md).",
+    )
     start_timeout_s: float = Field(300.0, gt=0, description="Deadline to start and load.")
     step_timeout_s: float = Field(600.0, gt=0, description="Deadline for one call on all ranks.")
     max_restarts: int = Field(
@@ -110,6 +193,22 @@ class LearnerSection(Section):
         ge=0,
         description="Times per stage that a group which lost a rank is started anew from the newest checkpoint; 0 stops the run "
         "instead, for --resume.",
+    )
+
+
+class WeightsSection(Section):
+    """How published weights reach the workers (docs/weights.md)."""
+
+    transport: Literal["object_store", "collective"] = Field(
+        "object_store",
+        description="object_store: each worker pulls them. collective: full weights are broadcast from the learner to the workers "
+        "(NCCL between GPUs, gloo between CPUs), and pulled only by those who miss it. Adapters are always pulled.",
+    )
+    join_timeout_s: float = Field(
+        10.0, gt=0, description="Longest that a broadcast waits for the other workers once the first is there."
+    )
+    transfer_timeout_s: float = Field(
+        120.0, gt=0, description="Deadline of the broadcast itself; who has not everything by then pulls."
     )
 
 
@@ -121,9 +220,12 @@ class ClusterSection(Section):
         None, description="CPU slots of the local cluster; null is 4 x the machine's cores (tiny models share)."
     )
     object_store_mib: Positive = Field(512, description="Object store of the local cluster.")
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
-        "PACK", description="Placement strategy."
+    layout: Literal["disaggregated", "colocated"] = Field(
+        "disaggregated",
+        description="disaggregated: every pool and the learner on GPUs of their own. colocated: those with a share of a GPU meet "
+        "on the same ones (docs/placement.md).",
     )
+    placement: Strategy = Field("PACK", description="How what the run reserves lies on nodes.")
     placement_timeout_s: float = Field(60.0, gt=0, description="Longest wait for room.")
 
 

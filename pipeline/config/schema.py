@@ -20,6 +20,7 @@ from pipeline.config.machinery import (
     LearnerSection,
     PoolsSection,
     TrackingSection,
+    WeightsSection,
 )
 from pipeline.config.stages import GreedyTextSection, RenderSection, Stage1Section, Stage2Section
 from pipeline.config.training import SftSection
@@ -53,6 +54,10 @@ class VideoSection(Section):
     vlm_width: Positive = Field(32, description="Width of the frames that the VLM sees.")
     reference_frames: Positive = Field(
         2, description="Reference frames that condition the VDM (n), last input frame included."
+    )
+    vae_tiling: bool = Field(
+        False,
+        description="Encode and decode frames beyond 256 pixels in overlapping tiles: less memory, slightly other pixels.",
     )
 
     @model_validator(mode="after")
@@ -116,6 +121,7 @@ class RunConfig(Section):
     stage2: Stage2Section = Field(default_factory=Stage2Section)
     pools: PoolsSection = Field(default_factory=PoolsSection)
     learner: LearnerSection = Field(default_factory=LearnerSection)
+    weights: WeightsSection = Field(default_factory=WeightsSection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
     control: ControlSection = Field(default_factory=ControlSection)
@@ -124,10 +130,68 @@ class RunConfig(Section):
     alarms: AlarmsSection = Field(default_factory=AlarmsSection)
 
     @model_validator(mode="after")
+    def _collective(self) -> RunConfig:
+        if self.weights.transport != "collective":
+            return self
+        stages = {"stage1": ("vlm", self.stage1), "stage2": ("vdm", self.stage2)}
+        whole = {name: pool for name, (pool, stage) in stages.items() if stage.lora.rank == 0}
+        if not whole:
+            raise ValueError(
+                "weights.transport=collective carries full weights, and this run trains adapters alone (stage1.lora.rank="
+                f"{self.stage1.lora.rank}, stage2.lora.rank={self.stage2.lora.rank}); use object_store, or lora.rank: 0"
+            )
+        sections = {"learner": self.learner} | {f"pools.{name}": getattr(self.pools, name) for name in whole.values()}
+        shared = [f"{name}.gpus={section.gpus:g}" for name, section in sections.items() if 0 < section.gpus < 1]
+        if shared:
+            raise ValueError(
+                f"weights.transport=collective with {', '.join(shared)}: NCCL takes no two processes on one GPU; give the learner "
+                "and the pool whole GPUs of their own, or use object_store"
+            )
+        mixed = {name: section.gpus > 0 for name, section in sections.items()}
+        if len(set(mixed.values())) > 1:
+            raise ValueError(
+                "weights.transport=collective needs the learner and its pool on the same kind of device, here "
+                f"{', '.join(f'{name}.gpus={section.gpus:g}' for name, section in sections.items())}; use object_store"
+            )
+        longest = self.weights.join_timeout_s + self.weights.transfer_timeout_s
+        for name in whole.values():
+            deadline = getattr(self.pools, name).start_timeout_s
+            if longest >= deadline:
+                raise ValueError(
+                    f"weights.join_timeout_s + weights.transfer_timeout_s = {longest:g} s leave no time to pull the weights instead: "
+                    f"a worker has pools.{name}.start_timeout_s={deadline:g} s to load them; shorten the one or lengthen the other"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _rest(self) -> RunConfig:
+        resting = [
+            f"pools.{name}.rest=true" for name in type(self.pools).model_fields if getattr(self.pools, name).rest
+        ]
+        stale = [
+            f"{name}.rollout.max_staleness={stage.rollout.max_staleness}"
+            for name, stage in (("stage1", self.stage1), ("stage2", self.stage2))
+            if stage.rollout.max_staleness
+        ]
+        if resting and stale:
+            raise ValueError(
+                f"{', '.join(resting)} with {', '.join(stale)}: a pool that rests while the learner works cannot sample meanwhile; "
+                "set max_staleness: 0, or give the pool GPUs of its own and rest: false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _determinism(self) -> RunConfig:
         if not self.deterministic:
             return self
-        pools = {"vlm": self.pools.vlm, "vdm": self.pools.vdm, "reward": self.pools.reward, "learner": self.learner}
+        sections = self.pools
+        pools = {
+            "vlm": sections.vlm,
+            "embed": sections.embed,
+            "vdm": sections.vdm,
+            "reward": sections.reward,
+            "learner": self.learner,
+        }
         reasons = [
             f"{'learner' if name == 'learner' else f'pools.{name}'}.{key}={value}"
             for name, section in pools.items()

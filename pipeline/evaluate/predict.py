@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from actors.pool import SampleFailed
-from actors.records import Clip, Completion, CompletionRequest, Sample, derive_seed
+from actors.records import Completion, CompletionRequest, Sample, derive_seed
 from pipeline.config import RunConfig
 from pipeline.evaluate.predictions import Prediction
 from pipeline.fleet import Fleet
-from pipeline.stages.rendering import render_request
+from pipeline.stages.rendering import render, render_request
 from rewards.format import parse_answer
 
 
@@ -52,9 +52,7 @@ async def answer_one(config: RunConfig, fleet: Fleet, sample: Sample) -> Predict
         if answer is None:
             return Prediction(id=sample.id, caption="", text=text, frames=None)
         noise = derive_seed(section.seed, sample.id, "noise")
-        clip: Clip = await fleet.vdm.submit(
-            render_request(config, sample, answer.caption, 0, section.render, noise_seed=noise)
-        )
+        clip = await render(fleet, render_request(config, sample, answer.caption, 0, section.render, noise_seed=noise))
     except SampleFailed as error:
         return Prediction(id=sample.id, caption="", text=str(error), frames=None)
     return Prediction(id=sample.id, caption=answer.caption, text=text, frames=np.asarray(clip.frames))

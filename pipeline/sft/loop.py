@@ -27,17 +27,20 @@ from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_fact
 from actors.learner.rank import POLICIES
 from actors.learner.sharding import gather_state, shard, sync_gradients
 from actors.learner.spec import OptimSpec, learning_rate
-from actors.learner.trainable import LoraSpec, torch_dtype, trainable_parameters
+from actors.learner.trainable import LoraSpec, set_compute_dtype, torch_dtype, trainable_parameters
 from actors.records import derive_seed
 from cluster.errors import TrainingError
+from pipeline.sft.captions import frozen_captions
 from pipeline.sft.items import Items
 from pipeline.sft.settings import SftSettings
 
 COUNTERS = "counters.json"
 
 
-def load_policy(kind: str, model: str, settings: SftSettings, samples: int, device: torch.device) -> Any:
-    """Load the policy of ``kind`` unsharded, with caches as large as the dataset where that is kept in memory."""
+def load_policy(kind: str, model: str, settings: SftSettings, samples: int, device: torch.device, **more: Any) -> Any:
+    """Load the policy of ``kind`` unsharded, with caches as large as the dataset where that is kept in memory; ``more``
+    are other arguments of its load.
+    """
     target, _, name = POLICIES[kind].partition(":")
     lora = None
     if settings.lora_rank:
@@ -52,7 +55,7 @@ def load_policy(kind: str, model: str, settings: SftSettings, samples: int, devi
         lora=lora,
         adapter=settings.adapter,
         device=str(device),
-        **(options | settings.policy_kwargs),
+        **(options | settings.policy_kwargs | more),
     )
 
 
@@ -67,9 +70,19 @@ class Loop:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         torch.set_num_threads(max(1, int(settings.cpus)))
-        self.policy = load_policy(self.kind, self.model, settings, self.samples, self.device)
+        captions, more = None, {}
+        if self.kind == "vdm" and not settings.train_text_encoder:
+            # First, so that the encoder has gone when the transformer comes.
+            captions = frozen_captions(
+                self.model, settings, config["shards"], Path(config["captions"]), self.rank, self.world, self.device
+            )
+            more = {"components": ("transformer", "vae_encoder")}
+        self.policy = load_policy(self.kind, self.model, settings, self.samples, self.device, **more)
+        if captions is not None:
+            self.policy.embedder = captions
         mesh: DeviceMesh = init_device_mesh(self.device.type, (self.world,))
         dtype = torch_dtype(settings.dtype)
+        set_compute_dtype(self.policy, dtype)
         self.nets = nn.ModuleDict({"module": self.policy.module})
         shard(self.policy.module, self.policy.fsdp_units, mesh, dtype, settings.activation_checkpointing)
         if settings.train_text_encoder:

@@ -178,6 +178,7 @@ def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float
         "total_steps": job.total_steps,
         "samples": source.count,
         "shards": [str(path) for path in source.shards],
+        "captions": str(job.out / "captions" / name),
         "mailbox": mailbox,
     }
     dataset = source.dataset()

@@ -19,8 +19,9 @@ from actors.pool import WorkerPool
 from actors.records import Experience
 from cluster.errors import TrainingError
 from pipeline.config.stages import StageSection
-from pipeline.fleet import Fleet
+from pipeline.fleet import Fleet, at_rest
 from pipeline.interrupt import StopRequest
+from pipeline.stages.caches import cache_metrics
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import FailureBudget, Group, RolloutBatch, assemble
 from pipeline.stages.refill import Refill
@@ -134,7 +135,7 @@ async def run_stage(
             metrics |= await learn(stage, learners, batch)
             stage.after_update(step)
             metrics |= {"time/step_s": time.monotonic() - started, "data/quarantined": float(len(feed.quarantined))}
-            metrics |= pool_metrics(stage)
+            metrics |= pool_metrics(stage) | await cache_metrics(stage.fleet)
             result.history.append(metrics)
             result.ratio_max_dev = max(result.ratio_max_dev, metrics.get("learner/ratio_max_dev", 0.0))
             await on_step(StepReport(step, metrics, batch, cursors.get(step + 1, feed.cursor)))
@@ -219,33 +220,56 @@ async def learn(stage: Stage, learners: Learners, batch: RolloutBatch) -> dict[s
     """Update on ``batch`` and publish the new weights; a batch without groups is skipped and counted."""
     if not batch.groups:
         return {"learner/empty_batches": 1.0}
-    found = await gather(
-        [asyncio.create_task(learn_one(stage, policy, learners[policy], batch)) for policy in stage.policies]
-    )
-    metrics: dict[str, float] = {}
-    for policy, (figures, update_s, publish_s) in zip(stage.policies, found, strict=True):
+    started = time.monotonic()
+    async with at_rest(stage.fleet):
+        rested = time.monotonic()
+        found = await gather(
+            [asyncio.create_task(update_one(stage, policy, learners[policy], batch)) for policy in stage.policies]
+        )
+    serving = [serve_one(stage, policy, learners[policy], u) for policy, u in zip(stage.policies, found, strict=True)]
+    published = await gather([asyncio.create_task(work) for work in serving])
+    metrics = {"time/rest_s": rested - started} if stage.fleet.resting else {}
+    for policy, update, publish_s in zip(stage.policies, found, published, strict=True):
         prefix = "learner/" if len(found) == 1 else f"learner/{policy}/"
-        metrics |= {f"{prefix}{name}": value for name, value in figures.items()}
-        for name, seconds in (("time/update_s", update_s), ("time/publish_s", publish_s)):
+        metrics |= {f"{prefix}{name}": value for name, value in update.figures.items()}
+        for name, seconds in (("time/update_s", update.update_s), ("time/publish_s", update.publish_s + publish_s)):
             metrics[name] = max(metrics.get(name, 0.0), seconds)
     if len(found) > 1:
-        metrics["learner/ratio_max_dev"] = max(figures.get("ratio_max_dev", 0.0) for figures, _, _ in found)
+        metrics["learner/ratio_max_dev"] = max(update.figures.get("ratio_max_dev", 0.0) for update in found)
     return metrics
 
 
-async def learn_one(
-    stage: Stage, policy: str, learner: LearnerGroup, batch: RolloutBatch
-) -> tuple[dict[str, float], float, float]:
-    """Update one policy and publish it; returns the learner's figures, and the seconds of update and publication."""
+@dataclass(frozen=True)
+class Update:
+    """What a policy's update has given: the learner's figures, and the new weights where there are any."""
+
+    figures: dict[str, float]
+    update_s: float = 0.0
+    publish_s: float = 0.0
+    payload: list[Any] | None = None
+
+
+async def update_one(stage: Stage, policy: str, learner: LearnerGroup, batch: RolloutBatch) -> Update:
+    """Update one policy, and have its learner publish what is new."""
     items = stage.experiences(batch, policy)
     if not items:
-        return {"empty_batches": 1.0}, 0.0, 0.0
+        return Update({"empty_batches": 1.0})
     started, before, grpo = time.monotonic(), learner.version, stage.section.grpo
     figures = await learner.update(items, updates=grpo.updates_per_batch, epochs=grpo.epochs_per_batch)
     updated = time.monotonic()
+    payload = None
     if learner.version != before:  # a skipped update leaves nothing to publish
-        await pool_of(stage, policy).set_weights(learner.version, await learner.publish())
-    return figures, updated - started, time.monotonic() - updated
+        payload = await learner.publish(receivers=pool_of(stage, policy).receivers())
+    return Update(figures, updated - started, time.monotonic() - updated, payload)
+
+
+async def serve_one(stage: Stage, policy: str, learner: LearnerGroup, update: Update) -> float:
+    """Have the policy's pool serve what ``update`` published; returns the seconds that it took."""
+    if update.payload is None:
+        return 0.0
+    started = time.monotonic()
+    await pool_of(stage, policy).set_weights(learner.version, update.payload)
+    return time.monotonic() - started
 
 
 def pool_of(stage: Stage, policy: str) -> WorkerPool:
@@ -257,8 +281,11 @@ def pool_of(stage: Stage, policy: str) -> WorkerPool:
 async def frozen_hashes(stage: Stage, learners: Learners) -> tuple[frozenset[str], ...]:
     """Return what must not change: the weights of the pools that are not trained, and the learners' base weights."""
     frozen = [pool_of(stage, policy) for policy in POLICIES if policy not in stage.policies]
+    if stage.fleet.embed is not None:
+        frozen.append(stage.fleet.embed)
     pools = [frozenset((await pool.call_all("weights_hash")).values()) for pool in frozen]
-    return (*pools, frozenset([await learner.base_hash() for learner in learners.values()]))
+    async with at_rest(stage.fleet):
+        return (*pools, frozenset([await learner.base_hash() for learner in learners.values()]))
 
 
 def pool_metrics(stage: Stage) -> dict[str, float]:

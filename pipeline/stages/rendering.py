@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from actors.records import RenderRequest, Sample, SdeSpec
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from actors.records import Clip, RenderRequest, Sample, SdeSpec
 from actors.vdm.conditioning import select_reference_frames
 from pipeline.config.schema import RunConfig
 from pipeline.config.stages import RenderSection
+
+if TYPE_CHECKING:  # `vans answer` draws without pools
+    from pipeline.fleet import Fleet
 
 
 def render_request(
@@ -32,3 +38,13 @@ def render_request(
         sde_seed=sde_seed,
         sde=sde,
     )
+
+
+async def render(fleet: Fleet, request: RenderRequest) -> Clip:
+    """Return the clip of ``request``; with an embed pool, what it is conditioned on is asked for first, and goes along."""
+    if fleet.conditions is None:
+        clip: Clip = await fleet.vdm.submit(request)
+        return clip
+    request = replace(request, condition=await fleet.conditions.of(request))
+    clip = await fleet.vdm.submit(request)
+    return clip if clip.trajectory is None else replace(clip, condition=request.condition)

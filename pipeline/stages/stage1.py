@@ -29,7 +29,7 @@ from pipeline.fleet import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
-from pipeline.stages.rendering import render_request
+from pipeline.stages.rendering import render, render_request
 from rewards.format import parse_answer
 
 
@@ -68,7 +68,7 @@ class Stage1:
         renders: dict[object, asyncio.Task[Clip]] = {}
         for i, (key, caption) in enumerate(zip(keys, captions, strict=True)):
             if draws and caption is not None and key not in renders:
-                renders[key] = asyncio.create_task(self.fleet.vdm.submit(self._render(sample, caption, i, step)))
+                renders[key] = asyncio.create_task(render(self.fleet, self._render(sample, caption, i, step)))
         members = [
             self._member(sample, i, c, caption, renders.get(key))
             for i, (c, caption, key) in enumerate(zip(completions, captions, keys, strict=True))

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from actors.pool import SampleFailed
-from actors.records import Clip, Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
+from actors.records import Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
 from actors.vdm.conditioning import select_reference_frames
 from actors.vdm.flow_sde import WindowSchedule
 from cluster.errors import TrainingError
@@ -23,7 +23,7 @@ from pipeline.fleet import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
-from pipeline.stages.rendering import render_request
+from pipeline.stages.rendering import render, render_request
 from pipeline.stages.stage1 import collect, score_request
 from rewards.format import parse_answer
 from rewards.text import rouge_l
@@ -133,7 +133,7 @@ class Stage2(Windowed):
             sde=spec,
             sde_seed=derive_seed(*seed, "sde", index),
         )
-        clip: Clip = await self.fleet.vdm.submit(request)
+        clip = await render(self.fleet, request)
         names = tuple(self.section.rewards.weights)
         scores = await self.fleet.reward.submit(score_request(sample, index, names, anchor.text, anchor.caption, clip))
         return Member(index, anchor.caption, scores, None, clip, clip.weights_version)
@@ -228,6 +228,7 @@ def trajectory_experiences(batch: RolloutBatch, reference_frames: int) -> list[E
                     reference_frames=reference,
                     trajectory=member.clip.trajectory,
                     advantage=float(advantage),
+                    condition=member.clip.condition,
                 )
             )
     return items

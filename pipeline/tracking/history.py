@@ -22,3 +22,29 @@ def read_stages(uri: str, parent_id: str, prefixes: tuple[str, ...] = ("",)) -> 
             for name in sorted(names)
         }
     return found
+
+
+def newest_parent(uri: str, experiment: str, name: str) -> str | None:
+    """Return the id of the newest job called ``name`` in ``experiment`` at ``uri``, or None where there is none."""
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return None
+    runs = client.search_runs(
+        [found.experiment_id], f"attributes.run_name = '{name}'", order_by=["attributes.start_time DESC"]
+    )
+    return next((run.info.run_id for run in runs if PARENT_TAG not in run.data.tags), None)
+
+
+def stage_windows(uri: str, parent_id: str) -> dict[str, tuple[float, float]]:
+    """Return stage → (start, end) of its run in seconds since the epoch; one that has not ended ends at infinity."""
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_run(parent_id).info.experiment_id
+    children = client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{parent_id}'")
+    return {
+        child.data.tags.get(STAGE_TAG, child.info.run_name): (
+            child.info.start_time / 1e3,
+            child.info.end_time / 1e3 if child.info.end_time else float("inf"),
+        )
+        for child in children
+    }

@@ -141,6 +141,9 @@ LEARNER = Family(
                "Numerics of two engines: 1e-6 in fp32, 1e-3…1e-2 in bf16. A jump means stale weights."),
         Metric("learner/logp_diff_max", "nats", "The largest such difference.",
                "As the mean, some ten times larger."),
+        Metric("learner/prompt_hit_ratio", "ratio",
+               "Completions whose prompt (question, processed frames) the rank had processed already (stage 1).",
+               "1 − 1/g, where g is a group's members on one rank: each video is processed once per rank."),
         Metric("learner/<policy>/<metric>", "as named",
                "Any of these for one of two learners (training: all_in_one).", "As above."),
         Metric("learner/logp_diff_t<step>", "nats", "The same at one denoising step (stage 2).",
@@ -181,7 +184,7 @@ ALARMS = Family(
 
 POOLS = Family(
     "Worker pools",
-    "`<pool>` is vlm, vdm or reward. The pool whose queue_wait_s grows is the one to give workers to.",
+    "`<pool>` is vlm, vdm, reward, or embed where there is one. The pool whose queue_wait_s grows is the one to give workers to.",
     (
         Metric("pool/<pool>/ready", "workers", "Workers that can serve now, with the current weights.",
                "Below target for long: workers fail to start."),
@@ -218,6 +221,26 @@ POOLS = Family(
     ),
 )
 
+CACHES = Family(
+    "Made once",
+    "What frozen models make of a sample is kept: embeddings and latents by the embed pool's side in the driver, or by each VDM "
+    "worker without that pool; vision features inside vLLM. Counted since the start, over the workers that live.",
+    (
+        Metric("cache/captions", "captions", "Captions embedded, the negative prompt included.",
+               "With an embed pool each distinct caption once; without one at most once per VDM worker."),
+        Metric("cache/caption_hit_ratio", "ratio", "Embeddings that were asked for and not made.",
+               "Stage 2 and evaluation ask for the same captions again; in stage 1 near 0, where most are new."),
+        Metric("cache/references", "clips", "Samples whose reference frames were encoded by the VAE.",
+               "With an embed pool each sample once; without one at most once per VDM worker."),
+        Metric("cache/reference_hit_ratio", "ratio", "Reference latents that were asked for and not made.",
+               "1 − 1/G within a group, higher when samples return; lower: raise pools.embed.cache_mib."),
+        Metric("cache/videos", "videos", "Videos that went through the VLM's vision tower in vLLM.",
+               "One per group and engine: its members share the features."),
+        Metric("cache/video_hit_ratio", "ratio", "Completions that needed no pass of the vision tower of their own.",
+               "1 − 1/G or more; lower: vLLM's cache of multi-modal inputs is off or too small."),
+    ),
+)
+
 REST = Family(
     "Data and time",
     "Seconds are wall seconds of the driver.",
@@ -230,6 +253,8 @@ REST = Family(
         Metric("time/wait_s", "s", "How long the learner waited for the rollout.",
                "Near rollout_s when synchronous, near 0 when staleness hides it."),
         Metric("time/update_s", "s", "The learner group's update.", "Scales with ranks."),
+        Metric("time/rest_s", "s", "Pools that share GPUs with the learner give up their memory (pools.<pool>.rest).",
+               "The price of sharing, beside the slower first requests of the next rollout."),
         Metric("time/publish_s", "s", "New weights from the learner into every worker of the pool.",
                "Seconds; grows with full weights."),
         Metric("checkpoint/failed", "checkpoints",
@@ -272,7 +297,7 @@ EVAL = Family(
 
 # fmt: on
 
-FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, REST, SFT, EVAL)
+FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, CACHES, REST, SFT, EVAL)
 
 
 @cache

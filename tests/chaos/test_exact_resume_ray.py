@@ -19,7 +19,15 @@ from pipeline.tracking.store import PARENT_TAG, STAGE_TAG
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 
 KILLER = Path(__file__).with_name("kill_at.py")
-CLOCK = ("time/", "pool/", "learner/restarts", "checkpoint/failed", "data/quarantined")
+CLOCK = (
+    "time/",
+    "pool/",
+    "cache/",
+    "learner/prompt_hit_ratio",
+    "learner/restarts",
+    "checkpoint/failed",
+    "data/quarantined",
+)
 """Metrics of how long things took, of what the pools did meanwhile, and of what befell this process."""
 
 # Where each process of the run is killed, in this order; the counts are of that process. Checkpoints are written after steps

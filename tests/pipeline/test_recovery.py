@@ -81,7 +81,7 @@ class CountingLearner:
         self.count += 1
         return {"loss": float(len(self.seen))}
 
-    async def publish(self) -> list[Any]:
+    async def publish(self, *, receivers: int = 0) -> list[Any]:
         self.world.call("publish")
         return list(self.seen)
 

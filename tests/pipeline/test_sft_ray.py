@@ -13,10 +13,12 @@ import torch
 from typer.testing import CliRunner
 
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.text import CaptionEmbedder
 from actors.vlm.policy import VlmPolicy
 from cluster.errors import ConfigError, DataError, PlacementError
 from pipeline.cli import app
 from pipeline.sft import SftSettings, run_sft
+from pipeline.sft.captions import StoredCaptions, distinct_captions
 from pipeline.sft.command import run_tracked_sft
 from pipeline.sft.run import prepare
 
@@ -67,6 +69,13 @@ def test_a_finished_run_called_again_trains_no_further(
     result = run_sft("vdm", tiny_vdm_dir, toy_shards / "train", out, settings)
     assert result.steps == result.history[-1]["step"]
     assert (settings.max_wall_s or 0.0) <= result.train_s < result.wall_s
+    stored = StoredCaptions(list(out.glob("captions/*/*.safetensors")), torch.device("cpu"))
+    captions = distinct_captions([str(path) for path in (toy_shards / "train").glob("*.parquet")])
+    assert len(stored) == len(captions) + 1  # each once, and the negative prompt
+    frozen, policy = CaptionEmbedder(None, None, 8, stored=stored), VdmPolicy.load(tiny_vdm_dir)
+    assert torch.equal(frozen.row(min(captions)), policy.embedder.row(min(captions)))  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="was not in the dataset"):
+        stored("a caption that nobody wrote")
     after = VdmPolicy.load(out)
     again = run_sft("vdm", tiny_vdm_dir, toy_shards / "train", out, settings)
     assert (again.steps, again.train_s, again.history) == (result.steps, result.train_s, result.history)

@@ -262,3 +262,96 @@ def test_closed_form_has_no_estimator(guided: tuple[VdmPolicy, list[VdmExperienc
         out = policy.forward(policy.collate(items))
     with pytest.raises(ValueError, match="use 'closed'"):
         policy.kl(out, out, "k3")
+
+
+# --- micro-batches over members and over steps ----------------------------------------------------------------------
+
+
+def updated(mesh: DeviceMesh, guided: tuple[VdmPolicy, list[VdmExperience]], micro: int, steps: int | None, **grpo):
+    """The adapter after one update cut as told, its report, and the most bytes kept for a backward pass."""
+    policy, items = guided
+    loss = GrpoSpec(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, kl_estimator="closed", **grpo)
+    # At a rate of 1e-3 Adam's first step, lr × sign(gradient), does not blow up the noise of gradients that are nearly 0.
+    optim = OptimSpec(lr=1e-3, max_grad_norm=0.5)
+    spec = replace(SPEC, kind="vdm", grpo=loss, optim=optim, micro_batch=micro, micro_steps=steps)
+    trainer = Trainer(copy.deepcopy(policy), spec, mesh, torch.device("cpu"))
+    kept, most = 0, 0
+    backward = torch.Tensor.backward
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept, most
+        kept += tensor.nbytes
+        most = max(most, kept)
+        return tensor
+
+    def release(self: torch.Tensor, *args, **kwargs) -> None:
+        nonlocal kept
+        backward(self, *args, **kwargs)
+        kept = 0
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        patch.setattr(torch.Tensor, "backward", release)
+        report = trainer.update(plan_batch(items, ranks=1, micro_batch=micro, updates=1)[0])
+    return published(trainer), report, most
+
+
+@pytest.mark.parametrize("loss_norm", ["sequence", "token"])
+@pytest.mark.parametrize("old_logprobs", ["learner", "rollout"])
+def test_however_it_is_cut_the_update_is_the_same(mesh: DeviceMesh, guided, loss_norm: str, old_logprobs: str) -> None:
+    whole, report, most = updated(mesh, guided, 4, None, loss_norm=loss_norm, old_logprobs=old_logprobs)
+    for micro, steps in ((4, 1), (1, 1)):
+        parts, other, peak = updated(mesh, guided, micro, steps, loss_norm=loss_norm, old_logprobs=old_logprobs)
+        for name, tensor in whole.items():
+            torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-5)
+        assert other.common["grad_norm"] == pytest.approx(report.common["grad_norm"], rel=1e-4)
+        assert other.sums["steps"] == report.sums["steps"] == 8
+        for name in ("loss", "kl"):
+            assert other.sums[name] == pytest.approx(report.sums[name], rel=1e-3, abs=1e-6)
+        assert other.sums["logp_diff_steps"] == report.sums["logp_diff_steps"]
+        assert peak < 0.6 * most  # one step's activations at a time, of two
+
+
+# --- offloading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_offloading_changes_no_bit_and_frees_what_it_says(mesh: DeviceMesh, tmp_path: Path, offload: str) -> None:
+    spec = replace(SPEC, lora=None, optim=replace(SPEC.optim, ema=0.9), grpo=replace(SPEC.grpo, kl_beta=0.1))
+
+    def journey(spec: LearnerSpec, folder: Path) -> tuple[Trainer, list[dict[str, float]]]:
+        trainer, figures = Trainer(ToyPolicy.load("3"), spec, mesh, torch.device("cpu")), []
+        for seed in range(3):
+            with trainer.resident():
+                report = trainer.update(plan(experiences(2, 3, seed)), epochs=2)
+            figures.append(dict(report.sums) | report.common)
+            if seed == 1:
+                with trainer.resident():
+                    trainer.save(str(folder))
+        return trainer, figures
+
+    plain, figures = journey(spec, tmp_path / "plain")
+    trainer, offloaded = journey(replace(spec, offload=offload), tmp_path / "offloaded")
+    assert offloaded == figures
+
+    def bytes_of(tensors: list[torch.Tensor]) -> int:
+        return sum(getattr(t, "_local_tensor", t).untyped_storage().nbytes() for t in tensors)
+
+    moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
+    assert len(moments) == 3 * len(trainer.parameters) and trainer.average is not None and trainer.frozen is not None
+    assert bytes_of([*moments, *trainer.average.values]) == 0
+    weights = [*trainer.policy.module.parameters(), *trainer.frozen.parameters()]
+    assert (bytes_of(weights) == 0) == (offload == "all")
+
+    with trainer.resident():
+        assert_same(published(trainer, averaged=True), published(plain, averaged=True))
+        assert_same(published(trainer), published(plain))
+        trainer.restore(str(tmp_path / "plain"))
+    with trainer.resident():
+        trainer.update(plan(experiences(2, 3, 2)), epochs=2)
+    with trainer.resident():
+        assert_same(published(trainer), published(plain))  # restored, it goes on as the other did
+
+
+def test_an_unknown_way_to_offload_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"offload='disk' is unknown; use none, optimizer, all"):
+        replace(SPEC, offload="disk")  # type: ignore[arg-type]

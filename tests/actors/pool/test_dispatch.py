@@ -452,3 +452,36 @@ def test_random_histories_keep_the_promises(seed: int, workers: int, batch: int,
     if not hostile:
         assert all(isinstance(command, Deliver) for command in world.ended.values())
         assert world.core.stats(world.now).done == 40
+
+
+# --- rest
+
+
+def test_a_resting_pool_asks_nothing_of_its_workers_but_pings() -> None:
+    core = serving(2, probe_every_s=5.0)
+    core.resting = True
+    tickets = submit(core, 3)
+    core.publish(1)
+    core.died("p-0", "killed", 1.0)
+    core.resize(3)
+    assert only(core.step(2.0), Send) == [] and states(core) == {
+        "p-0.2": S.RESTARTING,
+        "p-1": S.STALE,
+        "p-2": S.STARTING,
+    }
+    assert core.wake_at(2.0) is None  # nothing to wait for but the end of the rest
+    assert core.step(1000.0) == []
+    core.resting = False
+    assert core.step(1001.0) == [Start("p-0.2"), Load("p-1", 1), Start("p-2")]
+    sent = only(obey(core, 1002.0), Send)
+    core.loaded("p-1", 1, 1003.0)
+    sent += only(obey(core, 1003.0), Send)
+    assert sorted(t for send in sent for t in send.tickets) == tickets
+
+
+def test_a_ready_worker_of_a_resting_pool_is_still_probed() -> None:
+    core = serving(1, probe_every_s=5.0)
+    core.resting = True
+    assert core.step(6.0) == [Probe("p-0")]
+    core.suspected("p-0", "no answer", 7.0)
+    assert core.step(8.0) == [Probe("p-0")]

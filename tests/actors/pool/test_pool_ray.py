@@ -254,3 +254,38 @@ def test_bounds_and_broken_workers_end_in_a_clear_error(tmp_path: Path) -> None:
         assert time.monotonic() - began < 5
 
     run(story)
+
+
+class Sleeper(Squarer):
+    """Notes when it rests; like a real worker it wakes when it is asked for something."""
+
+    def rest(self) -> None:
+        self._log("rest")
+
+
+def test_a_resting_pool_holds_back_until_it_is_woken(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with make_pool(tmp_path, Sleeper) as pool:
+            slow = asyncio.create_task(pool.submit((2, 0.3, "")))
+            await asyncio.sleep(0.1)
+            await pool.rest()
+            assert slow.done() and (await slow)[0] == 4  # what was under way came first
+            assert (
+                all((tmp_path / name).read_text().splitlines()[-1] == "rest" for name in pool.infos())
+                and len(pool.infos()) == 2
+            )
+            waiting = asyncio.create_task(pool.submit((3, 0.0, "")))
+            setting = asyncio.create_task(pool.set_weights(1, [ray.put(0.5)]))
+            victim, info = min(pool.infos().items())
+            os.kill(info.pid, signal.SIGKILL)
+            await until(lambda: any(w.state is S.RESTARTING for w in pool.stats().workers))  # a ping has found out
+            await asyncio.sleep(1.0)
+            assert not waiting.done() and not setting.done()
+            assert {p.name for p in tmp_path.iterdir()} == {"sq-0", "sq-1"}  # no new process meanwhile
+            pool.wake()
+            await setting
+            assert (await waiting)[:2] == (9.5, 1)
+            await until(lambda: pool.stats().ready == 2)
+            assert victim not in pool.infos()
+
+    run(story)

@@ -116,3 +116,33 @@ def test_weights_that_make_nan_fail_by_name_and_alone(tiny, make_request):
 def _adapter(tiny, spec):
     policy = VdmPolicy.load(tiny, lora=spec)
     return pack(1, "lora", policy.adapter_state(), adapter_config(policy.module))
+
+
+def test_a_resting_worker_wakes_for_whatever_needs_it(worker, lora_policy, make_request):
+    request = make_request(3)
+    base_hash, base = call(worker.weights_hash), call(worker.process, [request])[0].value.frames
+    call(worker.rest)
+    assert call(worker.ping) == "vdm-0"
+    assert np.array_equal(call(worker.process, [request])[0].value.frames, base)
+    call(worker.rest)
+    call(worker.rest)
+    assert call(worker.weights_hash) == base_hash
+    call(worker.rest)
+    refs = send(pack(7, "lora", lora_policy.adapter_state(), adapter_config(lora_policy.module)))
+    call(worker.load_weights, 7, refs)
+    call(worker.rest)
+    tuned = call(worker.process, [request])[0].value.frames
+    assert np.array_equal(tuned, lora_policy.sample([request])[0].frames)
+    call(worker.load_weights, 0, None)
+
+
+def test_rest_frees_the_models_memory(tiny, make_request):
+    local = VdmWorker("vdm-2", str(tiny))
+    local._policy = (
+        local._load()
+    )  # without the hash of setup(): numpy would share the parameters' memory, which pins it
+    parameters = list(local.policy.module.parameters())
+    held = sum(p.nbytes for p in parameters)
+    assert local.rest() >= held and all(p.untyped_storage().nbytes() == 0 for p in parameters)
+    assert isinstance(local.process([make_request()])[0], Ok)
+    assert sum(p.untyped_storage().nbytes() for p in parameters) >= held

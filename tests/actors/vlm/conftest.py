@@ -60,7 +60,7 @@ def start_vlm(_ray_session: None) -> Callable[[Path], Any]:
                     kind.get_mrope_input_positions = spy
                 return list(self._seen)
 
-        options = {"lora_rank": 8, "kv_cache_mib": 64}
+        options = {"lora_rank": 8, "kv_cache_mib": 64, "broadcast": True}
         actor = ray.remote(Worker).options(num_cpus=1, max_concurrency=64).remote("vlm-0", str(folder), **options)
         info = ray.get(actor.setup.remote(), timeout=500)
         assert info.name == "vlm-0" and info.model_hash

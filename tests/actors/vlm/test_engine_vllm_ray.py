@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,77 @@ def test_full_weights_are_reloaded_without_mixing_versions(worker: Any, tiny_vlm
     assert ray.get(worker.weights_hash.remote()) == frozen
 
 
+def perturbed(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
+    model = VlmPolicy.load(folder).module
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model.state_dict()
+
+
+def test_full_weights_by_broadcast_are_those_of_the_object_store(worker: Any, tiny_vlm_dir: Path) -> None:
+    """Through vLLM's own weight transfer; and where it fails, early or half-way, the object store gives the same."""
+    import ray
+
+    from actors.weights import Broadcast, BroadcastSpec, pack, receive_broadcast, send
+
+    weights, other = (pack(version, "full", perturbed(tiny_vlm_dir, version)) for version in (7, 8))
+    load(worker, weights, 7)
+    expected, answers = ray.get(worker.weights_hash.remote()), tokens(complete(worker, REQUESTS[:3]))
+    spec = BroadcastSpec(join_timeout_s=20.0, transfer_timeout_s=60.0, bucket_bytes=1 << 16)  # many messages
+
+    def load_offered(broadcast: Broadcast) -> str:
+        load(worker, other, 8)
+        assert ray.get(worker.weights_hash.remote()).split(":")[0] != expected.split(":")[0]
+        payload = [*send(weights), broadcast.offer]
+        assert ray.get(worker.load_weights.remote(7, payload), timeout=100) == 7
+        assert ray.get(worker.weights_hash.remote()) == expected
+        assert tokens(complete(worker, REQUESTS[:3])) == answers
+        return ray.get(worker.arrival.remote())
+
+    broadcast = Broadcast(weights, "127.0.0.1", 1, spec, torch.device("cpu"))
+    assert load_offered(broadcast) == "broadcast" and broadcast.wait(5) and broadcast.sent_to == 1
+    assert load_offered(broadcast) == "object store"  # it is over
+
+    broadcast = Broadcast(weights, "127.0.0.1", 2, spec, torch.device("cpu"))
+    left = threading.Event()
+
+    def leave_half_way() -> None:
+        receiver = receive_broadcast(broadcast.offer, torch.device("cpu"))
+        for _ in range(3):
+            next(receiver)
+        receiver.close()
+        left.set()
+
+    threading.Thread(target=leave_half_way, daemon=True).start()
+    assert load_offered(broadcast) == "object store" and left.is_set() and broadcast.sent_to == 0
+    load(worker, None, 0)
+
+
+def test_a_resting_engine_wakes_for_whatever_needs_it(worker: Any, policy: VlmPolicy) -> None:
+    import ray
+
+    from actors.weights import pack
+
+    load(worker, None, 0)
+    base, frozen = tokens(complete(worker, REQUESTS[:2])), ray.get(worker.weights_hash.remote())
+    for _ in range(2):
+        ray.get([worker.rest.remote(), worker.rest.remote()], timeout=60)
+        assert ray.get(worker.ping.remote(), timeout=10) == "vlm-0"
+        assert tokens(complete(worker, REQUESTS[:2])) == base
+    ray.get(worker.rest.remote(), timeout=60)
+    assert ray.get(worker.weights_hash.remote(), timeout=60) == frozen
+    ray.get(worker.rest.remote(), timeout=60)
+    perturb_adapter(policy.module, seed=1)
+    load(worker, pack(4, "lora", policy.adapter_state(), policy.adapter_config), 4)
+    assert difference(policy, REQUESTS[:2], complete(worker, REQUESTS[:2])) <= 1e-5
+    running = [worker.process.remote([request]) for request in REQUESTS]
+    ray.get(worker.rest.remote(), timeout=60)  # it lets them finish
+    assert all(isinstance(outcome, Ok) for (outcome,) in ray.get(running, timeout=60))
+    load(worker, None, 0)
+
+
 def test_bad_requests_are_data_failures_and_others_go_on(worker: Any) -> None:
     import ray
 
@@ -160,3 +232,19 @@ def test_bad_requests_are_data_failures_and_others_go_on(worker: Any) -> None:
     for outcome in outcomes[:3]:
         assert isinstance(outcome, Failure) and outcome.kind == "data", outcome
     assert "512" in outcomes[0].message
+
+
+def test_a_group_encodes_its_video_once(worker: Any) -> None:
+    import ray
+
+    def counted() -> dict[str, float]:
+        return ray.get(worker.counters.remote(), timeout=60)
+
+    requests = [
+        CompletionRequest(f"new{i}", QUESTIONS[0], frames(100 + i), n=8, seed=i, max_tokens=8) for i in range(2)
+    ]
+    before = counted()
+    complete(worker, requests)
+    after = counted()
+    assert after["videos_asked"] - before["videos_asked"] == 16
+    assert after["videos"] - before["videos"] == 2

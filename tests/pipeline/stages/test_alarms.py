@@ -248,6 +248,7 @@ class Fleet:
     vlm: Thinker
     vdm: Renderer
     reward: Renderer
+    conditions: Any = None
 
 
 async def anchor_metrics(stage: Stage2, feed: Toys, step: int) -> tuple[dict[str, float], int]:

@@ -34,7 +34,12 @@ class Pool:
         await asyncio.sleep(0.001)
         self.version = version
 
-    async def call_all(self, method: str) -> dict[str, str]:
+    def receivers(self) -> int:
+        return 1
+
+    async def call_all(self, method: str) -> dict[str, Any]:
+        if method == "counters":
+            return {}
         return {"worker": self.hashes[0] if len(self.hashes) == 1 else self.hashes.pop(0)}
 
     def stats(self) -> Any:
@@ -51,6 +56,12 @@ class Pool:
 class Fleet:
     vlm: Pool = field(default_factory=lambda: Pool("vlm"))
     vdm: Pool = field(default_factory=lambda: Pool("vdm"))
+
+    def receivers(self) -> int:
+        return 1
+
+    embed: Any = None
+    conditions: Any = None
 
     def pools(self) -> tuple[Pool, ...]:
         return (self.vlm, self.vdm)
@@ -69,7 +80,7 @@ class Learner:
         self.seen.append(list(items))
         return {"loss": 0.0}
 
-    async def publish(self) -> list[Any]:
+    async def publish(self, *, receivers: int = 0) -> list[Any]:
         return []
 
     async def base_hash(self) -> str:

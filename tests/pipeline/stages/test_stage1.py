@@ -62,6 +62,7 @@ class Fleet:
     vlm: Any
     vdm: Any
     reward: Any
+    conditions: Any = None
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ class Here:
 class Fleet:
     vdm: Here
     reward: Here
+    conditions: Any = None
 
 
 @pytest.fixture(scope="module")

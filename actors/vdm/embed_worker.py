@@ -1,0 +1,130 @@
+"""The embed pool's Ray actor: the frozen models in front of the diffusion transformer, loaded here and nowhere else.
+
+It embeds captions with the text encoder and encodes reference frames with the VAE; samplers and learners get the results
+with their requests, and load neither. Each caption is encoded alone, so that its embedding does not depend on what it was
+asked for with: a request that is sent again, or a run with another pool size, has equal bits.
+
+The class is undecorated, so that it also runs in process; make an actor with ``ray.remote(EmbedWorker).options(…)``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.failures import BadSampleError, InfrastructureError, Outcome, attempt
+from actors.learner.trainable import torch_dtype
+from actors.pool.protocol import WorkerInfo, worker_info
+from actors.records import EmbedRequest, EncodeRequest, TextEmbedding
+from actors.vdm import conditioning
+from actors.vdm.loading import held_bytes, load_text_encoder, load_vae, parameter_hash, pipeline_folder
+from actors.vdm.text import CaptionEmbedder
+
+
+class EmbedWorker:
+    """Embeds captions and encodes reference frames. Its models are frozen, so every weights version is the same to it.
+
+    ``dtype`` is the text encoder's; the VAE is float32.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model_path: str,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        threads: int = 1,
+        negative_prompt: str = "",
+        max_text_tokens: int | None = None,
+        vae_tiling: bool = False,
+    ) -> None:
+        self.name, self._path, self._dtype, self._device = name, model_path, dtype, torch.device(device)
+        self._threads, self._negative, self._max_text_tokens = threads, negative_prompt, max_text_tokens
+        self._tiling = vae_tiling
+        self._version = 0
+        self._vae: Any = None
+        self._embedder: CaptionEmbedder | None = None
+        self._references = 0
+        self._busy = threading.Lock()  # one call at a time uses the models; the actor's other thread answers ping()
+
+    @property
+    def embedder(self) -> CaptionEmbedder:
+        """The text encoder's side; RuntimeError before :meth:`setup`."""
+        if self._embedder is None:
+            raise RuntimeError(f"embed worker {self.name}: used before setup()")
+        return self._embedder
+
+    def setup(self) -> WorkerInfo:
+        """Load text encoder and VAE encoder. Raises CheckpointError for a folder that is not a WanPipeline."""
+        torch.set_num_threads(self._threads)
+        folder = pipeline_folder(self._path)
+        encoder, tokenizer = load_text_encoder(folder, torch_dtype(self._dtype))
+        encoder = encoder.to(self._device).eval().requires_grad_(False)
+        self._embedder = CaptionEmbedder(encoder, tokenizer, self._max_text_tokens, cache_bytes=64 << 20)
+        self._vae = load_vae(folder, decoder=False).to(self._device).eval().requires_grad_(False)
+        if self._tiling:
+            self._vae.enable_tiling()
+        return worker_info(self.name, str(self._device), self._hash())
+
+    def load_weights(self, version: int, payload: list[Any] | None) -> int:
+        """Note ``version``; there is nothing to load. Raises ValueError for an actual payload."""
+        if payload:
+            raise ValueError(
+                f"embed worker {self.name} holds frozen models and takes no weights, got version {version}"
+            )
+        self._version = version
+        return version
+
+    def process(self, requests: Sequence[EmbedRequest | EncodeRequest]) -> list[Outcome]:
+        """Return ``Ok`` of a :class:`TextEmbedding`, or of latents float32 (C, n, h, w), for each request, in order."""
+        with self._busy:
+            return [attempt(lambda r=request: self._answer(r)) for request in requests]  # type: ignore[misc]
+
+    def weights_hash(self) -> str:
+        """Return the hash of both models' parameters, and the version."""
+        with self._busy:
+            return f"{self._hash()}:{self._version}"
+
+    def ping(self) -> str:
+        """Return the worker's name."""
+        return self.name
+
+    def counters(self) -> dict[str, float]:
+        """Return how many captions were embedded and clips' reference frames encoded since the worker's start."""
+        return {"captions": float(self.embedder.counters()[0]), "references": float(self._references)}
+
+    def held(self) -> dict[str, int]:
+        """Return the bytes of the parameters that this process holds, by component."""
+        return {"text_encoder": held_bytes(self.embedder.encoder), "vae_encoder": held_bytes(self._vae)}
+
+    def _answer(self, request: EmbedRequest | EncodeRequest) -> TextEmbedding | np.ndarray:
+        try:
+            if isinstance(request, EmbedRequest):
+                return self._embed(request.caption)
+            return self._encode(request)
+        except torch.OutOfMemoryError as error:
+            raise InfrastructureError(f"{self.name}: out of memory: {error}") from error
+
+    def _embed(self, caption: str | None) -> TextEmbedding:
+        if caption is not None and not caption.strip():
+            raise BadSampleError("the caption is empty")
+        rows = self.embedder.row(self._negative if caption is None else caption)
+        return TextEmbedding(rows.float().cpu().numpy(), self.embedder.max_tokens)
+
+    def _encode(self, request: EncodeRequest) -> np.ndarray:
+        frames = request.reference_frames
+        if frames.ndim != 4 or not len(frames):
+            raise BadSampleError(
+                f"{request.sample_id}: reference frames must be uint8 (n, H, W, 3), got {frames.dtype} {frames.shape}"
+            )
+        latents = conditioning.encode_references(self._vae, frames, self._device)
+        self._references += 1
+        return latents.cpu().numpy()
+
+    def _hash(self) -> str:
+        return parameter_hash({"vae": self._vae, "text_encoder": self.embedder.encoder})

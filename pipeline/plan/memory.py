@@ -1,0 +1,256 @@
+"""Memory of each process of a run on its GPU, part by part. Pure arithmetic over the configuration and the architectures.
+
+The parts of a learner's memory are those of ``actors.architectures.cost``; what a forward without gradients needs at its largest
+moment is estimated here. Allocators' fragments come on top: a GPU counts as full at ``USABLE`` of its memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from actors.architectures import cost as costs
+from cluster.hardware import GIB
+from pipeline.config import RunConfig
+from pipeline.plan.models import BYTES, Models
+
+USABLE = 0.95
+CONTEXT = 0.6 * GIB
+"""Assumed: what a process takes on a GPU for CUDA itself and its libraries' kernels."""
+VLLM_BATCH_TOKENS = 8192
+"""Assumed: tokens that vLLM prefills at once on a large GPU."""
+VLLM_SEQUENCES = 256
+LOADING = "loading"
+
+PARTS = (
+    "weights",
+    "gathered",
+    "gradients",
+    "optimizer",
+    "reference",
+    "activations",
+    "KV cache",
+    "caches",
+    "CUDA context",
+)
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a role on one GPU: bytes by part, and the bytes it needs for a moment while it loads."""
+
+    role: str
+    does: str
+    parts: Mapping[str, float]
+    loading: float = 0.0
+    """Peak before sharding, where that is more."""
+    rests: bool = False
+    """Whether it moves what it holds to host memory while another role works (``pools.<pool>.rest``, ``learner.offload``)."""
+    keeps: float = CONTEXT
+    """Bytes that stay on the GPU while it rests."""
+
+    @property
+    def total(self) -> float:
+        """Peak of its memory."""
+        return max(sum(self.parts.values()), self.loading)
+
+    @property
+    def idle(self) -> float:
+        """Bytes that it holds while another role works; memory that was used once stays with a process that does not rest."""
+        return self.keeps if self.rests else self.total
+
+    @property
+    def moved(self) -> float:
+        """Bytes that leave the GPU when it rests and come back; caches and activations are made anew."""
+        held = sum(self.parts.get(part, 0.0) for part in ("weights", "optimizer", "reference"))
+        return max(0.0, held - (self.keeps - CONTEXT)) if self.rests else 0.0
+
+
+def processes(config: RunConfig, models: Models, gib: float) -> tuple[Process, ...]:
+    """Return one process of each kind that the run has, on GPUs of ``gib`` GiB; one of a role without a GPU as if it had one."""
+    learners = [
+        (policy, section)
+        for policy, section in (("vlm", config.stage1), ("vdm", config.stage2))
+        if section.steps or config.training == "all_in_one"
+    ]
+    return (
+        _engine(config, models, gib),
+        *([_embedder(config, models)] if config.pools.embed.workers else []),
+        _sampler(config, models),
+        _scorer(config, models),
+        *(_vlm_learner(config, models) if policy == "vlm" else _vdm_learner(config, models) for policy, _ in learners),
+    )
+
+
+def sampling_bytes(models: Models, clips: int, dtype: str) -> float:
+    """Return the bytes of the largest moment of one transformer call on ``clips`` clips, without gradients."""
+    c = models.vdm.components["transformer"]
+    width, ffn = int(c["num_attention_heads"]) * int(c["attention_head_dim"]), int(c["ffn_dim"])
+    modulated = 6 if models.clip_tokens.reference else 0  # float32 vectors per token, where each has a time of its own
+    # The MLP's hidden before and after its activation, or attention's six; the residual, and the modulations of the model and
+    # their sum with the block's, in float32.
+    inside = max(6 * width, 2 * ffn + 2 * width)
+    return clips * models.clip_tokens.total * (BYTES[dtype] * inside + 4.0 * (2 + 2 * modulated) * width)
+
+
+def decoding_bytes(models: Models, height: int, width: int) -> float:
+    """Return the bytes of the largest moment of decoding one clip: the VAE works on four frames at a time, in float32."""
+    vae = models.vdm.components["vae"]
+    channels = int(vae.get("decoder_base_dim") or vae["base_dim"])
+    pixels = height * width // int(vae.get("patch_size") or 1) ** 2
+    # The last upsampling's output (two widths), four tensors of a residual block and a padded one of six frames, and the two
+    # frames that each of the last level's causal convolutions remembers.
+    return pixels * 4.0 * channels * (2 * 4 + 4 * 4 + 6 + 7 * 2)
+
+
+def encoding_bytes(models: Models, frames: int, height: int, width: int) -> float:
+    """Return the bytes of the largest moment of encoding ``frames`` reference frames at once, in float32."""
+    vae = models.vdm.components["vae"]
+    return frames * (height * width // int(vae.get("patch_size") or 1) ** 2) * 4.0 * int(vae["base_dim"]) * 6
+
+
+def _engine(config: RunConfig, models: Models, gib: float) -> Process:
+    pool = config.pools.vlm
+    element, shards = BYTES[pool.dtype], pool.tensor_parallel
+    c = models.vlm.components["model"]
+    text = c.get("text_config", c)
+    hidden, mlp, vocabulary = (int(text[key]) for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    rank = config.stage1.lora.rank
+    adapters = 2 * costs.lora_parameters(models.vlm, max(rank, 8)) * element if rank else 0
+    weights = (models.parameters["vlm", "model"] * element + adapters) / shards
+    batch = min(VLLM_BATCH_TOKENS, VLLM_SEQUENCES * pool.max_model_len)
+    vision = models.prompt.patches * 6 * int(c["vision_config"]["intermediate_size"]) * element
+    logits = min(VLLM_SEQUENCES, pool.max_inflight * config.stage1.rollout.group_size) * vocabulary * 4 * 3
+    activations = (batch * (2 * mlp + 6 * hidden) * element) / shards + vision + logits
+    rest = pool.gpu_memory_utilization * gib * GIB - weights - activations - CONTEXT
+    cache = pool.kv_cache_mib * 2.0**20 if pool.kv_cache_mib is not None else max(rest, 0.0)
+    parts = {"weights": weights, "activations": activations, "KV cache": cache, "CUDA context": CONTEXT}
+    return Process("vlm", "vLLM engine", parts, rests=pool.rest)
+
+
+def sequences_in_cache(config: RunConfig, models: Models, cache: float) -> float:
+    """Return how many sequences of the run's longest prompt and completion the KV ``cache`` of one GPU holds at a time."""
+    pool = config.pools.vlm
+    longest = models.prompt.prompt + max(config.stage1.text.max_tokens, config.stage2.text.max_tokens)
+    each = costs.kv_cache_bytes(models.vlm, longest, BYTES[pool.dtype]) / pool.tensor_parallel
+    return cache / each
+
+
+def _sampler(config: RunConfig, models: Models) -> Process:
+    pool, video = config.pools.vdm, config.video
+    element = BYTES[pool.dtype]
+    group = max(config.stage1.rollout.group_size, config.stage2.rollout.group_size)
+    prompts = max(config.stage1.rollout.prompts_per_step, config.stage2.rollout.prompts_per_step)
+    clips = min(pool.max_batch, math.ceil(prompts * group / pool.workers))
+    height, width = _tile(config)
+    moments = [
+        sampling_bytes(models, clips, pool.dtype),
+        decoding_bytes(models, height, width) * min(clips, pool.max_decode),
+    ]
+    weights = element * models.parameters["vdm", "transformer"] + 4.0 * models.parameters["vdm", "vae"]
+    if not config.pools.embed.workers:
+        weights += element * models.parameters["vdm", "text_encoder"]
+        moments.append(encoding_bytes(models, video.reference_frames, height, width))
+    rank = config.stage2.lora.rank
+    weights += costs.lora_parameters(models.vdm, rank) * element if rank else 0
+    parts = {"weights": weights, "activations": max(moments), "caches": 2.0 * CACHE, "CUDA context": CONTEXT}
+    return Process("vdm", f"sampler, {clips} clip(s) at a time", parts, rests=pool.rest)
+
+
+CACHE = 256 * 2**20
+"""Most bytes of caption embeddings, and of frame latents, that a policy keeps (``VdmPolicy``)."""
+
+
+def _embedder(config: RunConfig, models: Models) -> Process:
+    pool, video = config.pools.embed, config.video
+    parameters = models.parameters
+    weights = BYTES[pool.dtype] * parameters["vdm", "text_encoder"] + 4.0 * parameters["vdm", "vae"]
+    activations = encoding_bytes(models, video.reference_frames, *_tile(config))
+    parts = {"weights": weights, "activations": activations, "CUDA context": CONTEXT}
+    return Process("embed", "text encoder, VAE encoder", parts, rests=pool.rest)
+
+
+def _tile(config: RunConfig) -> tuple[int, int]:
+    """Return height and width of what the VAE works on at once."""
+    video = config.video
+    return (min(video.height, TILE), min(video.width, TILE)) if video.vae_tiling else (video.height, video.width)
+
+
+TILE = 256
+"""Side of a tile in pixels (AutoencoderKLWan)."""
+
+
+def _scorer(config: RunConfig, models: Models) -> Process:
+    vision = models.clip.components["model"]["vision_config"]
+    tokens = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2 + 1
+    frames = 64  # ClipScorer's batch
+    activations = frames * tokens * (6 * int(vision["hidden_size"]) + 2 * int(vision["intermediate_size"])) * 4.0
+    weights = 4.0 * models.parameters["clip", "model"]
+    parts = {"weights": weights, "activations": activations, "CUDA context": CONTEXT}
+    return Process("reward", "CLIP", parts, rests=config.pools.reward.rest)
+
+
+def _vlm_learner(config: RunConfig, models: Models) -> Process:
+    learner, stage = config.learner, config.stage1
+    count = models.parameters["vlm", "model"]
+    items = min(learner.micro_batch, _items_per_rank(config, "stage1"))
+    completion = stage.text.max_tokens
+    found = costs.learner_bytes(
+        models.vlm,
+        tokens=items * (models.prompt.prompt + completion),
+        parameters=count,
+        lora_rank=stage.lora.rank,
+        ranks=learner.ranks,
+        element=BYTES[learner.dtype],
+        checkpointing=learner.activation_checkpointing,
+        logits=items * completion,
+        kl=stage.grpo.kl_beta > 0,
+    )
+    return _learner(config, f"VLM learner, {items} completion(s) at a time", found, 4.0 * count, stage.optim.ema > 0)
+
+
+def _vdm_learner(config: RunConfig, models: Models) -> Process:
+    learner, stage = config.learner, config.stage2
+    count = models.parameters["vdm", "transformer"]
+    items = min(learner.micro_batch, _items_per_rank(config, "stage2"))
+    guided = 2 if stage.render.guidance > 1 else 1
+    found = costs.learner_bytes(
+        models.vdm,
+        tokens=items * models.clip_tokens.total,
+        parameters=count,
+        lora_rank=stage.lora.rank,
+        ranks=learner.ranks,
+        element=BYTES[learner.dtype],
+        checkpointing=learner.activation_checkpointing,
+        passes=min(stage.sde.window_size, learner.micro_steps or stage.sde.window_size) * guided,
+        kl=stage.grpo.kl_beta > 0,
+        text=items * costs.WAN_TEXT_TOKENS,
+    )
+    return _learner(config, f"VDM learner, {items} trajectory(ies) at a time", found, 4.0 * count, stage.optim.ema > 0)
+
+
+def _learner(config: RunConfig, does: str, found: costs.TrainingBytes, loading: float, average: bool) -> Process:
+    offload = config.learner.offload
+    parts = {
+        "weights": found.parameters,
+        "gathered": found.gathered,
+        "gradients": found.gradients,
+        "optimizer": found.optimizer + (found.optimizer / 2 if average else 0.0),
+        "reference": 0.0 if config.learner.reference_offload else found.reference,
+        "activations": found.activations,
+        "CUDA context": CONTEXT,
+    }
+    return Process(
+        "learner",
+        does,
+        {name: size for name, size in parts.items() if size},
+        loading=loading + CONTEXT,
+        rests=offload != "none",
+        keeps=CONTEXT + (parts["weights"] + parts["reference"] if offload == "optimizer" else 0.0),
+    )
+
+
+def _items_per_rank(config: RunConfig, stage: str) -> int:
+    rollout = getattr(config, stage).rollout
+    return math.ceil(rollout.prompts_per_step * rollout.group_size / config.learner.ranks)
