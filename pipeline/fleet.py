@@ -60,14 +60,24 @@ def placement_plan(config: RunConfig, only: Sequence[str] = ()) -> PlacementPlan
     """
     learner = config.learner
     asks = [
-        Ask(name, section.workers, section.cpus, section.gpus, section.resources)
-        for name, section in _sections(config).items()
+        Ask(name, pool.workers, pool.cpus, pool.gpus, pool.resources, pool.placement, pool.labels)
+        for name, pool in _sections(config).items()
         if name in (only or POOLS)
     ]
     if not only:
         groups = 2 if config.training == "all_in_one" else 1
-        asks.append(Ask(LEARNER, groups * learner.ranks, learner.cpus, learner.gpus))
-    return PlacementPlan(tuple(asks), strategy=config.cluster.placement)
+        asks.append(
+            Ask(
+                LEARNER,
+                groups * learner.ranks,
+                learner.cpus,
+                learner.gpus,
+                strategy=learner.placement,
+                labels=learner.labels,
+                apart=learner.ranks,
+            )
+        )
+    return PlacementPlan(tuple(asks), strategy=config.cluster.placement, layout=config.cluster.layout)
 
 
 @asynccontextmanager

@@ -113,7 +113,15 @@ def print_plan(config: RunConfig) -> None:
     """Print the resolved configuration and what it asks of the cluster."""
     console = Console()
     console.print(to_yaml(config), highlight=False, markup=False)
-    console.print(placement_plan(config).table(), highlight=False, markup=False)
+    plan = placement_plan(config)
+    console.print(plan.table(), highlight=False, markup=False)
+    if "GPU" in plan.total():
+        console.print(
+            "whether it fits into the GPUs' memory, and how long a step takes: vans plan CONFIG --gpus 8x80",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _starting_point(config: RunConfig, resume: bool) -> Checkpoint | None:
@@ -295,9 +303,10 @@ class _Run:
     async def _learners(self, stage: AnyStage, fleet: Fleet) -> AsyncIterator[Learners]:
         """Start a learner group for each policy that ``stage`` trains, and end them with the block."""
         group, ranks = fleet.placement.group(LEARNER), self.config.learner.ranks
+        bundles = fleet.placement.bundles(LEARNER)
         learners = {
             policy: LearnerGroup(
-                learner_spec(self.config, stage, policy), group, range(i * ranks, (i + 1) * ranks) if group else None
+                learner_spec(self.config, stage, policy), group, bundles[i * ranks : (i + 1) * ranks] if group else None
             )
             for i, policy in enumerate(stage.policies)
         }

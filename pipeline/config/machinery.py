@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from cluster.labels import check_selector
 from pipeline.config.base import Fraction, Positive, Section
 from pipeline.text import redacted
 from rewards.alarms import AlarmSettings
 
 _ALARMS = AlarmSettings()
+
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+
+
+def _gpu_amount(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"{gpus:g} GPUs: a share of one GPU (at most 1), or whole GPUs")
+    return gpus
+
+
+def _selector(labels: dict[str, str]) -> dict[str, str]:
+    check_selector(labels)
+    return labels
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_gpu_amount)]
+Labels = Annotated[dict[str, str], AfterValidator(_selector)]
 
 
 class AutoscaleSection(Section):
@@ -42,8 +60,13 @@ class PoolSection(Section):
 
     workers: Positive = Field(1, description="Workers to start.")
     cpus: float = Field(0.5, ge=0, description="CPU cores reserved per worker.")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved per worker; a fraction shares one.")
+    gpus: Gpus = Field(0.0, description="GPUs reserved per worker; a fraction shares one.")
     resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources per worker.")
+    labels: Labels = Field(
+        default_factory=dict,
+        description="Ray node labels that the workers' nodes must have: a value, `!value`, `in(a, b)` or `!in(a, b)` for each.",
+    )
+    placement: Strategy | None = Field(None, description="How the workers lie on nodes; null is cluster.placement.")
     max_batch: Positive = Field(16, description="Most requests in one call of a worker.")
     max_inflight: Positive = Field(1, description="Calls a worker may have at once.")
     max_wait_s: float = Field(0.02, ge=0, description="Longest a request waits for its batch to fill.")
@@ -75,6 +98,15 @@ class VlmPoolSection(PoolSection):
     tensor_parallel: Positive = Field(1, description="GPUs per engine.")
     enforce_eager: bool = Field(True, description="Skip graph capture; false is faster on GPUs after a slower start.")
 
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> VlmPoolSection:
+        if self.gpus > 0 and self.tensor_parallel > 1 and self.gpus != self.tensor_parallel:
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} with gpus={self.gpus:g}: an engine over {self.tensor_parallel} GPUs needs "
+                f"gpus: {self.tensor_parallel} (one bundle, so all of them are on one node)"
+            )
+        return self
+
 
 class VdmPoolSection(PoolSection):
     """Diffusion sampling workers."""
@@ -97,7 +129,14 @@ class LearnerSection(Section):
 
     ranks: Positive = Field(2, description="Ranks of the group.")
     cpus: float = Field(0.5, ge=0, description="CPU cores reserved per rank.")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved per rank.")
+    gpus: Gpus = Field(0.0, description="GPUs reserved per rank.")
+    labels: Labels = Field(
+        default_factory=dict, description="Ray node labels that the ranks' nodes must have, as for pools."
+    )
+    placement: Strategy | None = Field(
+        None,
+        description="How the ranks lie on nodes; null is cluster.placement. STRICT_PACK keeps NCCL within one node.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute dtype (FSDP2 mixed precision).")
     micro_batch: Positive = Field(16, description="Trajectories per forward and backward on one rank.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
@@ -119,9 +158,12 @@ class ClusterSection(Section):
         None, description="CPU slots of the local cluster; null is 4 x the machine's cores (tiny models share)."
     )
     object_store_mib: Positive = Field(512, description="Object store of the local cluster.")
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
-        "PACK", description="Placement strategy."
+    layout: Literal["disaggregated", "colocated"] = Field(
+        "disaggregated",
+        description="disaggregated: every pool and the learner on GPUs of their own. colocated: those with a share of a GPU meet "
+        "on the same ones (docs/placement.md).",
     )
+    placement: Strategy = Field("PACK", description="How what the run reserves lies on nodes.")
     placement_timeout_s: float = Field(60.0, gt=0, description="Longest wait for room.")
 
 

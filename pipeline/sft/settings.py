@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         train_text_encoder=isinstance(section, SftVdmSection) and section.train_text_encoder,
         ranks=learner.ranks,
         cpus=learner.cpus,
-        gpus=learner.gpus,
+        gpus=float(math.ceil(learner.gpus)),  # nothing else runs then, so a share would only put two ranks on a GPU
         dtype=learner.dtype,
         activation_checkpointing=learner.activation_checkpointing,
         seed=config.seed,

@@ -1,0 +1,79 @@
+"""The models that the runs name, at their real size on the meta device: no weights, no memory.
+
+Published numbers of parameters: the ``total_size`` of each repository's safetensors index, by the bytes of its dtype.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from actors.architectures import COMPONENTS, Architecture, architecture, known
+from cluster.errors import CheckpointError
+from pipeline.models import ASSETS
+
+PUBLISHED = {
+    # model.safetensors.index.json: total_size 7 509 245 952 in bfloat16
+    ("Qwen/Qwen2.5-VL-3B-Instruct", "vlm", "model"): 3_754_622_976,
+    # model.safetensors.index.json: total_size 8 875 631 616 in bfloat16
+    ("Qwen/Qwen3-VL-4B-Instruct", "vlm", "model"): 4_437_815_808,
+    # transformer/diffusion_pytorch_model.safetensors.index.json: float32
+    ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vdm", "transformer"): 1_418_996_800,
+    ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "vdm", "transformer"): 14_288_491_584,
+    # text_encoder/model.safetensors.index.json: total_size 22 723 641 344 in float32
+    ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vdm", "text_encoder"): 5_680_910_336,
+    ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "vdm", "text_encoder"): 5_680_910_336,
+    # vae/diffusion_pytorch_model.safetensors, float32
+    ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vdm", "vae"): 126_892_531,
+    ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "vdm", "vae"): 126_892_531,
+    # model.safetensors of openai/clip-vit-large-patch14 without its position ids
+    ("openai/clip-vit-large-patch14", "clip", "model"): 427_616_513,
+}
+
+
+def test_every_known_component_has_a_published_size() -> None:
+    assert {(name, role, part) for name, role, part in PUBLISHED} == {
+        (name, role, part) for role in COMPONENTS for name in known(role) for part in COMPONENTS[role]
+    }
+
+
+@pytest.mark.parametrize(("name", "role", "component"), PUBLISHED)
+def test_parameters_are_the_published_ones(name: str, role, component: str) -> None:
+    assert architecture(name, role).parameters(component) == PUBLISHED[name, role, component]
+
+
+@pytest.mark.parametrize("role", COMPONENTS)
+def test_a_folder_says_what_it_holds(role) -> None:
+    """The bundled tiny pair: as many parameters as its files have."""
+    from safetensors import safe_open
+
+    bundled = architecture(ASSETS / role, role)
+    for component in bundled.components:
+        folder = ASSETS / role / component if role == "vdm" else ASSETS / role
+        (file,) = folder.glob("*.safetensors")
+        with safe_open(file, "pt") as tensors:
+            stored = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+        module = bundled.meta(component)
+        shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        assert stored.keys() <= shapes.keys()
+        assert all(shapes[name] == tuple(value.shape) for name, value in stored.items())
+        assert all(parameter.is_meta for parameter in module.parameters())
+
+
+def test_unknown_names_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="Qwen2.5-VL-3B-Instruct"):
+        architecture("Qwen/Qwen9-VL", "vlm")
+    with pytest.raises(CheckpointError, match="is a vlm, not a clip"):
+        architecture("Qwen/Qwen3-VL-4B-Instruct", "clip")
+    with pytest.raises(CheckpointError, match="config.json cannot be read"):
+        architecture(tmp_path, "vlm")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match="model_type='llama'"):
+        architecture(tmp_path, "vlm")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanImageToVideoPipeline"}))
+    with pytest.raises(CheckpointError, match="WanPipeline"):
+        architecture(tmp_path, "vdm")
+    with pytest.raises(CheckpointError, match="no component 'vae'"):
+        Architecture("clip", "x", {"model": {}}).meta("vae")
