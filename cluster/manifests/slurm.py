@@ -20,7 +20,7 @@ _EPSILON = 1e-4
 
 
 class _Template(string.Template):
-    delimiter = "@"  # $ is bash's
+    delimiter = "%%"  # $ and @ are bash's
 
 
 def slurm_files(run: RunShape, site: Site) -> dict[str, str]:
