@@ -12,7 +12,7 @@ from cluster.layout import SHARED
 from cluster.manifests import Group, Kind, RunShape, Site, group_of, render
 from cluster.manifests.run import ROLE_LABEL
 from pipeline.config import RunConfig, load_config
-from pipeline.config.load import find_config
+from pipeline.config.load import find_config, to_yaml
 from pipeline.fleet import LEARNER, POOLS, placement_plan
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "cluster" / "manifests" / "examples"
@@ -49,13 +49,13 @@ def run_shape(config: str, overrides: Sequence[str], kind: Kind, site: Site) -> 
     bundled = found.stem == config
     source, text = config, None
     if not bundled and kind in _SEPARATE:
-        source, text = site.config_path, found.read_text(encoding="utf-8")
+        source, text = site.config_path, to_yaml(load_config(config))  # whole, whatever other files it builds on
     elif not bundled:
         source = str(found.resolve())
     run = load_config(config, overrides)
     placed = list(overrides) + _on_shared_storage(run, site)
     if kind in _SEPARATE:
-        placed += _labels(run)
+        placed += _placement(run) + _labels(run)
     run = load_config(config, placed)
     return RunShape(
         name=run.name,
@@ -70,6 +70,15 @@ def run_shape(config: str, overrides: Sequence[str], kind: Kind, site: Site) -> 
 def _on_shared_storage(run: RunConfig, site: Site) -> list[str]:
     folders = {"out": run.out, "data.train": run.data.train, "data.eval": run.data.eval}
     return [f"{key}={site.shared}/{path}" for key, path in folders.items() if not path.is_absolute()]
+
+
+def _placement(run: RunConfig) -> list[str]:
+    """Return overrides that keep STRICT_PACK for the learner alone: a pod is a node to Ray, and a pool has a pod for each worker."""
+    strategy = run.cluster.placement
+    if strategy != "STRICT_PACK" or run.cluster.layout == "colocated":
+        return []
+    kept = [] if run.learner.placement else [f"learner.placement={strategy}"]
+    return ["cluster.placement=PACK", *kept]
 
 
 def _labels(run: RunConfig) -> list[str]:
