@@ -42,13 +42,20 @@ class Architecture:
     def meta(self, component: str, dtype: torch.dtype | None = None) -> nn.Module:
         """Return ``component`` as its library's own class on the meta device: names and shapes, no storage.
 
-        ``dtype`` is what all floating-point parameters have; None is float32. Raises CheckpointError for a component
-        that this role does not have.
+        ``dtype`` is that of the parameters, None float32; what diffusers keeps in float32 whatever it is asked for stays
+        in it. Raises CheckpointError for a component that this role does not have.
         """
         import torch
+        from torch import nn
 
         module = _build(self.role, component, self._config(component))
-        return module.to(dtype or torch.float32).eval()
+        if dtype is not None:
+            kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+            nn.Module.to(module, dtype)  # diffusers' own to() warns of what is put right here
+            for name, parameter in module.named_parameters():
+                if kept & set(name.split(".")):
+                    parameter.data = parameter.data.to(torch.float32)
+        return module.eval()
 
     def parameters(self, component: str) -> int:
         """Return the number of parameters of ``component``; tied ones count once."""

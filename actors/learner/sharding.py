@@ -66,6 +66,20 @@ def _rendezvous(address: str, rank: int, world: int, timeout: timedelta) -> dist
     )
 
 
+def unit_names(module: nn.Module, units: Iterable[nn.Module]) -> list[str]:
+    """Return the names in ``module`` of the units of gathering and of activation checkpointing, in module order.
+
+    ValueError where one of ``units`` is no submodule.
+    """
+    wanted = {id(unit) for unit in units}
+    names = [name for name, m in module.named_modules() if id(m) in wanted]
+    if len(names) != len(wanted):
+        raise ValueError(
+            f"{len(wanted) - len(names)} of {len(wanted)} fsdp_units are not submodules of the policy's module"
+        )
+    return names
+
+
 def shard(
     module: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype, checkpointing: bool
 ) -> list[str]:
@@ -74,12 +88,7 @@ def shard(
     Parameters stay in their own dtype; with a ``dtype`` other than float32 they are gathered and computed with in it,
     and gradients are reduced in float32. Returns the units' names.
     """
-    wanted = {id(unit) for unit in units}
-    names = [name for name, m in module.named_modules() if id(m) in wanted]
-    if len(names) != len(wanted):
-        raise ValueError(
-            f"{len(wanted) - len(names)} of {len(wanted)} fsdp_units are not submodules of the policy's module"
-        )
+    names = unit_names(module, units)
     if checkpointing:
         for name in names:
             parent, _, child = name.rpartition(".")

@@ -66,6 +66,7 @@ class Trainable(Protocol):
     module: (
         nn.Module
     )  # the trained network: LoRA is inside, fully_shard wraps it, the optimizer trains its requires_grad parameters
+    # Where the policy casts what it hands to ``module``, it has an attribute ``compute_dtype``; see ``set_compute_dtype``.
     fsdp_units: list[nn.Module]  # its transformer blocks: units of sharding and of activation checkpointing
 
     def collate(self, items: Sequence[Experience]) -> Any:
@@ -107,6 +108,16 @@ class Trainable(Protocol):
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters the optimizer owns, in module order (equal on all ranks)."""
     return [p for p in module.parameters() if p.requires_grad]
+
+
+def set_compute_dtype(policy: Trainable, dtype: torch.dtype) -> None:
+    """Tell ``policy`` in which dtype its sharded module computes, whatever its parameters are stored in.
+
+    The learner loads float32 and computes in its own dtype; the sampler loads what it computes in. Both must hand their
+    network the same rounded inputs. Policies that leave casting to the network have nothing to be told.
+    """
+    if hasattr(policy, "compute_dtype"):
+        policy.compute_dtype = dtype
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -31,7 +31,7 @@ from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_fact
 from actors.learner.grpo import grpo_loss, normaliser
 from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
 from actors.learner.spec import LearnerSpec, learning_rate
-from actors.learner.trainable import PolicyOutput, Trainable, torch_dtype, trainable_parameters
+from actors.learner.trainable import PolicyOutput, Trainable, set_compute_dtype, torch_dtype, trainable_parameters
 from actors.records import Experience, VdmExperience, Weights
 from actors.weights import pack
 from cluster.errors import CheckpointError, CheckpointWriteError, TrainingError
@@ -85,6 +85,7 @@ class Trainer:
         self.skipped = 0
         dtype = torch_dtype(spec.dtype)
         policy.module.eval()
+        set_compute_dtype(policy, dtype)
         self.initial_checksum = parameter_hash(policy.module, trainable=True)
         self.frozen = None
         if spec.grpo.kl_beta > 0 and not lora.has_lora(policy.module):

@@ -67,9 +67,7 @@ class VdmPolicy:
             encoder = parts.text_encoder.to(self.device).eval().requires_grad_(False)
             self.embedder = CaptionEmbedder(encoder, parts.tokenizer, max_text_tokens, cache_bytes)
         self.geometry = conditioning.geometry_of(parts.transformer, parts.vae_config)
-        self.compute_dtype = (
-            dtype  # of the transformer's inputs; a learner with FSDP mixed precision sets its param_dtype here
-        )
+        self.compute_dtype = dtype  # of the transformer's inputs; a learner sets the one that its FSDP computes in
         self.shift, self.reference_frames, self.negative_prompt = shift, reference_frames, negative_prompt
         self.decode_batch = decode_batch
         self.folder = parts.folder
@@ -148,7 +146,7 @@ class VdmPolicy:
     @property
     def fsdp_units(self) -> list[nn.Module]:
         """The transformer blocks."""
-        return list(self.module.blocks)  # type: ignore[arg-type]
+        return transformer_units(self.module)
 
     # --- conditions ---
 
@@ -410,6 +408,11 @@ class VdmPolicy:
             for key, latents in zip(new, conditioning.encode_videos(self.vae, videos)):
                 rows[key] = self._latents.put(key, latents.clone())
         return torch.stack([rows[key] for key in keys])
+
+
+def transformer_units(transformer: Any) -> list[nn.Module]:
+    """Return what a WanTransformer3DModel is sharded and checkpointed by: its blocks."""
+    return list(transformer.blocks)
 
 
 def _stochastic_steps(sde: SdeSpec | None) -> range:

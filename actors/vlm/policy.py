@@ -65,7 +65,7 @@ class VlmPolicy:
         self.fps = fps
         self.device = torch.device(device)
         inner: Any = model
-        self.fsdp_units: list[nn.Module] = [*inner.model.language_model.layers, *inner.model.visual.blocks]
+        self.fsdp_units = model_units(inner)
         self.eos_token_id = int(processor.tokenizer.eos_token_id)
         vocab_size = int(inner.config.text_config.vocab_size)
         self.banned_ids = banned_token_ids(processor.tokenizer, vocab_size)
@@ -242,6 +242,11 @@ class VlmPolicy:
         module: Any = self.module
         module.save_pretrained(folder, state_dict=dict(module.state_dict() if state is None else state))
         self.processor.save_pretrained(folder)
+
+
+def model_units(model: Any) -> list[nn.Module]:
+    """Return what a Qwen-VL model is sharded and checkpointed by: the language model's layers, the vision tower's blocks."""
+    return [*model.model.language_model.layers, *model.model.visual.blocks]
 
 
 def load_model(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:

@@ -25,10 +25,19 @@ _NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the run described by ``source`` with ``overrides`` such as ``stage1.rollout.group_size=4``.
 
-    ``source`` is a YAML file, or the name of a bundled run (``toy``). Values of overrides are YAML.
+    ``source`` is a YAML file, or the name of a bundled run (``toy``). Its key ``base`` may name another, a path being
+    relative to the file itself: the file then says what it changes of that run. Values of overrides are YAML.
     Raises ConfigError with one line per mistake.
     """
-    path = find_config(source)
+    values = _read(find_config(source))
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, where=str(source))
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the values of ``path`` over those of its base; ``below`` are the files that name it as theirs."""
+    chain = (*below, path.resolve())
     try:
         values = _parsed(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -37,9 +46,30 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a run is a mapping of sections, found {type(values).__name__}")
-    for override in overrides:
-        apply_override(values, override)
-    return parse_config(values, where=str(source))
+    if "base" not in values:
+        return values
+    name = values.pop("base")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{path}: base={short(name)}: give the name of a bundled run or the path of a YAML file")
+    beside = path.parent / Path(name).expanduser()
+    try:
+        base = find_config(beside if beside.is_file() else name)
+    except (ConfigError, OSError) as error:
+        raise ConfigError(f"{path}: base={short(name)}: {error}") from error
+    if base.resolve() in chain:
+        circle = " -> ".join(str(file) for file in (*chain, base.resolve()))
+        raise ConfigError(f"{path}: base={short(name)}: these runs are each other's base: {circle}")
+    return merge(_read(base, chain), values)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any], location: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return ``base`` with ``changes``: sections key by key, any other value (a list, the rewards' weights) as a whole."""
+    merged = dict(base)
+    for key, value in changes.items():
+        here, old = (*location, str(key)), merged.get(key)
+        section = isinstance(value, dict) and isinstance(old, dict) and _known_keys(here)
+        merged[key] = merge(old, value, here) if section else value
+    return merged
 
 
 def _parsed(text: str) -> Any:

@@ -61,6 +61,10 @@ def reference() -> str:
         "`make docs` from the models in `pipeline/config`, and held to it by a test. A key can be overridden on the command",
         "line by its dotted path: `vans train toy stage1.grpo.kl_beta=0.01`. An unknown key, a value of another type or a",
         "contradiction is refused before anything starts. `vans train RUN --dry-run` prints a run with all of its values.",
+        "",
+        "A YAML may begin with `base:`, the name of a bundled run (`toy`, `vans_paper`, …) or the path of a file beside it, and",
+        "then holds only what it changes: sections are merged key by key, lists and the rewards' weights are replaced as a",
+        "whole. A base may have a base.",
     ]
     for part in parts():
         if not part.keys:

@@ -27,7 +27,7 @@ from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_fact
 from actors.learner.rank import POLICIES
 from actors.learner.sharding import gather_state, shard, sync_gradients
 from actors.learner.spec import OptimSpec, learning_rate
-from actors.learner.trainable import LoraSpec, torch_dtype, trainable_parameters
+from actors.learner.trainable import LoraSpec, set_compute_dtype, torch_dtype, trainable_parameters
 from actors.records import derive_seed
 from cluster.errors import TrainingError
 from pipeline.sft.items import Items
@@ -70,6 +70,7 @@ class Loop:
         self.policy = load_policy(self.kind, self.model, settings, self.samples, self.device)
         mesh: DeviceMesh = init_device_mesh(self.device.type, (self.world,))
         dtype = torch_dtype(settings.dtype)
+        set_compute_dtype(self.policy, dtype)
         self.nets = nn.ModuleDict({"module": self.policy.module})
         shard(self.policy.module, self.policy.fsdp_units, mesh, dtype, settings.activation_checkpointing)
         if settings.train_text_encoder:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from cluster.errors import ConfigError
 from pipeline.config import RunConfig, config_digest, flatten, load_config, parse_config, to_yaml
+from pipeline.config.load import BUNDLED, merge
 
 
 def test_bundled_run_loads_and_overrides_apply() -> None:
@@ -98,3 +101,104 @@ def test_a_section_written_in_part_keeps_the_other_defaults_of_its_stage() -> No
     run = parse_config({"stage2": {"grpo": {"std_norm": "batch"}}, "evaluate": {"text": {"max_tokens": 9}}})
     assert (run.stage2.grpo.clip_low, run.stage2.grpo.kl_beta, run.stage2.grpo.loss_norm) == (1e-3, 0.004, "sequence")
     assert run.evaluate.text.temperature == 0.0  # greedy, as where nothing is written
+
+
+def write(folder: Path, **files: dict) -> None:
+    for name, values in files.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_a_run_changes_its_base_key_by_key(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        one={"base": "toy", "stage1": {"steps": 3, "rewards": {"weights": {"format": 1.0}}}},
+        two={"base": "one.yaml", "stage1": {"optim": {"lr": 1e-4}}, "stage2": {"sde": {"window_range": [1, 3]}}},
+    )
+    toy, run = load_config("toy"), load_config(tmp_path / "two.yaml", ["seed=9"])
+    assert (run.stage1.steps, run.stage1.optim.lr, run.stage2.sde.window_range, run.seed) == (3, 1e-4, (1, 3), 9)
+    assert run.stage1.rewards.weights == {"format": 1.0}  # not a section, so replaced as a whole
+    assert (run.stage1.lora, run.pools, run.stage2.optim) == (toy.stage1.lora, toy.pools, toy.stage2.optim)
+    assert "base" not in to_yaml(run)
+
+
+def test_merging_changes_neither_side() -> None:
+    base, changes = {"stage1": {"steps": 1}}, {"stage1": {"optim": {"lr": 1.0}}}
+    assert merge(base, changes) == {"stage1": {"steps": 1, "optim": {"lr": 1.0}}}
+    assert (base, changes) == ({"stage1": {"steps": 1}}, {"stage1": {"optim": {"lr": 1.0}}})
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"run": {"base": "tooy"}}, r"run\.yaml: base='tooy': .* bundled runs .*toy"),
+        ({"run": {"base": ["toy"]}}, "give the name of a bundled run"),
+        ({"run": {"base": "run.yaml"}}, "each other's base"),
+        ({"run": {"base": "b.yaml"}, "b": {"base": "run.yaml"}}, r"run\.yaml -> .*b\.yaml -> .*run\.yaml"),
+        ({"run": {"base": "b.yaml"}, "b": ["a", "list"]}, r"b\.yaml: a run is a mapping"),
+        ({"run": {"base": "toy", "stage1": {"stps": 1}}}, "did you mean 'steps'"),
+    ],
+)
+def test_mistakes_in_a_base_are_named(tmp_path: Path, files: dict, expected: str) -> None:
+    write(tmp_path, **files)
+    with pytest.raises(ConfigError, match=expected):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_base_is_the_files_own_matter() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'base'"):
+        load_config("toy", ["base=toy"])
+
+
+RUNS = sorted(path.stem for path in BUNDLED.glob("vans_*.yaml"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_real_runs_differ_from_the_toy_in_values_only(name: str) -> None:
+    run, toy = load_config(name), load_config("toy")
+    keys = {key for key in flatten(run) if ".rewards.weights." not in key}
+    assert keys == {key for key in flatten(toy) if ".rewards.weights." not in key}
+    assert type(run) is type(toy)
+    assert (run.name, str(run.out)) == (name, f"runs/{name}")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_real_runs_keep_the_papers_settings(name: str) -> None:
+    """arXiv 2511.16669, section 4.1 and its appendix, as ALGORITHM.md's table of the two stages quotes them."""
+    run = load_config(name)
+    one, two, video = run.stage1, run.stage2, run.video
+    assert (video.num_frames, video.height, video.width, video.reference_frames) == (33, 352, 640, 6)
+    assert (one.steps, one.optim.lr, one.rollout.group_size) == (800, 5e-5, 8)
+    assert (two.steps, two.optim.lr, two.rollout.group_size) == (1000, 5e-5, 8)
+    assert (one.lora.rank, one.lora.alpha) == (8, 32)
+    assert (two.grpo.clip_low, two.grpo.clip_high, two.grpo.kl_beta) == (1e-3, 1e-3, 0.004)
+    assert set(one.rewards.weights) == {"format", "rouge_l", "clip_v"}
+    assert set(two.rewards.weights) == {"clip_v", "clip_score"}
+    assert (two.anchor, two.anchor_min_rouge) == ("thinker", 0.6)
+    assert run.training == "two_stage" and run.models.vdm == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert run.models.vlm == ("Qwen/Qwen3-VL-4B-Instruct" if "qwen3" in name else "Qwen/Qwen2.5-VL-3B-Instruct")
+    assert 10 <= two.render.steps <= 20 and 40 <= run.evaluate.render.steps <= 50
+    pools = run.pools
+    assert {pools.vlm.dtype, pools.vdm.dtype, run.learner.dtype} == {"bfloat16"}
+    assert run.learner.activation_checkpointing
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("vans_1gpu", 1), ("vans_paper", 4), ("vans_8gpu", 8), ("vans_2node", 16)])
+def test_the_real_runs_ask_for_the_gpus_in_their_name(name: str, gpus: float) -> None:
+    run = load_config(name)
+    pools = (run.pools.vlm, run.pools.vdm, run.pools.reward)
+    asked = sum(pool.workers * pool.gpus for pool in pools) + run.learner.ranks * run.learner.gpus
+    assert asked == pytest.approx(gpus)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_real_runs_say_how_to_tune_both_models_first(name: str) -> None:
+    from pipeline.sft.settings import sft_settings
+
+    run = load_config(name)
+    for kind in ("vlm", "vdm"):
+        settings = sft_settings(run, kind)
+        assert settings.epochs == 1 and settings.activation_checkpointing and settings.dtype == "bfloat16"
+    adapter = run.sft.vlm.lora
+    if adapter.rank:  # Joint-GRPO goes on from it, and has no other reference than the model below it
+        assert (adapter.rank, adapter.alpha) == (run.stage1.lora.rank, run.stage1.lora.alpha)
+        assert run.stage1.grpo.kl_beta == 0

@@ -1,0 +1,438 @@
+"""What a shape costs: sequence lengths, floating-point operations and bytes, as pure arithmetic on configurations.
+
+No torch and no model here, so that a plan takes milliseconds; the tests hold the numbers to torch's own counter on the meta
+device at real size. One multiply-add is two operations. Counted are matrix products, convolutions and attention (in full,
+also where a causal mask makes half of it zero, as ``torch.utils.flop_counter`` does); norms and activations are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from actors.architectures.architecture import Architecture
+
+WAN_TEXT_TOKENS = 512  # what every caption is padded to (actors.vdm.text)
+LORA_TARGETS = 10, 7  # adapted projections per block: Wan (4 + 4 attention, 2 feed-forward), language model
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a forward pass: those of weights (``linear``) and those between tokens (``attention``)."""
+
+    linear: float = 0.0
+    attention: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Both together."""
+        return self.linear + self.attention
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.linear + other.linear, self.attention + other.attention)
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(self.linear * times, self.attention * times)
+
+    def backward(self, lora: bool) -> Flops:
+        """Return the backward pass of this forward pass: gradients of inputs, and of the weights unless they are frozen.
+
+        The adapter's own products (rank / width of the rest) are left out.
+        """
+        return Flops(self.linear * (1 if lora else 2), self.attention * 2)
+
+    def update(self, *, lora: bool, checkpointing: bool, kl: bool, old_pass: bool = True) -> Flops:
+        """Return one optimizer pass over what this forward pass reads: forward, backward, and where they apply the passes
+        for old log-probabilities, for the reference, and for recomputed activations.
+        """
+        return self * (1 + old_pass + kl + checkpointing) + self.backward(lora)
+
+
+# --- the video diffusion model ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VdmTokens:
+    """Tokens of one clip in the Wan transformer: reference frames first, then the clip; captions are padded to ``text``."""
+
+    reference: int
+    target: int
+    text: int = WAN_TEXT_TOKENS
+
+    @property
+    def total(self) -> int:
+        """Length of the self-attended sequence."""
+        return self.reference + self.target
+
+
+def latent_shape(vdm: Architecture, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Return (C, F, h, w) of a clip of ``num_frames`` = 4k+1 frames."""
+    vae = vdm.components["vae"]
+    time, space = int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
+    return int(vae["z_dim"]), (num_frames - 1) // time + 1, height // space, width // space
+
+
+def vdm_tokens(vdm: Architecture, num_frames: int, height: int, width: int, references: int) -> VdmTokens:
+    """Return the tokens of a clip with ``references`` reference frames of its size."""
+    _, frames, rows, columns = latent_shape(vdm, num_frames, height, width)
+    t, h, w = vdm.components["transformer"]["patch_size"]
+    per_frame = (rows // h) * (columns // w)
+    return VdmTokens(references // t * per_frame, frames // t * per_frame)
+
+
+def transformer_flops(vdm: Architecture, tokens: VdmTokens) -> Flops:
+    """Return one forward of one clip (double it under guidance).
+
+    With reference frames the times differ from token to token, and the time embedding is computed for each.
+    """
+    c = vdm.components["transformer"]
+    d, s, text = _width(c), tokens.total, tokens.text
+    patch = math.prod(c["patch_size"])
+    times = s if tokens.reference else 1
+    per_layer = _dense(s, d, d) * 6 + _dense(text, d, d) * 2 + _dense(s, d, int(c["ffn_dim"])) * 2
+    linear = (
+        _dense(s, int(c["in_channels"]) * patch, d)
+        + _dense(times, int(c["freq_dim"]), d)
+        + _dense(times, d, d) * 7
+        + _dense(text, int(c["text_dim"]), d)
+        + _dense(text, d, d)
+        + _dense(s, d, int(c["out_channels"]) * patch)
+    )
+    layers = int(c["num_layers"])
+    return Flops(linear + layers * per_layer, layers * (_attention(s, s, d) + _attention(s, text, d)))
+
+
+def text_encoder_flops(vdm: Architecture, tokens: int) -> Flops:
+    """Return one caption of ``tokens`` tokens, encoded alone and unpadded, as the embedder does."""
+    c = vdm.components["text_encoder"]
+    d, inner = int(c["d_model"]), int(c["num_heads"]) * int(c["d_kv"])
+    gated = str(c.get("feed_forward_proj", "gated-gelu")).startswith("gated")
+    per_layer = _dense(tokens, d, inner) * 4 + _dense(tokens, d, int(c["d_ff"])) * (3 if gated else 2)
+    layers = int(c["num_layers"])
+    return Flops(layers * per_layer, layers * _attention(tokens, tokens, inner))
+
+
+def encode_flops(vdm: Architecture, num_frames: int, height: int, width: int) -> Flops:
+    """Return the VAE's encoding of one clip; reference frames are clips of one frame each."""
+    c = _vae(vdm)
+    channels = [int(c["base_dim"]) * m for m in (1, *c["dim_mult"])]
+    rows, columns, pixels = height // c["patch"], width // c["patch"], int(c["in_channels"])
+    total = Flops()
+    for frames in (1, *[4] * ((num_frames - 1) // 4)):
+        first, t, h, w = frames == 1, frames, rows, columns
+        total += _conv(t * h * w, pixels, channels[0], 27)
+        for i, (into, out) in enumerate(zip(channels[:-1], channels[1:])):
+            total += _resnets(t * h * w, into, out, int(c["num_res_blocks"]))
+            if i < len(c["dim_mult"]) - 1:
+                h, w = h // 2, w // 2
+                total += _conv(t * h * w, out, out, 9)
+                if c["temperal_downsample"][i] and not first:
+                    t //= 2
+                    total += _conv(t * h * w, out, out, 3)
+        total += _middle(t, h, w, channels[-1]) + _conv(t * h * w, channels[-1], 2 * int(c["z_dim"]), 27)
+        total += _conv(t * h * w, 2 * int(c["z_dim"]), 2 * int(c["z_dim"]), 1)
+    return total
+
+
+def decode_flops(vdm: Architecture, num_frames: int, height: int, width: int) -> Flops:
+    """Return the VAE's decoding of one clip."""
+    c = _vae(vdm)
+    z, latent_frames, rows, columns = latent_shape(vdm, num_frames, height, width)
+    base = int(c.get("decoder_base_dim") or c["base_dim"])
+    channels = [base * m for m in (c["dim_mult"][-1], *reversed(c["dim_mult"]))]
+    residual, doubling = bool(c.get("is_residual", False)), tuple(reversed(c["temperal_downsample"]))
+    total = _conv(latent_frames * rows * columns, z, z, 1)
+    for chunk in range(latent_frames):
+        t, h, w = 1, rows, columns
+        total += _conv(t * h * w, z, channels[0], 27) + _middle(t, h, w, channels[0])
+        for i, (into, out) in enumerate(zip(channels[:-1], channels[1:])):
+            into = into // 2 if i and not residual else into
+            total += _resnets(t * h * w, into, out, int(c["num_res_blocks"]) + 1)
+            if i < len(c["dim_mult"]) - 1:
+                if doubling[i] and chunk:
+                    total += _conv(t * h * w, out, 2 * out, 3)
+                    t *= 2
+                h, w = 2 * h, 2 * w
+                total += _conv(t * h * w, out, out if residual else out // 2, 9)
+        total += _conv(t * h * w, channels[-1], int(c["out_channels"]), 27)
+    return total
+
+
+def _vae(vdm: Architecture) -> dict[str, Any]:
+    """Return the VAE's configuration with AutoencoderKLWan's defaults; ``patch`` is the side of a pixel patch."""
+    c = dict(vdm.components["vae"])
+    return {"in_channels": 3, "out_channels": 3, "patch": int(c.get("patch_size") or 1), **c}
+
+
+def _resnets(cells: int, into: int, out: int, count: int) -> Flops:
+    total = _conv(cells, into, out, 1) if into != out else Flops()
+    return total + _conv(cells, into, out, 27) + _conv(cells, out, out, 27) * (2 * count - 1)
+
+
+def _middle(t: int, h: int, w: int, channels: int) -> Flops:
+    per_frame = Flops(attention=_attention(h * w, h * w, channels))
+    return (
+        _resnets(t * h * w, channels, channels, 2)
+        + _conv(t * h * w, channels, 3 * channels, 1)
+        + _conv(t * h * w, channels, channels, 1)
+        + per_frame * t
+    )
+
+
+# --- the vision-language model ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VlmTokens:
+    """A prompt with one video: patches (t, h, w) in the vision tower, and tokens in the language model."""
+
+    grid: tuple[int, int, int]
+    video: int
+    text: int
+
+    @property
+    def patches(self) -> int:
+        """Tokens of the vision tower."""
+        return math.prod(self.grid)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the language model before the completion."""
+        return self.video + self.text
+
+
+def vlm_tokens(vlm: Architecture, frames: int, height: int, width: int, text: int) -> VlmTokens:
+    """Return the tokens of ``frames`` frames of height x width and a prompt of ``text`` tokens without its video.
+
+    Sides are rounded to whole merged patches (28 pixels for Qwen2.5-VL, 32 for Qwen3-VL), as the processor does between its
+    limits of pixels. ``text`` includes the time stamps that Qwen3-VL writes before each pair of frames.
+    """
+    v = vlm.components["model"]["vision_config"]
+    patch, merge, temporal = int(v["patch_size"]), int(v["spatial_merge_size"]), int(v["temporal_patch_size"])
+    rows, columns = (max(1, round(side / (patch * merge))) * merge for side in (height, width))
+    grid = (math.ceil(frames / temporal), rows, columns)
+    return VlmTokens(grid, math.prod(grid) // merge**2, text)
+
+
+def vision_flops(vlm: Architecture, tokens: VlmTokens) -> Flops:
+    """Return the vision tower's reading of one video."""
+    v = vlm.components["model"]["vision_config"]
+    d, n, merge = int(v["hidden_size"]), tokens.patches, int(v["spatial_merge_size"]) ** 2
+    qwen25 = "fullatt_block_indexes" in v
+    depth, full = int(v["depth"]), len(v["fullatt_block_indexes"]) if qwen25 else int(v["depth"])
+    channels = int(v.get("in_channels", v.get("in_chans", 3)))
+    pixels = channels * int(v["temporal_patch_size"]) * int(v["patch_size"]) ** 2
+    mlp = _dense(n, d, int(v["intermediate_size"])) * (3 if qwen25 else 2)
+    merger = _dense(n // merge, merge * d, merge * d) + _dense(n // merge, merge * d, int(v["out_hidden_size"]))
+    mergers = 1 + len(v.get("deepstack_visual_indexes", ()))
+    t, h, w = tokens.grid
+    whole = t * _attention(h * w, h * w, d)
+    windows = 0.0
+    if qwen25:
+        side = int(v["window_size"]) // int(v["patch_size"])
+        windows = t * sum(_attention(a * b, a * b, d) for a in _pieces(h, side) for b in _pieces(w, side))
+    return Flops(
+        _dense(n, pixels, d) + depth * (_dense(n, d, d) * 4 + mlp) + mergers * merger,
+        full * whole + (depth - full) * windows,
+    )
+
+
+def language_flops(vlm: Architecture, tokens: int, logits: int, context: int = 0) -> Flops:
+    """Return the language model's forward over ``tokens`` tokens behind ``context`` cached ones.
+
+    ``logits`` tokens are projected to the vocabulary.
+    """
+    c = _text(vlm)
+    d, q, kv = int(c["hidden_size"]), *_heads(c)
+    per_layer = (
+        _dense(tokens, d, q) * 2 + _dense(tokens, d, kv) * 2 + _dense(tokens, d, int(c["intermediate_size"])) * 3
+    )
+    layers = int(c["num_hidden_layers"])
+    return Flops(
+        layers * per_layer + _dense(logits, d, int(c["vocab_size"])),
+        layers * _attention(tokens, context + tokens, q),
+    )
+
+
+def completion_flops(vlm: Architecture, tokens: VlmTokens, new: int) -> Flops:
+    """Return a learner's forward over a prompt and its completion of ``new`` tokens, vision tower included."""
+    return vision_flops(vlm, tokens) + language_flops(vlm, tokens.prompt + new, new)
+
+
+def generate_flops(vlm: Architecture, tokens: VlmTokens, new: int, completions: int = 1) -> Flops:
+    """Return an engine's work for ``completions`` completions of ``new`` tokens of one prompt, which it reads once."""
+    once = vision_flops(vlm, tokens) + language_flops(vlm, tokens.prompt, 1)
+    decode = language_flops(vlm, new, new, context=tokens.prompt)
+    return once + Flops(decode.linear, decode.attention) * completions
+
+
+def kv_cache_bytes(vlm: Architecture, tokens: int, element: int = 2) -> int:
+    """Return the bytes of keys and values of ``tokens`` tokens in all layers."""
+    c = _text(vlm)
+    return 2 * int(c["num_hidden_layers"]) * _heads(c)[1] * tokens * element
+
+
+def _text(vlm: Architecture) -> Mapping[str, Any]:
+    config = vlm.components["model"]  # Qwen2.5-VL was published with its language model's keys at the top
+    return config.get("text_config", config)
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the widths of queries and of keys."""
+    heads = int(config["num_attention_heads"])
+    size = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    return heads * size, int(config.get("num_key_value_heads") or heads) * size
+
+
+# --- the scorer ------------------------------------------------------------------------------------------------------
+
+
+def clip_image_flops(clip: Architecture) -> Flops:
+    """Return one image's features."""
+    config = clip.components["model"]
+    v = config["vision_config"]
+    patches = (int(v["image_size"]) // int(v["patch_size"])) ** 2
+    embed = _dense(patches, int(v.get("num_channels", 3)) * int(v["patch_size"]) ** 2, int(v["hidden_size"]))
+    return Flops(embed + _dense(1, int(v["hidden_size"]), int(config["projection_dim"]))) + _encoder(v, patches + 1)
+
+
+def clip_text_flops(clip: Architecture, tokens: int = 77) -> Flops:
+    """Return one caption's features."""
+    config = clip.components["model"]
+    t = config["text_config"]
+    return Flops(_dense(1, int(t["hidden_size"]), int(config["projection_dim"]))) + _encoder(t, tokens)
+
+
+def _encoder(c: Mapping[str, Any], tokens: int) -> Flops:
+    d = int(c["hidden_size"])
+    per_layer = _dense(tokens, d, d) * 4 + _dense(tokens, d, int(c["intermediate_size"])) * 2
+    return Flops(per_layer, _attention(tokens, tokens, d)) * int(c["num_hidden_layers"])
+
+
+# --- bytes of a learner ----------------------------------------------------------------------------------------------
+
+
+def lora_parameters(model: Architecture, rank: int) -> int:
+    """Return the size of an adapter on the default targets (Wan transformer, or language model of a VLM)."""
+    if model.role == "vdm":
+        c = model.components["transformer"]
+        d, ffn = _width(c), int(c["ffn_dim"])
+        return int(c["num_layers"]) * rank * (8 * 2 * d + 2 * (d + ffn))
+    c = _text(model)
+    d, q, kv, ffn = int(c["hidden_size"]), *_heads(c), int(c["intermediate_size"])
+    return int(c["num_hidden_layers"]) * rank * (2 * (d + q) + 2 * (d + kv) + 3 * (d + ffn))
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Memory of one learner rank by what it is for, in bytes."""
+
+    parameters: float  # its shard, float32
+    gathered: float  # the units that are whole at once, in the compute dtype
+    gradients: float
+    optimizer: float  # AdamW: two moments, float32
+    reference: float  # a frozen copy, where full weights are trained with a KL
+    activations: float  # what the backward pass reads
+
+    @property
+    def total(self) -> float:
+        """All of it; the allocator's fragments and the libraries' workspaces come on top."""
+        return self.parameters + self.gathered + self.gradients + self.optimizer + self.reference + self.activations
+
+
+def learner_bytes(
+    model: Architecture,
+    *,
+    tokens: int,
+    parameters: int,
+    lora_rank: int,
+    ranks: int = 1,
+    element: int = 2,
+    checkpointing: bool = True,
+    logits: int = 0,
+    passes: int = 1,
+    kl: bool = False,
+    text: int = WAN_TEXT_TOKENS,
+) -> TrainingBytes:
+    """Return the memory of one rank of a learner group for a micro-batch.
+
+    Args:
+        tokens: of the micro-batch in the Wan transformer, or in the language model (prompts and completions).
+        parameters: of the trained module (``Architecture.parameters``).
+        lora_rank: 0 trains all weights.
+        ranks: that the parameters are sharded over.
+        element: bytes of the compute dtype, 2 or 4.
+        checkpointing: only the blocks' inputs are kept, and one block at a time is computed anew.
+        logits: completion tokens of the micro-batch (VLM).
+        passes: window steps whose graphs are alive together (VDM).
+        kl: whether a reference is needed; the adapter's is free.
+        text: caption tokens of the micro-batch (VDM).
+    """
+    trained = lora_parameters(model, lora_rank) if lora_rank else parameters
+    stored = parameters + (trained if lora_rank else 0)
+    if model.role == "vdm":
+        c = model.components["transformer"]
+        d, layers = _width(c), int(c["num_layers"])
+        block = _wan_block_bytes(d, int(c["ffn_dim"]), tokens, text, element, bool(lora_rank))
+        shared = 6 * d * tokens * element + 2 * d * tokens * element  # per-token modulation, embedding and output
+        unit = parameters / (layers + 1)
+        head = 0.0
+    else:
+        c = _text(model)
+        d, layers = int(c["hidden_size"]), int(c["num_hidden_layers"])
+        block = _language_block_bytes(c, tokens, element, bool(lora_rank))
+        shared = 2.0 * d * tokens * element
+        unit = int(c["vocab_size"]) * d  # the embedding, gathered with the root
+        # Logits as the model gives them and gathered, then in float32: biased, tempered, their exponentials, gradients.
+        head = float(logits * int(c["vocab_size"]) * (2 * element + 4 * 4))
+    kept = layers * (d * tokens * element if checkpointing else block) + (block if checkpointing else 0)
+    return TrainingBytes(
+        parameters=4.0 * stored / ranks,
+        gathered=2.0 * element * unit if ranks > 1 or element != 4 else 0.0,
+        gradients=4.0 * trained / ranks,
+        optimizer=8.0 * trained / ranks,
+        reference=4.0 * parameters / ranks if kl and not lora_rank else 0.0,
+        activations=passes * (kept + shared) - (passes - 1) * (block if checkpointing else 0) + head,
+    )
+
+
+def _wan_block_bytes(d: int, ffn: int, tokens: int, text: int, element: int, lora: bool) -> float:
+    """Return what autograd keeps of one Wan block: fp32 norms and modulation, projections' inputs, q, k, v and output."""
+    float32 = (14 if lora else 20) * 4 * d
+    own = (9 if lora else 10) * element * d + 2 * element * ffn
+    return tokens * (float32 + own) + text * d * (4 * (1 if lora else 2) + 3 * element)
+
+
+def _language_block_bytes(c: Mapping[str, Any], tokens: int, element: int, lora: bool) -> float:
+    """Return what autograd keeps of one decoder layer."""
+    d, q, kv, ffn = int(c["hidden_size"]), *_heads(c), int(c["intermediate_size"])
+    own = element * ((2 if lora else 4) * d + 2 * q + 2 * kv + 4 * ffn) + 8 * d
+    if "head_dim" in c:  # Qwen3 normalises queries and keys in float32
+        own += (4 if lora else 4 + element) * (q + kv)
+    return float(tokens * own)
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _width(transformer: Mapping[str, Any]) -> int:
+    return int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])
+
+
+def _dense(tokens: int, into: int, out: int) -> float:
+    return 2.0 * tokens * into * out
+
+
+def _conv(cells: int, into: int, out: int, kernel: int) -> Flops:
+    return Flops(2.0 * cells * into * out * kernel)
+
+
+def _attention(queries: int, keys: int, width: int) -> float:
+    return 4.0 * queries * keys * width
+
+
+def _pieces(length: int, side: int) -> list[int]:
+    """Return the lengths of the windows of ``side`` that cover ``length``."""
+    return [side] * (length // side) + ([length % side] if length % side else [])

@@ -1,0 +1,158 @@
+"""The arithmetic of ``cost`` against torch's own count on the meta device, at real size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from actors.architectures import Architecture, architecture, cost
+from actors.vdm.conditioning import geometry_of
+from pipeline.models import ASSETS
+
+WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+WAN14 = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+PAPER = (33, 352, 640, 6)  # frames, height, width, reference frames
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def counted(run: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+def vdm(name: str) -> Architecture:
+    return architecture(ASSETS / "vdm" if name == "tiny" else name, "vdm")
+
+
+@pytest.mark.parametrize(
+    ("name", "clip"),
+    [
+        (WAN, PAPER),
+        (WAN, (33, 352, 640, 0)),
+        (WAN, (81, 480, 832, 6)),
+        (WAN14, PAPER),
+        ("tiny", (9, 32, 32, 2)),
+    ],
+)
+def test_wan_transformer(name: str, clip: tuple[int, int, int, int]) -> None:
+    model = vdm(name)
+    module: Any = model.meta("transformer")
+    *size, references = clip
+    channels, frames, rows, columns = cost.latent_shape(model, *size)
+    # The policy's own geometry agrees on latents and tokens.
+    geometry = geometry_of(module, {"scale_factor_spatial": 8, "scale_factor_temporal": 4, **model.components["vae"]})
+    assert geometry.latent_shape(*size, references) == (channels, frames, rows, columns)
+    tokens = cost.vdm_tokens(model, *clip)
+    sequence = (frames + references) * (rows // 2) * (columns // 2)
+    assert tokens.total == sequence and tokens.reference * frames == tokens.target * references
+    times = meta(1, sequence) if references else meta(1)
+    text = meta(1, tokens.text, module.config.text_dim)
+    latents = meta(1, channels, frames + references, rows, columns)
+    real = counted(lambda: module(latents, times, text, return_dict=False))
+    assert cost.transformer_flops(model, tokens).total == pytest.approx(real, rel=0.02)
+
+
+def test_the_papers_clip_is_13200_tokens() -> None:
+    tokens = cost.vdm_tokens(vdm(WAN), *PAPER)
+    assert (tokens.reference, tokens.target) == (6 * 22 * 40, 9 * 22 * 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [(WAN, (33, 352, 640)), (WAN, (1, 352, 640)), (WAN, (17, 480, 832)), ("tiny", (9, 32, 32))]
+)
+def test_vae(name: str, size: tuple[int, int, int]) -> None:
+    model = vdm(name)
+    module: Any = model.meta("vae")
+    encode = counted(lambda: module.encode(meta(1, 3, *size)))
+    decode = counted(lambda: module.decode(meta(1, *cost.latent_shape(model, *size))))
+    assert cost.encode_flops(model, *size).total == pytest.approx(encode, rel=0.02)
+    assert cost.decode_flops(model, *size).total == pytest.approx(decode, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [(WAN, 40), (WAN, 512), ("tiny", 12)])
+def test_text_encoder(name: str, tokens: int) -> None:
+    model = vdm(name)
+    module = model.meta("text_encoder")
+    real = counted(lambda: module(meta(1, tokens, dtype=torch.long)))
+    assert cost.text_encoder_flops(model, tokens).total == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", (16, 252, 448)),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", (9, 280, 504)),
+        ("Qwen/Qwen3-VL-4B-Instruct", (16, 256, 448)),
+        ("tiny", (9, 32, 32)),
+    ],
+)
+def test_vlm(name: str, frames: tuple[int, int, int]) -> None:
+    model = architecture(ASSETS / "vlm" if name == "tiny" else name, "vlm")
+    module: Any = model.meta("model")
+    tokens = cost.vlm_tokens(model, *frames, text=90)
+    vision = model.components["model"]["vision_config"]
+    pixels = 3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+    grid = torch.tensor([tokens.grid])  # read as numbers, so not on the meta device
+    real = counted(lambda: _vision(module.model.visual, meta(tokens.patches, pixels), grid))
+    assert cost.vision_flops(model, tokens).total == pytest.approx(real, rel=0.02)
+    width = module.config.text_config.hidden_size
+    length, new = tokens.prompt + 200, 200
+
+    def language() -> None:
+        positions = meta(3, 1, length, dtype=torch.long)
+        hidden = module.model.language_model(
+            inputs_embeds=meta(1, length, width), position_ids=positions, use_cache=False
+        ).last_hidden_state
+        module.lm_head(hidden[:, -new:])
+
+    real += counted(language)
+    assert cost.completion_flops(model, tokens, new).total == pytest.approx(real, rel=0.02)
+
+
+def _vision(tower: Any, pixels: torch.Tensor, grid: torch.Tensor) -> Any:
+    """The tower on the meta device; what it reads from the grid alone is computed beforehand, on the CPU."""
+    from transformers import vision_utils
+
+    merge, config = tower.spatial_merge_size, tower.config
+    ready = {"position_ids": vision_utils.get_vision_position_ids(grid, merge).to("meta")}
+    ready["cu_seqlens"], _ = vision_utils.get_vision_attention_seqlens(grid, config)
+    if hasattr(tower, "window_size"):
+        ready["window_index"], ready["cu_window_seqlens"] = vision_utils.get_vision_window_index(
+            grid, spatial_merge_size=merge, window_size=tower.window_size, patch_size=tower.patch_size
+        )
+        ready["window_index"] = ready["window_index"].to("meta")
+    else:
+        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        ready |= {"interp_indices": indices.to("meta"), "interp_weights": weights.to("meta")}
+    return tower(pixels, grid, **ready)
+
+
+def test_qwen_prompts_have_the_tokens_that_the_processor_makes() -> None:
+    """28 pixels per token of Qwen2.5-VL, 32 of Qwen3-VL, two frames each: arXiv 2502.13923, section 2.1."""
+    qwen25 = architecture("Qwen/Qwen2.5-VL-3B-Instruct", "vlm")
+    assert cost.vlm_tokens(qwen25, 16, 252, 448, 0).video == 8 * 9 * 16
+    assert cost.vlm_tokens(qwen25, 9, 352, 640, 0).grid == (5, 26, 46)  # odd frames and sides are rounded
+    assert cost.vlm_tokens(architecture("Qwen/Qwen3-VL-4B-Instruct", "vlm"), 16, 256, 448, 0).video == 8 * 8 * 14
+
+
+def test_clip() -> None:
+    model = architecture("openai/clip-vit-large-patch14", "clip")
+    module: Any = model.meta("model")
+    image = counted(lambda: module.get_image_features(meta(1, 3, 224, 224)))
+    text = counted(lambda: module.get_text_features(meta(1, 77, dtype=torch.long)))
+    assert cost.clip_image_flops(model).total == pytest.approx(image, rel=0.02)
+    assert cost.clip_text_flops(model).total == pytest.approx(text, rel=0.02)
