@@ -16,7 +16,11 @@ from pipeline.config.load import find_config, to_yaml
 from pipeline.fleet import LEARNER, POOLS, placement_plan
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "cluster" / "manifests" / "examples"
-EXAMPLE_RUNS: tuple[tuple[str, tuple[Kind, ...]], ...] = (("toy", ("rayjob", "slurm", "launcher")),)
+EXAMPLE_RUNS: tuple[tuple[str, tuple[Kind, ...]], ...] = (
+    ("vans_paper", ("rayjob",)),
+    ("vans_8gpu", ("rayjob", "slurm", "launcher")),
+    ("vans_2node", ("rayjob", "slurm")),
+)
 
 _SEPARATE: tuple[Kind, ...] = ("rayjob", "raycluster")
 """Kinds whose nodes differ: each group of workers stands on nodes made for it, found by their label."""

