@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import ports
 from cluster.errors import VansError
 from cluster.resources import ClusterView, view
 
@@ -125,7 +126,7 @@ def join(address: str, *, token: bool = False) -> Iterator[Session]:
 
     where = resolve_address(address, {})
     if where is None:
-        raise ClusterError(f"Ray address {address!r}: give host:port (the head's, usually 6379) or auto")
+        raise ClusterError(f"Ray address {address!r}: give host:port (the head's, usually {ports.GCS}) or auto")
     if ray.is_initialized():  # it is not ours to end
         mine = ray.get_runtime_context().gcs_address
         if where not in (mine, "auto"):
@@ -161,12 +162,12 @@ def resolve_address(address: str | None, environ: Mapping[str, str]) -> str | No
     if where.startswith(("http://", "https://")):
         raise ClusterError(
             f"{source}={where} is a dashboard's address, which takes jobs: `ray job submit --address {where} "
-            "--working-dir . -- python -m pipeline train …`. To join the cluster from here give host:6379, or auto on "
+            f"--working-dir . -- python -m pipeline train …`. To join the cluster from here give host:{ports.GCS}, or auto on "
             "its own machine."
         )
     if where.startswith("ray://"):
         raise ClusterError(
-            f"{source}={where}: Ray Client cannot host a run; use `ray job submit`, or host:6379 on one of its nodes"
+            f"{source}={where}: Ray Client cannot host a run; use `ray job submit`, or host:{ports.GCS} on one of its nodes"
         )
     return where
 
@@ -245,7 +246,7 @@ def _join(address: str, options: dict[str, Any]) -> None:
     mode: AbstractContextManager[None] = nullcontext()
     if address != "auto":
         if not host or not port.isdigit():
-            raise ClusterError(f"Ray address {address!r}: give host:port (the head's, usually 6379), auto or local")
+            raise ClusterError(f"Ray address {address!r}: give host:port (the head's, usually {ports.GCS}), auto or local")
         _require_answer(address)  # Ray itself keeps trying for minutes
         if host in ("localhost", "127.0.0.1") and _unreachable(get_node_ip_address(), int(port)):
             mode = _loopback()  # Ray would replace the loopback address by one at which a private head does not listen

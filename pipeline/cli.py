@@ -13,6 +13,9 @@ import typer
 from rich.console import Console
 
 from cluster.errors import VansError
+from cluster.manifests.run import Site
+
+_SITE = Site()  # the defaults of `vans manifests`
 
 EXIT_USER_ERROR = 2
 PLAN_WIDTH = 150
@@ -109,6 +112,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in its folder from its last checkpoint.")
     ] = False,
+    resume_if_any: Annotated[
+        bool,
+        typer.Option(
+            "--resume-if-any",
+            help="Continue the run if its folder has a checkpoint, else start it: for a job that may be queued again.",
+        ),
+    ] = False,
 ) -> None:
     """Run Joint-GRPO: stage 1 tunes the thinker through the frozen artist, stage 2 the artist against the frozen thinker.
 
@@ -116,13 +126,13 @@ def train(
     `ray job submit --working-dir . -- python -m pipeline train toy`
     """
     from pipeline.config import load_config
-    from pipeline.train import print_plan, run_training
+    from pipeline.train import has_checkpoint, print_plan, run_training
 
     run = load_config(config, overrides or [])
     if dry_run:
         print_plan(run)
     else:
-        run_training(run, resume=resume)
+        run_training(run, resume=resume or (resume_if_any and has_checkpoint(run)))
 
 
 @app.command()
@@ -221,6 +231,48 @@ def scale(
     with open_run(run, address) as client:
         for line in client.scale(wanted, timeout).lines():
             Console(soft_wrap=True).print(line, highlight=False, markup=False)
+
+
+@app.command()
+def manifests(
+    config: Config,
+    overrides: Overrides = None,
+    kind: Annotated[str, typer.Option(help="`rayjob`, `raycluster`, `slurm` or `launcher`.")] = "rayjob",
+    out: Out = Path("manifests"),
+    image: Annotated[str, typer.Option(help="Container image, built from `cluster/Dockerfile`.")] = _SITE.image,
+    namespace: Annotated[str, typer.Option(help="Kubernetes namespace.")] = _SITE.namespace,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = _SITE.gpus_per_node,
+    memory_per_gpu: Annotated[
+        int, typer.Option(min=1, help="Host memory of a pod for each of its GPUs, in GiB.")
+    ] = _SITE.memory_per_gpu_gib,
+    shared: Annotated[str, typer.Option(help="Where storage that all nodes see is mounted.")] = _SITE.shared,
+    storage: Annotated[str, typer.Option(help="Size of that storage in Kubernetes.")] = _SITE.storage,
+    growth: Annotated[
+        int, typer.Option(min=1, help="How many times its planned workers a pool may grow to.")
+    ] = _SITE.growth,
+    time_limit: Annotated[str, typer.Option(help="Time limit of the Slurm job.")] = _SITE.time_limit,
+) -> None:
+    """Write what puts a run on a cluster: KubeRay manifests, a Slurm script, or a file for Ray's cluster launcher (docs/cluster.md).
+
+    Examples: `vans manifests vans_8gpu --image registry.example/vans:gpu --out k8s`, `vans manifests run.yaml --kind slurm`
+    """
+    from cluster.manifests import KINDS
+    from pipeline.manifests import write_manifests
+
+    if kind not in KINDS:
+        raise typer.BadParameter(f"{kind!r} is none of {', '.join(KINDS)}", param_hint="--kind")
+    site = Site(
+        image=image,
+        namespace=namespace,
+        gpus_per_node=gpus_per_node,
+        memory_per_gpu_gib=memory_per_gpu,
+        shared=shared.rstrip("/"),
+        storage=storage,
+        growth=growth,
+        time_limit=time_limit,
+    )
+    for path in write_manifests(config, overrides or [], kind, out, site):  # type: ignore[arg-type]
+        Console(soft_wrap=True).print(f"wrote {path}", highlight=False, markup=False)
 
 
 @app.command()

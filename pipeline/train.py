@@ -105,6 +105,11 @@ def stopped_message(config: RunConfig, stop: StopRequest) -> str:
     return f"stopped by {stop.name}; {newest} is kept. Go on with: {resume_command(config)}"
 
 
+def has_checkpoint(config: RunConfig) -> bool:
+    """Return whether the folder of ``config`` holds a checkpoint, whole or not."""
+    return bool(CheckpointStore(config.out / "checkpoints", config.checkpoint.keep).paths())
+
+
 def print_plan(config: RunConfig) -> None:
     """Print the resolved configuration and what it asks of the cluster."""
     console = Console()
