@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,43 @@ class Architecture:
             for name, parameter in module.named_parameters():
                 if kept & set(name.split(".")):
                     parameter.data = parameter.data.to(torch.float32)
+        return module.eval()
+
+    def random(
+        self, component: str, dtype: torch.dtype | None = None, device: str = "cpu", scale: float = 0.5, seed: int = 0
+    ) -> nn.Module:
+        """Return ``component`` with weights that are cheap to make, finite in use and good for nothing but measuring.
+
+        Matrices hold uniform values within ``scale`` / sqrt(fan-in), repeated from one block of a million; norms are 1,
+        biases 0. Buffers, such as rotary frequencies, are the real ones. ``dtype`` as in :meth:`meta`.
+        """
+        import torch
+
+        module = _build(self.role, component, self._config(component), real_buffers=True)
+        kept = (
+            set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype not in (None, torch.float32) else set()
+        )
+        names = {id(p): name for name, p in module.named_parameters()}
+        block = torch.rand((1 << 20) + 7, generator=torch.Generator().manual_seed(seed)).to(device) * 2 - 1
+
+        def fill(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_meta:
+                return tensor.to(device)
+            name = names[id(tensor)]
+            kind = torch.float32 if kept & set(name.split(".")) else dtype
+            values = torch.empty(tensor.shape, dtype=kind, device=device)
+            flat = values.view(-1)
+            if tensor.dim() < 2:
+                return values.fill_(1.0 if name.endswith(("weight", "gamma")) else 0.0)
+            bound = scale / math.sqrt(tensor[0].numel())
+            for start in range(0, len(flat), len(block)):
+                piece = flat[start : start + len(block)]
+                piece.copy_(block[: len(piece)] * bound)
+            return values
+
+        module._apply(fill)
+        if hasattr(module, "tie_weights"):
+            module.tie_weights()
         return module.eval()
 
     def parameters(self, component: str) -> int:
@@ -148,11 +186,12 @@ def _count(role: Role, component: str, config: str) -> int:
     return sum(parameter.numel() for parameter in _build(role, component, json.loads(config)).parameters())
 
 
-def _build(role: Role, component: str, config: dict[str, Any]) -> nn.Module:
-    """Return the module of ``config`` on the meta device, in float32."""
+def _build(role: Role, component: str, config: dict[str, Any], real_buffers: bool = False) -> nn.Module:
+    """Return the module of ``config`` with float32 parameters, and unless ``real_buffers`` all else, on the meta device."""
     import torch
+    from accelerate import init_empty_weights
 
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta"):
         if role == "vlm":
             from transformers import AutoConfig, AutoModelForImageTextToText
 

@@ -81,6 +81,13 @@ def unit_names(module: nn.Module, units: Iterable[nn.Module]) -> list[str]:
     return names
 
 
+def checkpoint_units(module: nn.Module, names: Iterable[str]) -> None:
+    """Let the submodules ``names`` keep only their inputs for the backward pass, which then runs them once more."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, checkpoint_wrapper(module.get_submodule(name)))
+
+
 def shard(
     module: nn.Module,
     units: Iterable[nn.Module],
@@ -98,9 +105,7 @@ def shard(
     """
     names = unit_names(module, units)
     if checkpointing:
-        for name in names:
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, checkpoint_wrapper(module.get_submodule(name)))
+        checkpoint_units(module, names)
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

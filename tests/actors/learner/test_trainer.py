@@ -225,6 +225,32 @@ def test_guided_policy_starts_from_a_ratio_of_one_and_repeats_the_sampler(
     assert report.common["grad_norm"] > 0 and report.sums["kl"] > 0
 
 
+def test_a_bfloat16_learner_hands_its_network_what_the_sampler_hands_it(
+    mesh: DeviceMesh, guided: tuple[VdmPolicy, list[VdmExperience]], tiny_vdm_dir: Path
+) -> None:
+    """Its parameters are float32, so the dtype of their compute must be told; what is learnt from stays float32."""
+    _, items = guided
+    policy = VdmPolicy.load(tiny_vdm_dir, lora=LORA)
+    batch = policy.collate(items)
+    assert policy.compute_dtype == torch.float32
+    with torch.no_grad():
+        exact = policy.forward(batch)
+    Trainer(policy, replace(SPEC, kind="vdm", dtype="bfloat16"), mesh, torch.device("cpu"))
+    seen = []
+    policy.module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((kwargs["hidden_states"].dtype, kwargs["encoder_hidden_states"].dtype)),
+        with_kwargs=True,
+        prepend=True,  # before FSDP's own casting
+    )
+    out = policy.forward(batch)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert (batch.before.dtype, batch.after.dtype, batch.sigmas.dtype) == (torch.float32,) * 3
+    assert out.mean is not None and out.std is not None and exact.mean is not None
+    assert (out.logprobs.dtype, out.mean.dtype, out.std.dtype) == (torch.float32,) * 3
+    assert (out.mean != out.mean.bfloat16().float()).float().mean() > 0.9  # not rounded on the way
+    torch.testing.assert_close(out.mean, exact.mean, rtol=0, atol=0.05)
+
+
 def test_unguided_learner_would_not_repeat_a_guided_sampler(guided: tuple[VdmPolicy, list[VdmExperience]]) -> None:
     policy, items = guided
     blind = [replace(i, trajectory=replace(i.trajectory, guidance=1.0)) for i in items]
