@@ -32,6 +32,8 @@ def test_the_worker_follows_the_protocol_and_scores_as_the_scorer_does(worker, c
     expected = Scorer(clip).score(requests)
     assert all(isinstance(o, Ok) for o in outcomes)
     assert [o.value for o in outcomes] == [o.value for o in expected]
+    assert ray.get(worker.rest.remote(), timeout=30) >= 0  # gives up what memory it can, and wakes for the next request
+    assert [o.value for o in ray.get(worker.process.remote(requests), timeout=60)] == [o.value for o in expected]
     assert ray.get(worker.load_weights.remote(3, None), timeout=30) == 3
     assert ray.get(worker.weights_hash.remote(), timeout=30) == f"{clip.parameter_hash()}:3"
     assert ray.get(worker.ping.remote(), timeout=30) == "reward-0"
