@@ -37,6 +37,9 @@ _FORWARDED = (
     "VLLM_LOGGING_LEVEL",
     "VLLM_CPU_KVSPACE",
     "VANS_STRICT_METRICS",
+    "AWS_ENDPOINT_URL",  # where S3 is, not who asks: credentials are the nodes' own
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
 )
 """Switches of the driver that workers on other nodes are to have too."""
 

@@ -23,6 +23,7 @@ from pipeline.config.machinery import (
 )
 from pipeline.config.stages import GreedyTextSection, RenderSection, Stage1Section, Stage2Section
 from pipeline.config.training import SftSection
+from pipeline.location import LocalPath, Location
 
 
 class ModelsSection(Section):
@@ -68,8 +69,13 @@ class VideoSection(Section):
 class DataSection(Section):
     """Parquet shards of VNEP samples (see docs/data.md for the columns)."""
 
-    train: Path = Field(Path("data/toy/train"), description="Folder of Parquet shards to train on.")
-    eval: Path = Field(Path("data/toy/test"), description="Folder of Parquet shards to evaluate on; never trained on.")
+    train: Location = Field(
+        Path("data/toy/train"),
+        description="Folder of Parquet shards to train on: a path, or a URI such as s3://bucket/folder.",
+    )
+    eval: Location = Field(
+        Path("data/toy/test"), description="Folder of Parquet shards to evaluate on, path or URI; never trained on."
+    )
     seed: int = Field(0, description="Seed of the sample order; the order is a pure function of (seed, epoch).")
     max_quarantine_ratio: Fraction = Field(0.05, description="Share of undecodable rows above which the run stops.")
     decoders: Positive = Field(1, description="Ray Data workers that decode video.")
@@ -98,7 +104,10 @@ class RunConfig(Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run.")
     seed: int = Field(0, description="Seed of everything sampled.")
-    out: Path = Field(Path("runs/run"), description="Folder the run writes to.")
+    out: LocalPath = Field(
+        Path("runs/run"),
+        description="Folder the run writes to, on this machine; checkpoint.mirror copies it to a store.",
+    )
     deterministic: bool = Field(
         False,
         description="Compute every answer of a pool alone, so that no figure depends on what else was waiting: the same run, killed "
