@@ -23,7 +23,7 @@ from pipeline.config.machinery import (
 )
 from pipeline.config.stages import GreedyTextSection, RenderSection, Stage1Section, Stage2Section
 from pipeline.config.training import SftSection
-from pipeline.location import LocalPath, Location
+from pipeline.location import LocalPath, Location, Uri, opened
 
 
 class ModelsSection(Section):
@@ -131,6 +131,17 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     alarms: AlarmsSection = Field(default_factory=AlarmsSection)
+
+    @model_validator(mode="after")
+    def _mirror_elsewhere(self) -> RunConfig:
+        mirror = self.checkpoint.mirror
+        if isinstance(mirror, Uri) and mirror.scheme == "file":
+            mirror = Path(opened(mirror)[1])
+        if isinstance(mirror, Path) and (mirror.resolve() == self.out.resolve()):
+            raise ValueError(
+                f"checkpoint.mirror={mirror} is the run's own folder (out): name another place, best on another machine"
+            )
+        return self
 
     @model_validator(mode="after")
     def _determinism(self) -> RunConfig:

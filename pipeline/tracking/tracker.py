@@ -287,6 +287,12 @@ def location(out: Path, section: TrackingSection) -> tuple[str, Path | None]:
     return uri, Path(database).parent / "mlartifacts" if scheme == "sqlite" else None
 
 
+def has_store(out: Path, section: TrackingSection) -> bool:
+    """Return whether the tracking store of a job is there, as far as that can be told without asking a server."""
+    scheme, _, database = location(out, section)[0].partition(":///")
+    return scheme != "sqlite" or Path(database).is_file()
+
+
 def _strict() -> bool:
     return os.environ.get(STRICT_VARIABLE) == "1"
 
