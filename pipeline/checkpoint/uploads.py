@@ -31,7 +31,8 @@ class DeadlineError(StorageError):
 class Uploads:
     """The uploads of one run to ``mirror`` (None: nothing is sent); ``limit`` failures in a row end it (checkpoint.max_failures).
 
-    ``timeout_s`` bounds one checkpoint's upload. The thread is a daemon: a store that never answers cannot keep the process.
+    ``timeout_s`` bounds one checkpoint's upload. The thread is a daemon, so that a store that never answers does not keep the
+    process for ever: at its end S3's client may still wait for its own time-outs, some minutes at most.
     """
 
     def __init__(self, mirror: Mirror | None = None, limit: int = 3, timeout_s: float = 900.0) -> None:
