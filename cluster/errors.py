@@ -25,6 +25,10 @@ class CheckpointWriteError(CheckpointError):
     """A checkpoint could not be written: the disk is full, a limit was reached, the device failed."""
 
 
+class StorageError(VansError):
+    """A store of data or checkpoints (S3, GCS, HDFS) that does not answer, or has no such bucket."""
+
+
 class PlacementError(VansError):
     """The cluster has no room for what the configuration asks for."""
 

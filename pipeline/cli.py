@@ -62,11 +62,24 @@ data = typer.Typer(
 )
 app.add_typer(data, name="data")
 
+
+def _local(text: str) -> Path:
+    from pipeline.location import local_path
+
+    return local_path(text)
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides such as `stage1.rollout.group_size=4`.", metavar="[KEY=VALUE]…")
 ]
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled run such as `toy`.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
+Out = Annotated[Path, typer.Option("--out", parser=_local, metavar="PATH", help="Folder to write to.")]
+DataOut = Annotated[
+    str,
+    typer.Option(
+        "--out", metavar="PATH|URI", help="Folder to write to, or a URI such as `s3://bucket/folder` (docs/data.md)."
+    ),
+]
 
 
 def main() -> None:
@@ -283,8 +296,13 @@ def sft(
         list[str] | None,
         typer.Argument(help="Overrides such as `sft.vlm.steps=2000`.", metavar="[KEY=VALUE]…"),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of Parquet shards; default: the configuration's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the configuration's.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH|URI", help="Folder of Parquet shards; default: the configuration's.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=_local, metavar="PATH", help="Folder to write to; default: the configuration's."),
+    ] = None,
 ) -> None:
     """Fine-tune one model on (question, clip, answer) data, on Ray Train with FSDP2. Comes before `vans train`.
 
@@ -294,11 +312,13 @@ def sft(
     `vans sft vdm run.yaml sft.vdm.epochs=2 learner.ranks=8 learner.gpus=1`, then `vans train run.yaml models.vlm=runs/sft-vlm`
     """
     from pipeline.config import load_config
+    from pipeline.location import parse_location
     from pipeline.sft.command import run_configured_sft
 
     if kind not in ("vlm", "vdm"):
         raise typer.BadParameter(f"{kind!r} is neither vlm nor vdm", param_hint="KIND")
-    run_configured_sft(load_config(config, overrides or []), kind, data=data, out=out)  # type: ignore[arg-type]
+    shards = None if data is None else parse_location(data)
+    run_configured_sft(load_config(config, overrides or []), kind, data=shards, out=out)  # type: ignore[arg-type]
 
 
 @app.command()
@@ -429,7 +449,7 @@ def answer(
 
 @data.command("toy")
 def data_toy(
-    out: Out = Path("data/toy"),
+    out: DataOut = "data/toy",
     train: Annotated[int, typer.Option(help="Training samples.")] = 1024,
     test: Annotated[int, typer.Option(help="Test samples, and as many for validation.")] = 256,
     sft: Annotated[int, typer.Option(help="Samples of `sft` and of `artist`, which `vans sft` is for.")] = 0,
@@ -440,11 +460,12 @@ def data_toy(
     Examples: `vans data toy --out data/toy --train 1024 --test 256 --seed 0`, `vans data toy --sft 2048`
     """
     from pipeline.data.toy.shards import write_toy
+    from pipeline.location import parse_location
 
     counts = write_toy(out, train=train, test=test, seed=seed, sft=sft, artist=sft)
     Console().print(
         f"wrote {', '.join(f'{count} {split}' for split, count in counts.items())} samples to {out}\n"
-        f"look at them with: vans data inspect {out}/train",
+        f"look at them with: vans data inspect {parse_location(out) / 'train'}",
         highlight=False,
         markup=False,
     )
@@ -452,9 +473,14 @@ def data_toy(
 
 @data.command("inspect")
 def data_inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder of Parquet shards.")],
+    folder: Annotated[str, typer.Argument(metavar="PATH|URI", help="Folder of Parquet shards.")],
     sheet: Annotated[
-        Path | None, typer.Option(help="Where to write the contact sheet; default: beside the shards.")
+        Path | None,
+        typer.Option(
+            parser=_local,
+            metavar="PATH",
+            help="Where to write the contact sheet; default: beside the shards, of a URI in the working directory.",
+        ),
     ] = None,
 ) -> None:
     """Print counts, kinds and sizes, and write a contact sheet.
@@ -486,8 +512,10 @@ def data_real_demo(
 @data.command("import-vans")
 def data_import_vans(
     csvs: Annotated[list[Path], typer.Argument(help="CSV files of VANS-Data-100K.")],
-    clips: Annotated[Path, typer.Option(help="Folder that the paths in the CSV are relative to.")],
-    out: Out,
+    clips: Annotated[
+        Path, typer.Option(parser=_local, metavar="PATH", help="Folder that the paths in the CSV are relative to.")
+    ],
+    out: DataOut,
 ) -> None:
     """Import VANS-Data-100K: `name, input_video_path, output_video_path, ENG_Instruction, ENG_GT_Caption` and a folder of clips.
 
@@ -501,8 +529,11 @@ def data_import_vans(
 @data.command("import-jsonl")
 def data_import_jsonl(
     manifest: Annotated[Path, typer.Argument(help="JSON lines: id, kind, question, caption, input, target.")],
-    clips: Annotated[Path, typer.Option(help="Folder that the paths in the manifest are relative to.")],
-    out: Out,
+    clips: Annotated[
+        Path,
+        typer.Option(parser=_local, metavar="PATH", help="Folder that the paths in the manifest are relative to."),
+    ],
+    out: DataOut,
 ) -> None:
     """Import a plain manifest of (input, next event) pairs (docs/data.md).
 

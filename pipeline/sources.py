@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cluster.errors import StorageError
 from pipeline.config import RunConfig
 from pipeline.data.source import SampleSource, VideoShape
 from pipeline.data.video import VideoLimits
@@ -26,23 +27,29 @@ def video_limits(config: RunConfig) -> VideoLimits:
 
 
 def training_source(config: RunConfig) -> SampleSource:
-    """Return the shuffled, endless source of training samples. Raises DataError for a folder without shards."""
-    return _source(config, config.data.train, shuffle=True)
+    """Return the shuffled, endless source of training samples.
+
+    Raises DataError for a folder without shards, StorageError for a store that cannot be used.
+    """
+    return _source(config, "train", shuffle=True)
 
 
 def evaluation_source(config: RunConfig) -> SampleSource:
     """Return the held-out samples in stored order."""
-    return _source(config, config.data.eval, shuffle=False)
+    return _source(config, "eval", shuffle=False)
 
 
-def _source(config: RunConfig, folder: object, *, shuffle: bool) -> SampleSource:
+def _source(config: RunConfig, key: str, *, shuffle: bool) -> SampleSource:
     data = config.data
-    return SampleSource(
-        str(folder),
-        video_shape(config),
-        seed=data.seed,
-        decoders=data.decoders,
-        max_quarantine_ratio=data.max_quarantine_ratio,
-        limits=video_limits(config),
-        shuffle=shuffle,
-    )
+    try:
+        return SampleSource(
+            getattr(data, key),
+            video_shape(config),
+            seed=data.seed,
+            decoders=data.decoders,
+            max_quarantine_ratio=data.max_quarantine_ratio,
+            limits=video_limits(config),
+            shuffle=shuffle,
+        )
+    except StorageError as error:
+        raise StorageError(f"data.{key}: {error}") from error

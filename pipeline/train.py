@@ -19,7 +19,17 @@ from actors.learner.trainable import LoraSpec
 from actors.records import Sample, derive_seed
 from actors.weights import BroadcastSpec
 from cluster.errors import CheckpointError, ConfigError, TrainingError
-from pipeline.checkpoint import Checkpoint, CheckpointStore, TrainState, WriteFailures, require_same_config
+from pipeline.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    Mirror,
+    TrainState,
+    Uploads,
+    WriteFailures,
+    newest_of_both,
+    require_same_config,
+    uploads_to,
+)
 from pipeline.config import RunConfig, to_yaml
 from pipeline.config.stages import Stage1Section, Stage2Section
 from pipeline.control.monitor import supervised_fleet
@@ -38,7 +48,7 @@ from pipeline.stages.loop import Learners, Stage, StageResult, StageStopped, Ste
 from pipeline.stages.recovery import Restarts, serve_restarted, train_with_restarts
 from pipeline.stages.stage1 import Stage1
 from pipeline.stages.stage2 import Stage2
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, has_store
 from rewards.alarms import AlarmState
 
 AnyStage = Stage1 | Stage2 | AllInOne
@@ -65,26 +75,33 @@ def run_training(
 ) -> RunReport:
     """Run both stages of ``config``; with ``evaluate`` the pair answers the held-out samples before and after.
 
-    Raises ConfigError, DataError, CheckpointError or PlacementError before anything is trained, TrainingError later;
-    RunStopped where SIGINT or SIGTERM ends it, after a checkpoint where a stage was being trained.
+    Raises ConfigError, DataError, StorageError, CheckpointError or PlacementError before anything is trained, TrainingError or
+    CheckpointWriteError later; RunStopped where SIGINT or SIGTERM ends it, after a checkpoint where a stage was being trained.
     """
     console = console or Console()
     require_trainable(config)
-    checkpoint = _starting_point(config, resume)
+    mirror = mirror_of(config)
+    checkpoint = _starting_point(config, resume, mirror)
     source = training_source(config)
     for role in ("vlm", "vdm", "clip"):
         resolve_model(getattr(config.models, role), role)  # type: ignore[arg-type]
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    if mirror is not None:
+        mirror.describe(to_yaml(config))
     run_ids = checkpoint.state.mlflow_run_ids if checkpoint else {}
+    if run_ids and not has_store(config.out, config.tracking):  # it stayed in the folder of another machine
+        console.print("this machine has not the MLflow store of the run: its curves begin anew", style="yellow")
+        run_ids = {}
     with (
         stop_on_signals(lambda stop: stopped_message(config, stop)) as stop,
         cluster_session(config),
         Tracker.start(config, resume_run_id=run_ids.get("parent")) as tracker,
+        uploads_to(mirror, config.checkpoint.max_failures, config.checkpoint.mirror_timeout_s, console) as uploads,
     ):
         tracker.log_dataset(config.data.train, source.digest, source.count)
         feed = SampleFeed(source, config.stage1.rollout.prompts_per_step)
-        run = _Run(config, tracker, console, feed, checkpoint, stop=stop)
+        run = _Run(config, tracker, console, feed, checkpoint, stop=stop, uploads=uploads)
         try:
             return stop.run(run.go(evaluate))
         except KeyboardInterrupt:
@@ -125,17 +142,29 @@ def print_plan(config: RunConfig) -> None:
         )
 
 
-def _starting_point(config: RunConfig, resume: bool) -> Checkpoint | None:
+def mirror_of(config: RunConfig) -> Mirror | None:
+    """Return the mirror that ``config`` copies its checkpoints to, None where it has none; nothing is opened."""
+    section = config.checkpoint
+    return None if section.mirror is None else Mirror(section.mirror, section.keep)
+
+
+def _starting_point(config: RunConfig, resume: bool, mirror: Mirror | None) -> Checkpoint | None:
     store = CheckpointStore(config.out / "checkpoints", config.checkpoint.keep)
     if not resume:
         if store.paths():
             raise ConfigError(
                 f"out={config.out} already holds a run; continue it with --resume, or choose another folder (out=…)"
             )
+        if mirror is not None:
+            mirror.require_unused()
         return None
-    checkpoint = store.latest()
+    if mirror is None:
+        checkpoint = store.latest()
+    else:
+        checkpoint = newest_of_both(store, mirror, [export_name(config, policy) for policy in ("vlm", "vdm")])
     if checkpoint is None:
-        raise CheckpointError(f"--resume: there is no checkpoint under {store.root}; start the run without --resume")
+        where = store.root if mirror is None else f"{store.root} or {mirror.root}"
+        raise CheckpointError(f"--resume: there is no checkpoint under {where}; start the run without --resume")
     require_same_config(checkpoint.state, config)
     return checkpoint
 
@@ -152,9 +181,11 @@ class _Run:
     report: RunReport = field(default_factory=RunReport)
     run_ids: dict[str, str] = field(default_factory=dict)
     stop: StopRequest = field(default_factory=StopRequest)
+    uploads: Uploads = field(default_factory=Uploads)
 
     def __post_init__(self) -> None:
-        self.store = CheckpointStore(self.config.out / "checkpoints", self.config.checkpoint.keep)
+        root = self.config.out / "checkpoints"
+        self.store = CheckpointStore(root, self.config.checkpoint.keep, self.uploads.in_use)
         self.failures = WriteFailures(self.store, self.config.checkpoint.max_failures)
 
     async def go(self, evaluate: bool) -> RunReport:
@@ -164,7 +195,9 @@ class _Run:
         state = self.checkpoint.state if self.checkpoint else None
         if state is not None:
             self.feed = SampleFeed(self.feed.source, self.feed.batch_size, FeedCursor.from_json(state.cursor))
-            self.run_ids |= state.mlflow_run_ids
+            if state.mlflow_run_ids.get("parent") == self.tracker.run_id:
+                self.run_ids |= state.mlflow_run_ids
+            self._offer_earlier(state)
         with self.console.status("starting the pools (vLLM engine, artist, scorers)"):
             samples = asyncio.create_task(asyncio.to_thread(load_samples, self.config)) if evaluate else None
             fleet_context = supervised_fleet(self.config)
@@ -190,6 +223,16 @@ class _Run:
             finally:
                 await fleet_context.__aexit__(None, None, None)
         return self.report
+
+    def _offer_earlier(self, state: TrainState) -> None:
+        """Send what a run that is continued may not have sent; what the mirror has already is not sent again."""
+        assert self.checkpoint is not None
+        kinds = STAGES[self.config.training]
+        for kind in kinds[: [each.name for each in kinds].index(state.stage)]:
+            for policy in kind.policies:
+                if (folder := self.config.out / export_name(self.config, policy)).is_dir():
+                    self.uploads.offer_export(folder)
+        self.uploads.offer(self.checkpoint.path)
 
     async def _answer(self, fleet: Fleet, system: str) -> None:
         started = time.monotonic()
@@ -266,6 +309,7 @@ class _Run:
                 async with at_rest(fleet):
                     await learners[policy].export(str(folder))
                 self.tracker.log_checkpoint(folder)
+                self.uploads.offer_export(folder)
             await serve_averages(stage, learners)
         return result
 
@@ -279,7 +323,9 @@ class _Run:
         what = f"{stage.name} after {step} steps"
         told = await self.failures.attempt(self._write(stage, learners, step, cursor, alarms), what, last=last)
         if told is None:
-            self.tracker.log_checkpoint(self.store.root / f"{stage.name}-step{step:06d}")
+            path = self.store.root / f"{stage.name}-step{step:06d}"
+            self.tracker.log_checkpoint(path)
+            self.uploads.offer(path)
         return told
 
     async def _write(
@@ -335,6 +381,8 @@ class _StepHook:
     progress: Any
     restarts: Restarts
     saved: int = -1  # the step of the last checkpoint
+    unsent: int = 0  # uploads to the mirror that have failed
+    sent: str = ""  # the newest checkpoint that is whole in the mirror
 
     async def __call__(self, report: StepReport) -> None:
         run, section, done = self.run, self.run.config, report.step + 1
@@ -354,6 +402,7 @@ class _StepHook:
         last = done == self.stage.section.steps or bool(watched.lasting)
         if last or (section.checkpoint.every and done % section.checkpoint.every == 0):
             await self.save(done, report.cursor, last=last)
+        self.tell_uploads(report.step)
         if watched.lasting:
             raise TrainingError(
                 f"{self.stage.name} stopped after {done} steps, because an alarm stood for {section.alarms.stop_after} steps in a "
@@ -369,6 +418,18 @@ class _StepHook:
             return
         self.progress.say(told, "bold yellow")
         self.run.tracker.log_metrics({"checkpoint/failed": float(self.run.failures.total)}, done - 1)
+
+    def tell_uploads(self, step: int) -> None:
+        """Tell what could not be sent to the mirror; raises CheckpointWriteError where that was once too often in a row."""
+        run, uploads = self.run, self.run.uploads
+        failed, sent = uploads.total, uploads.newest
+        if failed != self.unsent:
+            run.tracker.log_metrics({"checkpoint/mirror_failed": float(failed)}, step)
+        if sent != self.sent:
+            run.tracker.log_tags({"checkpoint.mirrored": sent})
+        self.unsent, self.sent = failed, sent
+        for line in uploads.news():
+            self.progress.say(line, "bold yellow")
 
     async def keep(self, stopped: StageStopped) -> None:
         """Write the checkpoint of a stage that was asked to stop, unless this very step has one."""

@@ -25,12 +25,28 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
     "VANS_STRICT_METRICS": "1",
+    # Whoever runs the tests may have credentials of their own, which are not for here.
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_EC2_METADATA_DISABLED": "true",
 }
 os.environ.update(ENVIRONMENT)
-for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "RAY_ADDRESS"):
+for _name in (
+    *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "RAY_ADDRESS"),
+    *(
+        "AWS_PROFILE",
+        "AWS_SESSION_TOKEN",
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_REGION",
+        "AWS_DEFAULT_REGION",
+    ),
+):
     os.environ.pop(_name, None)
 
 import pytest  # noqa: E402 - the environment comes first
+
+from tests.s3_server import S3Server  # noqa: E402
 
 RAY_SLOTS = 8
 """CPU slots of the tests' Ray: more than cores, because the tiny workers share them."""
@@ -77,6 +93,15 @@ def ray_alone(_ray_session: None) -> Iterator[None]:
     stop_ray()
     yield
     stop_ray()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """An S3-compatible server on loopback, in a process of its own; each test makes a bucket of its own."""
+    server = S3Server()
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

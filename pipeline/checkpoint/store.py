@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -48,13 +48,14 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, under ``root``; ``keep`` of each stage are kept."""
+    """The checkpoints of one run, under ``root``; ``keep`` of each stage are kept, and those that are ``in_use``."""
 
-    def __init__(self, root: str | Path, keep: int = 3) -> None:
+    def __init__(self, root: str | Path, keep: int = 3, in_use: Collection[Path] = ()) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint per stage has to be kept")
         self.root = Path(root)
         self.keep = keep
+        self.in_use = in_use
 
     @contextmanager
     def write(self, stage: str, step: int, state: TrainState | None = None) -> Iterator[Path]:
@@ -80,6 +81,24 @@ class CheckpointStore:
         except OSError as error:  # the new one is in its place all the same
             log.warning("an old checkpoint could not be removed: %s", error)
 
+    @contextmanager
+    def receive(self, name: str) -> Iterator[Path]:
+        """Yield an empty folder for a copy of the checkpoint ``name``; leaving the block verifies the copy and puts it in its place.
+
+        Raises CheckpointError where the copy is not whole; then, as after any exception, it is removed.
+        """
+        self._recover()
+        folder = self.root / f"{WRITING}{_PROCESS}-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+            self.load(folder)
+            self._place(folder, self.root / name)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
     def latest(self, stage: str | None = None) -> Checkpoint | None:
         """Return the newest undamaged checkpoint (of ``stage``), None where there is none at all.
 
@@ -101,20 +120,8 @@ class CheckpointStore:
     def load(self, path: str | Path) -> Checkpoint:
         """Verify the checkpoint at ``path`` against its manifest and return it; raises CheckpointError."""
         path = Path(path)
-        manifest = _read_manifest(path)
-        for name, entry in manifest["files"].items():
-            file = path / name
-            try:
-                if not file.is_file():
-                    raise CheckpointError(f"{path}: {name} is missing")
-                if not file.resolve().is_relative_to(path.resolve()):
-                    raise CheckpointError(f"{path}: {name} is a link that leads out of the checkpoint")
-            except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
-                raise CheckpointError(f"{path}: {name[:100]} is not a usable path: {error}") from error
-            if file.stat().st_size != entry["size"]:
-                raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes, the manifest {entry['size']}")
-            if _sha256(file) != entry["sha256"]:
-                raise CheckpointError(f"{path}: {name} differs from what was written (SHA-256)")
+        manifest = read_manifest(path)
+        verify(path, manifest["files"])
         return Checkpoint(path, manifest["stage"], manifest["step"], manifest["sequence"])
 
     def paths(self, stage: str | None = None) -> list[Path]:
@@ -139,24 +146,26 @@ class CheckpointStore:
         for stage in {path.name.rpartition("-step")[0] for path in self.paths()}:
             readable = [path for path in self.paths(stage) if _sequence(path) is not None]
             for path in readable[self.keep :]:
+                if path in self.in_use:
+                    continue
                 shutil.rmtree(path)
                 removed.append(path)
         return removed
 
     def _commit(self, folder: Path, final: Path, stage: str, step: int) -> None:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest = {
             "stage": stage,
             "step": step,
             "sequence": 1 + max((_sequence(path) or 0 for path in self.paths()), default=0),
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "files": {
-                path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
-                for path in files
-            },
+            "files": contents(folder),
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for path in (*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder):
+        self._place(folder, final)
+
+    def _place(self, folder: Path, final: Path) -> None:
+        """Flush ``folder`` to the disk and make it ``final`` by a rename."""
+        for path in (*sorted(folder.rglob("*")), folder):
             _flush(path)
         replaced = self.root / f"{REPLACED}{final.name}"
         if final.exists():
@@ -181,18 +190,55 @@ class CheckpointStore:
                     path.rename(final)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def contents(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of every file in ``folder``, by its path in there: a manifest's ``files``."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+
+
+def verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raise CheckpointError unless ``folder`` holds the ``files`` of a manifest as they were written."""
+    for name, entry in files.items():
+        file = folder / name
+        try:
+            if not file.is_file():
+                raise CheckpointError(f"{folder}: {name} is missing")
+            if not file.resolve().is_relative_to(folder.resolve()):
+                raise CheckpointError(f"{folder}: {name} is a link that leads out of the checkpoint")
+        except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
+            raise CheckpointError(f"{folder}: {name[:100]} is not a usable path: {error}") from error
+        if file.stat().st_size != entry["size"]:
+            raise CheckpointError(f"{folder}: {name} has {file.stat().st_size} bytes, the manifest {entry['size']}")
+        if _sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{folder}: {name} differs from what was written (SHA-256)")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return stage, step, sequence and files of the checkpoint at ``path``; raises CheckpointError."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such checkpoint folder")
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return parse_manifest((path / MANIFEST).read_bytes(), path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no {MANIFEST}, so it was not written to its end") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error})") from error
+
+
+def parse_manifest(content: bytes, where: object) -> dict[str, Any]:
+    """Return stage, step, sequence and files of a manifest; raises CheckpointError where one is not what it has to be.
+
+    No name of a file leads out of the folder that the manifest lies in.
+    """
+    try:
+        manifest = json.loads(content.decode("utf-8"))
         found = {key: manifest[key] for key in ("stage", "step", "sequence", "files")}
         _check(found)
         return found
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no {MANIFEST}, so it was not written to its end") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: {MANIFEST} cannot be read ({error})") from error
 
 
 def _check(manifest: dict[str, Any]) -> None:
@@ -213,7 +259,7 @@ def _check(manifest: dict[str, Any]) -> None:
 def _sequence(path: Path) -> int | None:
     """The checkpoint's place in the order of writing; None where the manifest cannot say."""
     try:
-        return int(_read_manifest(path)["sequence"])
+        return int(read_manifest(path)["sequence"])
     except CheckpointError:
         return None
 

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cluster.labels import check_selector
 from pipeline.config.base import Fraction, Positive, Section
+from pipeline.location import Location
 from pipeline.text import redacted
 from rewards.alarms import AlarmSettings
 
@@ -267,7 +268,18 @@ class CheckpointSection(Section):
     keep: Positive = Field(3, description="Checkpoints kept per stage.")
     max_failures: Positive = Field(
         3,
-        description="Checkpoints in a row that cannot be written before the run stops; a stage's last one always does.",
+        description="Checkpoints in a row that cannot be written, or not be sent to the mirror, before the run stops; a stage's "
+        "last one that cannot be written always does.",
+    )
+    mirror: Location | None = Field(
+        None,
+        description="Folder, best a URI such as s3://bucket/runs/x, to which every checkpoint and export is copied, and from which "
+        "--resume restores an empty out (docs/operations.md); null copies nothing.",
+    )
+    mirror_timeout_s: float = Field(
+        900.0,
+        gt=0,
+        description="Longest time for sending one checkpoint to the mirror, retries included, and for which the run's end waits.",
     )
 
 

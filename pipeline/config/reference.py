@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config.schema import RunConfig
+from pipeline.location import Uri
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _type(annotation: Any) -> str:
         return _choice([_type(a) for a in arguments])
     if origin in (list, tuple, dict):
         return f"{origin.__name__} of {', '.join(_type(a) for a in arguments)}"
-    names = {str: "text", Path: "path", type(None): "null"}
+    names = {str: "text", Path: "path", Uri: "URI", type(None): "null"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

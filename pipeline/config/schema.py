@@ -24,6 +24,7 @@ from pipeline.config.machinery import (
 )
 from pipeline.config.stages import GreedyTextSection, RenderSection, Stage1Section, Stage2Section
 from pipeline.config.training import SftSection
+from pipeline.location import LocalPath, Location, Uri, opened
 
 
 class ModelsSection(Section):
@@ -73,8 +74,13 @@ class VideoSection(Section):
 class DataSection(Section):
     """Parquet shards of VNEP samples (see docs/data.md for the columns)."""
 
-    train: Path = Field(Path("data/toy/train"), description="Folder of Parquet shards to train on.")
-    eval: Path = Field(Path("data/toy/test"), description="Folder of Parquet shards to evaluate on; never trained on.")
+    train: Location = Field(
+        Path("data/toy/train"),
+        description="Folder of Parquet shards to train on: a path, or a URI such as s3://bucket/folder.",
+    )
+    eval: Location = Field(
+        Path("data/toy/test"), description="Folder of Parquet shards to evaluate on, path or URI; never trained on."
+    )
     seed: int = Field(0, description="Seed of the sample order; the order is a pure function of (seed, epoch).")
     max_quarantine_ratio: Fraction = Field(0.05, description="Share of undecodable rows above which the run stops.")
     decoders: Positive = Field(1, description="Ray Data workers that decode video.")
@@ -103,7 +109,10 @@ class RunConfig(Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run.")
     seed: int = Field(0, description="Seed of everything sampled.")
-    out: Path = Field(Path("runs/run"), description="Folder the run writes to.")
+    out: LocalPath = Field(
+        Path("runs/run"),
+        description="Folder the run writes to, on this machine; checkpoint.mirror copies it to a store.",
+    )
     deterministic: bool = Field(
         False,
         description="Compute every answer of a pool alone, so that no figure depends on what else was waiting: the same run, killed "
@@ -177,6 +186,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"{', '.join(resting)} with {', '.join(stale)}: a pool that rests while the learner works cannot sample meanwhile; "
                 "set max_staleness: 0, or give the pool GPUs of its own and rest: false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mirror_elsewhere(self) -> RunConfig:
+        mirror = self.checkpoint.mirror
+        if isinstance(mirror, Uri) and mirror.scheme == "file":
+            mirror = Path(opened(mirror)[1])
+        if isinstance(mirror, Path) and (mirror.resolve() == self.out.resolve()):
+            raise ValueError(
+                f"checkpoint.mirror={mirror} is the run's own folder (out): name another place, best on another machine"
             )
         return self
 

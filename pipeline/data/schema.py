@@ -1,15 +1,18 @@
 """The Parquet schema of a VNEP dataset, and the writer that keeps to it.
 
-A dataset is a folder of ``part-00000.parquet``, ``part-00001.parquet``, …; docs/data.md explains each column.
+A dataset is a folder of ``part-00000.parquet``, ``part-00001.parquet``, …, on this machine or in a store (``pipeline.location``);
+docs/data.md explains each column.
 Not responsible for reading (``source``) or for where rows come from (``importers``, ``toy``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +23,7 @@ import pyarrow.parquet as pq
 
 from actors.records import SampleKind
 from cluster.errors import DataError
+from pipeline.location import CHUNK, Uri, listing, opened, parse_location, storage_errors, upload
 
 KINDS: tuple[str, ...] = get_args(SampleKind)
 ROWS_PER_GROUP = 32
@@ -81,18 +85,19 @@ class ShardWriter:
 
     Row groups are small, because rows are read in a shuffled order and a group is what is read at once. A shard gets
     its name only when it is complete. Rows with an id that was written before raise DataError. A folder that already
-    holds shards is refused: two datasets never mix.
+    holds shards is refused: two datasets never mix. ``folder`` may be a URI: a shard is then written on this machine and
+    uploaded when it is complete, because a store would show what an error cut short. Raises StorageError.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Uri,
         *,
         rows_per_shard: int = 1024,
         shard_bytes: int = 512 << 20,
         group_bytes: int = 2 << 20,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = parse_location(folder)
         self.count = 0
         self._rows_per_shard, self._shard_bytes, self._group_bytes = rows_per_shard, shard_bytes, group_bytes
         self._group: list[dict[str, Any]] = []
@@ -100,9 +105,11 @@ class ShardWriter:
         self._ids: set[str] = set()
         self._parquet: pq.ParquetWriter | None = None
         self._hash = hashlib.sha256()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.folder, Path):
+            self.folder.mkdir(parents=True, exist_ok=True)
         if shard_paths(self.folder, required=False):
             raise DataError(f"{self.folder} already holds a dataset; write to an empty folder or delete it first")
+        self._scratch = tempfile.TemporaryDirectory(prefix="vans-shards-") if isinstance(self.folder, Uri) else None
 
     def write(self, row: Row | Mapping[str, Any]) -> None:
         """Add one row."""
@@ -127,7 +134,9 @@ class ShardWriter:
             self._end_group()
 
     def _path(self) -> Path:
-        return self.folder / f"part-{self._shards:05d}.parquet"
+        """The shard's place on this machine."""
+        name = f"part-{self._shards:05d}.parquet"
+        return self.folder / name if isinstance(self.folder, Path) else Path(self._scratch.name, name)  # type: ignore[union-attr]
 
     def _end_group(self) -> None:
         if not self._group:
@@ -148,6 +157,9 @@ class ShardWriter:
         self._parquet = None
         path = self._path()
         os.replace(path.with_suffix(".tmp"), path)
+        if isinstance(self.folder, Uri):
+            upload(path, self.folder / path.name)
+            path.unlink()
         self._hash = hashlib.sha256()
         self._shards += 1
         self._shard_rows = self._shard_size = 0
@@ -155,6 +167,7 @@ class ShardWriter:
     def close(self) -> None:
         """Write what is pending."""
         self._end_shard()
+        self._tidy()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -164,14 +177,25 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self.close()
-        elif self._parquet is not None:
+            return
+        if self._parquet is not None:
             self._parquet.close()
             self._path().with_suffix(".tmp").unlink(missing_ok=True)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
-def shard_paths(folder: str | Path, *, required: bool = True) -> list[Path]:
-    """Return the shards of ``folder`` in name order; raises DataError when there is none and one is ``required``."""
-    folder = Path(folder)
+def shard_paths(folder: str | Path | Uri, *, required: bool = True) -> Sequence[Path | Uri]:
+    """Return the shards of ``folder`` in name order; raises DataError when there is none and one is ``required``.
+
+    Raises StorageError where the store does not answer, or has no such bucket.
+    """
+    folder = parse_location(folder)
+    if isinstance(folder, Uri):
+        return _stored_shards(folder, required)
     shards = sorted(path for path in folder.glob("*.parquet") if path.is_file())
     if required and not shards:
         reason = "holds no .parquet shards" if folder.is_dir() else "does not exist"
@@ -181,7 +205,18 @@ def shard_paths(folder: str | Path, *, required: bool = True) -> list[Path]:
     return shards
 
 
-def check_schema(path: Path, schema: pa.Schema) -> None:
+def _stored_shards(folder: Uri, required: bool) -> list[Uri]:
+    found = listing(folder)
+    shards = [folder / info.base_name for info in found if info.is_file and info.extension == "parquet"]
+    if required and not shards:
+        names = [info.base_name for info in found if not info.is_file]
+        below = [name for name in names if any(info.extension == "parquet" for info in listing(folder / name))]
+        hint = f"; did you mean a folder in it: {', '.join(below)}?" if below else ""
+        raise DataError(f"dataset folder {folder} holds no .parquet shards{hint or '; `vans data toy --out URI` makes some'}")
+    return shards
+
+
+def check_schema(path: Path | Uri, schema: pa.Schema) -> None:
     """Raise DataError unless ``schema``, of the shard at ``path``, has the columns of :data:`SCHEMA`.
 
     ``answer`` may be missing, so may be any nullable column.
@@ -202,20 +237,78 @@ _TEXT = (pa.string(), pa.large_string())
 _BYTES = (pa.binary(), pa.large_binary())
 
 
-def shard_metadata(path: Path) -> pq.FileMetaData:
+def open_shard(path: Path | Uri, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    """Return the Parquet file at ``path``, open, with its ``footer`` where that is known.
+
+    Raises StorageError, here and from its methods, where the store fails, and what pyarrow raises where the file is damaged.
+    """
+    if isinstance(path, Path):
+        return pq.ParquetFile(path, metadata=footer)
+    return pq.ParquetFile(_StoredFile(path), metadata=footer, pre_buffer=True)
+
+
+class _StoredFile(io.RawIOBase):
+    """A file in a store, whose failures can be told from damage: to pyarrow both are an OSError."""
+
+    def __init__(self, location: Uri) -> None:
+        self._location = location
+        store, path = opened(location)
+        with storage_errors(location):
+            self._file = store.open_input_file(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        with storage_errors(self._location):
+            return self._file.read(None if size is None or size < 0 else size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def shard_metadata(path: Path | Uri) -> pq.FileMetaData:
     """Return the footer of the shard at ``path`` after checking its columns; raises DataError."""
     try:
-        metadata = pq.read_metadata(path)
+        with open_shard(path) as file:
+            metadata = file.metadata
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
     check_schema(path, metadata.schema.to_arrow_schema())
     return metadata
 
 
-def shard_digest(path: Path, metadata: pq.FileMetaData) -> str:
+def shard_bytes(path: Path | Uri) -> int:
+    """Return the size of the shard at ``path``; raises StorageError."""
+    if isinstance(path, Path):
+        return path.stat().st_size
+    store, inside = opened(path)
+    with storage_errors(path):
+        return store.get_file_info(inside).size
+
+
+def shard_digest(path: Path | Uri, metadata: pq.FileMetaData) -> str:
     """Return the hash of a shard's rows that its writer left in the footer, or the file's where it left none."""
     written = (metadata.metadata or {}).get(DIGEST_KEY.encode())
     if written:
         return written.decode()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(path, Path):
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    store, inside = opened(path)
+    digest = hashlib.sha256()
+    with storage_errors(path), store.open_input_stream(inside) as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

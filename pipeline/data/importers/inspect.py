@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import DataError
-from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
+from pipeline.data.schema import open_shard, shard_bytes, shard_digest, shard_metadata, shard_paths
 from pipeline.data.video import decode_video, probe
 from pipeline.evaluate.sheets import Strip, contact_sheet
+from pipeline.location import Uri, parse_location
 from pipeline.text import in_markup, printable
 
 TEXT = ["id", "kind", "question", "caption"]
@@ -27,7 +28,7 @@ SHEET_HEIGHT = 96  # pixels of a frame on the sheet, unless it is smaller itself
 class DatasetReport:
     """What a dataset holds. Sizes are of a few rows spread over the set, lengths of all of them."""
 
-    folder: Path
+    folder: Path | Uri
     shards: int
     rows: int
     file_bytes: int
@@ -44,38 +45,42 @@ class DatasetReport:
     sheet: Path | None = None
 
 
-def inspect(folder: str | Path, sheet: str | Path | None = None, *, rows: int = 8) -> DatasetReport:
+def inspect(folder: str | Path | Uri, sheet: str | Path | None = None, *, rows: int = 8) -> DatasetReport:
     """Read the dataset in ``folder`` and write a contact sheet of ``rows`` rows spread evenly over it.
 
-    ``sheet``: the PNG, by default ``_contact_sheet.png`` beside the shards. Raises DataError where there are no shards.
+    ``sheet``: the PNG, by default ``_contact_sheet.png`` beside the shards; of a URI ``<folder>_contact_sheet.png`` in the
+    working directory. Raises DataError where there are no shards, StorageError.
     """
-    folder = Path(folder)
+    folder = parse_location(folder)
+    if sheet is None:
+        sheet = folder / "_contact_sheet.png" if isinstance(folder, Path) else Path(f"{folder.name}_contact_sheet.png")
     shards = shard_paths(folder)
     footers = [shard_metadata(path) for path in shards]
     total = sum(footer.num_rows for footer in footers)
     digests = [shard_digest(path, footer)[:16] for path, footer in zip(shards, footers)]
     report = DatasetReport(
-        folder, len(shards), total, sum(path.stat().st_size for path in shards), 0, " ".join(digests[:4])
+        folder, len(shards), total, sum(map(shard_bytes, shards)), 0, " ".join(digests[:4])
     )
     if not total:
         raise DataError(f"dataset folder {folder} holds shards without rows")
     questions: set[str] = set()
     captions: Counter[str] = Counter()
     for path in shards:
-        for batch in pq.ParquetFile(path).iter_batches(64, columns=[*TEXT, "input_video", "target_video"]):
-            report.kinds.update(batch["kind"].to_pylist())
-            questions.update(batch["question"].to_pylist())
-            captions.update(batch["caption"].to_pylist())
-            for name in ("input_video", "target_video"):
-                report.video_bytes += pc.sum(pc.binary_length(batch[name])).as_py() or 0
+        with open_shard(path) as file:
+            for batch in file.iter_batches(64, columns=[*TEXT, "input_video", "target_video"]):
+                report.kinds.update(batch["kind"].to_pylist())
+                questions.update(batch["question"].to_pylist())
+                captions.update(batch["caption"].to_pylist())
+                for name in ("input_video", "target_video"):
+                    report.video_bytes += pc.sum(pc.binary_length(batch[name])).as_py() or 0
     lengths = np.repeat([len(text.split()) for text in captions], list(captions.values()))
     report.questions, report.captions = len(questions), len(captions)
     report.caption_words = (int(lengths.min()), float(lengths.mean()), int(lengths.max()))
-    _look(report, shards, [footer.num_rows for footer in footers], rows, Path(sheet or folder / "_contact_sheet.png"))
+    _look(report, shards, [footer.num_rows for footer in footers], rows, Path(sheet))
     return report
 
 
-def _look(report: DatasetReport, shards: list[Path], counts: list[int], rows: int, sheet: Path) -> None:
+def _look(report: DatasetReport, shards: Sequence[Path | Uri], counts: list[int], rows: int, sheet: Path) -> None:
     """Decode ``rows`` rows spread over the dataset, note their sizes, and draw them."""
     cards = []
     for number in np.unique(np.linspace(0, sum(counts) - 1, max(1, rows)).astype(int)):
@@ -99,12 +104,12 @@ def _look(report: DatasetReport, shards: list[Path], counts: list[int], rows: in
         report.sheet = contact_sheet(cards, sheet, title=report.folder.name)
 
 
-def _row(shards: list[Path], counts: list[int], number: int) -> dict:
+def _row(shards: Sequence[Path | Uri], counts: list[int], number: int) -> dict:
     for path, count in zip(shards, counts):
         if number >= count:
             number -= count
             continue
-        with pq.ParquetFile(path) as file:
+        with open_shard(path) as file:
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
                 if number < size:

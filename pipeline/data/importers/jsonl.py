@@ -18,6 +18,7 @@ from actors.records import SampleKind
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span
 from pipeline.data.importers.run import Candidate, ImportReport, Rejected, run_import
+from pipeline.location import Uri
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -55,7 +56,7 @@ class Entry(BaseModel):
 def import_jsonl(
     manifest: str | Path,
     clips: str | Path,
-    out: str | Path,
+    out: str | Path | Uri,
     *,
     spec: ClipSpec | None = None,
     workers: int | None = None,

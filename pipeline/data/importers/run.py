@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 from collections import Counter, deque
@@ -16,6 +17,7 @@ from rich.console import Console
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span, load_clip
 from pipeline.data.schema import Row, ShardWriter
+from pipeline.location import Uri, local_path, parse_location, write_bytes
 from pipeline.text import printable
 
 REJECTED = "_rejected.csv"  # readers of Parquet folders pass over names that begin with an underscore
@@ -54,7 +56,7 @@ class Rejected:
 class ImportReport:
     """What an import did; ``copied`` and ``embedded`` count clips, the others rows."""
 
-    folder: Path
+    folder: Path | Uri
     accepted: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     copied: int = 0
@@ -84,7 +86,7 @@ def infer_kind(question: str) -> str:
 def run_import(
     items: Iterable[Candidate | Rejected],
     clips: str | Path,
-    out: str | Path,
+    out: str | Path | Uri,
     *,
     spec: ClipSpec | None = None,
     workers: int | None = None,
@@ -93,9 +95,10 @@ def run_import(
     """Write the candidates whose clips load to shards in ``out``, the others to ``out/_rejected.csv``, in their order.
 
     ``workers`` threads decode (default: one a core, 8 at most). Prints a summary unless ``quiet``. Raises DataError
-    when the clips folder is missing, ``out`` holds a dataset already, or no row could be imported.
+    when the clips folder is missing, ``out`` holds a dataset already, or no row could be imported; StorageError where
+    ``out`` is a URI and its store fails.
     """
-    clips, out, spec = Path(clips), Path(out), spec or ClipSpec()
+    clips, out, spec = local_path(clips), parse_location(out), spec or ClipSpec()
     if not clips.is_dir():
         raise DataError(f"clips folder {clips} does not exist")
     report, used = ImportReport(out), Counter[str]()
@@ -171,9 +174,10 @@ def _loaded(
             yield ready, future.result()
 
 
-def _write_rejected(path: Path, rejected: list[Rejected]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        names = [item.name for item in fields(Rejected)]
-        writer.writerow(names)
-        writer.writerows([getattr(item, name) for name in names] for item in rejected)
+def _write_rejected(path: Path | Uri, rejected: list[Rejected]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    names = [item.name for item in fields(Rejected)]
+    writer.writerow(names)
+    writer.writerows([getattr(item, name) for name in names] for item in rejected)
+    write_bytes(path, text.getvalue().encode("utf-8", "backslashreplace"))

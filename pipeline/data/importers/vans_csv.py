@@ -14,6 +14,7 @@ from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span
 from pipeline.data.importers.run import Candidate, ImportReport, Rejected, run_import
 from pipeline.data.schema import KINDS
+from pipeline.location import Uri
 
 COLUMNS = ("name", "input_video_path", "output_video_path", "ENG_Instruction", "ENG_GT_Caption")
 SPREADSHEET_ERRORS = ("#NAME?", "#REF!", "#VALUE!", "#N/A", "#DIV/0!", "#NULL!", "#NUM!")
@@ -22,7 +23,7 @@ SPREADSHEET_ERRORS = ("#NAME?", "#REF!", "#VALUE!", "#N/A", "#DIV/0!", "#NULL!",
 def import_vans(
     csvs: Sequence[str | Path],
     clips: str | Path,
-    out: str | Path,
+    out: str | Path | Uri,
     *,
     kind: str | None = None,
     spec: ClipSpec | None = None,

@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster.errors import DataError
 from pipeline.data.schema import Row, ShardWriter
 from pipeline.data.video import encode_mp4
+from pipeline.location import Uri, parse_location
 
 from .world import ToySample, make_sample
 
@@ -35,7 +36,7 @@ def toy_row(sample: ToySample) -> Row:
 
 
 def write_toy(
-    out_dir: str | Path,
+    out_dir: str | Path | Uri,
     train: int,
     test: int,
     seed: int = 0,
@@ -59,7 +60,7 @@ def write_toy(
     for split, count in counts.items():
         if count == 0:
             continue
-        with ShardWriter(Path(out_dir) / split) as writer:
+        with ShardWriter(parse_location(out_dir) / split) as writer:
             for index in range(count):
                 writer.write(toy_row(make_sample(index, split, seed)))
                 if progress is not None:
