@@ -126,7 +126,7 @@ def test_members_lie_on_pods_so_that_single_workers_come_and_go_and_a_learner_st
 def test_what_no_node_can_hold_is_refused_with_the_numbers() -> None:
     with pytest.raises(ManifestError, match="one vlm needs 2 GPUs, and a node has 1"):
         fold(Group("vlm", 1, {"GPU": 2.0}), 1)
-    with pytest.raises(ManifestError, match="8 learner are to be on one node .* need 8 GPUs; a node has 4"):
+    with pytest.raises(ManifestError, match=r"8 learner are to be on one node .* need 8 GPUs; a node has 4"):
         fold(GROUPS[3], 4)
     with pytest.raises(ManifestError, match=r"8 learner on one node \(STRICT_PACK\) needs 8 GPUs, and a node has 4"):
         pack(GROUPS, 4)
