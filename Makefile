@@ -22,7 +22,7 @@ help:
 	@echo "make test    install what is needed, then run the test suite"
 	@echo "make chaos   the long tests of faults and exact resume, then twenty minutes of random faults"
 	@echo "make check   lint, formatting, types and import layering"
-	@echo "make docs    write docs/metrics.md and docs/configuration.md from the code"
+	@echo "make docs    write docs/metrics.md, docs/configuration.md and the plan in docs/placement.md from the code"
 	@echo "make setup   install only"
 	@echo "make clean   remove .venv, caches and runs/demo"
 
@@ -68,6 +68,7 @@ check: setup
 docs: setup
 	$(BIN)/python -W ignore -m pipeline.tracking.metrics > docs/metrics.md
 	$(BIN)/python -W ignore -m pipeline.config.reference > docs/configuration.md
+	$(BIN)/python -W ignore -m pipeline.plan.document docs/placement.md
 
 clean:
 	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info
