@@ -22,7 +22,7 @@ help:
 	@echo "make test    install what is needed, then run the test suite"
 	@echo "make chaos   the long tests of faults and exact resume, then twenty minutes of random faults"
 	@echo "make check   lint, formatting, types and import layering"
-	@echo "make docs    write docs/metrics.md, docs/configuration.md and cluster/manifests/examples from the code"
+	@echo "make docs    write what in docs/ and cluster/manifests/examples comes from the code"
 	@echo "make setup   install only"
 	@echo "make clean   remove .venv, caches and runs/demo"
 
@@ -69,6 +69,7 @@ docs: setup
 	$(BIN)/python -W ignore -m pipeline.tracking.metrics > docs/metrics.md
 	$(BIN)/python -W ignore -m pipeline.config.reference > docs/configuration.md
 	$(BIN)/python -W ignore -m pipeline.manifests
+	$(BIN)/python -W ignore -m pipeline.plan.document docs/placement.md
 
 clean:
 	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info

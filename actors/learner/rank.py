@@ -140,8 +140,9 @@ class LearnerRank:
 
     def held(self) -> dict[str, int]:
         """Return the bytes of the parameters that this rank's policy holds, by component, where it can tell."""
-        held = getattr(self._ready().policy, "held", None)
-        return held() if held is not None else {}
+        with self._working() as trainer:
+            held = getattr(trainer.policy, "held", None)
+            return held() if held is not None else {}
 
     def leave(self) -> None:
         """Leave the process group in good order."""

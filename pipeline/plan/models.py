@@ -41,7 +41,7 @@ def load_models(config: RunConfig) -> Models:
         architecture(resolve_model(name, role), role)  # type: ignore[arg-type]
         for role, name in (("vlm", models.vlm), ("vdm", models.vdm), ("clip", models.clip))
     )
-    parameters = {
+    parameters: dict[tuple[str, str], int] = {
         (model.role, component): model.parameters(component)
         for model in (vlm, vdm, clip)
         for component in model.components

@@ -67,8 +67,8 @@ class Plan:
 
     @property
     def colocated(self) -> bool:
-        """Whether roles share GPUs."""
-        return self.placement is not None and bool(self.placement.sharing)
+        """Whether roles share GPUs, so that they work one after another; scorers and embedders beside others hardly count."""
+        return any(len({member.role for member in gpu.members} - {"reward", "embed"}) > 1 for gpu in self.gpus)
 
     def step_s(self, stage: StageDemand) -> float:
         """Return the seconds of a step of ``stage`` as configured."""
@@ -412,5 +412,5 @@ def _assumptions(config: RunConfig, rates: Rates, models: Models, measured: Meas
         f"memory: {CONTEXT / GIB:g} GiB of CUDA context per process, vLLM prefills {VLLM_BATCH_TOKENS} tokens at once, allocators' "
         f"fragments take {1 - USABLE:.0%}; activations are estimates"
     )
-    if any(_gpus(config, role) == 0 for role in _workers(config, None)):
+    if any(count and _gpus(config, role) == 0 for role, count in _workers(config, None).items()):
         yield f"roles without a GPU compute {CPU_FLOPS / 1e9:g} GFLOP/s per reserved core (one at least)"
