@@ -246,7 +246,9 @@ def _join(address: str, options: dict[str, Any]) -> None:
     mode: AbstractContextManager[None] = nullcontext()
     if address != "auto":
         if not host or not port.isdigit():
-            raise ClusterError(f"Ray address {address!r}: give host:port (the head's, usually {ports.GCS}), auto or local")
+            raise ClusterError(
+                f"Ray address {address!r}: give host:port (the head's, usually {ports.GCS}), auto or local"
+            )
         _require_answer(address)  # Ray itself keeps trying for minutes
         if host in ("localhost", "127.0.0.1") and _unreachable(get_node_ip_address(), int(port)):
             mode = _loopback()  # Ray would replace the loopback address by one at which a private head does not listen

@@ -152,7 +152,9 @@ def fold(group: Group, gpus_per_node: int, growth: int = 1) -> Pods:
     Raises ManifestError where a member, or members that must be on one node, need more GPUs than a node has.
     """
     if group.gpus > gpus_per_node:
-        raise ManifestError(f"one {group.name} needs {group.gpus:g} GPUs, and a node has {gpus_per_node} (--gpus-per-node)")
+        raise ManifestError(
+            f"one {group.name} needs {group.gpus:g} GPUs, and a node has {gpus_per_node} (--gpus-per-node)"
+        )
     strict = group.strategy == "STRICT_PACK"
     if group.strategy == "STRICT_SPREAD":
         members = 1

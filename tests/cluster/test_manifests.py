@@ -21,7 +21,9 @@ GROUPS = (
     group_of("vlm", 2, {"CPU": 2, "GPU": 1}, labels={"vans-role": "vlm"}),
     group_of("vdm", 3, {"CPU": 0.5, "GPU": 1, "fast": 1}, labels={"vans-role": "vdm"}, most=12),
     group_of("reward", 6, {"CPU": 0.5, "GPU": 0.25}, labels={"vans-role": "reward"}),
-    group_of("learner", 8, {"CPU": 2, "GPU": 1}, labels={"vans-role": "learner"}, strategy="STRICT_PACK", together=True),
+    group_of(
+        "learner", 8, {"CPU": 2, "GPU": 1}, labels={"vans-role": "learner"}, strategy="STRICT_PACK", together=True
+    ),
 )
 ALIKE = tuple(Group(group.name, group.count, group.bundle, {}, group.strategy) for group in GROUPS)  # any node will do
 RUN = RunShape("vans_Test.1", GROUPS, ("python", "-m", "pipeline", "train", "toy", "out=/shared/a b"), driver_cpus=2.5)
@@ -109,7 +111,11 @@ def documents(kind: str, run: RunShape = RUN, site: Site | None = None) -> list[
 def test_members_lie_on_pods_so_that_single_workers_come_and_go_and_a_learner_stays_together() -> None:
     vlm, vdm, reward, learner = (fold(group, 8, growth=2) for group in GROUPS)
     assert (vlm.count, vlm.most, vlm.resources) == (2, 4, {"CPU": 2, "GPU": 1})
-    assert (vdm.count, vdm.most) == (3, 12) and vdm.resources == {"CPU": 1, "GPU": 1, "fast": 1}  # whole CPUs; autoscale's max
+    assert (vdm.count, vdm.most) == (3, 12) and vdm.resources == {
+        "CPU": 1,
+        "GPU": 1,
+        "fast": 1,
+    }  # whole CPUs; autoscale's max
     assert (reward.count, reward.members) == (2, 4) and reward.resources == {"CPU": 2, "GPU": 1}  # four share a GPU
     assert (learner.count, learner.most, learner.members) == (1, 1, 8) and learner.resources == {"CPU": 16, "GPU": 8}
     loose = Group("learner", 6, {"GPU": 1.0}, together=True)
@@ -120,7 +126,7 @@ def test_members_lie_on_pods_so_that_single_workers_come_and_go_and_a_learner_st
 def test_what_no_node_can_hold_is_refused_with_the_numbers() -> None:
     with pytest.raises(ManifestError, match="one vlm needs 2 GPUs, and a node has 1"):
         fold(Group("vlm", 1, {"GPU": 2.0}), 1)
-    with pytest.raises(ManifestError, match="8 learner are to be on one node .* need 8 GPUs; a node has 4"):
+    with pytest.raises(ManifestError, match=r"8 learner are to be on one node .* need 8 GPUs; a node has 4"):
         fold(GROUPS[3], 4)
     with pytest.raises(ManifestError, match=r"8 learner on one node \(STRICT_PACK\) needs 8 GPUs, and a node has 4"):
         pack(GROUPS, 4)
@@ -169,9 +175,13 @@ def test_kuberay_takes_the_job_and_its_groups_scale_apart() -> None:
         assert [entry["key"] for entry in group.template.spec.tolerations] == ["nvidia.com/gpu"]
         mounts = {mount["name"]: mount["mountPath"] for mount in container.volumeMounts}
         assert mounts == {"shared": "/shared"}
-        assert group.template.spec.volumes == [{"name": "shared", "persistentVolumeClaim": {"claimName": "vans-shared"}}]
+        assert group.template.spec.volumes == [
+            {"name": "shared", "persistentVolumeClaim": {"claimName": "vans-shared"}}
+        ]
     head = cluster.headGroupSpec
-    assert head.resources == {"CPU": "3"} and "nvidia.com/gpu" not in head.template.spec.containers[0].resources["limits"]
+    assert (
+        head.resources == {"CPU": "3"} and "nvidia.com/gpu" not in head.template.spec.containers[0].resources["limits"]
+    )
     (same,) = documents("raycluster")
     assert same["kind"] == "RayCluster" and same["spec"] == job["spec"]["rayClusterSpec"]
 
@@ -232,14 +242,18 @@ def test_a_configuration_that_is_not_in_the_image_travels_along() -> None:
 def test_the_slurm_script_is_bash_and_asks_for_what_the_groups_need(tmp_path: Path) -> None:
     (name, text), *_ = render("slurm", RunShape("s", ALIKE, RUN.entrypoint, 2.5), Site(shared="/net/a b")).items()
     (tmp_path / name).write_text(text)
-    checked = subprocess.run(["bash", "-n", str(tmp_path / name)], capture_output=True, text=True, timeout=20, check=False)
+    checked = subprocess.run(
+        ["bash", "-n", str(tmp_path / name)], capture_output=True, text=True, timeout=20, check=False
+    )
     assert checked.returncode == 0, checked.stderr
     asked = dict(line[8:].partition("=")[::2] for line in text.splitlines() if line.startswith("#SBATCH --"))
     assert (asked["--nodes"], asked["--gpus-per-node"], asked["--cpus-per-task"]) == ("2", "8", str(16 + 3 + 2))
     assert asked["--signal"] == "B:USR1@600" and asked["--ntasks-per-node"] == "1" and "--requeue" in asked
     assert "%%" not in text and "shared='/net/a b'" in text
     assert "node_flags=('--resources={\"fast\": 3}')" in text
-    assert "#SBATCH --gpus" not in render("slurm", RunShape("s", (Group("vlm", 1, {"CPU": 1.0}),), ()), Site())["s.sbatch"]
+    assert (
+        "#SBATCH --gpus" not in render("slurm", RunShape("s", (Group("vlm", 1, {"CPU": 1.0}),), ()), Site())["s.sbatch"]
+    )
 
 
 def test_rays_launcher_takes_its_file() -> None:

@@ -39,7 +39,13 @@ learner: {ranks: 4, gpus: 1, cpus: 2}
 cluster: {placement: STRICT_PACK}
 """
 COLOCATED = ["cluster.layout=colocated", "cluster.placement=PACK", "learner.gpus=0.4", "learner.ranks=2"]
-COLOCATED += ["pools.vlm.gpus=0.2", "pools.vdm.gpus=0.2", "pools.reward.gpus=0.1", "pools.vdm.workers=2", "pools.vlm.labels={}"]
+COLOCATED += [
+    "pools.vlm.gpus=0.2",
+    "pools.vdm.gpus=0.2",
+    "pools.reward.gpus=0.1",
+    "pools.vdm.workers=2",
+    "pools.vlm.labels={}",
+]
 
 
 @pytest.fixture
@@ -68,7 +74,9 @@ def cluster_of(spec: dict[str, Any]) -> ClusterView:
 
 
 @pytest.mark.parametrize("overrides", [[], COLOCATED], ids=["disaggregated", "colocated"])
-def test_the_cluster_of_a_rayjob_has_room_for_just_what_its_entrypoint_asks(own: str, tmp_path: Path, overrides: list[str]) -> None:
+def test_the_cluster_of_a_rayjob_has_room_for_just_what_its_entrypoint_asks(
+    own: str, tmp_path: Path, overrides: list[str]
+) -> None:
     write_manifests(own, overrides, "rayjob", tmp_path, Site())
     config_map, job = yaml.safe_load_all((tmp_path / "rayjob.yaml").read_text())
     carried = tmp_path / "carried.yaml"
@@ -100,15 +108,26 @@ def test_the_slurm_jobs_nodes_have_room_for_its_entrypoint(own: str, tmp_path: P
     line = next(line for line in text.splitlines() if line.startswith("python -m pipeline train"))
     run, options = asked(shlex.split(line.removesuffix(" &")))
     assert options["config"] == str(Path(own).resolve()) and run.out == Path("/net/runs/run")
-    sizes = {key: int(re.search(rf"^#SBATCH --{key}=(\d+)$", text, re.M)[1]) for key in ("nodes", "gpus-per-node", "cpus-per-task")}  # type: ignore[index]
+    sizes = {
+        key: int(re.search(rf"^#SBATCH --{key}=(\d+)$", text, re.M)[1])
+        for key in ("nodes", "gpus-per-node", "cpus-per-task")
+    }  # type: ignore[index]
     node = {"CPU": float(sizes["cpus-per-task"]), "GPU": float(sizes["gpus-per-node"])}
     assert sizes["nodes"] == 3 and shortfall(placement_plan(run), ClusterView((node,) * 3)) is None
     assert shortfall(placement_plan(run), ClusterView((node,) * 2)) is not None
     with pytest.raises(ManifestError, match="STRICT_PACK"):
-        write_manifests(own, [*overrides, "learner.ranks=8", "learner.placement=STRICT_PACK"], "slurm", tmp_path, Site(gpus_per_node=4))
+        write_manifests(
+            own,
+            [*overrides, "learner.ranks=8", "learner.placement=STRICT_PACK"],
+            "slurm",
+            tmp_path,
+            Site(gpus_per_node=4),
+        )
 
 
-def test_the_committed_examples_are_what_the_configurations_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_committed_examples_are_what_the_configurations_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.manifests.EXAMPLES", tmp_path)
     written = {path.relative_to(tmp_path): path.read_text() for path in write_examples()}
     committed = {path.relative_to(EXAMPLES): path.read_text() for path in EXAMPLES.rglob("*") if path.is_file()}
@@ -125,7 +144,9 @@ def test_an_examples_entrypoint_is_a_run_that_fits_its_cluster(name: str) -> Non
 
 def pins(file: str) -> dict[str, str]:
     lines = (ROOT / file).read_text().splitlines()
-    return dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return dict(
+        line.lower().replace("_", "-").split("==") for line in lines if "==" in line and not line.startswith("#")
+    )
 
 
 def test_pins_agree_from_the_image_to_the_manifests() -> None:
@@ -144,7 +165,9 @@ def test_pins_agree_from_the_image_to_the_manifests() -> None:
 
 
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
-    text = re.sub(r"\\\n", " ", "\n".join(line for line in dockerfile.splitlines() if not line.lstrip().startswith("#")))
+    text = re.sub(
+        r"\\\n", " ", "\n".join(line for line in dockerfile.splitlines() if not line.lstrip().startswith("#"))
+    )
     return [(line.partition(" ")[0], line.partition(" ")[2].strip()) for line in text.splitlines() if line.strip()]
 
 
@@ -155,7 +178,9 @@ def test_the_image_installs_the_pins_and_runs_as_the_manifests_user() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     tested = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert Requirement(f"python{project['requires-python']}").specifier.contains(arguments["PYTHON"])
-    assert f"Python {arguments['PYTHON']}" in (ROOT / "constraints-gpu.txt").read_text() and arguments["PYTHON"] == tested
+    assert (
+        f"Python {arguments['PYTHON']}" in (ROOT / "constraints-gpu.txt").read_text() and arguments["PYTHON"] == tested
+    )
     sources = [part for name, text in steps if name == "COPY" for part in text.split()[:-1]]
     assert all((ROOT / source).exists() for source in sources)
     packages = {path.rstrip("*") for path in ("pipeline", "actors", "rewards", "cluster")}
@@ -177,8 +202,10 @@ def test_ports_are_the_same_everywhere() -> None:
     head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
     named = {port["name"]: port["containerPort"] for port in head["ports"]}
     assert named == {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
-    assert [ports.GCS, ports.DASHBOARD, ports.CLIENT, ports.METRICS] == list(named.values())
-    assert {g["rayStartParams"]["metrics-export-port"] for g in (spec["headGroupSpec"], *spec["workerGroupSpecs"])} == {"8080"}
+    assert list(named.values()) == [ports.GCS, ports.DASHBOARD, ports.CLIENT, ports.METRICS]
+    assert {g["rayStartParams"]["metrics-export-port"] for g in (spec["headGroupSpec"], *spec["workerGroupSpecs"])} == {
+        "8080"
+    }
     script = (EXAMPLES / "vans_8gpu" / "vans-8gpu.sbatch").read_text()
     for variable, port in (("RAY_PORT", 6379), ("RAY_DASHBOARD_PORT", 8265), ("RAY_CLIENT_PORT", 10001)):
         assert f"{variable}:-{port}}}" in script
