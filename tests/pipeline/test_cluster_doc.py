@@ -21,6 +21,8 @@ LINES = [line.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOT
 
 def ours(words: list[str]) -> list[str] | None:
     """Return the arguments of our program in a command, wherever it stands."""
+    if words[:1] == ["kubectl"]:  # its namespace has our name
+        words = words[words.index("--") + 1 :] if "--" in words else []
     for start in (["vans"], ["python", "-m", "pipeline"]):
         for at in range(len(words)):
             if words[at : at + len(start)] == start:

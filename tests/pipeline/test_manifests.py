@@ -224,3 +224,14 @@ def test_paths_that_are_absolute_already_stay_where_they_are() -> None:
     shape = run_shape("toy", ["out=/elsewhere/run"], "launcher", Site())
     assert "out=/elsewhere/run" in shape.entrypoint and not any(w.startswith("out=/shared") for w in shape.entrypoint)
     assert shape.entrypoint[-1] == "--resume-if-any" and "data.train=/shared/data/toy/train" in shape.entrypoint
+
+
+def test_a_job_that_is_queued_again_resumes_only_where_there_is_something_to_resume(tmp_path: Path) -> None:
+    from pipeline.train import has_checkpoint
+
+    run = load_config("toy", [f"out={tmp_path}"])
+    assert not has_checkpoint(run)
+    (tmp_path / "checkpoints" / ".stage1-step3.tmp").mkdir(parents=True)
+    assert not has_checkpoint(run)  # half written
+    (tmp_path / "checkpoints" / "stage1-step3").mkdir()
+    assert has_checkpoint(run)  # whole or not: a damaged one is told about, never started over
