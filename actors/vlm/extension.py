@@ -61,7 +61,8 @@ class WeightsExtension:
         tower = getattr(worker.model_runner.get_model(), "visual", None)
 
         def count(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            worker.vans_videos += len(kwargs["grid_thw"] if "grid_thw" in kwargs else args[1])
+            grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+            worker.vans_videos += 0 if grid is None else len(grid)  # None: a replayed graph, which is not counted
 
         if tower is not None:
             tower.register_forward_pre_hook(count, with_kwargs=True)
@@ -69,7 +70,7 @@ class WeightsExtension:
     def vans_videos_encoded(self) -> int:
         """Return how many videos the vision tower has encoded since the count began."""
         worker: Any = self
-        return int(worker.vans_videos)
+        return int(getattr(worker, "vans_videos", 0))
 
 
 def _packed_weight(layer: Any) -> torch.Tensor:
