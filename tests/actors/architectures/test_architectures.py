@@ -63,11 +63,11 @@ def test_a_folder_says_what_it_holds(role) -> None:
 
 
 def test_unknown_names_and_foreign_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="Qwen2.5-VL-3B-Instruct"):
+    with pytest.raises(CheckpointError, match=r"Qwen2\.5-VL-3B-Instruct"):
         architecture("Qwen/Qwen9-VL", "vlm")
     with pytest.raises(CheckpointError, match="is a vlm, not a clip"):
         architecture("Qwen/Qwen3-VL-4B-Instruct", "clip")
-    with pytest.raises(CheckpointError, match="config.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         architecture(tmp_path, "vlm")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(CheckpointError, match="model_type='llama'"):
