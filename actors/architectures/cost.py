@@ -385,7 +385,7 @@ def learner_bytes(
         d, layers = int(c["hidden_size"]), int(c["num_hidden_layers"])
         block = _language_block_bytes(c, tokens, element, bool(lora_rank))
         shared = 2.0 * d * tokens * element
-        unit = int(c["vocab_size"]) * d  # the embedding, gathered with the root
+        unit = float(int(c["vocab_size"]) * d)  # the embedding, gathered with the root
         # Logits as the model gives them and gathered, then in float32: biased, tempered, their exponentials, gradients.
         head = float(logits * int(c["vocab_size"]) * (2 * element + 4 * 4))
     kept = layers * (d * tokens * element if checkpointing else block) + (block if checkpointing else 0)
