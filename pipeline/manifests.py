@@ -13,7 +13,7 @@ from cluster.manifests import Group, Kind, RunShape, Site, group_of, render
 from cluster.manifests.run import ROLE_LABEL
 from pipeline.config import RunConfig, load_config
 from pipeline.config.load import find_config, to_yaml
-from pipeline.fleet import LEARNER, POOLS, placement_plan
+from pipeline.fleet import LEARNER, placement_plan, pool_names
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "cluster" / "manifests" / "examples"
 EXAMPLE_RUNS: tuple[tuple[str, tuple[Kind, ...]], ...] = (
@@ -73,7 +73,11 @@ def run_shape(config: str, overrides: Sequence[str], kind: Kind, site: Site) -> 
 
 def _on_shared_storage(run: RunConfig, site: Site) -> list[str]:
     folders = {"out": run.out, "data.train": run.data.train, "data.eval": run.data.eval}
-    return [f"{key}={site.shared}/{path}" for key, path in folders.items() if not path.is_absolute()]
+    return [
+        f"{key}={site.shared}/{path}"
+        for key, path in folders.items()
+        if isinstance(path, Path) and not path.is_absolute()
+    ]
 
 
 def _placement(run: RunConfig) -> list[str]:
@@ -99,7 +103,7 @@ def _labels(run: RunConfig) -> list[str]:
 
 def _groups(run: RunConfig) -> list[Group]:
     most = {}
-    for name in POOLS:
+    for name in pool_names(run):
         pool = getattr(run.pools, name)
         most[name] = pool.autoscale.max if pool.autoscale.enabled else pool.workers
     return [

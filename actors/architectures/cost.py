@@ -7,6 +7,7 @@ also where a causal mask makes half of it zero, as ``torch.utils.flop_counter`` 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def encode_flops(vdm: Architecture, num_frames: int, height: int, width: int) ->
     for frames in (1, *[4] * ((num_frames - 1) // 4)):
         first, t, h, w = frames == 1, frames, rows, columns
         total += _conv(t * h * w, pixels, channels[0], 27)
-        for i, (into, out) in enumerate(pairwise(channels)):
+        for i, (into, out) in enumerate(itertools.pairwise(channels)):
             total += _resnets(t * h * w, into, out, int(c["num_res_blocks"]))
             if i < len(c["dim_mult"]) - 1:
                 h, w = h // 2, w // 2
@@ -147,7 +148,7 @@ def decode_flops(vdm: Architecture, num_frames: int, height: int, width: int) ->
     for chunk in range(latent_frames):
         t, h, w = 1, rows, columns
         total += _conv(t * h * w, z, channels[0], 27) + _middle(t, h, w, channels[0])
-        for i, (into, out) in enumerate(pairwise(channels)):
+        for i, (into, out) in enumerate(itertools.pairwise(channels)):
             into = into // 2 if i and not residual else into
             total += _resnets(t * h * w, into, out, int(c["num_res_blocks"]) + 1)
             if i < len(c["dim_mult"]) - 1:
@@ -384,7 +385,7 @@ def learner_bytes(
         d, layers = int(c["hidden_size"]), int(c["num_hidden_layers"])
         block = _language_block_bytes(c, tokens, element, bool(lora_rank))
         shared = 2.0 * d * tokens * element
-        unit = int(c["vocab_size"]) * d  # the embedding, gathered with the root
+        unit = float(int(c["vocab_size"]) * d)  # the embedding, gathered with the root
         # Logits as the model gives them and gathered, then in float32: biased, tempered, their exponentials, gradients.
         head = float(logits * int(c["vocab_size"]) * (2 * element + 4 * 4))
     kept = layers * (d * tokens * element if checkpointing else block) + (block if checkpointing else 0)

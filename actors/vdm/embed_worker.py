@@ -18,6 +18,7 @@ import torch
 
 from actors.failures import BadSampleError, InfrastructureError, Outcome, attempt
 from actors.learner.trainable import torch_dtype
+from actors.offload import Offloader, module_tensors
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import EmbedRequest, EncodeRequest, TextEmbedding
 from actors.vdm import conditioning
@@ -50,6 +51,7 @@ class EmbedWorker:
         self._vae: Any = None
         self._embedder: CaptionEmbedder | None = None
         self._references = 0
+        self._offloader = Offloader(self._device)
         self._busy = threading.Lock()  # one call at a time uses the models; the actor's other thread answers ping()
 
     @property
@@ -82,13 +84,17 @@ class EmbedWorker:
 
     def process(self, requests: Sequence[EmbedRequest | EncodeRequest]) -> list[Outcome]:
         """Return ``Ok`` of a :class:`TextEmbedding`, or of latents float32 (C, n, h, w), for each request, in order."""
-        with self._busy:
+        with self._busy, self._offloader.used():
             return [attempt(lambda r=request: self._answer(r)) for request in requests]  # type: ignore[misc]
 
     def weights_hash(self) -> str:
         """Return the hash of both models' parameters, and the version."""
-        with self._busy:
+        with self._busy, self._offloader.used():
             return f"{self._hash()}:{self._version}"
+
+    def rest(self) -> int:
+        """Move the models to host memory until they are next needed, by whatever needs them; returns the bytes freed."""
+        return self._offloader.rest(lambda: module_tensors(self.embedder.encoder, self._vae))
 
     def ping(self) -> str:
         """Return the worker's name."""

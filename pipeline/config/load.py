@@ -59,7 +59,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base.resolve() in chain:
         circle = " -> ".join(str(file) for file in (*chain, base.resolve()))
         raise ConfigError(f"{path}: base={short(name)}: these runs are each other's base: {circle}")
-    return merge(_read(base, chain), values)
+    return merge(_read(base, chain) or {}, values)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any], location: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -156,6 +156,10 @@ class RunConfig(Section):
                 f"weights.transport=collective with {', '.join(shared)}: NCCL takes no two processes on one GPU; give the learner "
                 "and the pool whole GPUs of their own, or use object_store"
             )
+        if self.cluster.layout == "colocated":
+            raise ValueError(
+                "weights.transport=collective with cluster.layout=colocated: NCCL takes no two processes on one GPU; use object_store"
+            )
         mixed = {name: section.gpus > 0 for name, section in sections.items()}
         if len(set(mixed.values())) > 1:
             raise ValueError(

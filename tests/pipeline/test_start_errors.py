@@ -39,6 +39,13 @@ def test_dry_run_prints_the_run_and_its_placement() -> None:
     assert "learner" in result.stdout and "needed" in result.stdout
 
 
+def test_dry_run_of_the_papers_run_resolves_it() -> None:
+    result = vans("train", "vans_2node", "--dry-run")  # the longest chain of bases: vans_8gpu, vans_paper
+    assert result.returncode == 0, result.stderr
+    assert "Qwen/Qwen2.5-VL-3B-Instruct" in result.stdout and "base:" not in result.stdout
+    assert "width: 640" in result.stdout and "workers: 10" in result.stdout
+
+
 def test_missing_model_and_dataset(toy_shards: Path, tmp_path: Path) -> None:
     assert "no such folder" in refused("train", "toy", f"data.train={toy_shards}/train", f"models.vlm={tmp_path}/none")
     assert "does not exist" in refused("train", "toy", f"data.train={tmp_path}/none", f"out={tmp_path}/run")
