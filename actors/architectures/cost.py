@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.architectures.architecture import Architecture
@@ -21,34 +21,47 @@ LORA_TARGETS = 10, 7  # adapted projections per block: Wan (4 + 4 attention, 2 f
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of a forward pass: those of weights (``linear``) and those between tokens (``attention``)."""
+    """Operations of a forward pass, by what training does with them.
+
+    ``linear`` are products with weights, ``attention`` those between tokens. Two more kinds of products with weights have no
+    backward pass where only an adapter is trained: ``condition`` on inputs that carry no gradient (captions inside the
+    blocks), and ``frozen`` before the first adapter (embeddings, the vision tower), which is not recomputed either.
+    """
 
     linear: float = 0.0
     attention: float = 0.0
+    condition: float = 0.0
+    frozen: float = 0.0
 
     @property
     def total(self) -> float:
-        """Both together."""
-        return self.linear + self.attention
+        """All of them."""
+        return self.linear + self.attention + self.condition + self.frozen
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.linear + other.linear, self.attention + other.attention)
+        return Flops(
+            self.linear + other.linear,
+            self.attention + other.attention,
+            self.condition + other.condition,
+            self.frozen + other.frozen,
+        )
 
     def __mul__(self, times: float) -> Flops:
-        return Flops(self.linear * times, self.attention * times)
+        return Flops(self.linear * times, self.attention * times, self.condition * times, self.frozen * times)
 
     def backward(self, lora: bool) -> Flops:
         """Return the backward pass of this forward pass: gradients of inputs, and of the weights unless they are frozen.
 
         The adapter's own products (rank / width of the rest) are left out.
         """
-        return Flops(self.linear * (1 if lora else 2), self.attention * 2)
+        return Flops(self.linear, self.attention * 2) if lora else self * 2
 
     def update(self, *, lora: bool, checkpointing: bool, kl: bool, old_pass: bool = True) -> Flops:
         """Return one optimizer pass over what this forward pass reads: forward, backward, and where they apply the passes
         for old log-probabilities, for the reference, and for recomputed activations.
         """
-        return self * (1 + old_pass + kl + checkpointing) + self.backward(lora)
+        again = replace(self, frozen=0.0) if lora else self
+        return self * (1 + old_pass + kl) + again * checkpointing + self.backward(lora)
 
 
 # --- the video diffusion model ---------------------------------------------------------------------------------------
@@ -92,17 +105,21 @@ def transformer_flops(vdm: Architecture, tokens: VdmTokens) -> Flops:
     d, s, text = _width(c), tokens.total, tokens.text
     patch = math.prod(c["patch_size"])
     times = s if tokens.reference else 1
-    per_layer = _dense(s, d, d) * 6 + _dense(text, d, d) * 2 + _dense(s, d, int(c["ffn_dim"])) * 2
-    linear = (
+    per_layer = _dense(s, d, d) * 6 + _dense(s, d, int(c["ffn_dim"])) * 2
+    embeddings = (
         _dense(s, int(c["in_channels"]) * patch, d)
         + _dense(times, int(c["freq_dim"]), d)
         + _dense(times, d, d) * 7
         + _dense(text, int(c["text_dim"]), d)
         + _dense(text, d, d)
-        + _dense(s, d, int(c["out_channels"]) * patch)
     )
     layers = int(c["num_layers"])
-    return Flops(linear + layers * per_layer, layers * (_attention(s, s, d) + _attention(s, text, d)))
+    return Flops(
+        linear=layers * per_layer + _dense(s, d, int(c["out_channels"]) * patch),
+        attention=layers * (_attention(s, s, d) + _attention(s, text, d)),
+        condition=layers * _dense(text, d, d) * 2,
+        frozen=embeddings,
+    )
 
 
 def text_encoder_flops(vdm: Architecture, tokens: int) -> Flops:
@@ -259,14 +276,14 @@ def language_flops(vlm: Architecture, tokens: int, logits: int, context: int = 0
 
 def completion_flops(vlm: Architecture, tokens: VlmTokens, new: int) -> Flops:
     """Return a learner's forward over a prompt and its completion of ``new`` tokens, vision tower included."""
-    return vision_flops(vlm, tokens) + language_flops(vlm, tokens.prompt + new, new)
+    return Flops(frozen=vision_flops(vlm, tokens).total) + language_flops(vlm, tokens.prompt + new, new)
 
 
 def generate_flops(vlm: Architecture, tokens: VlmTokens, new: int, completions: int = 1) -> Flops:
     """Return an engine's work for ``completions`` completions of ``new`` tokens of one prompt, which it reads once."""
     once = vision_flops(vlm, tokens) + language_flops(vlm, tokens.prompt, 1)
     decode = language_flops(vlm, new, new, context=tokens.prompt)
-    return once + Flops(decode.linear, decode.attention) * completions
+    return once + decode * completions
 
 
 def kv_cache_bytes(vlm: Architecture, tokens: int, element: int = 2) -> int:
