@@ -59,7 +59,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base.resolve() in chain:
         circle = " -> ".join(str(file) for file in (*chain, base.resolve()))
         raise ConfigError(f"{path}: base={short(name)}: these runs are each other's base: {circle}")
-    return merge(_read(base, chain) or {}, values)
+    return merge(_read(base, chain), values)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any], location: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -67,8 +67,10 @@ def merge(base: dict[str, Any], changes: dict[str, Any], location: tuple[str, ..
     merged = dict(base)
     for key, value in changes.items():
         here, old = (*location, str(key)), merged.get(key)
-        section = isinstance(value, dict) and isinstance(old, dict) and _known_keys(here)
-        merged[key] = merge(old, value, here) if section else value
+        if isinstance(value, dict) and isinstance(old, dict) and _known_keys(here):
+            merged[key] = merge(old, value, here)
+        else:
+            merged[key] = value
     return merged
 
 
