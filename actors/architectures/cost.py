@@ -394,7 +394,7 @@ def learner_bytes(
         c = model.components["transformer"]
         d, layers = _width(c), int(c["num_layers"])
         block = _wan_block_bytes(d, int(c["ffn_dim"]), tokens, text, element, bool(lora_rank))
-        shared = 8.0 * d * tokens * element  # per-token modulation, embedding and output
+        shared = 6.0 * d * tokens * element + 2 * d * tokens * element  # per-token modulation, embedding and output
         unit = parameters / (layers + 1)
         head = 0.0
     else:

@@ -276,12 +276,8 @@ def stage1(size: Size, meter: Meter) -> None:
     text = int(policy.collate(items[:1]).model_inputs["input_ids"].shape[1]) - size.completion
     video = cost.vlm_tokens(model, *size.input_frames, text=0)
     tokens = replace(video, text=text - video.video)
-    vision, language = (
-        cost.vision_flops(model, tokens),
-        cost.language_flops(model, text + size.completion, size.completion),
-    )
-    # Nothing below the language model is adapted, so no gradient goes into the vision tower, and nothing is recomputed there.
-    flops = (vision * 3 + language.update(lora=True, checkpointing=True, kl=True)).total * size.group
+    one = cost.completion_flops(model, tokens, size.completion)
+    flops = one.update(lora=True, checkpointing=True, kl=True).total * size.group
     update(policy, items, size.vlm_micro_batch, meter, "stage1_update", flops, clip=0.2, kl=0.04, norm="sequence")
 
 
@@ -367,7 +363,7 @@ def measure(size: Size, device: torch.device) -> dict[str, Any]:
     for part in meter.parts.values():
         part["of_matmul_rate"] = part["tflop_per_s"] * 1e12 / rate
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts = {key: str(value) for key, value in vars(size).items()}
+    facts = {key: str(value).replace(f"{ROOT}/", "") for key, value in vars(size).items()}
     return {
         "device": name,
         "torch": torch.__version__,

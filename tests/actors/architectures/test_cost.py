@@ -10,7 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from actors.architectures import Architecture, architecture, cost
+from actors.learner.lora import inject_lora
+from actors.learner.trainable import LoraSpec
 from actors.vdm.conditioning import geometry_of
+from actors.vdm.lora import DEFAULT_TARGETS
 from pipeline.models import ASSETS
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -58,6 +61,22 @@ def test_wan_transformer(name: str, clip: tuple[int, int, int, int]) -> None:
     latents = meta(1, channels, frames + references, rows, columns)
     real = counted(lambda: module(latents, times, text, return_dict=False))
     assert cost.transformer_flops(model, tokens).total == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("clip", [PAPER, (5, 96, 96, 1)])
+def test_an_update_of_the_wan_transformer(clip: tuple[int, int, int, int], lora: bool) -> None:
+    model = vdm(WAN)
+    module: Any = model.meta("transformer")
+    if lora:
+        inject_lora(module, LoraSpec(8, 32.0), DEFAULT_TARGETS)
+    channels, frames, rows, columns = cost.latent_shape(model, *clip[:3])
+    tokens = cost.vdm_tokens(model, *clip)
+    latents = meta(1, channels, frames + clip[3], rows, columns)
+    with FlopCounterMode(display=False) as counter:
+        module(latents, meta(1, tokens.total), meta(1, tokens.text, 4096), return_dict=False)[0].sum().backward()
+    planned = cost.transformer_flops(model, tokens).update(lora=lora, checkpointing=False, kl=False, old_pass=False)
+    assert planned.total == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_the_papers_clip_is_13200_tokens() -> None:
