@@ -1,4 +1,4 @@
-"""The Slurm script really run, with a stand-in for Slurm: two Ray nodes on loopback, one token, the driver, and what it leaves.
+"""The Slurm script really run, with a stand-in for Slurm: two Ray nodes on this machine, one token, the driver, and what it leaves.
 
 ``srun`` and ``scontrol`` are small scripts on PATH that start the step here; all else is real: Ray, its token, the run.
 """
@@ -25,8 +25,7 @@ SRUN = """#!/bin/bash
 echo "srun $*" >> "$CALLS"
 while [[ "$1" == --* ]]; do shift; done
 # A step's node has ports of its own; here all nodes are one machine.
-exec "$@" --dashboard-agent-listen-port="$(free)" --dashboard-agent-grpc-port="$(free)" --object-store-memory=100000000 \\
-    $([[ "$*" == *--head* ]] || echo --node-ip-address=127.0.0.1)
+exec "$@" --dashboard-agent-listen-port="$(free)" --dashboard-agent-grpc-port="$(free)" --object-store-memory=100000000
 """
 FREE = (
     "#!/bin/bash\nexec python -c 'import socket; s = socket.socket(); s.bind((\"\", 0)); print(s.getsockname()[1])'\n"
@@ -74,7 +73,6 @@ def job(tmp_path: Path, scratch: str, mode: str) -> tuple[subprocess.Popen[str],
         "SLURM_JOB_ID": "17",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_CPUS_PER_TASK": "2",
-        "VANS_HEAD_IP": "127.0.0.1",
         "RAY_PORT": str(free_port()),
         "RAY_DASHBOARD_PORT": str(free_port()),
         "RAY_CLIENT_PORT": str(free_port()),
