@@ -39,7 +39,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the values of ``path`` over those of its base; ``below`` are the files that name it as theirs."""
     chain = (*below, path.resolve())
     try:
-        values = _parsed(path.read_text(encoding="utf-8")) or {}
+        values: Any = _parsed(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except _NOT_YAML as error:
