@@ -39,7 +39,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the values of ``path`` over those of its base; ``below`` are the files that name it as theirs."""
     chain = (*below, path.resolve())
     try:
-        values: Any = _parsed(path.read_text(encoding="utf-8")) or {}
+        values = _parsed(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except _NOT_YAML as error:
@@ -67,8 +67,9 @@ def merge(base: dict[str, Any], changes: dict[str, Any], location: tuple[str, ..
     merged = dict(base)
     for key, value in changes.items():
         here, old = (*location, str(key)), merged.get(key)
-        section = isinstance(value, dict) and isinstance(old, dict) and _known_keys(here)
-        merged[key] = merge(old, value, here) if section else value
+        if isinstance(value, dict) and isinstance(old, dict) and _known_keys(here):
+            value = merge(old, value, here)
+        merged[key] = value
     return merged
 
 
