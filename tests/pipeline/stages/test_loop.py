@@ -62,6 +62,7 @@ class Fleet:
 
     embed: Any = None
     conditions: Any = None
+    resting: tuple[str, ...] = ()
 
     def pools(self) -> tuple[Pool, ...]:
         return (self.vlm, self.vdm)
