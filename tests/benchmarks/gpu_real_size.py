@@ -166,6 +166,7 @@ def artist(size: Size, meter: Meter) -> VdmPolicy:
         transformer=model.random("transformer", size.dtype, device),
         vae=model.random("vae", torch.float32, device),
         vae_config=model.components["vae"],
+        has_encoder=True,
         has_decoder=True,
         text_encoder=None,
         tokenizer=None,

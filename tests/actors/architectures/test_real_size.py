@@ -48,6 +48,7 @@ def test_a_lora_step_of_wan_1_3b_fits_and_costs_what_the_plan_says() -> None:
         transformer=model.random("transformer", torch.bfloat16),
         vae=model.random("vae"),
         vae_config=model.components["vae"],
+        has_encoder=True,
         has_decoder=True,
         text_encoder=None,
         tokenizer=None,
