@@ -260,7 +260,7 @@ class Dispatcher:
         for worker in self.workers:
             if worker.errand is None and worker.state in COMING and not self.resting:
                 times.append(worker.not_before)
-            elif worker.errand is None and worker.state is S.READY and not worker.calls and not worker.side_calls:
+            elif worker.errand is None and self._waits(worker) and not worker.calls and not worker.side_calls:
                 times.append(worker.last_heard + self.spec.probe_every_s)
         if self._queue and any(self._free()) and not self.resting:
             times.append(min(t.since for t in self._queue) + self.spec.max_wait_s)
@@ -304,21 +304,23 @@ class Dispatcher:
             self.workers.remove(worker)  # one that still starts, perhaps waits for room, is not waited for
             self._out.append(End(worker.name, healthy=worker.seen))
             return
-        if worker.errand is not None or (self.resting and worker.state in (*COMING, S.STALE)):
+        if worker.errand is not None or (self.resting and worker.state in COMING):
             return
         if worker.state in COMING and now >= worker.not_before:
             worker.errand = "start"
             self._out.append(Start(worker.name))
         elif worker.calls or worker.side_calls:
             return  # everything below waits until the worker is idle: its calls finish on the weights they began with
-        elif worker.state is S.STALE:
+        elif worker.state is S.STALE and not self.resting:
             worker.errand = "load"
             self._out.append(Load(worker.name, self.version))
-        elif worker.state is S.SUSPECT or (
-            worker.state is S.READY and now >= worker.last_heard + self.spec.probe_every_s
-        ):
+        elif worker.state is S.SUSPECT or (self._waits(worker) and now >= worker.last_heard + self.spec.probe_every_s):
             worker.errand = "probe"
             self._out.append(Probe(worker.name))
+
+    def _waits(self, worker: Worker) -> bool:
+        """Whether nothing but a ping would tell that ``worker`` is gone; in a resting pool weights wait too."""
+        return worker.state is S.READY or (self.resting and worker.state is S.STALE)
 
     def _free(self) -> Iterator[Worker]:
         for worker in self.workers:

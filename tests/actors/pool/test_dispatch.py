@@ -469,8 +469,9 @@ def test_a_resting_pool_asks_nothing_of_its_workers_but_pings() -> None:
         "p-1": S.STALE,
         "p-2": S.STARTING,
     }
-    assert core.wake_at(2.0) is None  # nothing to wait for but the end of the rest
-    assert core.step(1000.0) == []
+    assert core.wake_at(2.0) == 5.0  # nothing to wait for but the next ping
+    assert core.step(1000.0) == [Probe("p-1")]
+    core.probed("p-1", 1000.5)
     core.resting = False
     assert core.step(1001.0) == [Start("p-0.2"), Load("p-1", 1), Start("p-2")]
     sent = only(obey(core, 1002.0), Send)
@@ -485,3 +486,15 @@ def test_a_ready_worker_of_a_resting_pool_is_still_probed() -> None:
     assert core.step(6.0) == [Probe("p-0")]
     core.suspected("p-0", "no answer", 7.0)
     assert core.step(8.0) == [Probe("p-0")]
+
+
+def test_a_stale_worker_of_a_resting_pool_is_probed_and_loads_later() -> None:
+    core = serving(1, probe_every_s=5.0)
+    core.resting = True
+    core.publish(3)
+    assert core.step(1.0) == [] and core.wake_at(1.0) == 5.0
+    assert core.step(6.0) == [Probe("p-0")]
+    core.died("p-0", "no answer", 7.0)
+    assert only(core.step(8.0), Start) == []
+    core.resting = False
+    assert only(core.step(9.0), Start) == [Start("p-0.2")]
