@@ -12,7 +12,7 @@ from pipeline.checkpoint import CheckpointStore
 from pipeline.config import load_config
 from pipeline.train import run_training
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 
 
 @pytest.mark.timeout(600)

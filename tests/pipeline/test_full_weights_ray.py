@@ -18,7 +18,7 @@ from pipeline.train import SYSTEMS, run_training
 
 ROLES: tuple[Role, ...] = ("vlm", "vdm")
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 
 
 def same(one: list[Prediction], other: list[Prediction]) -> bool:

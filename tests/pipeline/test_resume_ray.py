@@ -12,10 +12,9 @@ from pipeline.config import load_config
 from pipeline.train import run_training
 from tests.processes import command, kill, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_a_run_whose_driver_was_killed_goes_on(ray_alone: None, toy_shards: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"

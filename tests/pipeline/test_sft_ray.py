@@ -56,7 +56,7 @@ def test_vdm_sft_trains_the_text_encoder_too_and_exports_the_average(
         assert any(not torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values()))
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     "length",
     [{"steps": 6}, {"steps": None, "max_wall_s": 2.0, "schedule": "constant", "checkpoint_every": 2}],
