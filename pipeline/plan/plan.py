@@ -24,7 +24,6 @@ from pipeline.plan.memory import CONTEXT, USABLE, VLLM_BATCH_TOKENS, Process, pr
 from pipeline.plan.models import CAPTION_TOKENS, Models
 
 _PLENTY = 1e6  # of CPUs and custom resources, which --gpus does not tell
-POOLS = ("vlm", "embed", "vdm", "reward")
 RESTING = ("pools.vlm.rest=true", "pools.vdm.rest=true", "learner.offload=all")
 SWITCH_BANDWIDTH = 25e9
 """Assumed bytes per second between a GPU and its host's memory (PCIe 4.0 x16 has 32)."""
@@ -218,7 +217,7 @@ def _ranks_together(config: RunConfig, gpus: Iterable[Gpu]) -> str:
 
 def _workers(config: RunConfig, placement: PlacementPlan | None) -> dict[str, float]:
     """Return how many GPUs work for each role; a role without any counts its workers, on CPUs."""
-    counts = {role: getattr(config.pools, role).workers for role in POOLS}
+    counts = {role: getattr(config.pools, role).workers for role in type(config.pools).model_fields}
     counts[LEARNER] = config.learner.ranks * (2 if config.training == "all_in_one" else 1)
     shared = {ask.role for ask in placement.sharing} if placement else set()
     found: dict[str, float] = {}
