@@ -123,8 +123,11 @@ def stopped_message(config: RunConfig, stop: StopRequest) -> str:
 
 
 def has_checkpoint(config: RunConfig) -> bool:
-    """Return whether the folder of ``config`` holds a checkpoint, whole or not."""
-    return bool(CheckpointStore(config.out / "checkpoints", config.checkpoint.keep).paths())
+    """Return whether the folder of ``config`` holds a checkpoint, whole or not, or its mirror a whole one."""
+    if CheckpointStore(config.out / "checkpoints", config.checkpoint.keep).paths():
+        return True
+    mirror = mirror_of(config)
+    return mirror is not None and bool(mirror.checkpoints())
 
 
 def print_plan(config: RunConfig) -> None:

@@ -235,3 +235,16 @@ def test_a_job_that_is_queued_again_resumes_only_where_there_is_something_to_res
     assert not has_checkpoint(run)  # half written
     (tmp_path / "checkpoints" / "stage1-step3").mkdir()
     assert has_checkpoint(run)  # whole or not: a damaged one is told about, never started over
+
+
+def test_a_job_on_a_new_machine_resumes_from_its_mirror(tmp_path: Path) -> None:
+    from pipeline.checkpoint import CheckpointStore, Mirror
+    from pipeline.train import has_checkpoint
+    from tests.pipeline.test_mirror import nothing, write
+
+    run = load_config("toy", [f"out={tmp_path / 'out'}", f"checkpoint.mirror={tmp_path / 'mirror'}"])
+    assert not has_checkpoint(run)
+    sent = write(CheckpointStore(tmp_path / "lost" / "checkpoints"), "stage1", 3)
+    assert not has_checkpoint(run)
+    Mirror(tmp_path / "mirror").send(sent, nothing)
+    assert has_checkpoint(run)
