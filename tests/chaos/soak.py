@@ -35,7 +35,10 @@ sys.path.insert(0, str(ROOT))
 from pipeline.tracking.store import PARENT_TAG, STAGE_TAG  # noqa: E402 - found through the line above
 
 WORKERS = ("VlmWorker", "VdmWorker", "RewardWorker")
-CLOCK = ("time/", "pool/", "learner/restarts", "checkpoint/failed", "data/quarantined")
+CLOCK = (
+    *("time/", "pool/", "cache/", "learner/prompt_hit_ratio", "learner/restarts", "checkpoint/failed"),
+    "data/quarantined",
+)
 """Metrics of how long things took, of what the pools did meanwhile, and of what befell this process."""
 NODE_CPUS = 4
 console = Console(width=120, highlight=False)
