@@ -109,7 +109,7 @@ def test_a_job_is_scaled_with_the_token_stopped_gently_and_resumed(
 ) -> None:
     out, name = tmp_path / "run", "stopped-job"
     run = ["toy", f"out={out}", f"data.train={toy_shards}/train", f"data.eval={toy_shards}/test", "checkpoint.every=0"]
-    run += ["stage1.steps=6", "stage2.steps=0", "stage1.rollout={prompts_per_step: 4, group_size: 4}"]
+    run += ["stage1.steps=60", "stage2.steps=0", "stage1.rollout={prompts_per_step: 4, group_size: 4}"]
     run += ["pools.vdm.workers=1", "tracking.clips_every=0"]
 
     def ray(*arguments: str) -> str:
@@ -130,7 +130,7 @@ def test_a_job_is_scaled_with_the_token_stopped_gently_and_resumed(
     told = ray(*submit, name, *patience, *train)
     assert "submitted" in told, told
     deadline = time.monotonic() + 600
-    while "thinker 1/6" not in (log := ray("logs", name)):
+    while "thinker 1/60" not in (log := ray("logs", name)):
         assert time.monotonic() < deadline, log[-6000:]
         time.sleep(0.5)
 
@@ -146,7 +146,7 @@ def test_a_job_is_scaled_with_the_token_stopped_gently_and_resumed(
     log = ray("logs", name)
     assert "STOPPED" in ray("status", name) and "--resume" in log and "Traceback" not in log, log[-6000:]
     checkpoint = CheckpointStore(out / "checkpoints").latest()
-    assert checkpoint is not None and 1 <= checkpoint.step < 6
+    assert checkpoint is not None and 1 <= checkpoint.step < 60
 
     resumed = ray(*submit, f"{name}-again", *train, "--resume")
     assert "succeeded" in resumed, resumed[-6000:]
@@ -155,4 +155,4 @@ def test_a_job_is_scaled_with_the_token_stopped_gently_and_resumed(
     stage = client.search_runs([experiment.experiment_id], "tags.vans.stage = 'stage1'")
     (only,) = stage
     history = client.get_metric_history(only.info.run_id, "reward/total_mean")
-    assert sorted(m.step for m in history) == list(range(6)) and only.info.status == "FINISHED"
+    assert sorted(m.step for m in history) == list(range(60)) and only.info.status == "FINISHED"
