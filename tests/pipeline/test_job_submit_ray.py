@@ -144,7 +144,7 @@ def test_a_job_is_scaled_with_the_token_stopped_gently_and_resumed(
 
     ray("stop", name)
     log = ray("logs", name)
-    assert "STOPPED" in ray("status", name) and "--resume" in log and "Traceback" not in log, log[-6000:]
+    assert "was stopped" in ray("status", name) and "--resume" in log and "Traceback" not in log, log[-6000:]
     checkpoint = CheckpointStore(out / "checkpoints").latest()
     assert checkpoint is not None and 1 <= checkpoint.step < 60
 
