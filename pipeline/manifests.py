@@ -17,6 +17,7 @@ from pipeline.fleet import LEARNER, placement_plan, pool_names
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "cluster" / "manifests" / "examples"
 EXAMPLE_RUNS: tuple[tuple[str, tuple[Kind, ...]], ...] = (
+    ("vans_1gpu", ("rayjob", "slurm")),
     ("vans_paper", ("rayjob",)),
     ("vans_8gpu", ("rayjob", "slurm", "launcher")),
     ("vans_2node", ("rayjob", "slurm")),

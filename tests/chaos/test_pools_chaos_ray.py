@@ -177,21 +177,30 @@ def test_real_vdm_worker_killed_while_weights_are_loaded() -> None:
 def test_a_dead_vllm_engine_is_replaced_and_a_dead_worker_leaves_none_behind() -> None:
     """vLLM in processes of its own, as on GPUs."""
 
-    def engine(pid: int) -> list[psutil.Process]:
-        return [p for p in psutil.Process(pid).children(recursive=True) if p.name().startswith("VLLM::")]
+    async def engine(pid: int) -> list[psutil.Process]:
+        """vLLM's processes below ``pid``; a process's title can be read as another one for a moment."""
+        found: dict[str, psutil.Process] = {}
+
+        def seen() -> bool:
+            for child in psutil.Process(pid).children(recursive=True):
+                title = " ".join([child.name(), *child.cmdline()[:1]])
+                if "VLLM::" in title:
+                    found["core" if "EngineCore" in title else title] = child
+            return "core" in found
+
+        await until(seen, 30)
+        return [found.pop("core"), *found.values()]
 
     async def story() -> None:
         async with vlm_pool(in_process=False, spec={"workers": 1}) as pool:
             requests = completions(4)
             expected = await asyncio.gather(*(pool.submit(r) for r in requests))
             first = pool.infos()["vlm-0"]
-            parts = engine(first.pid)
-            assert {p.name() for p in parts} >= {"VLLM::EngineCore"}
-            next(p for p in parts if p.name() == "VLLM::EngineCore").kill()  # the worker lives, and is of no use
+            (await engine(first.pid))[0].kill()  # the worker lives, and is of no use
             await until(lambda: "vlm-0.2" in pool.infos() and whole(pool))
             assert gone(first.pid)
             second = pool.infos()["vlm-0.2"]
-            parts = engine(second.pid)
+            parts = await engine(second.pid)
             work = asyncio.gather(*(pool.submit(r) for r in requests))
             await asyncio.sleep(0.05)
             os.kill(second.pid, signal.SIGKILL)
