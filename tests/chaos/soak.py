@@ -74,10 +74,13 @@ class Nodes:
 
 
 def processes(*names: str) -> list[psutil.Process]:
-    """Return the Ray workers of this machine whose title names one of the actor classes ``names``."""
+    """Return the workers of this process's cluster, and of no other, whose title names one of the actor classes ``names``."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or ())
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:  # it has ended meanwhile
+            continue
         if title.startswith("ray::") and any(name in title for name in names):
             found.append(process)
     return sorted(found, key=lambda p: p.pid)
