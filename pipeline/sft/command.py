@@ -56,7 +56,7 @@ def run_tracked_sft(
     params |= {f"sft.{name}": str(value) for name, value in asdict(job.settings).items()}
     total = job.total_steps if job.total_steps < sys.maxsize else None
     with connect():
-        check_room(job.settings)  # before there is a run to be seen in MLflow
+        check_room(job)  # before there is a run to be seen in MLflow
         with Tracker.open(f"sft-{job.kind}", job.out, tracking or TrackingSection(), params) as tracker:
             tracker.log_dataset(job.source.folder, job.source.digest, job.source.count)
             with bar(console, f"sft {job.kind}", total) as progress:

@@ -22,7 +22,8 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from cluster.errors import ConfigError, PlacementError, TrainingError, VansError, WorkerTimeoutError
+from cluster.errors import ConfigError, TrainingError, VansError, WorkerTimeoutError
+from cluster.resources import Ask, PlacementPlan, check, view
 from cluster.session import connect, environment
 from pipeline.data.source import SampleSource
 from pipeline.location import Uri, local_path
@@ -97,7 +98,7 @@ def run_sft(
     """
     job = prepare(kind, model, data, out, settings or SftSettings())
     with connect():
-        check_room(job.settings)
+        check_room(job)
         return carry_out(job, on_metrics)
 
 
@@ -151,23 +152,20 @@ def carry_out(job: SftJob, on_metrics: OnMetrics | None = None) -> SftResult:
     return result
 
 
-def check_room(settings: SftSettings) -> None:
+def check_room(job: SftJob) -> None:
     """Raise PlacementError where the cluster can never hold the ranks and decoders: Ray Train would wait for ever."""
-    have = ray.cluster_resources()
-    cpus = settings.ranks * settings.cpus + settings.decoders * 0.5
-    gpus = settings.ranks * settings.gpus
-    if cpus > have.get("CPU", 0.0) or gpus > have.get("GPU", 0.0):
-        raise PlacementError(
-            f"sft: {settings.ranks} ranks and {settings.decoders} decoders need {cpus:g} CPU and {gpus:g} GPU; the "
-            "cluster "
-            f"has {have.get('CPU', 0.0):g} CPU and {have.get('GPU', 0.0):g} GPU. Use fewer ranks, or smaller ones"
-        )
+    settings, source = job.settings, job.source
+    ranks = Ask(
+        "sft", settings.ranks, settings.cpus, settings.gpus, strategy=settings.placement, labels=settings.labels
+    )
+    check(PlacementPlan((ranks, Ask("decoders", settings.decoders, source.cpus_per_decoder))), view())
 
 
 def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Run Ray Train; returns the rows logged by this call, and the counters of the last checkpoint."""
     settings, source = job.settings, job.source
-    told = {key: value for key, value in asdict(settings).items() if not key.endswith("_timeout_s")}
+    where = ("placement", "labels", "placement_timeout_s", "step_timeout_s")  # a run may go on elsewhere
+    told = {key: value for key, value in asdict(settings).items() if key not in where}
     facts = json.dumps([job.kind, job.model, source.digest, told], sort_keys=True, default=str)
     name = f"sft-{job.kind}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"  # Ray Train resumes a run by its name
     mailbox = start_mailbox()
@@ -190,7 +188,11 @@ def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float
         train_loop_config=config,
         torch_config=RendezvousConfig(timeout_s=round(settings.step_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.ranks, use_gpu=settings.gpus > 0, resources_per_worker=resources
+            num_workers=settings.ranks,
+            use_gpu=settings.gpus > 0,
+            resources_per_worker=resources,
+            placement_strategy=settings.placement,
+            label_selector=dict(settings.labels) or None,
         ),
         run_config=ray.train.RunConfig(
             name=name,

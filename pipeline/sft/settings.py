@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.errors import ConfigError
+from cluster.layout import Strategy
 from pipeline.config.schema import RunConfig
 from pipeline.config.training import SftModelSection, SftVdmSection
 from pipeline.data.decoder import VideoShape
@@ -43,6 +45,8 @@ class SftSettings:
     ranks: int = 1
     cpus: float = 1.0  # per rank
     gpus: float = 0.0  # per rank
+    placement: Strategy = "PACK"  # how the ranks lie on nodes
+    labels: Mapping[str, str] = field(default_factory=dict)  # label selector of the ranks' nodes
     decoders: int = 1  # Ray Data tasks that decode video at a time
     dtype: str = "float32"  # compute dtype; parameters stay float32
     activation_checkpointing: bool = False
@@ -111,6 +115,8 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         ranks=learner.ranks,
         cpus=learner.cpus,
         gpus=float(math.ceil(learner.gpus)),  # nothing else runs then, so a share would only put two ranks on a GPU
+        placement=learner.placement or config.cluster.placement,
+        labels=learner.labels,
         dtype=learner.dtype,
         activation_checkpointing=learner.activation_checkpointing,
         seed=config.seed,

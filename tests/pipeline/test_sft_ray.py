@@ -92,8 +92,12 @@ def test_what_cannot_work_is_said_before_training(toy_shards: Path, tiny_vlm_dir
         run_sft("clip", tiny_vlm_dir, toy_shards / "train", tmp_path / "o")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="the model itself"):
         run_sft("vlm", tiny_vlm_dir, toy_shards / "train", tiny_vlm_dir)
-    with pytest.raises(PlacementError, match="64 ranks"):
-        run_tracked_sft(prepare("vlm", tiny_vlm_dir, toy_shards / "train", tmp_path / "o", SftSettings(ranks=64)))
+    for settings, reason in (
+        (SftSettings(ranks=64), "sft needs CPU 64"),
+        (SftSettings(labels={"room": "attic"}), "no node has the labels room=attic, which sft is to stand on"),
+    ):
+        with pytest.raises(PlacementError, match=reason):
+            run_tracked_sft(prepare("vlm", tiny_vlm_dir, toy_shards / "train", tmp_path / "o", settings))
     with pytest.raises(DataError):
         run_sft("vlm", tiny_vlm_dir, tmp_path / "nothing", tmp_path / "o")
     assert not (tmp_path / "o").exists(), "neither a folder nor an MLflow store of a run that never was"
