@@ -13,27 +13,17 @@ Rules that the tests hold:
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from actors.failures import Failure, Ok, Outcome
 from actors.pool.commands import Command, Deliver, End, Load, Probe, Reject, Send, Start
 from actors.pool.errors import PoolFailed, SampleFailed, WorkerBug
+from actors.pool.roster import Roster
 from actors.pool.spec import Meter, PoolSpec, PoolStats, WorkerStats
 from actors.pool.state import ALIVE, COMING, S, Worker
-
-
-@dataclass(eq=False)
-class _Ticket:
-    id: int
-    since: float  # in the queue since
-    retries: int = 0
-    avoid: str | None = None  # the worker on which it failed last
-    wanted: bool = True  # its submitter still waits
-    reasons: list[str] = field(default_factory=list)
+from actors.pool.waiting import Ticket, Waiting
 
 
 class Dispatcher:
@@ -44,18 +34,31 @@ class Dispatcher:
         self.spec = spec
         self.version = 0
         self.target = 0
-        self.resting = False
-        """Nothing is asked of workers but pings: no requests, no weights, no new processes."""
         self.failure: PoolFailed | WorkerBug | None = None
-        self.workers: list[Worker] = []
         self.meter = Meter()
         self.last_deaths: list[str] = []
         self._restarts: deque[float] = deque()  # when, within the spec's window
         self._incarnations: dict[int, int] = {}
-        self._queue: list[_Ticket] = []  # by id, so that what is sent again goes first
-        self._calls: dict[int, list[_Ticket]] = {}
+        self._roster = Roster(spec.max_inflight, spec.probe_every_s)
+        self._queue = Waiting()
+        self._tickets: dict[int, Ticket] = {}  # waiting, or inside a worker
+        self._calls: dict[int, tuple[Worker, list[Ticket]]] = {}
         self._out: list[Command] = []
         self._next_ticket = self._next_call = 0
+
+    @property
+    def workers(self) -> list[Worker]:
+        """All workers, in the order in which they joined."""
+        return self._roster.workers
+
+    @property
+    def resting(self) -> bool:
+        """Nothing is asked of workers but pings: no requests, no weights, no new processes."""
+        return self._roster.resting
+
+    @resting.setter
+    def resting(self, resting: bool) -> None:
+        self._roster.resting = resting
 
     # --- requests
 
@@ -63,24 +66,25 @@ class Dispatcher:
         """Queue a request; return its ticket."""
         if self.failure is not None:
             raise self.failure
-        ticket = _Ticket(self._next_ticket, now)
+        ticket = Ticket(self._next_ticket, now)
         self._next_ticket += 1
+        self._tickets[ticket.id] = ticket
         self._queue.append(ticket)
         return ticket.id
 
     def forget(self, ticket: int) -> None:
         """The submitter has gone: drop the ticket if it waits; if it is inside a worker, do not send it again."""
-        self._queue = [t for t in self._queue if t.id != ticket]
-        for tickets in self._calls.values():
-            for held in tickets:
-                held.wanted = held.wanted and held.id != ticket
+        held = self._tickets.pop(ticket, None)
+        if held is not None:
+            held.wanted = False
+            self._queue.discard(held)
 
     def answered(self, call: int, outcomes: Sequence[Outcome], now: float) -> None:
         """A worker answered ``call`` with one outcome per ticket."""
-        worker = self._holder(call)
-        if worker is None:
+        if call not in self._calls:
             return
-        tickets = self._calls.pop(call)
+        worker, tickets = self._calls.pop(call)
+        self._roster.touch(worker)
         if len(outcomes) != len(tickets):
             fault = Failure("bug", f"process() answered {len(outcomes)} of {len(tickets)} requests")
             outcomes = [fault] * len(tickets)
@@ -91,16 +95,16 @@ class Dispatcher:
             if isinstance(outcome, Ok):
                 self.meter.answered(now)
                 worker.requests_done += 1
-                self._out.append(Deliver(ticket.id, outcome.value))
+                self._deliver(ticket, outcome.value)
                 continue
             self.meter.failures[outcome.kind] += 1
             if outcome.kind == "infrastructure":
                 struck = outcome.message
                 self._again(ticket, f"{worker.name}: {outcome.message}", worker.name, now)
             elif outcome.kind == "data":
-                self._out.append(Reject(ticket.id, SampleFailed(f"{worker.name}: {outcome.message}")))
+                self._reject(ticket, SampleFailed(f"{worker.name}: {outcome.message}"))
             else:
-                self._out.append(Reject(ticket.id, WorkerBug(f"{worker.name}: {outcome.message}", outcome.traceback)))
+                self._reject(ticket, WorkerBug(f"{worker.name}: {outcome.message}", outcome.traceback))
         if struck is None:
             worker.strikes = 0
         else:
@@ -110,18 +114,18 @@ class Dispatcher:
 
     def placed(self, name: str) -> None:
         """The cluster had room for ``name``: its process runs."""
-        worker = self._find(name)
+        worker = self._roster.find(name)
         if worker is not None:
             worker.placed = True
 
     def unplaced(self, name: str, reason: str) -> None:
         """``name`` has waited ``start_timeout_s`` for room. The pool goes on with the others; without any, it fails."""
-        if self._find(name) is not None and not any(worker.placed for worker in self.workers):
+        if self._roster.find(name) is not None and not any(worker.placed for worker in self.workers):
             self.fail(PoolFailed(f"pool {self.pool}: no worker could be placed. {reason}"))
 
     def started(self, name: str, now: float) -> None:
         """Worker ``name`` has loaded its model."""
-        worker = self._find(name)
+        worker = self._roster.find(name)
         if worker is None:
             return
         worker.errand = None
@@ -131,7 +135,7 @@ class Dispatcher:
 
     def loaded(self, name: str, version: int, now: float) -> None:
         """Worker ``name`` holds weights ``version``."""
-        worker = self._find(name)
+        worker = self._roster.find(name)
         if worker is None:
             return
         worker.errand = None
@@ -141,7 +145,7 @@ class Dispatcher:
 
     def probed(self, name: str, now: float) -> None:
         """Worker ``name`` answered a ping."""
-        worker = self._find(name)
+        worker = self._roster.find(name)
         if worker is None:
             return
         worker.errand = None
@@ -151,45 +155,45 @@ class Dispatcher:
 
     def suspected(self, name: str, reason: str, now: float, call: int | None = None) -> None:
         """Worker ``name`` could not be reached, in ``call`` or (None) on its errand, but may be alive."""
-        worker = self._find(name)
+        worker = self._roster.find(name)
         if worker is None:
             return
         if call is None:
             worker.errand = None
         elif call in worker.calls:
             del worker.calls[call]
-            for ticket in self._calls.pop(call):
+            for ticket in self._calls.pop(call)[1]:
                 self.meter.failures["infrastructure"] += 1
                 self._again(ticket, f"{name}: {reason}", name, now)
         self._strike(worker, reason, now)
 
     def hold(self, name: str, calls: int) -> None:
         """``calls`` more (or fewer) calls beside requests are under way on ``name``."""
-        worker = self._find(name)
+        worker = self._roster.find(name)
         if worker is not None:
             worker.side_calls = max(0, worker.side_calls + calls)
 
     def struck(self, name: str, reason: str, now: float) -> None:
         """Worker ``name`` could not be reached by such a call."""
-        worker = self._find(name)
+        worker = self._roster.find(name)
         if worker is not None:
             self._strike(worker, reason, now)
 
     def died(self, name: str, reason: str, now: float) -> None:
         """Worker ``name`` is gone, or must go: its calls are sent again, its slot gets a new process."""
-        worker = self._find(name)
+        worker = self._roster.find(name)
         if worker is None or worker.state is S.DEAD:
             return
         self.last_deaths = [*self.last_deaths[-4:], f"{name}: {reason}"]
         self._out.append(End(name, healthy=False))
         for call in list(worker.calls):
-            for ticket in self._calls.pop(call):
+            for ticket in self._calls.pop(call)[1]:
                 self.meter.failures["infrastructure"] += 1
                 self._again(ticket, f"{name}: {reason}", name, now)
         worker.calls.clear()
         worker.errand = None
         if worker.state is S.RETIRED:
-            self.workers.remove(worker)
+            self._roster.remove(worker)
             return
         worker.move(S.DEAD)
         worker.failed_starts += 1
@@ -204,6 +208,7 @@ class Dispatcher:
         if worker.failed_starts > 1:
             wait = min(self.spec.max_backoff_s, self.spec.backoff_s * 2.0 ** (worker.failed_starts - 2))
         worker.restart(now + wait)
+        self._roster.renamed(worker, name)
         self._incarnations[worker.slot] = worker.incarnation
 
     def publish(self, version: int) -> None:
@@ -212,6 +217,7 @@ class Dispatcher:
         for worker in self.workers:
             if worker.state is S.READY and worker.version != version:
                 worker.move(S.STALE)
+                self._roster.touch(worker)
 
     def resize(self, target: int) -> None:
         """Have ``target`` workers: start more, or retire some (those not serving yet, then the highest slots)."""
@@ -226,46 +232,42 @@ class Dispatcher:
             if slot not in taken:
                 self._incarnations[slot] = self._incarnations.get(slot, 0) + 1
                 active.append(Worker(self.pool, slot, self._incarnations[slot]))
-                self.workers.append(active[-1])
+                self._roster.add(active[-1])
         leaving = sorted(active, key=lambda w: (w.state in ALIVE, -w.slot))[: len(active) - target]
         for worker in leaving:
             worker.move(S.RETIRED)
+            self._roster.touch(worker)
 
     def fail(self, error: PoolFailed | WorkerBug) -> None:
         """End the pool: every ticket is rejected with ``error``, every worker is ended."""
         if self.failure is not None:
             return
         self.failure = error
-        tickets = [t for call in self._calls.values() for t in call] + self._queue
-        self._queue, self._calls = [], {}
-        self._out += [Reject(ticket.id, error) for ticket in sorted(tickets, key=lambda t: t.id)]
+        tickets = [t for _, call in self._calls.values() for t in call] + self._queue.clear()
+        self._calls = {}
+        for ticket in sorted(tickets, key=lambda t: t.id):
+            self._reject(ticket, error)
         self._out += [End(worker.name, healthy=False) for worker in self.workers]
-        self.workers = []
+        self._roster.clear()
 
     # --- what is to be done
 
     def step(self, now: float) -> list[Command]:
         """Return all that is to be done at ``now``."""
-        for worker in list(self.workers):
+        for worker in self._roster.due(now):
             self._errands(worker, now)
+            self._roster.settle(worker)
         self._dispatch(now)
-        alive = [w for w in self.workers if w.state in ALIVE]
-        self.meter.busy(sum(bool(w.calls) for w in alive), len(alive), now)
+        self.meter.busy(self._roster.busy, self._roster.alive, now)
         out, self._out = self._out, []
         return out
 
     def wake_at(self, now: float) -> float | None:
         """Return the time at which ``step`` has to be called if nothing happens before, or None."""
-        times: list[float] = []
-        for worker in self.workers:
-            if worker.errand is None and worker.state in COMING and not self.resting:
-                times.append(worker.not_before)
-            elif worker.errand is None and self._waits(worker) and not worker.calls and not worker.side_calls:
-                times.append(worker.last_heard + self.spec.probe_every_s)
-        if self._queue and any(self._free()) and not self.resting:
-            times.append(min(t.since for t in self._queue) + self.spec.max_wait_s)
-        later = [time for time in times if time > now]
-        return min(later, default=None)
+        times = [self._roster.wake_at()]
+        if self._queue and self._roster.free and not self.resting:
+            times.append(self._queue.oldest() + self.spec.max_wait_s)
+        return min((time for time in times if time is not None and time > now), default=None)
 
     def stats(self, now: float) -> PoolStats:
         """Return the pool's figures at ``now``."""
@@ -282,8 +284,8 @@ class Dispatcher:
                 for w in sorted(self.workers, key=lambda w: (w.slot, w.incarnation))
             ),
             queue_len=len(self._queue),
-            oldest_wait_s=now - min((t.since for t in self._queue), default=now),
-            inflight=sum(len(tickets) for tickets in self._calls.values()),
+            oldest_wait_s=now - self._queue.oldest() if self._queue else 0.0,
+            inflight=sum(len(tickets) for _, tickets in self._calls.values()),
             done=m.done,
             requests_per_min=m.requests_per_min(now),
             queue_wait_s=m.queue_wait_s,
@@ -301,7 +303,7 @@ class Dispatcher:
 
     def _errands(self, worker: Worker, now: float) -> None:
         if worker.state is S.RETIRED and not worker.calls and not worker.side_calls and worker.errand != "load":
-            self.workers.remove(worker)  # one that still starts, perhaps waits for room, is not waited for
+            self._roster.remove(worker)  # one that still starts, perhaps waits for room, is not waited for
             self._out.append(End(worker.name, healthy=worker.seen))
             return
         if worker.errand is not None or (self.resting and worker.state in COMING):
@@ -314,72 +316,43 @@ class Dispatcher:
         elif worker.state is S.STALE and not self.resting:
             worker.errand = "load"
             self._out.append(Load(worker.name, self.version))
-        elif worker.state is S.SUSPECT or (self._waits(worker) and now >= worker.last_heard + self.spec.probe_every_s):
+        elif worker.state is S.SUSPECT or (self._roster.waits(worker) and now >= self._roster.probe_at(worker)):
             worker.errand = "probe"
             self._out.append(Probe(worker.name))
-
-    def _waits(self, worker: Worker) -> bool:
-        """Whether nothing but a ping would tell that ``worker`` is gone; in a resting pool weights wait too."""
-        return worker.state is S.READY or (self.resting and worker.state is S.STALE)
-
-    def _free(self) -> Iterator[Worker]:
-        for worker in self.workers:
-            if worker.state is S.READY and worker.errand is None and len(worker.calls) < self.spec.max_inflight:
-                yield worker
 
     def _dispatch(self, now: float) -> None:
         """Send full batches at once, others when their oldest request has waited ``max_wait_s``.
 
         Requests are spread evenly over the free workers, the least busy first.
         """
-        while self._queue and not self.resting:
-            free = sorted(self._free(), key=lambda w: (len(w.calls), w.last_sent, w.slot))
-            oldest = min(t.since for t in self._queue)
-            if not free or (len(self._queue) < self.spec.max_batch and now < oldest + self.spec.max_wait_s):
+        while self._queue and self._roster.free and not self.resting:
+            waiting = len(self._queue)
+            if waiting < self.spec.max_batch and now < self._queue.oldest() + self.spec.max_wait_s:
                 return
-            size = min(self.spec.max_batch, math.ceil(len(self._queue) / len(free)))
-            sent = 0
-            for worker in free:
-                batch = self._take(worker, size)
+            size = min(self.spec.max_batch, math.ceil(waiting / self._roster.free))
+            asked: list[Worker] = []
+            for worker in self._roster.take_free():
+                asked.append(worker)
+                batch = self._queue.take(size, worker.name, others=self._roster.alive > 1)
                 if batch:
                     self._send(worker, batch, now)
-                    sent += 1
-            if not sent:
+                if not self._queue:
+                    break
+            for worker in asked:
+                self._roster.settle(worker)
+            if len(self._queue) == waiting:
                 return  # what waits avoids every free worker; another one is on its way
 
-    def _take(self, worker: Worker, size: int) -> list[_Ticket]:
-        """Take up to ``size`` tickets for ``worker`` off the queue.
-
-        A ticket keeps away from the worker that failed it while there is another. One that has failed twice goes alone:
-        if it is what kills workers, it takes no neighbour with it a third time.
-        """
-        others = any(w.state in ALIVE and w is not worker for w in self.workers)
-        batch: list[_Ticket] = []
-        for ticket in self._queue:
-            if others and ticket.avoid == worker.name:
-                continue
-            if ticket.retries >= 2:
-                if not batch:
-                    batch = [ticket]
-                    break
-                continue
-            batch.append(ticket)
-            if len(batch) == size:
-                break
-        chosen = {ticket.id for ticket in batch}
-        self._queue = [ticket for ticket in self._queue if ticket.id not in chosen]
-        return batch
-
-    def _send(self, worker: Worker, batch: list[_Ticket], now: float) -> None:
+    def _send(self, worker: Worker, batch: list[Ticket], now: float) -> None:
         self._next_call += 1
-        self._calls[self._next_call] = batch
+        self._calls[self._next_call] = (worker, batch)
         worker.calls[self._next_call] = now
         worker.last_sent = self._next_call
         for ticket in batch:
             self.meter.waited(now - ticket.since)
         self._out.append(Send(self._next_call, worker.name, tuple(ticket.id for ticket in batch)))
 
-    def _again(self, ticket: _Ticket, reason: str, worker: str, now: float) -> None:
+    def _again(self, ticket: Ticket, reason: str, worker: str, now: float) -> None:
         if not ticket.wanted:
             return
         ticket.reasons.append(reason)
@@ -389,13 +362,13 @@ class Dispatcher:
                 f"pool {self.pool}: a request failed {len(ticket.reasons)} times for reasons of the machines "
                 f"(max_retries={self.spec.max_retries}):\n{tries}"
             )
-            self._out.append(Reject(ticket.id, error))
+            self._reject(ticket, error)
             return
         ticket.retries += 1
         ticket.avoid = worker
         ticket.since = now
         self.meter.retries += 1
-        bisect.insort(self._queue, ticket, key=lambda t: t.id)
+        self._queue.send_again(ticket)
 
     def _strike(self, worker: Worker, reason: str, now: float) -> None:
         worker.strikes += 1
@@ -411,8 +384,10 @@ class Dispatcher:
             f"and max_restarts={self.spec.max_restarts}; the last:\n{deaths}"
         )
 
-    def _find(self, name: str) -> Worker | None:
-        return next((worker for worker in self.workers if worker.name == name), None)
+    def _deliver(self, ticket: Ticket, value: object) -> None:
+        self._tickets.pop(ticket.id, None)
+        self._out.append(Deliver(ticket.id, value))
 
-    def _holder(self, call: int) -> Worker | None:
-        return next((worker for worker in self.workers if call in worker.calls), None)
+    def _reject(self, ticket: Ticket, error: Exception) -> None:
+        self._tickets.pop(ticket.id, None)
+        self._out.append(Reject(ticket.id, error))
