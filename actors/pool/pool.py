@@ -11,16 +11,13 @@ import dataclasses
 import logging
 import traceback
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import ray
 
 from actors.pool import commands
 from actors.pool.dispatch import Dispatcher
 from actors.pool.errors import PoolFailed, WorkerBug
 from actors.pool.protocol import WorkerInfo
-from actors.pool.remote import WorkerGone, WorkerRaised, WorkerUnreachable, ask, translate
+from actors.pool.remote import RayTransport, Transport, WorkerGone, WorkerRaised, WorkerUnreachable
 from actors.pool.spec import PoolSpec, PoolStats, Timings
 from actors.pool.state import ALIVE, COMING, S
 from cluster.errors import WorkerTimeoutError
@@ -40,7 +37,7 @@ class WorkerPool:
     ``make_worker(name)`` creates the actor of that name and returns its handle at once (``.options(...).remote(...)``);
     it runs in a thread. ``cluster.names.slot_of(name)`` is the slot, which ``Placement.options`` turns into a bundle.
     ``reconsider(name)``, also in a thread, says of a worker that waits for room whether ``make_worker`` would now look
-    for it elsewhere (``Placement.reconsider``); it is then made anew.
+    for it elsewhere (``Placement.reconsider``); it is then made anew. ``transport`` is how workers are reached: as Ray actors.
 
     Requests are idempotent: one whose worker died, hung or failed for a reason of its machine is sent again to another
     worker, and gives the same result because it carries its own seed. A result may then be made with newer weights than
@@ -54,6 +51,7 @@ class WorkerPool:
         spec: PoolSpec,
         *,
         reconsider: Callable[[str], bool] = lambda name: False,
+        transport: Transport | None = None,
     ) -> None:
         self.name = name
         self.spec = spec
@@ -70,9 +68,7 @@ class WorkerPool:
         self._timer: asyncio.TimerHandle | None = None
         self._pump_due = False
         self._closed = False
-        # One thread: submissions keep their order, so a ping is never overtaken by a long call.
-        self._sender = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-send")
-        self._maker = ThreadPoolExecutor(4, thread_name_prefix=f"{name}-make")
+        self._transport: Transport = RayTransport(name) if transport is None else transport
 
     # --- what the pipeline calls
 
@@ -188,9 +184,7 @@ class WorkerPool:
         # Not RETIRED: one that leaves before it was placed waits for nothing any more.
         waiting = [w.name for w in self._core.workers if w.state in COMING and not w.placed]
         coming = {name: self._handles[name] for name in waiting if name in self._handles}
-        return [
-            name for name, handle in coming.items() if not await loop.run_in_executor(self._maker, found_room, handle)
-        ]
+        return [name for name, handle in coming.items() if not await loop.run_in_executor(None, found_room, handle)]
 
     def infos(self) -> dict[str, WorkerInfo]:
         """Return what the workers told of themselves, by name."""
@@ -222,8 +216,7 @@ class WorkerPool:
         self._pump()
         for name in list(self._handles):
             self._kill(name)
-        self._sender.shutdown(wait=False, cancel_futures=True)
-        self._maker.shutdown(wait=False, cancel_futures=True)
+        self._transport.close()
 
     async def __aenter__(self) -> WorkerPool:
         await self.start()
@@ -329,18 +322,15 @@ class WorkerPool:
         while self._core.failure is None:
             done, _ = await asyncio.wait({ready}, timeout=min(patience, began + patience - self._now(), RECONSIDER_S))
             if done:
-                try:
-                    ready.result()
-                except ray.exceptions.RayError as error:
-                    raise translate(error) from error
+                ready.result()
                 return
-            if await loop.run_in_executor(self._maker, self._looks_elsewhere, name):
+            if await loop.run_in_executor(None, self._looks_elsewhere, name):
                 log.warning("pool %s: worker %s finds no room where it belongs; it looks elsewhere", self.name, name)
                 self._kill(name)
                 ready = await self._make(name)
             if self._now() >= began + patience:
                 patience += self.spec.start_timeout_s
-                cluster = await loop.run_in_executor(self._maker, view)
+                cluster = await loop.run_in_executor(None, view)
                 waited, free = self._now() - began, amounts(cluster.free)
                 reason = f"Worker {name} has waited {waited:.0f} s for room; free in the cluster: {free}"
                 log.warning("pool %s: %s", self.name, reason)
@@ -358,13 +348,13 @@ class WorkerPool:
     async def _make(self, name: str) -> asyncio.Future[Any]:
         """Create the actor ``name``; return what is done when its process runs."""
         try:
-            handle = await asyncio.get_running_loop().run_in_executor(self._maker, self._make_worker, name)
+            handle = await self._transport.make(self._make_worker, name)
         except Exception as error:  # the caller's code; it ends the pool and reaches every submitter
             text = "".join(traceback.format_exception(error))
             self._core.fail(WorkerBug(f"pool {self.name}: worker {name} could not be created: {error!r}", text))
             raise WorkerGone("it could not be created") from error
         self._handles[name] = handle
-        ready: asyncio.Future[Any] = asyncio.wrap_future(handle.__ray_ready__.remote().future())
+        ready = self._transport.ready(handle)
         ready.add_done_callback(lambda future: future.cancelled() or future.exception())
         return ready
 
@@ -434,14 +424,7 @@ class WorkerPool:
         handle = self._handles.get(name)
         if handle is None:
             raise WorkerGone("it was ended")
-        return await ask(
-            lambda: getattr(handle, method).remote(*args),
-            timeout_s=timeout_s,
-            sender=self._sender,
-            who=self._who(name),
-            what=f"{method}()",
-            hint="It is killed and replaced.",
-        )
+        return await self._transport.ask(handle, method, args, timeout_s=timeout_s, who=self._who(name))
 
     def _who(self, name: str) -> str:
         info = self._infos.get(name)
@@ -476,4 +459,4 @@ class WorkerPool:
         handle = self._handles.pop(name, None)
         self._infos.pop(name, None)
         if handle is not None:
-            ray.kill(handle, no_restart=True)
+            self._transport.kill(handle)

@@ -1,14 +1,15 @@
-"""One question to one Ray actor, with a deadline and an answer that says what kind of failure it was.
+"""A pool's workers as Ray actors: made, asked, ended. One question has a deadline and an answer that says what kind of failure it was.
 
-This is the only place where Ray's exceptions are told apart. Nothing here retries.
+This is the only place where Ray's exceptions are told apart. Nothing here retries. A pool reaches its workers through a
+``Transport`` alone, so its driver can be measured with hundreds of workers that have no process (tests/benchmarks).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
-from typing import Any
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
@@ -35,6 +36,78 @@ class WorkerRaised(Exception):
         super().__init__(failure.message)
         self.failure = failure
         self.for_people = for_people
+
+
+class Transport(Protocol):
+    """How a pool makes, asks and ends its workers. Handles are opaque to the pool."""
+
+    async def make(self, make_worker: Callable[[str], Any], name: str) -> Any:
+        """Return the handle of a new worker, which may not have found room yet; raises what ``make_worker`` raises."""
+        ...
+
+    def ready(self, handle: Any) -> asyncio.Future[Any]:
+        """Return what is done when the worker's process runs, with one of this module's exceptions where it never will."""
+        ...
+
+    async def ask(self, handle: Any, method: str, args: tuple[Any, ...], *, timeout_s: float, who: str) -> Any:
+        """Return the answer of ``method``; raises as :func:`ask`."""
+        ...
+
+    def kill(self, handle: Any) -> None:
+        """End the worker at once."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what the transport itself holds."""
+        ...
+
+
+class RayTransport:
+    """Workers are Ray actors."""
+
+    def __init__(self, pool: str) -> None:
+        # One thread: submissions keep their order, so a ping is never overtaken by a long call.
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix=f"{pool}-send")
+        self._maker = ThreadPoolExecutor(4, thread_name_prefix=f"{pool}-make")
+
+    async def make(self, make_worker: Callable[[str], Any], name: str) -> Any:
+        """See :class:`Transport`; ``make_worker`` runs in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._maker, make_worker, name)
+
+    def ready(self, handle: Any) -> asyncio.Future[Any]:
+        """See :class:`Transport`."""
+        return asyncio.ensure_future(_runs(handle.__ray_ready__.remote()))
+
+    async def ask(self, handle: Any, method: str, args: tuple[Any, ...], *, timeout_s: float, who: str) -> Any:
+        """See :class:`Transport`."""
+        return await ask(
+            lambda: getattr(handle, method).remote(*args),
+            timeout_s=timeout_s,
+            sender=self._sender,
+            who=who,
+            what=f"{method}()",
+            hint="It is killed and replaced.",
+        )
+
+    def kill(self, handle: Any) -> None:
+        """See :class:`Transport`."""
+        ray.kill(handle, no_restart=True)
+
+    def close(self) -> None:
+        """See :class:`Transport`."""
+        self._sender.shutdown(wait=False, cancel_futures=True)
+        self._maker.shutdown(wait=False, cancel_futures=True)
+
+
+async def _runs(ref: ray.ObjectRef) -> None:
+    """Wait until Ray says that the actor behind ``ref`` runs."""
+    answer = asyncio.wrap_future(ref.future())
+    answer.add_done_callback(_retrieve)
+    await asyncio.wait({answer})  # Ray fills the future, whoever waits
+    try:
+        answer.result()
+    except RayError as error:
+        raise translate(error) from error
 
 
 async def ask(
