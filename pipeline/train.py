@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import shlex
 import time
 from collections.abc import AsyncIterator
@@ -51,9 +52,13 @@ from pipeline.stages.stage2 import Stage2
 from pipeline.tracking import Tracker, has_store
 from rewards.alarms import AlarmState
 
+log = logging.getLogger(__name__)
+
 AnyStage = Stage1 | Stage2 | AllInOne
 STAGES: dict[str, tuple[type[AnyStage], ...]] = {"two_stage": (Stage1, Stage2), "all_in_one": (AllInOne,)}
 FEED_CLOSE_S = 30.0
+FLUSH_S = 10.0
+"""Longest that a checkpoint waits for the figures of its steps to be in the tracking store or in the spool."""
 SYSTEMS = ("SFT", "Joint-GRPO")
 
 
@@ -414,7 +419,15 @@ class _StepHook:
             )
 
     async def save(self, done: int, cursor: FeedCursor, *, last: bool) -> None:
-        """Write the checkpoint from which step ``done`` is next, or tell why there is none."""
+        """Write the checkpoint from which step ``done`` is next, or tell why there is none.
+
+        First the figures of the steps before it go to the store or the spool: a run that is killed afterwards does not
+        repeat those steps, so they would be missing for ever.
+        """
+        if not await asyncio.to_thread(self.run.tracker.flush, FLUSH_S):
+            log.warning(
+                "the tracking store has not answered for %.0f s; the checkpoint is written all the same", FLUSH_S
+            )
         told = await self.run.save(self.stage, self.learners, done, cursor, self.alarms.state, last=last)
         if told is None:
             self.saved = done

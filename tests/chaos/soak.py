@@ -209,7 +209,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20.0, help="how long faults are injected (default 20)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=2, default=(24, 16), help="steps of stage 1 and 2 (default 24 16)")
+    parser.add_argument("--steps", type=int, nargs=2, default=(60, 40), help="steps of stage 1 and 2 (default 60 40)")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
     options = parser.parse_args()
     out = options.out.resolve()

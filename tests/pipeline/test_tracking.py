@@ -1,18 +1,26 @@
 """What a run logs is in MLflow afterwards, whatever happens to the store or to the run meanwhile."""
 
+import asyncio
 import logging
 import sqlite3
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 
 from pipeline.config import RunConfig, flatten, parse_config
+from pipeline.data.source import Cursor
 from pipeline.data.video import decode_video
+from pipeline.stages.alarms import AlarmWatch
+from pipeline.stages.feed import FeedCursor
+from pipeline.stages.recovery import Restarts
 from pipeline.tracking import Tracker, TrackingError
+from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import location
+from pipeline.train import _StepHook
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +205,29 @@ def test_environment_wins_over_configuration_and_both_over_the_default(config: R
     assert location(plain.out, plain.tracking) == (f"sqlite:///{config.out}/mlflow.db", config.out / "mlartifacts")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert location(config.out, config.tracking) == ("http://127.0.0.1:5000", None)
+
+
+def test_a_checkpoint_comes_after_the_figures_of_its_steps(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed just after a checkpoint does not repeat its steps: they must not be on their way still."""
+    deliver = MlflowStore.deliver
+
+    def slow(store: MlflowStore, record: dict[str, Any]) -> None:
+        time.sleep(0.5 if record["op"] == "metrics" else 0.0)
+        deliver(store, record)
+
+    monkeypatch.setattr(MlflowStore, "deliver", slow)
+    found: list[list[tuple[int, float]]] = []
+    with Tracker.start(config) as tracker:
+
+        class Run:
+            async def save(self, *_: object, **__: object) -> None:
+                found.append(history(tracker, "stage1", "reward/total_mean"))
+
+        run = Run()
+        run.tracker = tracker  # type: ignore[attr-defined]
+        alarms = AlarmWatch(config.alarms, ())
+        hook = _StepHook(run, None, {}, alarms, None, Restarts("stage1", 0, ""))  # type: ignore[arg-type]
+        with tracker.stage("stage1"):
+            tracker.log_metrics({"reward/total_mean": 0.5}, 1)
+            asyncio.run(hook.save(2, FeedCursor(Cursor(0, 0)), last=False))
+    assert found == [[(1, 0.5)]]
