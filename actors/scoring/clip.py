@@ -7,6 +7,7 @@ caching (``features``) or for Ray (``worker``).
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,11 @@ class ClipScorer:
                 raise TypeError(f"frames must be uint8 (T, H, W, 3) with T ≥ 1, not {clip.dtype} {clip.shape}")
         done: list[torch.Tensor] = []
         waiting: list[torch.Tensor] = []
-        for clip in clips:
-            for start in range(0, len(clip), self.batch):
-                waiting.append(self._pixels(clip[start : start + self.batch]))
+        # Frames of one size are prepared together: the preprocessor's cost is by call rather than by frame.
+        for _, alike in itertools.groupby(clips, key=lambda clip: clip.shape[1:]):
+            frames = np.concatenate(list(alike))  # a copy: Ray hands out read-only arrays, which torch must not share
+            for start in range(0, len(frames), self.batch):
+                waiting.append(self._pixels(frames[start : start + self.batch]))
                 if sum(map(len, waiting)) >= self.batch:
                     pixels = torch.cat(waiting)
                     done.append(self._vision(pixels[: self.batch]))
@@ -100,8 +103,7 @@ class ClipScorer:
         return digest.hexdigest()
 
     def _pixels(self, frames: np.ndarray) -> torch.Tensor:
-        # A copy: Ray hands out read-only arrays, which torch must not share.
-        tensor = torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).to(self.device)
+        tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).to(self.device)
         return self.images(tensor, return_tensors="pt", device=str(self.device))["pixel_values"]
 
     @torch.inference_mode()

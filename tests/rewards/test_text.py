@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import sacrebleu
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from rewards.errors import RewardError
@@ -80,3 +82,15 @@ def test_bleu_equals_sacrebleu() -> None:
     assert bleu(["the the ball"], ["the ball"])["bleu_1"] == pytest.approx(2 / 3)
     with pytest.raises(RewardError):
         bleu(["a"], [])
+
+
+ODD = st.text(max_size=60) | st.lists(st.sampled_from([*WORDS, "ΑΣ", "İ", "\u2028", "x-y"]), max_size=90).map(" ".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ODD, st.lists(st.sampled_from(WORDS), min_size=1, max_size=90).map(" ".join))
+def test_rouge_l_is_the_packages_to_the_last_bit(candidate: str, reference: str) -> None:
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    assert rouge_l(candidate, reference) == scorer.score(reference, candidate)["rougeL"].fmeasure
+    if any(c.isascii() and c.isalnum() for c in candidate):
+        assert rouge_l(reference, candidate) == scorer.score(candidate, reference)["rougeL"].fmeasure
