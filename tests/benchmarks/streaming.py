@@ -1,0 +1,197 @@
+"""Rows 7 and 8: a step without barriers, and sampling beside learning, on recorded service times in simulated time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+from pipeline.stages.loop import StepReport, run_stage
+from pipeline.stages.stage1 import Stage1
+from tests.benchmarks.bench import Check, Result, Size
+from tests.benchmarks.simulated import POOLS, Cluster, Feed, Recorded, SleepingLearner, cluster, sample, simulate
+
+LIMITS = {"vlm": {"max_inflight": 1}, "vdm": {"max_batch": 8, "max_inflight": 1}, "reward": {"max_inflight": 1}}
+
+
+class Gate:
+    """Lets nobody through before everybody has come."""
+
+    def __init__(self, parties: int) -> None:
+        self._missing, self._open = parties, asyncio.Event()
+
+    async def wait(self) -> None:
+        """Wait for all the others."""
+        self._missing -= 1
+        if self._missing == 0:
+            self._open.set()
+        await self._open.wait()
+
+
+@dataclass
+class Barrier:
+    """A pool as the stage sees it, with gates: nothing is asked of it before the pool in front has answered everything."""
+
+    pool: Any
+    before: Gate | None = None
+    after: Gate | None = None
+
+    async def submit(self, request: Any) -> Any:
+        """As ``WorkerPool.submit``, behind the gate."""
+        if self.before is not None:
+            await self.before.wait()
+        answer = await self.pool.submit(request)
+        if self.after is not None:
+            await self.after.wait()
+        return answer
+
+
+@dataclass
+class Barriers:
+    """The fleet of a step with barriers between sampling, rendering and scoring; all captions of the step are drawn."""
+
+    found: Cluster
+    groups: int
+    conditions: ClassVar[None] = None
+    vlm: Barrier = field(init=False)
+    vdm: Barrier = field(init=False)
+    reward: Barrier = field(init=False)
+
+    def __post_init__(self) -> None:
+        clips = self.groups * self.found.config.stage1.rollout.group_size
+        fleet = self.found.fleet
+        self.vlm = Barrier(fleet.vlm, after=Gate(self.groups))
+        self.vdm = Barrier(fleet.vdm, after=Gate(clips))
+        self.reward = Barrier(fleet.reward)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One simulated rollout of a step."""
+
+    makespan_s: float
+    bound_s: float
+    scores: tuple[tuple[str, int, float], ...]
+    """Who was scored how, for a comparison of the two ways."""
+
+
+def step(workers: Sequence[int], prompts: int, seed: int, *, barriers: bool) -> Step:
+    """Sample, render and score the groups of one step."""
+    service = Recorded.load().service(seed)
+    seen: list[tuple[str, int, float]] = []
+
+    async def work() -> Step:
+        loop = asyncio.get_running_loop()
+        async with cluster(service, workers, limits=LIMITS) as found:
+            fleet = Barriers(found, prompts) if barriers else found.fleet
+            stage, began = Stage1(found.config, cast(Any, fleet)), loop.time()
+            done = await asyncio.gather(*(stage.group(sample(i), "0") for i in range(prompts)))
+            for group in done:
+                assert group is not None and not group.failures
+                seen.extend((group.sample.id, m.index, m.scores.values["clip_v"]) for m in group.members)
+            return Step(loop.time() - began, found.lower_bound_s(), tuple(seen))
+
+    return simulate(work)
+
+
+def split(total: int, group_size: int = 8) -> tuple[int, int, int]:
+    """Return ``total`` workers dealt to the pools by the work that a group is to each, at least one each."""
+    recorded = Recorded.load()
+    per_request = {
+        pool: statistics.fmean(s / n for n, times in by.items() for s in times) for pool, by in recorded.calls.items()
+    }
+    work = [per_request["vlm"], group_size * per_request["vdm"], group_size * per_request["reward"]]
+    workers = [1, 1, 1]
+    while sum(workers) < total:
+        most = max(range(3), key=lambda i: work[i] / workers[i])
+        workers[most] += 1
+    return workers[0], workers[1], workers[2]
+
+
+def measure(size: Size) -> Result:
+    """Row 7: makespan of a step with barriers divided by the streaming one's."""
+    total, prompts, repeats = (32, 64, 9) if size == "full" else (6, 8, 2)
+    balanced = split(total)
+    found = {}
+    for name, workers in (("balanced", balanced), ("even", (total // 3,) * 3)):
+        pairs = [
+            (step(workers, prompts, seed, barriers=True), step(workers, prompts, seed, barriers=False))
+            for seed in range(repeats)
+        ]
+        assert all(sorted(a.scores) == sorted(b.scores) for a, b in pairs)
+        found[name] = pairs
+    checks = (
+        Check(
+            "makespan with barriers ÷ streaming",
+            tuple(a.makespan_s / b.makespan_s for a, b in found["balanced"]),
+            "≥",
+            1.3,
+        ),
+    )
+    figures: dict[str, float] = {f"workers: {pool}": float(n) for pool, n in zip(POOLS, balanced, strict=True)}
+    figures |= {"prompts of a step": float(prompts), "completions of a prompt": 8.0}
+    for name, pairs in found.items():
+        label = "split by work" if name == "balanced" else "a third of the workers each"
+        figures |= {
+            f"{label}: with barriers, simulated s": statistics.median(a.makespan_s for a, _ in pairs),
+            f"{label}: streaming, simulated s": statistics.median(b.makespan_s for _, b in pairs),
+            f"{label}: ratio": statistics.median(a.makespan_s / b.makespan_s for a, b in pairs),
+            f"{label}: lower bound ÷ streaming": statistics.median(b.bound_s / b.makespan_s for _, b in pairs),
+        }
+    notes = (
+        "One step of stage 1 in simulated time: the run's own pools and `Stage1.group`; the baseline's pools have gates between them.",
+        "Both give the same scores to the same members. Workers are dealt to the pools by their work, as `vans plan` does;",
+        "with one pool far busier than the others there is less to gain, which the second split shows.",
+    )
+    return Result(checks, figures, notes)
+
+
+def steps_per_s(
+    staleness: int, workers: Sequence[int], prompts: int, steps: int, seed: int
+) -> tuple[float, list[tuple[str, ...]]]:
+    """Return the simulated steps per second of ``run_stage``, and whom each update learnt from."""
+    recorded = Recorded.load()
+    draw = random.Random(seed)
+    learner = SleepingLearner(lambda: draw.choice(recorded.update_s))
+
+    async def work() -> float:
+        loop = asyncio.get_running_loop()
+        settings = {"steps": steps, "rollout.prompts_per_step": prompts, "rollout.max_staleness": staleness}
+        publish = statistics.fmean(recorded.publish_s)
+        async with cluster(recorded.service(seed), workers, load_s=publish, limits=LIMITS, **settings) as found:
+            ends = [loop.time()]
+
+            async def on_step(report: StepReport) -> None:
+                ends.append(loop.time())
+
+            stage = Stage1(found.config, found.fleet)
+            await run_stage(stage, cast(Any, Feed()), {"vlm": cast(Any, learner)}, on_step=on_step)
+            return steps / (ends[-1] - ends[0])
+
+    return simulate(work), learner.seen
+
+
+def measure_staleness(size: Size) -> Result:
+    """Row 8: steps per second with one batch in flight beside the one that is learnt from, and without."""
+    steps, repeats = (40, 9) if size == "full" else (4, 2)
+    workers, prompts = (1, 2, 1), 8  # the toy run's own
+    pairs = []
+    for seed in range(repeats):
+        (ahead, seen), (strict, expected) = (steps_per_s(n, workers, prompts, steps, seed) for n in (1, 0))
+        assert [sorted(s) for s in seen] == [sorted(s) for s in expected], "the same samples, step by step"
+        pairs.append((ahead, strict))
+    recorded = Recorded.load()
+    figures = {
+        "simulated steps/s, max_staleness 1": statistics.median(a for a, _ in pairs),
+        "simulated steps/s, max_staleness 0": statistics.median(b for _, b in pairs),
+        "recorded update, s": statistics.median(recorded.update_s),
+        "recorded publication, s": statistics.median(recorded.publish_s),
+    }
+    notes = (
+        "`run_stage` of the toy run in simulated time, with its own number of workers and a learner that sleeps for the recorded",
+        "updates. Two cores cannot show it: sampler and learner share them. What each step learns from is the same in both.",
+    )
+    return Result((Check("steps/s, max_staleness 1 ÷ 0", tuple(a / b for a, b in pairs), "≥", 1.2),), figures, notes)
