@@ -106,6 +106,21 @@ async def interleave_async(
     return rounds[warm_up:]
 
 
+def start_ray(object_store_mib: int = 256) -> None:
+    """Start a Ray of this machine alone, unless one is running in this process."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            address="local",
+            num_cpus=8,
+            object_store_memory=object_store_mib << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
+
+
 def seconds(work: Callable[[], object]) -> float:
     """Return the wall seconds of ``work``."""
     started = time.perf_counter()

@@ -20,7 +20,7 @@ from pipeline.data.toy.shards import make_sample
 from pipeline.models import resolve_model
 from rewards.similarity import clip_v
 from rewards.text import rouge_l
-from tests.benchmarks.bench import Check, Result, Size, interleave, interleave_async, medians, ratios
+from tests.benchmarks.bench import Check, Result, Size, interleave, interleave_async, medians, ratios, start_ray
 
 GROUP = 8
 NAMES = ("format", "rouge_l", "clip_v")
@@ -106,8 +106,7 @@ def captions(count: int) -> list[tuple[str, str]]:
 
 def measure(size: Size) -> Result:
     """Measure both."""
-    if not ray.is_initialized():
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    start_ray()
     clips, whole = (asyncio.run(clips_per_s(size, diagnostics=on)) for on in (False, True))
     pairs = captions(400 if size == "full" else 20)
     scorer = RougeScorer(["rougeL"], use_stemmer=True)

@@ -47,9 +47,6 @@ ROWS = (
     Row(7, "streaming step, recorded service times", "barriers between sampling, rendering and scoring", "streaming"),
     Row(8, "streaming, `max_staleness: 1`", "`max_staleness: 0`", "streaming", "measure_staleness"),
     Row(9, "64 VLM + 512 VDM + 64 reward workers that sleep", "busiest pool's work / its size", "scheduling"),
-    Row(10, "stage-2 update, SDE window of 2 of 10 steps", "all 10 steps trained", "sde_window"),
-    Row(11, "stage-1 step, text rewards only", "TRL `GRPOTrainer`, the same VLM, batch and G", "trl_step"),
-    Row(12, "start-up: `vans train` to the first rollout", "sum of bare model loads", "start_up"),
 )
 
 

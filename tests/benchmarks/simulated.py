@@ -100,7 +100,8 @@ class Recorded:
         def seconds(pool: str, requests: int) -> float:
             by = self.calls[pool]
             nearest = min(by, key=lambda n: (abs(n - requests), n))
-            return draw.choice(by[nearest]) * requests / nearest
+            recorded = draw.choice(by[nearest])
+            return recorded if nearest == requests else recorded * requests / nearest
 
         return seconds
 

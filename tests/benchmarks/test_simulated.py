@@ -1,0 +1,58 @@
+"""The simulated benchmarks at their smallest: what they measure is what a run does, and every run of them is the same."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.benchmarks import scheduling, streaming
+from tests.benchmarks.simulated import Recorded, VirtualLoop, simulate
+
+
+def test_the_clock_jumps_over_sleep_and_keeps_the_order_of_events() -> None:
+    seen: list[tuple[str, float]] = []
+
+    async def sleeper(name: str, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        seen.append((name, asyncio.get_running_loop().time()))
+
+    async def story() -> None:
+        assert isinstance(asyncio.get_running_loop(), VirtualLoop)
+        await asyncio.gather(sleeper("late", 3600.0), sleeper("early", 0.5))
+
+    simulate(story)
+    assert [name for name, _ in seen] == ["early", "late"]
+    assert [time for _, time in seen] == pytest.approx([0.5, 3600.0], abs=1e-5)
+
+
+def test_a_simulation_that_can_never_end_says_so() -> None:
+    async def story() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(RuntimeError, match="never come"):
+        simulate(story)
+
+
+def test_service_times_are_the_recorded_ones() -> None:
+    recorded = Recorded.load()
+    draw, again = recorded.service(3), recorded.service(3)
+    for pool, by in recorded.calls.items():
+        assert by, pool
+        for requests in sorted(by)[:3]:
+            seconds = draw(pool, requests)
+            assert seconds in by[requests] and seconds == again(pool, requests)
+    assert min(recorded.update_s) > 0 and min(recorded.publish_s) > 0
+
+
+def test_barriers_change_when_things_happen_and_nothing_else() -> None:
+    apart, together = (streaming.step((2, 3, 1), 6, 0, barriers=barriers) for barriers in (True, False))
+    assert sorted(apart.scores) == sorted(together.scores) and len(apart.scores) == 6 * 8
+    assert apart.makespan_s > together.makespan_s >= together.bound_s - 1e-6
+    assert streaming.step((2, 3, 1), 6, 0, barriers=False) == together
+
+
+@pytest.mark.parametrize("measure", [streaming.measure, streaming.measure_staleness, scheduling.measure])
+def test_the_rows_run(measure: object) -> None:
+    result = measure("smoke")  # type: ignore[operator]
+    assert result.checks and result.figures and result.notes

@@ -1,0 +1,155 @@
+"""Rows 1 and 2: the VLM pool beside bare vLLM and beside transformers, on video prompts with groups of eight completions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+import torch
+
+from actors.pool import PoolSpec, WorkerPool
+from actors.records import CompletionRequest
+from actors.vlm.engine import EngineSpec, _engine_args, _prepare_environment
+from actors.vlm.inputs import video_metadata
+from actors.vlm.policy import load_model
+from actors.vlm.prompt import BAN_BIAS, banned_token_ids, render_prompt
+from actors.vlm.worker import VlmWorker
+from pipeline.data.toy.world import make_sample
+from pipeline.models import resolve_model
+from tests.benchmarks.bench import Check, Result, Size, interleave_async, medians, ratios, start_ray
+
+GROUP = 8
+MAX_TOKENS = 40
+
+
+def requests(count: int, turn: int) -> list[CompletionRequest]:
+    """Return ``count`` requests about other videos every ``turn``, so that nothing is cached."""
+    found = []
+    for i in range(count):
+        s = make_sample(turn * count + i, "train")
+        found.append(
+            CompletionRequest(s.id, s.question, s.input_frames, GROUP, seed=1000 * turn + i, max_tokens=MAX_TOKENS)
+        )
+    return found
+
+
+async def against(size: Size, theirs: Any) -> list[tuple[float, ...]]:
+    """Return tokens/s of the pool, and of ``theirs(requests) -> tokens``, round by round."""
+    count, repeats = (32, 7) if size == "full" else (2, 1)
+    path = str(resolve_model("tiny", "vlm"))
+    actor = ray.remote(VlmWorker)
+    spec = PoolSpec(workers=1, max_batch=1, max_inflight=64, start_timeout_s=300)
+    turn = 0
+    async with WorkerPool(
+        "vlm", lambda name: actor.options(num_cpus=1, max_concurrency=256).remote(name, path, kv_cache_mib=256), spec
+    ) as pool:
+
+        async def ours() -> float:
+            nonlocal turn
+            turn += 1
+            batch = requests(count, turn)
+            began = time.perf_counter()
+            answers = await asyncio.gather(*(pool.submit(r) for r in batch))
+            return sum(len(c.token_ids) for group in answers for c in group) / (time.perf_counter() - began)
+
+        async def other() -> float:
+            batch = requests(count, turn + 1000)
+            began = time.perf_counter()
+            tokens = await asyncio.to_thread(theirs, batch)
+            return tokens / (time.perf_counter() - began)
+
+        return await interleave_async([ours, other], repeats)
+
+
+def measure(size: Size) -> Result:
+    """Row 1."""
+    start_ray()
+    spec = EngineSpec(str(resolve_model("tiny", "vlm")), kv_cache_mib=256)
+    _prepare_environment(spec)
+    torch.set_num_threads(1)
+    from transformers import AutoProcessor
+    from vllm import LLM, SamplingParams
+
+    args = {name: value for name, value in _engine_args(spec).items() if name not in ("worker_extension_cls",)}
+    llm = LLM(**args)
+    processor = AutoProcessor.from_pretrained(spec.model_path)
+    vocabulary = int(llm.llm_engine.model_config.hf_config.text_config.vocab_size)
+    bias = dict.fromkeys(banned_token_ids(processor.tokenizer, vocabulary), BAN_BIAS)
+
+    def bare(batch: list[CompletionRequest]) -> int:
+        prompts, params = [], []
+        for r in batch:
+            video = (r.frames, {**video_metadata(r.frames, r.fps), "do_sample_frames": False})
+            prompts.append({"prompt": render_prompt(processor, r.question), "multi_modal_data": {"video": video}})
+            params.append(
+                SamplingParams(
+                    n=r.n,
+                    temperature=1.0,
+                    top_p=1.0,
+                    top_k=0,
+                    max_tokens=r.max_tokens,
+                    logprobs=0,
+                    seed=r.seed,
+                    logit_bias=bias,
+                )
+            )
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(o.token_ids) for output in outputs for o in output.outputs)
+
+    rounds = asyncio.run(against(size, bare))
+    notes = (
+        "One worker of the pool, a Ray actor, and `vllm.LLM` in this process have the same engine arguments and get requests of the",
+        "same kind: 32 questions about videos that were never seen, eight seeded completions of at most 40 tokens with their",
+        "log-probabilities. Only generated tokens are counted.",
+    )
+    check = Check("tokens/s, pool ÷ bare vLLM", ratios(rounds), "≥", 0.95)
+    return Result((check,), medians(rounds, "tokens/s, pool", "tokens/s, bare vLLM"), notes)
+
+
+def measure_transformers(size: Size) -> Result:
+    """Row 2."""
+    start_ray()
+    torch.set_num_threads(1)
+    model, processor = load_model(resolve_model("tiny", "vlm"), "float32")
+    model.eval()
+    any_model: Any = model
+    banned = banned_token_ids(processor.tokenizer, int(any_model.config.text_config.vocab_size))
+    eos = int(processor.tokenizer.eos_token_id)
+
+    @torch.inference_mode()
+    def generate(batch: list[CompletionRequest]) -> int:
+        inputs = processor(
+            text=[render_prompt(processor, r.question) for r in batch],
+            videos=[torch.from_numpy(r.frames).permute(0, 3, 1, 2) for r in batch],
+            video_metadata=[video_metadata(r.frames, r.fps) for r in batch],
+            do_sample_frames=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        tokens = any_model.generate(
+            **inputs,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=GROUP,
+            max_new_tokens=MAX_TOKENS,
+            bad_words_ids=[[token] for token in banned if token != eos],
+            eos_token_id=eos,
+            pad_token_id=int(processor.tokenizer.pad_token_id),
+        )[:, inputs["input_ids"].shape[1] :]
+        ended = (tokens == eos).cumsum(1)
+        return int(
+            ((ended == 0) | ((ended == 1) & (tokens == eos))).sum()
+        )  # the first end token counts, padding does not
+
+    rounds = asyncio.run(against(size, generate))
+    notes = (
+        "transformers generates for all 32 prompts in one batch padded on the left, eight sequences each, with its KV cache, until",
+        "the last of them ends: what TRL's `GRPOTrainer` does without vLLM. Tokens after a sequence's end are not counted.",
+    )
+    check = Check("tokens/s, pool ÷ transformers generate", ratios(rounds), "≥", 5.0)
+    return Result((check,), medians(rounds, "tokens/s, pool", "tokens/s, transformers"), notes)
