@@ -228,6 +228,29 @@ def status(
 
 
 @app.command()
+def profile(
+    run: Annotated[str, typer.Argument(help="Folder of a run, such as runs/toy; it may go on or have ended.")],
+    last: Annotated[
+        int | None, typer.Option(min=1, help="Mean over the last N steps of each stage; default: all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show where the steps of a run went: pools' busy, idle and waiting seconds, the driver's chain, lower bound and bottleneck.
+
+    Examples: `vans profile runs/toy`, `vans profile runs/toy --last 10 --json`
+    """
+    import json
+
+    from pipeline.tracking.profile import read_profiles, tables
+
+    profiles = read_profiles(run, last)
+    if as_json:
+        print(json.dumps([found.as_json() for found in profiles]))
+    else:
+        (Console() if sys.stdout.isatty() else Console(width=120)).print(tables(profiles))
+
+
+@app.command()
 def scale(
     run: RunArgument,
     sizes: Annotated[list[str], typer.Argument(help="New sizes, such as `vlm=3 vdm=6`.", metavar="POOL=WORKERS…")],

@@ -294,6 +294,8 @@ class Dispatcher:
             service_total_s=m.service_total_s,
             batch_mean=m.call_requests / m.calls if m.calls else 0.0,
             busy_ratio=m.busy_ratio,
+            busy_total_s=m.busy_total_s,
+            worker_total_s=m.worker_total_s,
             retries=m.retries,
             restarts=m.restarts,
             failures=dict(m.failures),

@@ -96,6 +96,10 @@ class PoolStats:
     """Requests per call."""
     busy_ratio: float
     """Share of live workers with a call under way, averaged over about the last 30 s."""
+    busy_total_s: float
+    """Seconds that workers had a call under way, summed over workers."""
+    worker_total_s: float
+    """Seconds that workers lived, summed over workers."""
     retries: int
     restarts: int
     failures: dict[str, int] = field(default_factory=dict)
@@ -129,8 +133,8 @@ class Meter:
         self.waits = self.calls = self.call_requests = self.done = 0
         self.retries = self.restarts = 0
         self.failures = {"data": 0, "bug": 0, "infrastructure": 0}
-        self.busy_ratio = 0.0
-        self._busy_now: tuple[float, float] | None = None  # since when, which share
+        self.busy_ratio = self.busy_total_s = self.worker_total_s = 0.0
+        self._busy_now: tuple[float, int, int] | None = None  # since when, how many, of how many
         self._began: float | None = None
         self._answers: deque[float] = deque()  # times of the answers of the last minute
         self._waits: deque[float] = deque(maxlen=self.MOST_TIMINGS)
@@ -175,10 +179,12 @@ class Meter:
         """From ``now`` on, ``busy`` of ``alive`` workers have a call under way."""
         self._began = now if self._began is None else self._began
         if self._busy_now is not None:
-            since, share = self._busy_now
-            fade = math.exp(-max(0.0, now - since) / self.BUSY_WINDOW_S)
-            self.busy_ratio = share + (self.busy_ratio - share) * fade
-        self._busy_now = (now, busy / alive if alive else 0.0)
+            since, were_busy, were_alive = self._busy_now
+            passed, share = max(0.0, now - since), were_busy / were_alive if were_alive else 0.0
+            self.busy_ratio = share + (self.busy_ratio - share) * math.exp(-passed / self.BUSY_WINDOW_S)
+            self.busy_total_s += were_busy * passed
+            self.worker_total_s += were_alive * passed
+        self._busy_now = (now, busy, alive)
 
     def _forget(self, now: float) -> None:
         while self._answers and self._answers[0] <= now - self.RATE_WINDOW_S:

@@ -24,6 +24,7 @@ from pipeline.interrupt import StopRequest
 from pipeline.stages.caches import cache_metrics
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import FailureBudget, Group, RolloutBatch, assemble
+from pipeline.stages.profile import profile
 from pipeline.stages.refill import Refill
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ async def run_stage(
     drawing = asyncio.Lock()
     budget = FailureBudget(stage.name, section.rollout.max_failed_ratio)
     launched = first_step
+    pools, profiled = pool_metrics(stage), time.monotonic()
     try:
         for step in range(first_step, section.steps):
             while launched < section.steps and launched - step <= section.rollout.max_staleness and not stop:
@@ -135,7 +137,10 @@ async def run_stage(
             metrics |= await learn(stage, learners, batch)
             stage.after_update(step)
             metrics |= {"time/step_s": time.monotonic() - started, "data/quarantined": float(len(feed.quarantined))}
-            metrics |= pool_metrics(stage) | await cache_metrics(stage.fleet)
+            before, since, pools, profiled = pools, profiled, pool_metrics(stage), time.monotonic()
+            overlaps = section.rollout.max_staleness > 0
+            metrics |= pools | profile(before, pools, metrics, profiled - since, overlaps=overlaps)
+            metrics |= await cache_metrics(stage.fleet)
             result.history.append(metrics)
             result.ratio_max_dev = max(result.ratio_max_dev, metrics.get("learner/ratio_max_dev", 0.0))
             await on_step(StepReport(step, metrics, batch, cursors.get(step + 1, feed.cursor)))

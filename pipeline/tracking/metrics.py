@@ -211,6 +211,10 @@ POOLS = Family(
                "Far below max_batch: batches do not fill."),
         Metric("pool/<pool>/busy_ratio", "ratio", "Share of workers with a call under way, over about 30 s.",
                "Near 1 add workers, near 0 take some away."),
+        Metric("pool/<pool>/busy_total_s", "s", "Seconds that workers had a call under way, summed over workers, since the start.",
+               "`profile/` has it step by step."),
+        Metric("pool/<pool>/worker_total_s", "s", "Seconds that workers lived, summed over workers, since the start.",
+               "What is not busy is idle."),
         Metric("pool/<pool>/version", "version", "Weights version that the pool serves.",
                "Follows the learner in the trained pool, stays in the frozen one."),
         Metric("pool/<pool>/retries", "requests",
@@ -269,6 +273,28 @@ REST = Family(
     ),
 )
 
+PROFILE = Family(
+    "Where a step's time went",
+    "From the end of the step before to the end of this one; `vans profile RUN` shows them. `<pool>` as above.",
+    (
+        Metric("profile/<pool>/busy_s", "s", "Seconds with a call under way, summed over the pool's workers.",
+               "Divided by its workers the least that the step could take with this pool."),
+        Metric("profile/<pool>/idle_s", "s", "Seconds without a call, summed over the pool's workers.",
+               "What could be given to another pool."),
+        Metric("profile/<pool>/wait_s", "s", "Seconds that requests waited for a worker, summed over requests.",
+               "The bottleneck's is the largest."),
+        Metric("profile/step_s", "s", "The step with all that belongs to it: tracking and checkpoint, too.", "1/throughput."),
+        Metric("profile/lower_bound_s", "s",
+               "The busiest pool's seconds of work divided by its workers, and the update and publication, which come after it "
+               "(max_staleness 0) or beside it.",
+               "What a perfect schedule of the same work would take."),
+        Metric("profile/gap_s", "s", "profile/step_s minus profile/lower_bound_s.",
+               "Near 0: more hardware, or less work, is what helps."),
+        Metric("profile/gap_ratio", "ratio", "The gap as a share of the step.",
+               "Above 0.3 the step waits for stragglers, start-up or the driver."),
+    ),
+)
+
 SFT = Family(
     "Supervised fine-tuning",
     "What `vans sft` logs every few optimizer steps.",
@@ -300,7 +326,7 @@ EVAL = Family(
 
 # fmt: on
 
-FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, CACHES, REST, SFT, EVAL)
+FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, CACHES, REST, PROFILE, SFT, EVAL)
 
 
 @cache
