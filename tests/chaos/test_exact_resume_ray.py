@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 KILLER = Path(__file__).with_name("kill_at.py")
 CLOCK = (
     "time/",
+    "profile/",
     "pool/",
     "cache/",
     "learner/prompt_hit_ratio",
