@@ -138,6 +138,7 @@ async def _answer(
         dtype=config.pools.vdm.dtype,
         adapter=vdm_adapter,
         shift=config.models.flow_shift,
+        shared_times=config.models.shared_times,
         decode_batch=config.pools.vdm.max_decode,
         vae_tiling=config.video.vae_tiling,
     )

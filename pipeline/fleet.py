@@ -220,7 +220,11 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             device=_device(vdm),
             options={
                 "shift": models.flow_shift,
+                "shared_times": models.shared_times,
                 "decode_batch": vdm.max_decode,
+                "embed_batch": 1 if config.deterministic else vdm.max_embed,
+                "channels_last": vdm.channels_last,
+                "compile_blocks": vdm.compile_blocks and not config.deterministic,
                 "vae_tiling": config.video.vae_tiling,
                 "components": ("transformer", "vae_decoder") if embed.workers else COMPONENTS,
             },

@@ -500,7 +500,7 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
     seed = derive_seed(config.seed, stage.name, policy, "learner")
     options: dict[str, Any] = {"temperature": section.text.temperature}
     if policy == "vdm":  # every trajectory comes with what it was conditioned on
-        options = {"shift": models.flow_shift, "components": ("transformer",)}
+        options = {"shift": models.flow_shift, "shared_times": models.shared_times, "components": ("transformer",)}
     return LearnerSpec(
         kind=policy,
         model_path=resolve_model(getattr(models, policy), policy),  # type: ignore[arg-type]

@@ -38,6 +38,10 @@ class TensorCache(Generic[V]):
         self._items.move_to_end(key)
         return value
 
+    def holds(self, key: Hashable) -> bool:
+        """Whether the tensor of ``key`` is held; not counted as asking for it."""
+        return key in self._items
+
     def put(self, key: Hashable, value: V) -> V:
         """Hold ``value`` under a new ``key`` and return it."""
         self._items[key] = value

@@ -137,6 +137,15 @@ def decode_latents(vae: Any, latents: Tensor) -> np.ndarray:
     return video_to_frames(decode_videos(vae, latents))
 
 
+def channels_last(module: torch.nn.Module) -> None:
+    """Keep the weights of the convolutions of ``module`` with channels last; what they give is the same up to float noise."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.Conv3d):
+            part.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        elif isinstance(part, torch.nn.Conv2d):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def _latent_stats(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     values = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32, device=device)
     mean, std = values.view(2, 1, -1, 1, 1, 1)
@@ -169,23 +178,50 @@ class ExactTimes:
 
     FSDP mixed precision casts all of a forward's inputs; in bfloat16 the times 512…1000 would be rounded to multiples
     of 4, and the learner would see another sigma than the sampler.
+
+    With ``shared``, times of single tokens are embedded once for the clip's clean tokens and once for its noisy ones,
+    and the two rows are repeated afterwards: the embedding is a function of a token's time alone, and there are two.
     """
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, shared: bool = False) -> None:
+        self.shared = shared
         self._value: Tensor | None = None
-        transformer.condition_embedder.timesteps_proj.register_forward_pre_hook(lambda _module, args: self._pick(args))
+        self._counts: tuple[int, int] | None = None  # clean and noisy tokens, where their two times are embedded
+        embedder = transformer.condition_embedder
+        embedder.timesteps_proj.register_forward_pre_hook(lambda _module, args: self._pick(args))
+        # Functions, not methods: a deep copy of the transformer (a learner's frozen one) keeps them, and with them this.
+        embedder.register_forward_pre_hook(
+            lambda _module, args, kwargs: (args, self._two_times(kwargs)), with_kwargs=True
+        )
+        embedder.register_forward_hook(lambda _module, _args, out: self._repeated(out))
 
     def _pick(self, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return args if self._value is None else (self._value,)
 
+    def _two_times(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return kwargs if self._counts is None else kwargs | {"timestep_seq_len": 2}
+
+    def _repeated(self, out: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self._counts is None:
+            return out
+        clean, noisy = self._counts
+        time, projected, *others = out
+        return *(
+            torch.cat([rows[:, :1].expand(-1, clean, -1), rows[:, 1:].expand(-1, noisy, -1)], dim=1)
+            for rows in (time, projected)
+        ), *others
+
     @contextmanager
-    def exactly(self, times: Tensor) -> Iterator[None]:
-        """Within it, the embedding sees ``times``, float32 (B,) or (B, tokens)."""
+    def exactly(self, times: Tensor, clean: int = 0) -> Iterator[None]:
+        """Within it, the embedding sees ``times``, float32 (B,) or (B, tokens) with the ``clean`` tokens first."""
+        if self.shared and times.ndim == 2 and 0 < clean < times.shape[1]:
+            self._counts = (clean, times.shape[1] - clean)
+            times = times[:, [0, clean]]
         self._value = times.flatten()
         try:
             yield
         finally:
-            self._value = None
+            self._value = self._counts = None
 
 
 # --- supervised training --------------------------------------------------------------------------------------------

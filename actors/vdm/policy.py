@@ -57,7 +57,11 @@ class VdmPolicy:
         max_text_tokens: int | None = None,
         negative_prompt: str = "",
         decode_batch: int = 8,
+        embed_batch: int = 1,
         vae_tiling: bool = False,
+        channels_last: bool = False,
+        shared_times: bool = True,
+        compile_blocks: bool = False,
         cache_bytes: int = 256 << 20,
     ) -> None:
         self.device = torch.device(device)
@@ -66,10 +70,14 @@ class VdmPolicy:
         self.has_encoder, self.has_decoder = parts.has_encoder, parts.has_decoder
         if vae_tiling and self.vae is not None:
             self.vae.enable_tiling()
+        if channels_last and self.vae is not None and self.has_decoder:
+            conditioning.channels_last(self.vae.decoder)
         self.embedder: CaptionEmbedder | None = None
         if parts.text_encoder is not None:
             encoder = parts.text_encoder.to(self.device).eval().requires_grad_(False)
-            self.embedder = CaptionEmbedder(encoder, parts.tokenizer, max_text_tokens, cache_bytes)
+            self.embedder = CaptionEmbedder(
+                encoder, parts.tokenizer, max_text_tokens, cache_bytes, max_batch=embed_batch
+            )
         self.geometry = conditioning.geometry_of(parts.transformer, parts.vae_config)
         self.compute_dtype = dtype  # of the transformer's inputs; a learner sets the one that its FSDP computes in
         self.shift, self.reference_frames, self.negative_prompt = shift, reference_frames, negative_prompt
@@ -77,7 +85,9 @@ class VdmPolicy:
         self.folder = parts.folder
         self.version = 0
         self.adapter: LoraSpec | None = None
-        self._times = ExactTimes(parts.transformer)
+        self._times = ExactTimes(parts.transformer, shared_times)
+        if compile_blocks:
+            parts.transformer.compile_repeated_blocks()
         self._latents: TensorCache[Tensor] = TensorCache(cache_bytes)
         self._references: TensorCache[Tensor] = TensorCache(cache_bytes)
 
@@ -98,8 +108,9 @@ class VdmPolicy:
         ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree.
         ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``).
         ``options`` are the constructor's: shift, reference_frames, max_text_tokens, negative_prompt, decode_batch
-        (clips decoded at once), vae_tiling (frames beyond 256 pixels go through the VAE in overlapping tiles),
-        cache_bytes. Without LoRA all of the transformer's weights are trainable.
+        (clips decoded at once), embed_batch (captions embedded at once), vae_tiling (frames beyond 256 pixels go
+        through the VAE in overlapping tiles), channels_last (of the VAE's decoder), shared_times (embed a clip's two
+        times once, not for each token), compile_blocks (by torch.compile, once for all blocks), cache_bytes. Without LoRA all of the transformer's weights are trainable.
         """
         kind = torch_dtype(dtype)
         policy = cls(load_parts(path, kind, components), dtype=kind, device=device, **options)
@@ -261,6 +272,7 @@ class VdmPolicy:
         inputs = x if references is None else torch.cat([references, x], dim=2)
         inputs = inputs.to(self.compute_dtype)
         times = conditioning.token_timesteps(sigma, n, x.shape[1:], self.geometry.patch)
+        clean = times.shape[1] * n // inputs.shape[2] if n else 0
 
         def run(text: Tensor) -> Tensor:
             out = self.module(
@@ -271,7 +283,7 @@ class VdmPolicy:
             )
             return out[0][:, :, n:].float()
 
-        with self._times.exactly(times):
+        with self._times.exactly(times, clean):
             v = run(condition.text)
             if condition.negative is not None:
                 base = run(condition.negative)
@@ -383,6 +395,8 @@ class VdmPolicy:
 
     def _encoded(self, items: Sequence[RenderRequest | VdmExperience]) -> list[Encoded]:
         """Return what ``items`` are conditioned on: what came with them, or what this process makes."""
+        if self.embedder is not None:
+            self.embedder.embed([item.caption for item in items if item.condition is None])
         return [
             self.encode(item.caption, item.reference_frames, item.guidance)
             if item.condition is None

@@ -1,8 +1,7 @@
 """Captions as the Wan transformer reads them: UMT5 embeddings, zero behind the caption's end.
 
 The transformer has no text mask, so the padding must be zero, as diffusers' pipeline makes it. Each caption is
-encoded alone and unpadded: its embedding does not depend on what it was batched with, so the sampler's and the
-learner's are equal bit for bit.
+encoded alone and unpadded, unless a batch is allowed: then its embedding does not depend on what it was batched with.
 """
 
 from __future__ import annotations
@@ -33,8 +32,9 @@ class CaptionEmbedder:
         max_tokens: int | None = None,
         cache_bytes: int = 256 << 20,
         stored: Callable[[str], Tensor] | None = None,
+        max_batch: int = 1,
     ) -> None:
-        self.encoder, self.tokenizer = encoder, tokenizer
+        self.encoder, self.tokenizer, self.max_batch = encoder, tokenizer, max_batch
         self.max_tokens = max_tokens or min(WAN_TEXT_TOKENS, int(tokenizer.model_max_length))
         self.trained = False
         self._stored = stored
@@ -51,6 +51,18 @@ class CaptionEmbedder:
         if self.trained:
             return self._encode_batch([prompt_clean(caption) for caption in captions])
         return padded([self.row(caption) for caption in captions], self.max_tokens)
+
+    @torch.no_grad()
+    def embed(self, captions: Sequence[str]) -> None:
+        """Make the embeddings of those ``captions`` that are not held, ``max_batch`` at once; 1 leaves it to :meth:`row`."""
+        if self.max_batch == 1 or self.trained or self.encoder is None:
+            return
+        new = [caption for caption in dict.fromkeys(captions) if not self._cache.holds(caption)]
+        for start in range(0, len(new), self.max_batch):
+            part = new[start : start + self.max_batch]
+            states, lengths = self._states([prompt_clean(caption) for caption in part])
+            for caption, state, length in zip(part, states, lengths):
+                self._cache.get(caption, state[:length].clone)
 
     @torch.no_grad()
     def row(self, caption: str) -> Tensor:
@@ -77,6 +89,11 @@ class CaptionEmbedder:
         return self.encoder(tokens.input_ids.to(self.encoder.device)).last_hidden_state[0].clone()
 
     def _encode_batch(self, captions: list[str]) -> Tensor:
+        states, _ = self._states(captions)
+        return torch.nn.functional.pad(states, (0, 0, 0, self.max_tokens - states.shape[1]))
+
+    def _states(self, captions: list[str]) -> tuple[Tensor, list[int]]:
+        """Return (B, longest, D), zero behind each caption's end, and how many tokens each has."""
         tokens = self.tokenizer(
             captions,
             padding="longest",
@@ -87,7 +104,7 @@ class CaptionEmbedder:
         ).to(self.encoder.device)
         states = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         states = states * tokens.attention_mask[..., None].to(states.dtype)
-        return torch.nn.functional.pad(states, (0, 0, 0, self.max_tokens - states.shape[1]))
+        return states, tokens.attention_mask.sum(dim=1).tolist()
 
 
 def padded(rows: Sequence[Tensor], max_tokens: int) -> Tensor:

@@ -125,6 +125,20 @@ class VdmPoolSection(PoolSection):
     max_decode: Positive = Field(
         8, description="Most clips that the VAE decodes at once; 1 needs the least memory, and is what slicing means."
     )
+    max_embed: Positive = Field(
+        1,
+        description="Most captions that the text encoder embeds at once. 1: a caption's embedding does not depend on its batch; "
+        "more is faster and changes it by float noise. A deterministic run takes 1.",
+    )
+    compile_blocks: bool = Field(
+        False,
+        description="Whether torch compiles the transformer's blocks in the samplers: faster on GPUs after a start of tens of seconds, "
+        "the same up to the dtype's noise. A deterministic run takes them as they are.",
+    )
+    channels_last: bool = Field(
+        False,
+        description="Whether the VAE's decoder keeps its weights with channels last: faster on CPUs, the same up to float noise.",
+    )
 
 
 class EmbedPoolSection(PoolSection):

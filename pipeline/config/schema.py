@@ -41,6 +41,11 @@ class ModelsSection(Section):
         description="Shift of the artist's flow-matching sigma grid, as in its SFT.",
         json_schema_extra=cite("rectified flow"),
     )
+    shared_times: bool = Field(
+        True,
+        description="Whether the artist embeds the two times of a clip's tokens (clean and noisy) once each instead of token by "
+        "token: the same values, less work.",
+    )
 
 
 class VideoSection(Section):

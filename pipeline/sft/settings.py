@@ -131,7 +131,11 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         placement_timeout_s=config.cluster.placement_timeout_s,
         step_timeout_s=learner.step_timeout_s,
         log_every=section.log_every,
-        policy_kwargs={"shift": config.models.flow_shift, "vae_tiling": config.video.vae_tiling}
+        policy_kwargs={
+            "shift": config.models.flow_shift,
+            "shared_times": config.models.shared_times,
+            "vae_tiling": config.video.vae_tiling,
+        }
         if kind == "vdm"
         else {},
     )

@@ -1,4 +1,5 @@
-"""What one group costs at real size on one device: random weights, our policies and losses, no Ray and no download.
+"""What one group costs at real size on one device: random weights, our policies and losses, no Ray and no download. Beside it
+what the switches of the artist are worth there, the stock pipeline, and the learner itself with its one-rank process group.
 
     python tests/benchmarks/gpu_real_size.py --out real_size.json            # one GPU, 352x640x33, G = 8
     python tests/benchmarks/gpu_real_size.py --size tiny --out tiny.json     # the bundled pair's size, on any CPU
@@ -11,9 +12,11 @@ only one otherwise; memory is the peak that torch's allocator saw in the part. A
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,9 +30,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from actors.architectures import Architecture, architecture, cost  # noqa: E402
+from actors.learner.batches import plan_batch  # noqa: E402
 from actors.learner.grpo import grpo_loss, normaliser  # noqa: E402
 from actors.learner.sharding import checkpoint_units, unit_names  # noqa: E402
+from actors.learner.spec import GrpoSpec, LearnerSpec  # noqa: E402
 from actors.learner.trainable import LoraSpec, trainable_parameters  # noqa: E402
+from actors.learner.trainer import Trainer  # noqa: E402
 from actors.records import RenderRequest, SdeSpec, VdmExperience, VlmExperience  # noqa: E402
 from actors.vdm.loading import Parts  # noqa: E402
 from actors.vdm.policy import VdmPolicy  # noqa: E402
@@ -58,6 +64,7 @@ class Size:
     micro_batch: int
     vlm_micro_batch: int
     dtype: torch.dtype
+    rounds: int = 3  # of what is compared turn by turn
 
 
 REAL = Size(
@@ -100,6 +107,37 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device, self.cuda = device, device.type == "cuda"
         self.parts: dict[str, dict[str, float]] = {}
+        self.compared: dict[str, dict[str, Any]] = {}
+
+    def compare(self, name: str, ours: Callable[[], Any], other: Callable[[], Any], rounds: int) -> None:
+        """Call both in turn, after a round that does not count; note seconds, other ÷ ours, and how far results differ."""
+        found: list[tuple[float, float]] = []
+        results: list[Any] = []
+        for turn in range(rounds + 1):
+            order = (0, 1) if turn % 2 else (1, 0)
+            taken, results = [0.0, 0.0], [None, None]
+            for i in order:
+                self.wait()
+                started = time.perf_counter()
+                results[i] = (ours, other)[i]()
+                self.wait()
+                taken[i] = time.perf_counter() - started
+            found.append((taken[0], taken[1]))
+        a, b = (torch.as_tensor(r).double() for r in results)
+        ratios = [y / x for x, y in found[1:]]
+        self.compared[name] = {
+            "ours_s": [x for x, _ in found[1:]],
+            "other_s": [y for _, y in found[1:]],
+            "other_over_ours": float(np.median(ratios)),
+            "largest_difference": float((a - b).abs().max()),
+            "largest_value": float(b.abs().max()),
+        }
+        print(name, self.compared[name], flush=True)
+
+    def wait(self) -> None:
+        """Wait until the device has nothing to do."""
+        if self.cuda:
+            torch.cuda.synchronize()
 
     def run(self, name: str, work: Callable[[], Any], flops: float = 0.0, repeat: int = 1) -> Any:
         """Call ``work`` ``repeat`` times and note what the last call took."""
@@ -207,15 +245,109 @@ def stage2(size: Size, meter: Meter) -> list[np.ndarray]:
         lambda: [f for x in latents.split(1) for f in conditioning.decode_latents(policy.vae, x)],
         decode,
     )
+    compare_switches(policy, size, meter, references, latents)
+    compare_stock(policy, size, meter)
     checkpoint_units(policy.module, unit_names(policy.module, policy.fsdp_units))
-    items = [
-        VdmExperience("s", i, CAPTION, references, path, (-1.0) ** i)
-        for i, path in enumerate(paths)
-        if path is not None
-    ]
-    flops = one.update(lora=True, checkpointing=True, kl=True).total * 2 * size.group
-    update(policy, items, size.micro_batch, meter, "stage2_update", flops, clip=1e-3, kl=0.004, norm="sequence")
+    for name, window, found, repeat in (("stage2_update", 2, paths, 2), ("stage2_update_all_steps", 0, None, 1)):
+        window = window or size.steps - 1
+        if found is None:  # drawn only now: its states are larger than those of the window
+            _, found = policy.sample_latents(requests(window), shape)
+        items = [
+            VdmExperience("s", i, CAPTION, references, path, (-1.0) ** i)
+            for i, path in enumerate(found)
+            if path is not None
+        ]
+        flops = one.update(lora=True, checkpointing=True, kl=True).total * window * size.group
+        options = {"clip": 1e-3, "kl": 0.004, "norm": "sequence", "repeat": repeat}
+        update(policy, items, size.micro_batch, meter, name, flops, **options)
+        gc.collect()
+    window, every = meter.parts["stage2_update"]["seconds"], meter.parts["stage2_update_all_steps"]["seconds"]
+    meter.compared["window_update"] = {"other_over_ours": every / window}
     return clips
+
+
+def compare_switches(
+    policy: VdmPolicy, size: Size, meter: Meter, references: np.ndarray, latents: torch.Tensor
+) -> None:
+    """Two times of a clip embedded once or token by token; the decoder with channels last or not."""
+    from actors.vdm import conditioning
+
+    captions, clips = [CAPTION] * size.group, [references] * size.group
+    condition = policy.condition(captions, clips, [1.0] * size.group)
+    sigma = torch.full((size.group,), 0.7, device=meter.device)
+
+    @torch.no_grad()
+    def velocity(shared: bool) -> torch.Tensor:
+        policy._times.shared = shared
+        return policy.velocity(latents, sigma, condition).cpu()
+
+    meter.compare("shared_times", lambda: velocity(True), lambda: velocity(False), size.rounds)
+    policy._times.shared = True
+    last = copy.deepcopy(policy.vae)
+    conditioning.channels_last(last.decoder)
+    meter.compare(
+        "channels_last",
+        lambda: conditioning.decode_latents(last, latents[:1]),
+        lambda: conditioning.decode_latents(policy.vae, latents[:1]),
+        size.rounds,
+    )
+
+
+def compare_compiled(size: Size, meter: Meter) -> None:
+    """The transformer's blocks compiled by torch, and as they are."""
+    policy = artist(size, meter)
+    references = frames_of((size.references, *size.frames[1:]), 0)
+    condition = policy.condition([CAPTION] * size.group, [references] * size.group, [1.0] * size.group)
+    shape = policy.geometry.latent_shape(size.frames[0], *size.frames[1:], size.references)
+    latents, sigma = policy._normal(list(range(size.group)), shape), torch.full((size.group,), 0.7, device=meter.device)
+    plain = policy.module
+    compiled = copy.deepcopy(plain)
+
+    @torch.no_grad()
+    def velocity(module: Any) -> torch.Tensor:
+        policy.module = module
+        return policy.velocity(latents, sigma, condition).cpu()
+
+    started = time.perf_counter()
+    compiled.compile_repeated_blocks()
+    velocity(compiled)
+    meter.parts["compile"] = {"seconds": time.perf_counter() - started}
+    meter.compare("compiled_blocks", lambda: velocity(compiled), lambda: velocity(plain), size.rounds)
+
+
+def compare_stock(policy: VdmPolicy, size: Size, meter: Meter) -> None:
+    """Our sampler and diffusers' pipeline, from the same noise and embeddings, without reference frames, to latents."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    pipe: Any = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=policy.vae,
+        transformer=policy.module,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=policy.shift),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    none = np.zeros((0, *size.frames[1:], 3), np.uint8)
+    requests = [
+        RenderRequest("s", i, CAPTION, none, size.frames[0], size.steps, 1.0, noise_seed=i) for i in range(size.group)
+    ]
+    shape = policy.geometry.latent_shape(size.frames[0], *size.frames[1:], 0)
+    text = policy.embed([CAPTION] * size.group)
+
+    @torch.no_grad()
+    def stock() -> torch.Tensor:
+        return pipe(
+            prompt_embeds=text,
+            latents=policy._normal(list(range(size.group)), shape),
+            num_frames=size.frames[0],
+            height=size.frames[1],
+            width=size.frames[2],
+            num_inference_steps=size.steps,
+            guidance_scale=1.0,
+            output_type="latent",
+        ).frames.cpu()
+
+    meter.compare("stock_pipeline", lambda: policy.sample_latents(requests, shape)[0].cpu(), stock, size.rounds)
 
 
 # --- the thinker -----------------------------------------------------------------------------------------------------
@@ -293,11 +425,13 @@ def update(
     clip: float,
     kl: float,
     norm: str,
+    repeat: int = 2,
 ) -> None:
     """Old log-probabilities, reference, loss, gradients and AdamW over ``items``, as the learner takes one step."""
     parameters = trainable_parameters(policy.module)
     optimizer = torch.optim.AdamW(parameters, lr=5e-5)
     batches = [items[i : i + micro] for i in range(0, len(items), micro)]
+    gaps: dict[str, float] = {}
 
     def step() -> float:
         prepared = [(policy.collate(part), [i.advantage for i in part]) for part in batches]
@@ -308,6 +442,9 @@ def update(
             out = policy.forward(batch)
             with torch.no_grad(), policy.reference():
                 reference = policy.forward(batch)
+            gaps["largest_gap_of_two_passes"] = max(
+                gaps.get("largest_gap_of_two_passes", 0.0), float((out.logprobs.detach() - before).abs().max())
+            )
             loss, _ = grpo_loss(
                 out.logprobs,
                 before,
@@ -328,7 +465,69 @@ def update(
             raise RuntimeError(f"{name}: the loss is {total}")
         return total
 
-    meter.run(name, step, flops, repeat=2)
+    if isinstance(items[0], VdmExperience):  # the learner's batch is smaller than the sampler's
+        with torch.no_grad():
+            each = [
+                (policy.forward(policy.collate(part)).logprobs - policy.rollout_logprobs(part)).abs()
+                for part in batches
+            ]
+        gaps["mean_gap_to_the_sampler"] = float(torch.cat(each).mean())
+        gaps["largest_gap_to_the_sampler"] = float(torch.cat(each).max())
+    meter.run(name, step, flops, repeat=repeat)
+    meter.parts[name] |= gaps
+
+
+# --- the learner -----------------------------------------------------------------------------------------------------
+
+
+def learner(meter: Meter) -> dict[str, float]:
+    """One rank of the learner on the tiny artist: FSDP2 over NCCL (gloo on a CPU), two updates, a checkpoint, and back."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    lora, frames = LoraSpec(rank=8, alpha=16.0), frames_of((2, 32, 32), 2)
+    sampler = VdmPolicy.load(TINY / "vdm", lora=lora, device=str(meter.device))
+    sde = SdeSpec("flow", 0.7, window_start=0, window_size=2)
+    requests = [RenderRequest("s", i, CAPTION, frames, 9, 6, 1.0, 1, i, sde) for i in range(8)]
+    items = [
+        VdmExperience("s", c.index, CAPTION, frames, c.trajectory, (-1.0) ** i)
+        for i, c in enumerate(sampler.sample(requests))
+        if c.trajectory is not None
+    ]
+    (plan,) = plan_batch(items, ranks=1, micro_batch=8, updates=1)
+    grpo = GrpoSpec(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, loss_norm="sequence")
+    spec = LearnerSpec("vdm", str(TINY / "vdm"), lora=lora, grpo=grpo)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(
+            "nccl" if meter.cuda else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+        )
+        try:
+            trainer = Trainer(
+                VdmPolicy.load(TINY / "vdm", lora=lora, device=str(meter.device)),
+                spec,
+                init_device_mesh(meter.device.type, (1,)),
+                meter.device,
+            )
+            first = trainer.update(plan)
+            trainer.save(f"{folder}/kept")
+            kept = trainer.checksum()
+            trainer.update(plan)
+            moved = trainer.checksum()
+            trainer.restore(f"{folder}/kept")
+            weights = trainer.weights()
+            figures = {
+                "ratio_max_dev": first.common["ratio_max_dev"],
+                "logp_diff_max": first.maxima["logp_diff_max"],
+                "grad_norm": first.common["grad_norm"],
+                "kl": first.sums["kl"],
+                "moved": float(moved != kept),
+                "restored": float(trainer.checksum() == kept),
+                "published_tensors": float(len(weights.tensors)) if weights is not None else 0.0,
+            }
+        finally:
+            dist.destroy_process_group()
+    print("learner", figures, flush=True)
+    return figures
 
 
 # --- the scorer ------------------------------------------------------------------------------------------------------
@@ -351,18 +550,24 @@ def score(size: Size, meter: Meter, clips: list[np.ndarray]) -> None:
     meter.run("clip_images", features, cost.clip_image_flops(model).total * len(frames), repeat=2)
 
 
-def measure(size: Size, device: torch.device) -> dict[str, Any]:
-    """Return every figure of ``size`` on ``device``."""
+def measure(size: Size, device: torch.device, only: str = "all") -> dict[str, Any]:
+    """Return every figure of ``size`` on ``device``, or those of stage 1 or of compiled blocks alone."""
     torch.manual_seed(0)
     meter = Meter(device)
+    one_rank = learner(meter)
     rate = matmul_rate(device, 8192 if device.type == "cuda" else 512, size.dtype)
-    clips = stage2(size, meter)
-    gc.collect()
-    score(size, meter, clips)
-    gc.collect()
-    stage1(size, meter)
+    if only == "compile":
+        compare_compiled(size, meter)
+    if only == "all":
+        clips = stage2(size, meter)
+        gc.collect()
+        score(size, meter, clips)
+        gc.collect()
+    if only in ("all", "stage1"):
+        stage1(size, meter)
     for part in meter.parts.values():
-        part["of_matmul_rate"] = part["tflop_per_s"] * 1e12 / rate
+        if "tflop_per_s" in part:
+            part["of_matmul_rate"] = part["tflop_per_s"] * 1e12 / rate
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     facts = {key: str(value).replace(f"{ROOT}/", "") for key, value in vars(size).items()}
     return {
@@ -371,6 +576,8 @@ def measure(size: Size, device: torch.device) -> dict[str, Any]:
         "size": facts,
         "matmul_tflop_per_s": rate / 1e12,
         "parts": meter.parts,
+        "compared": meter.compared,
+        "learner": one_rank,
     }
 
 
@@ -378,11 +585,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="real")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=("all", "stage1", "compile"), default="all")
+    parser.add_argument(
+        "--vlm-micro-batch", type=int, help="completions of a forward and backward; default: the size's"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write; default: print only")
     arguments = parser.parse_args()
     if arguments.size == "real" and arguments.device == "cpu":
         parser.error("--size real on a CPU would take hours; use --size tiny, or a GPU")
-    figures = measure(SIZES[arguments.size], torch.device(arguments.device))
+    size = SIZES[arguments.size]
+    if arguments.vlm_micro_batch:
+        size = replace(size, vlm_micro_batch=arguments.vlm_micro_batch)
+    figures = measure(size, torch.device(arguments.device), arguments.only)
     text = json.dumps(figures, indent=2) + "\n"
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")

@@ -47,6 +47,9 @@ ROWS = (
     Row(7, "streaming step, recorded service times", "barriers between sampling, rendering and scoring", "streaming"),
     Row(8, "streaming, `max_staleness: 1`", "`max_staleness: 0`", "streaming", "measure_staleness"),
     Row(9, "64 VLM + 512 VDM + 64 reward workers that sleep", "busiest pool's work / its size", "scheduling"),
+    Row(10, "stage 2's update on an SDE window of 2 of 10 steps", "all steps trained", "sde_window"),
+    Row(11, "step of stage 1, text rewards alone", "TRL `GRPOTrainer`, the same thinker, batch and G", "trl_step"),
+    Row(12, "start-up: `vans train` to its first whole group", "sum of bare model loads", "start_up"),
 )
 
 
