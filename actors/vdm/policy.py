@@ -110,7 +110,8 @@ class VdmPolicy:
         ``options`` are the constructor's: shift, reference_frames, max_text_tokens, negative_prompt, decode_batch
         (clips decoded at once), embed_batch (captions embedded at once), vae_tiling (frames beyond 256 pixels go
         through the VAE in overlapping tiles), channels_last (of the VAE's decoder), shared_times (embed a clip's two
-        times once, not for each token), compile_blocks (by torch.compile, once for all blocks), cache_bytes. Without LoRA all of the transformer's weights are trainable.
+        times once, not for each token), compile_blocks (by torch.compile, once for all blocks), cache_bytes. Without
+        LoRA all of the transformer's weights are trainable.
         """
         kind = torch_dtype(dtype)
         policy = cls(load_parts(path, kind, components), dtype=kind, device=device, **options)
