@@ -11,6 +11,7 @@ write to them.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,7 +33,7 @@ Arrival = Literal["object store", "broadcast"]
 
 @dataclass(frozen=True, eq=False)
 class Delivery:
-    """One version as a worker loads it: tensors that own their memory, and how they have arrived."""
+    """One version as a worker loads it: tensors to be copied into parameters and let go, and how they have arrived."""
 
     kind: Literal["lora", "full"]
     tensors: dict[str, Tensor]
@@ -60,12 +61,16 @@ def pack(
     return Weights(version, kind, arrays, dict(adapter_config or {}), frozenset(bf16))
 
 
-def as_tensors(weights: Weights) -> dict[str, Tensor]:
-    """Return the record's arrays as CPU tensors that own their memory, bf16 restored."""
+def as_tensors(weights: Weights, *, copy: bool = True) -> dict[str, Tensor]:
+    """Return the record's arrays as CPU tensors, bf16 restored, that own their memory; without ``copy`` they are views of the
+    arrays, for those who only read them.
+    """
     tensors = {}
-    for name, array in weights.tensors.items():
-        tensor = torch.from_numpy(np.array(array))
-        tensors[name] = tensor.view(torch.bfloat16) if name in weights.bf16 else tensor
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ", category=UserWarning)
+        for name, array in weights.tensors.items():
+            tensor = torch.from_numpy(np.array(array) if copy else array)
+            tensors[name] = tensor.view(torch.bfloat16) if name in weights.bf16 else tensor
     return tensors
 
 
@@ -102,7 +107,9 @@ def offer_of(payload: Sequence[Any]) -> Offer | None:
 
 
 def fetch(payload: Sequence[Any], device: str | torch.device = "cpu", timeout_s: float = 60.0) -> Delivery:
-    """Return ``payload``'s weights: by broadcast onto ``device``, or else from the object store as CPU tensors.
+    """Return ``payload``'s weights: by broadcast onto ``device``, or else from the object store, as views of its memory.
+
+    Views are read-only: whoever keeps a tensor, or writes to one, copies it first.
 
     Raises:
         WorkerTimeoutError: see :func:`receive`.
@@ -115,4 +122,4 @@ def fetch(payload: Sequence[Any], device: str | torch.device = "cpu", timeout_s:
         except BroadcastError as error:
             log.warning("weights version %d are taken from the object store: %s", offer.version, error)
     weights = receive(payload, timeout_s)
-    return Delivery(weights.kind, as_tensors(weights), weights.adapter_config)
+    return Delivery(weights.kind, as_tensors(weights, copy=False), weights.adapter_config)
