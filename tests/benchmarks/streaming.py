@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from pipeline.config import load_config
 from pipeline.stages.loop import StepReport, run_stage
 from pipeline.stages.stage1 import Stage1
 from tests.benchmarks.bench import Check, Result, Size
-from tests.benchmarks.simulated import POOLS, Cluster, Feed, Recorded, SleepingLearner, cluster, sample, simulate
+from tests.benchmarks.simulated import (
+    POOLS,
+    Cluster,
+    Feed,
+    Recorded,
+    Service,
+    SleepingLearner,
+    cluster,
+    sample,
+    simulate,
+)
 
+REAL_SIZE = Path(__file__).resolve().parents[2] / "docs" / "results" / "gpu" / "real_size.json"
 LIMITS = {"vlm": {"max_inflight": 1}, "vdm": {"max_batch": 8, "max_inflight": 1}, "reward": {"max_inflight": 1}}
 
 
@@ -149,19 +163,46 @@ def measure(size: Size) -> Result:
     return Result(checks, figures, notes)
 
 
+@dataclass(frozen=True)
+class Times:
+    """How long everything takes: calls of the pools, and updates."""
+
+    service: Callable[[int], Service]
+    update_s: tuple[float, ...]
+
+
+def real_size(prompts: int) -> Times:
+    """Return the times of ``vans_8gpu`` as ``gpu_real_size.py`` measured its parts on one GPU; the thinker's calls, which it
+    did not measure, are the tiny one's, hence too short.
+    """
+    config, parts = load_config("vans_8gpu"), json.loads(REAL_SIZE.read_text())["all"]["parts"]
+    seconds = {name: part["seconds"] for name, part in parts.items()}
+    group, steps = 8, 10  # of what was measured
+    clip_s = (seconds["sample_window"] / steps * config.stage1.render.steps + seconds["decode"]) / group
+    per_request = {"vdm": clip_s, "reward": seconds["clip_images"] / group}
+    tiny = Recorded.load()
+
+    def service(seed: int) -> Service:
+        recorded = tiny.service(seed)
+        return lambda pool, n: n * per_request[pool] if pool in per_request else recorded(pool, n)
+
+    scale = config.stage1.rollout.group_size / group * prompts / config.learner.ranks
+    return Times(service, (seconds["stage1_update"] * scale,))
+
+
 def steps_per_s(
-    staleness: int, workers: Sequence[int], prompts: int, steps: int, seed: int
+    staleness: int, times: Times, workers: Sequence[int], prompts: int, steps: int, seed: int
 ) -> tuple[float, list[tuple[str, ...]]]:
     """Return the simulated steps per second of ``run_stage``, and whom each update learnt from."""
     recorded = Recorded.load()
     draw = random.Random(seed)
-    learner = SleepingLearner(lambda: draw.choice(recorded.update_s))
+    learner = SleepingLearner(lambda: draw.choice(times.update_s))
 
     async def work() -> float:
         loop = asyncio.get_running_loop()
         settings = {"steps": steps, "rollout.prompts_per_step": prompts, "rollout.max_staleness": staleness}
         publish = statistics.fmean(recorded.publish_s)
-        async with cluster(recorded.service(seed), workers, load_s=publish, limits=LIMITS, **settings) as found:
+        async with cluster(times.service(seed), workers, load_s=publish, limits=LIMITS, **settings) as found:
             ends = [loop.time()]
 
             async def on_step(report: StepReport) -> None:
@@ -177,21 +218,34 @@ def steps_per_s(
 def measure_staleness(size: Size) -> Result:
     """Row 8: steps per second with one batch in flight beside the one that is learnt from, and without."""
     steps, repeats = (40, 9) if size == "full" else (4, 2)
-    workers, prompts = (1, 2, 1), 8  # the toy run's own
-    pairs = []
-    for seed in range(repeats):
-        (ahead, seen), (strict, expected) = (steps_per_s(n, workers, prompts, steps, seed) for n in (1, 0))
-        assert [sorted(s) for s in seen] == [sorted(s) for s in expected], "the same samples, step by step"
-        pairs.append((ahead, strict))
-    recorded = Recorded.load()
-    figures = {
-        "simulated steps/s, max_staleness 1": statistics.median(a for a, _ in pairs),
-        "simulated steps/s, max_staleness 0": statistics.median(b for _, b in pairs),
-        "recorded update, s": statistics.median(recorded.update_s),
-        "recorded publication, s": statistics.median(recorded.publish_s),
+    recorded, large = Recorded.load(), load_config("vans_8gpu")
+    toy, prompts = Times(recorded.service, recorded.update_s), large.stage1.rollout.prompts_per_step
+    runs = {
+        "toy run": (toy, (1, 2, 1), 8),
+        "vans_8gpu": (real_size(prompts), tuple(getattr(large.pools, pool).workers for pool in POOLS), prompts),
     }
+    figures, checks = {}, []
+    for name, (times, workers, count) in runs.items():
+        pairs = []
+        for seed in range(repeats):
+            (ahead, seen), (strict, expected) = (steps_per_s(n, times, workers, count, steps, seed) for n in (1, 0))
+            assert [sorted(s) for s in seen] == [sorted(s) for s in expected], "the same samples, step by step"
+            pairs.append((ahead, strict))
+        ratios = tuple(a / b for a, b in pairs)
+        if name == "vans_8gpu":
+            checks.append(Check(f"steps/s, max_staleness 1 ÷ 0, {name}", ratios, "≥", 1.2))
+        figures |= {
+            f"{name}: ratio": statistics.median(ratios),
+            f"{name}: simulated steps/s, max_staleness 1": statistics.median(a for a, _ in pairs),
+            f"{name}: simulated steps/s, max_staleness 0": statistics.median(b for _, b in pairs),
+            f"{name}: update, s": statistics.median(times.update_s),
+        }
+    figures["publication, s"] = statistics.median(recorded.publish_s)
     notes = (
-        "`run_stage` of the toy run in simulated time, with its own number of workers and a learner that sleeps for the recorded",
-        "updates. Two cores cannot show it: sampler and learner share them. What each step learns from is the same in both.",
+        "`run_stage` in simulated time, with each run's own number of workers and a learner that sleeps for the updates. Two cores",
+        "cannot show it: sampler and learner share them. The toy run's times are those recorded here; there is little to gain where",
+        "the update is a small share of the step. The times of `vans_8gpu` are those of one H200 (docs/results/gpu), where drawing",
+        "and learning were measured and the thinker was not: its calls are the tiny one's, too short, which makes the gain smaller.",
+        "What each step learns from is the same in both.",
     )
-    return Result((Check("steps/s, max_staleness 1 ÷ 0", tuple(a / b for a, b in pairs), "≥", 1.2),), figures, notes)
+    return Result(tuple(checks), figures, notes)
