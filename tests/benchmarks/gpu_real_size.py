@@ -97,6 +97,7 @@ SIZES = {
         text_tokens=16,
         micro_batch=4,
         vlm_micro_batch=4,
+        rounds=1,
     ),
 }
 

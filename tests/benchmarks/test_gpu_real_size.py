@@ -26,10 +26,21 @@ def test_every_part_is_measured_at_the_tiny_size() -> None:
         "decode",
         "clip_images",
         "stage2_update",
+        "stage2_update_all_steps",
         "stage1_update",
     }
+    compared = figures["compared"]
+    assert set(compared) == {"shared_times", "channels_last", "stock_pipeline", "window_update"}
+    assert compared["shared_times"]["largest_difference"] == 0.0  # on a CPU; a GPU's sums may take another order
+    assert compared["channels_last"]["largest_difference"] <= 1.0
+    # One group and window: the learner's steps are the sampler's, in whichever batch.
+    assert figures["parts"]["stage2_update"]["largest_gap_of_two_passes"] == 0.0
+    one_rank = figures["learner"]
+    assert one_rank["ratio_max_dev"] == 0.0 and one_rank["grad_norm"] > 0
+    assert one_rank["moved"] == one_rank["restored"] == 1.0
     assert figures["matmul_tflop_per_s"] > 0
     for part in figures["parts"].values():
         assert part["seconds"] > 0 and part["tflop"] > 0
+    assert figures["parts"]["stage2_update_all_steps"]["tflop"] > figures["parts"]["stage2_update"]["tflop"]
     # The same steps and the same transformer: a window changes what is kept, not what is computed.
     assert figures["parts"]["sample_window"]["tflop"] == figures["parts"]["sample_full_sde"]["tflop"]
