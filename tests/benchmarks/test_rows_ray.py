@@ -23,6 +23,9 @@ def test_the_row_runs(name: str) -> None:
 @pytest.mark.chaos
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["data_input", "vlm_pool", "vlm_pool.measure_transformers", "vdm_pool"])
+@pytest.mark.parametrize(
+    "name",
+    ["data_input", "vlm_pool", "vlm_pool.measure_transformers", "vdm_pool", "sde_window", "trl_step", "start_up"],
+)
 def test_the_longer_row_runs(name: str) -> None:
     run(name)
