@@ -89,7 +89,7 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
         checkpoint_every=250,
         max_failures=3,
         log_every=5,
-        policy_kwargs={"shift": 5.0, "vae_tiling": False},
+        policy_kwargs={"shift": 5.0, "shared_times": True, "vae_tiling": False},
     )
 
 
