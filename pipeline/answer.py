@@ -106,6 +106,7 @@ async def _answer(
         gpu_memory_utilization=pool.gpu_memory_utilization,
         tensor_parallel=pool.tensor_parallel,
         enforce_eager=pool.enforce_eager,
+        grouped_lora=pool.grouped_lora,
         adapter=vlm_adapter,
     )
     engine = VlmEngine(spec)

@@ -204,6 +204,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             gpu_memory_utilization=vlm.gpu_memory_utilization,
             tensor_parallel=vlm.tensor_parallel,
             enforce_eager=vlm.enforce_eager,
+            grouped_lora=vlm.grouped_lora,
             lora_rank=config.stage1.lora.rank,
             broadcast=config.weights.transport == "collective" and config.stage1.lora.rank == 0,
             sleep=vlm.rest,

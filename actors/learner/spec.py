@@ -17,7 +17,10 @@ OFFLOADS = ("none", "optimizer", "all")
 
 @dataclass(frozen=True)
 class GrpoSpec:
-    """The loss (see ``grpo``). ``constant_length`` is the divisor of ``loss_norm="constant"``, e.g. the token limit."""
+    """The loss (see ``grpo``). ``constant_length`` is the divisor of ``loss_norm="constant"``, e.g. the token limit.
+
+    ``gate_every``: optimizer steps between two checks of the ratio gate, each of which costs a forward pass over a batch.
+    """
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -27,6 +30,7 @@ class GrpoSpec:
     old_logprobs: Literal["learner", "rollout"] = "learner"
     importance_cap: float = 2.0
     constant_length: int = 0
+    gate_every: int = 10
 
     def __post_init__(self) -> None:
         if self.loss_norm not in LOSS_NORMS:
@@ -39,6 +43,10 @@ class GrpoSpec:
             raise ValueError(
                 f"kl_estimator={self.kl_estimator!r} is unknown; use {', '.join(TOKEN_ESTIMATORS)} for tokens, closed "
                 "for the flow"
+            )
+        if self.gate_every < 1:
+            raise ValueError(
+                f"gate_every={self.gate_every} must be at least 1; 1 checks the ratio gate in every update"
             )
         if self.clip_low <= 0 or self.clip_high <= 0:
             raise ValueError(f"clip_low={self.clip_low} and clip_high={self.clip_high} must be positive")

@@ -147,8 +147,9 @@ class Trainer:
         Old log-probabilities of all entries are made before the first step, and stay those of that policy in every
         epoch (PPO, arXiv 1707.06347).
 
-        With ``old_logprobs="rollout"`` the first entry needs no pass of its own: nothing has been updated before it, so
-        its old log-probabilities are those of its training pass.
+        The first entry needs no pass of its own: nothing has been updated before it, so its old log-probabilities are
+        those of its training pass. With ``old_logprobs="learner"`` it gets one wherever the ratio gate is due, which
+        compares the two.
 
         Raises:
             TrainingError: ratio gate exceeded, too many skipped steps, or a batch without any step that counts; on all
@@ -159,17 +160,22 @@ class Trainer:
         prepared = [[self._prepare(micro) for micro in step] for step in plan]
         for name, value in self._counters().items():
             report.sums[name] += value - counted[name]
-        for step in prepared if self.spec.grpo.old_logprobs == "learner" else prepared[1:]:
+        order = prepared * epochs
+        for step in prepared if self._gate_due(len(order)) else prepared[1:]:
             for item in step:
                 with torch.no_grad():
                     out = self.policy.forward(item.batch)
                 item.old = out.logprobs.detach()
                 self._compare(report, item, out)
-        order = prepared * epochs
         for index, step in enumerate(order):
             self._step(step, report, first=index == 0)
         report.common |= {"skipped": float(self.skipped), "updates": float(len(order))}
         return report
+
+    def _gate_due(self, coming: int) -> bool:
+        """Return whether one of the ``coming`` optimizer steps is a multiple of ``gate_every``: the same after a restart."""
+        grpo = self.spec.grpo
+        return grpo.old_logprobs == "learner" and -self.steps % grpo.gate_every < coming
 
     def _counters(self) -> dict[str, float]:
         """Return what the policy counts of its inputs' processing, where it does."""

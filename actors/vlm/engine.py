@@ -52,6 +52,7 @@ class EngineSpec:
     max_num_seqs: int = 256
     broadcast: bool = False  # full weights may come by broadcast, through vLLM's native weight transfer
     sleep: bool = False  # :meth:`VlmEngine.rest` gives up the GPU's memory (on a CPU there is nothing to give)
+    grouped_lora: bool = True  # adapters on a CPU by whole matrix products: see ``actors.vlm.lora_cpu``
     alone: bool = False  # one sequence at a time, nothing reused: no figure depends on what shares a batch
     env: dict[str, str] = field(default_factory=dict)
 
@@ -101,6 +102,8 @@ class VlmEngine:
         self._backend = backend(_engine_args(self.spec))
         await self._backend.start()
         await self._backend.rpc("vans_count_videos")
+        if self.spec.grouped_lora and self.spec.lora_rank and not _on_gpu():
+            await self._backend.rpc("vans_group_lora")
         await self._serve_base(0)
 
     @property

@@ -54,6 +54,13 @@ class WeightsExtension:
                 _add(digest, f"{name}.weight", _packed_weight(module))
         return digest.hexdigest()
 
+    def vans_group_lora(self) -> int:
+        """Add adapters by whole matrix products where this is a CPU (see ``actors.vlm.lora_cpu``)."""
+        from actors.vlm.lora_cpu import group_lora
+
+        worker: Any = self
+        return group_lora(worker.model_runner)
+
     def vans_count_videos(self) -> None:
         """Count from now on what goes through the vision tower."""
         worker: Any = self

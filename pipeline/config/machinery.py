@@ -105,6 +105,11 @@ class VlmPoolSection(PoolSection):
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="vLLM's share of the GPU's memory.")
     tensor_parallel: Positive = Field(1, description="GPUs per engine.")
     enforce_eager: bool = Field(True, description="Skip graph capture; false is faster on GPUs after a slower start.")
+    grouped_lora: bool = Field(
+        True,
+        description="On a CPU, add an adapter to all its tokens by one matrix product, where vLLM gathers it for each token. "
+        "Log-probabilities differ by float noise. GPUs have vLLM's own kernels.",
+    )
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> VlmPoolSection:

@@ -61,6 +61,12 @@ class GrpoSection(Section):
         description="Cap C of the importance weights, used with old_logprobs=rollout.",
         json_schema_extra=cite("IMPALA"),
     )
+    gate_every: Positive = Field(
+        10,
+        description="Optimizer steps between two checks of the ratio gate, with old_logprobs=learner: a second pass over a "
+        "batch that nothing has been learnt from yet must give the same log-probabilities. In between, a batch's first "
+        "step takes them from its own training pass, which is a quarter less work with the same result. 1 checks always.",
+    )
     updates_per_batch: Positive = Field(
         1,
         description="Optimizer steps into which a rollout batch is split, whole groups at a time.",

@@ -148,8 +148,11 @@ class _Count:
             kl=grpo.kl_beta > 0,
             old_pass=False,
         )
-        old = forward if grpo.old_logprobs == "learner" or grpo.updates_per_batch > 1 else costs.Flops()
-        seconds = (again.total * grpo.epochs_per_batch + old.total) / self.rates.flops(learner.dtype)
+        # Of a batch's first update, old log-probabilities are made for the ratio gate alone; of the others, always.
+        steps = grpo.updates_per_batch * grpo.epochs_per_batch
+        gate = min(1.0, steps / grpo.gate_every) if grpo.old_logprobs == "learner" else 0.0
+        old = forward.total * (grpo.updates_per_batch - 1 + gate) / grpo.updates_per_batch
+        seconds = (again.total * grpo.epochs_per_batch + old) / self.rates.flops(learner.dtype)
         return Demand("learn", "learner", rollout.prompts_per_step * rollout.group_size, seconds, source="FLOPs")
 
     def publish(self, stage: str) -> Demand | None:

@@ -35,6 +35,7 @@ _SAME_IN_STAGES = (
     "sde.window_size",
     "grpo.kl_beta",
     "grpo.old_logprobs",
+    "grpo.gate_every",
     "lora.rank",
 )
 _PREFIXES = ("pool/vdm/", "pool/reward/", "time/update_s", "time/publish_s")

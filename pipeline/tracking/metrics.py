@@ -113,7 +113,7 @@ LEARNER = Family(
         Metric("learner/ratio", "1", "Mean of π_new/π_old over trained tokens or steps.",
                "Stays within a few clip ranges of 1."),
         Metric("learner/ratio_max_dev", "nats", "Largest |log ratio| before anything was updated: the ratio gate.",
-               "Exactly 0 in fp32 with old_logprobs=learner; the run stops above clip_low/5."),
+               "Exactly 0 in fp32; checked every grpo.gate_every steps with old_logprobs=learner, and the run stops above clip_low/5."),
         Metric("learner/clip_frac", "ratio", "Tokens or steps whose ratio left the clip range.",
                "0 with one update per batch; above 0.3 lower the learning rate."),
         Metric("learner/clip_frac_low", "ratio", "The part of clip_frac below 1 − clip_low.", "As clip_frac."),

@@ -22,6 +22,7 @@ LEARNER = {  # another value than the default, for every key that the learner's 
     "grpo.loss_norm": "constant",
     "grpo.old_logprobs": "rollout",
     "grpo.importance_cap": 3.5,
+    "grpo.gate_every": 3,
     "optim.lr": 2e-4,
     "optim.betas": (0.8, 0.95),
     "optim.weight_decay": 0.02,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +117,69 @@ def test_epochs_on_the_engines_log_probabilities_equal_those_on_the_learners_whe
         assert trainer.update(plan(agreed, updates=2), epochs=3).sums["clipped"] > 0
         results.append(published(trainer))
     assert_same(*results, rtol=1e-5, atol=1e-6)
+
+
+# --- the ratio gate ------------------------------------------------------------------------------------------------
+
+
+def count_passes_without_gradient(trainer: Trainer) -> Callable[[], int]:
+    """Count from now on; calling what is returned ends the count and returns it."""
+    forward, seen = trainer.policy.forward, []
+
+    def counting(batch: Any) -> Any:
+        seen.append(not torch.is_grad_enabled())
+        return forward(batch)
+
+    trainer.policy.forward = counting  # type: ignore[method-assign]
+
+    def end() -> int:
+        trainer.policy.forward = forward  # type: ignore[method-assign]
+        return sum(seen)
+
+    return end
+
+
+@pytest.mark.parametrize(("updates", "epochs"), [(1, 1), (2, 2)])
+def test_the_gate_costs_passes_and_changes_no_bit(mesh: DeviceMesh, tmp_path: Path, updates: int, epochs: int) -> None:
+    """Every step checked, every third, and every third with a restart between: the same weights and figures."""
+
+    def journey(gate_every: int, restart: bool = False) -> tuple[Tensors, list[dict[str, float]], list[int]]:
+        spec = replace(SPEC, grpo=replace(SPEC.grpo, gate_every=gate_every, kl_beta=0.1))
+        trainer, figures, passes = toy(mesh, spec), [], []
+        for seed in range(4):
+            if restart and seed == 2:
+                trainer.save(str(tmp_path / "state"))
+                trainer = toy(mesh, spec)
+                trainer.restore(str(tmp_path / "state"))
+            without = count_passes_without_gradient(trainer)
+            report = trainer.update(plan(experiences(4, 3, seed), updates), epochs)
+            figures.append(dict(report.sums) | report.maxima | report.common)
+            passes.append(without() - updates * epochs)  # less those of the reference
+        return published(trainer), figures, passes
+
+    always, figures, passes = journey(1)
+    seldom, same, fewer = journey(3)
+    again, resumed, _ = journey(3, restart=True)
+    assert_same(always, seldom)
+    assert_same(always, again)
+    assert figures == same == resumed
+    # Four steps of an update always meet a multiple of three; single ones do so in the first and the fourth.
+    assert passes == [updates] * 4 and fewer == ([1, 0, 0, 1] if updates == 1 else passes)
+
+
+def test_the_policies_of_a_run_learn_the_same_with_and_without_the_gate(
+    mesh: DeviceMesh, guided: tuple[VdmPolicy, list[VdmExperience]]
+) -> None:
+    policy, items = guided
+    results = []
+    for steps, gate_every in ((0, 1), (1, 10)):
+        grpo = GrpoSpec(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence", gate_every=gate_every)
+        trainer = Trainer(copy.deepcopy(policy), replace(SPEC, kind="vdm", grpo=grpo), mesh, torch.device("cpu"))
+        trainer.steps = steps  # of a constant learning rate
+        report = trainer.update(plan(items))
+        results.append((published(trainer), dict(report.sums) | report.maxima | report.common))
+    assert_same(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
 
 
 # --- moving average -------------------------------------------------------------------------------------------------

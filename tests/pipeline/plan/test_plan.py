@@ -115,10 +115,15 @@ def test_seconds_are_flops_over_the_stated_rate(models: Models) -> None:
     decoding = cost.decode_flops(models.vdm, 33, 352, 640).total
     assert draw.units == 64 and draw.unit_s == pytest.approx(10 * forward / rates.bf16 + decoding / rates.tf32)
     learn = next(demand for demand in stage2.demands if demand.name == "learn")
-    # Two steps of the window: old, reference, forward, recomputed, and a backward that costs a forward, attention's two.
+    # Two steps of the window: reference, forward, recomputed, and a backward that costs a forward, attention's two; the old
+    # pass is made for the ratio gate, in every tenth update.
     # No gradient goes to captions, nor before the first adapter, where nothing is recomputed either.
     parts = cost.transformer_flops(models.vdm, cost.VdmTokens(6 * 880, 9 * 880))
     assert learn.unit_s == pytest.approx(
+        2 * (4.1 * parts.linear + 5.1 * parts.attention + 3.1 * parts.condition + 2.1 * parts.frozen) / rates.bf16
+    )
+    checked = make_plan(real("stage2.grpo.gate_every=1"), hardware, rates, models).stages[1]
+    assert next(d for d in checked.demands if d.name == "learn").unit_s == pytest.approx(
         2 * (5 * parts.linear + 6 * parts.attention + 4 * parts.condition + 3 * parts.frozen) / rates.bf16
     )
     guided = make_plan(real("stage2.render.guidance=5"), hardware, rates, models).stages[1]
