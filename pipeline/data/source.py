@@ -43,12 +43,14 @@ __all__ = [
     "load_all",
 ]
 
-SEGMENT_ROWS = 4096  # rows of one Ray Data execution; starting one costs about two seconds
-# A Ray Data execution that waits for its consumer polls, and takes most of a core. Where rows are small, an execution
-# is therefore kept to what may lie decoded in memory, and runs to its end without waiting.
+SEGMENT_ROWS = 1024  # rows of one Ray Data execution; starting one costs a second or two, and a millisecond for each task
+# A Ray Data execution that waits for its consumer polls (``patience``). Where rows are small, an execution is therefore
+# kept to what may lie decoded in memory, and runs to its end without waiting.
 WHOLE_BYTES = 32 << 20
 WHOLE_ROWS = 128  # fewer rows than this are not worth an execution of their own
 BLOCK_BYTES = 8 << 20  # decoded bytes of one block, as a guide
+TASK_BYTES = 64 << 20  # decoded bytes of one task, as a guide: starting one costs Ray Data ten milliseconds and more
+TASK_ROWS = 16
 BLOCKS_AHEAD = 4  # blocks that may wait, decoded, for the consumer
 JUDGED_ROWS = 200  # rows that must be seen before a share of broken ones is believed, in larger datasets
 
@@ -242,6 +244,8 @@ class SampleSource:
         import ray
         import ray.data
 
+        from pipeline.data.patience import Patience
+
         if not ray.is_initialized():
             raise RuntimeError("Ray is not running: call ray.init(...) before reading samples")
         logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -249,9 +253,13 @@ class SampleSource:
         cursor = Cursor.of(cursor)
         rows = self.count if rows is None else rows
         block = int(np.clip(BLOCK_BYTES // self.shape.row_bytes, 1, 16))
-        dataset = ray.data.from_items(self._items(cursor, rows), override_num_blocks=max(1, math.ceil(rows / block)))
+        task = max(block, int(np.clip(TASK_BYTES // self.shape.row_bytes, 1, TASK_ROWS)))
+        dataset = ray.data.from_items(self._items(cursor, rows), override_num_blocks=max(1, math.ceil(rows / task)))
         context = dataset.context
+        context.target_max_block_size = BLOCK_BYTES  # a task hands on what it has decoded before it has decoded all
         context.enable_progress_bars = False
+        if Patience not in context.custom_execution_callback_classes:
+            context.custom_execution_callback_classes.append(Patience)
         context.execution_options.preserve_order = True
         # Without a limit the decoders run hundreds of rows ahead, on cores that training needs.
         ahead = max(BLOCKS_AHEAD, 2 * self.decoders) * block * self.shape.row_bytes

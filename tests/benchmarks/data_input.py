@@ -45,7 +45,7 @@ def decode_pair(videos: tuple[bytes, bytes, int, int]) -> list[np.ndarray]:
 
 def measure(size: Size) -> Result:
     """Measure clips/s, and seconds until the first batch."""
-    rows, repeats, batch = (256, 5, 8) if size == "full" else (16, 1, 8)
+    rows, repeats, batch = (768, 3, 8) if size == "full" else (16, 1, 8)
     cores = len(os.sched_getaffinity(0))
     firsts: list[float] = []
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
