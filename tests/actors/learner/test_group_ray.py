@@ -37,7 +37,7 @@ SPEC = LearnerSpec(
     ranks=1,
     cpus=0.25,
     micro_batch=32,
-    grpo=GrpoSpec(clip_low=0.2, clip_high=0.2, kl_beta=0.05),
+    grpo=GrpoSpec(clip_low=0.2, clip_high=0.2, kl_beta=0.05, gate_every=1),
     optim=OptimSpec(lr=1e-2, max_grad_norm=0.5, schedule="cosine", warmup_steps=1, max_skipped_steps=1),
     total_steps=20,
     step_timeout_s=120.0,
