@@ -257,7 +257,7 @@ def vision_flops(vlm: Architecture, tokens: VlmTokens) -> Flops:
     )
 
 
-def language_flops(vlm: Architecture, tokens: int, logits: int, context: int = 0) -> Flops:
+def language_flops(vlm: Architecture, tokens: float, logits: float, context: float = 0) -> Flops:
     """Return the language model's forward over ``tokens`` tokens behind ``context`` cached ones.
 
     ``logits`` tokens are projected to the vocabulary.
@@ -274,9 +274,13 @@ def language_flops(vlm: Architecture, tokens: int, logits: int, context: int = 0
     )
 
 
-def completion_flops(vlm: Architecture, tokens: VlmTokens, new: int) -> Flops:
-    """Return a learner's forward over a prompt and its completion of ``new`` tokens, vision tower included."""
-    return Flops(frozen=vision_flops(vlm, tokens).total) + language_flops(vlm, tokens.prompt + new, new)
+def completion_flops(vlm: Architecture, tokens: VlmTokens, new: int, completions: float = 1) -> Flops:
+    """Return a learner's forward over one of ``completions`` completions of ``new`` tokens that stand in a row behind one prompt,
+    with its share of the prompt and of the vision tower.
+    """
+    row = Flops(frozen=vision_flops(vlm, tokens).total)
+    row += language_flops(vlm, tokens.prompt + completions * new, completions * new)
+    return row * (1 / completions)
 
 
 def generate_flops(vlm: Architecture, tokens: VlmTokens, new: int, completions: int = 1) -> Flops:
@@ -439,7 +443,7 @@ def _width(transformer: Mapping[str, Any]) -> int:
     return int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])
 
 
-def _dense(tokens: int, into: int, out: int) -> float:
+def _dense(tokens: float, into: int, out: int) -> float:
     return 2.0 * tokens * into * out
 
 
@@ -447,7 +451,7 @@ def _conv(cells: int, into: int, out: int, kernel: int) -> Flops:
     return Flops(2.0 * cells * into * out * kernel)
 
 
-def _attention(queries: int, keys: int, width: int) -> float:
+def _attention(queries: float, keys: float, width: int) -> float:
     return 4.0 * queries * keys * width
 
 

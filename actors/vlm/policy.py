@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +26,16 @@ from actors.records import Experience, VlmExperience
 from actors.vlm.adapter import inject
 from actors.vlm.inputs import EncodedPrompt, PromptEncoder, VideoQuestion
 from actors.vlm.prompt import BAN_BIAS, banned_token_ids
+from actors.vlm.rows import VlmBatch, join
 from cluster.errors import CheckpointError
-
-
-@dataclass
-class VlmBatch:
-    """B prompts joined with their completions, right-padded to S tokens; completions are padded to T."""
-
-    model_inputs: dict[str, Any]  # what ``module`` is called with
-    tokens: Tensor  # (B, T) int64 completion tokens, 0 in the padding
-    mask: Tensor  # (B, T) bool
-    logit_rows: Tensor  # (B, T) int64: row of the kept logits that predicts each completion token
 
 
 class VlmPolicy:
     """A Qwen2.5-VL or Qwen3-VL model as a policy over answer tokens (``actors.learner.trainable.Trainable``).
 
     ``temperature`` divides the logits of :meth:`forward`, as it does in the sampler: the policy that is optimised is the
-    one that was sampled from. ``fps`` is what :meth:`sft_loss` tells the model, whose batches carry none.
+    one that was sampled from. ``fps`` is what :meth:`sft_loss` tells the model, whose batches carry none. With
+    ``shared_prompts`` a batch reads a prompt once for all its completions (``actors.vlm.rows``).
     """
 
     def __init__(
@@ -55,6 +46,7 @@ class VlmPolicy:
         temperature: float = 1.0,
         fps: float = 8.0,
         cache_size: int = 64,
+        shared_prompts: bool = True,
         device: str = "cpu",
     ):
         if temperature <= 0:
@@ -66,6 +58,8 @@ class VlmPolicy:
         self.device = torch.device(device)
         inner: Any = model
         self.fsdp_units = model_units(inner)
+        # A mask that says who may be attended to would switch a sliding window off.
+        self.shared_prompts = shared_prompts and not getattr(inner.model.language_model, "has_sliding_layers", False)
         self.eos_token_id = int(processor.tokenizer.eos_token_id)
         vocab_size = int(inner.config.text_config.vocab_size)
         self.banned_ids = banned_token_ids(processor.tokenizer, vocab_size)
@@ -85,6 +79,7 @@ class VlmPolicy:
         temperature: float = 1.0,
         fps: float = 8.0,
         cache_size: int = 64,
+        shared_prompts: bool = True,
     ) -> VlmPolicy:
         """Load a transformers folder (or hub name).
 
@@ -97,7 +92,15 @@ class VlmPolicy:
         if lora is not None or adapter is not None:
             inject(model, lora, adapter)
         model.eval().to(device)
-        return cls(model, processor, temperature=temperature, fps=fps, cache_size=cache_size, device=device)
+        return cls(
+            model,
+            processor,
+            temperature=temperature,
+            fps=fps,
+            cache_size=cache_size,
+            shared_prompts=shared_prompts,
+            device=device,
+        )
 
     # --- batches ---
 
@@ -127,30 +130,7 @@ class VlmPolicy:
         return pad_sequence(rows, batch_first=True).to(self.device)
 
     def _join(self, prompts: list[EncodedPrompt], completions: list[Tensor]) -> VlmBatch:
-        # The last completion token predicts nothing that is trained, but keeps masks and positions simple.
-        ids = [torch.cat([p.input_ids, c]) for p, c in zip(prompts, completions, strict=True)]
-        positions = [
-            torch.cat([p.positions, (p.next_position + torch.arange(len(c))).expand(3, -1)], dim=1)
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-        lengths = torch.tensor([len(x) for x in ids])
-        starts = torch.tensor([len(p.input_ids) for p in prompts])
-        tokens = pad_sequence(completions, batch_first=True)
-        steps = torch.arange(tokens.shape[1])
-        mask = steps[None] < (lengths - starts)[:, None]
-        # Logits are kept only from the earliest to the latest position that predicts a completion token.
-        first, last = int(starts.min()) - 1, int(lengths.max()) - 1
-        rows = (starts[:, None] - 1 + steps[None] - first).clamp(max=last - first - 1)
-        model_inputs = {
-            "input_ids": pad_sequence(ids, batch_first=True).to(self.device),
-            "attention_mask": (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long().to(self.device),
-            "position_ids": pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1).to(self.device),
-            "pixel_values_videos": torch.cat([p.pixel_values for p in prompts]).to(self.device),
-            "video_grid_thw": torch.cat([p.grid_thw for p in prompts]).to(self.device),
-            "logits_to_keep": torch.arange(first, last, device=self.device),
-            "use_cache": False,
-        }
-        return VlmBatch(model_inputs, tokens.to(self.device), mask.to(self.device), rows.to(self.device))
+        return join(prompts, completions, share=self.shared_prompts, device=self.device)
 
     # --- policy ---
 
@@ -159,10 +139,9 @@ class VlmPolicy:
         return self._logprobs(batch, self.temperature)
 
     def _logprobs(self, batch: VlmBatch, temperature: float) -> PolicyOutput:
-        kept = self.module(**batch.model_inputs).logits  # (B, K, V)
-        rows = batch.logit_rows[..., None].expand(-1, -1, kept.shape[-1])
+        kept = self.module(**batch.model_inputs).logits  # (R, K, V)
         # As in the sampler: bias first, then temperature, then one normalisation over the vocabulary.
-        logits = (kept.gather(1, rows).float() + self._bias) / temperature  # (B, T, V)
+        logits = (kept[batch.rows[:, None], batch.predictors].float() + self._bias) / temperature  # (B, T, V)
         total = torch.logsumexp(logits, dim=-1)
         chosen = logits.gather(-1, batch.tokens[..., None]).squeeze(-1)
         zero = torch.zeros((), device=self.device)

@@ -190,6 +190,16 @@ class LearnerSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute dtype (FSDP2 mixed precision).")
     micro_batch: Positive = Field(16, description="Trajectories per forward and backward on one rank.")
+    micro_completions: Positive | None = Field(
+        None,
+        description="Completions per forward and backward on one rank (the thinker); null takes micro_batch. They have far fewer "
+        "tokens than trajectories, and a whole group at once reads its prompt once.",
+    )
+    shared_prompts: bool = Field(
+        True,
+        description="Whether a forward over several completions of one prompt reads the prompt, video included, once for all of "
+        "them, instead of once for each. Log-probabilities differ by float noise.",
+    )
     micro_steps: Positive | None = Field(
         None,
         description="Denoising steps of a trajectory's window per forward and backward (stage 2): 1 keeps the activations of one "

@@ -11,6 +11,7 @@ from pipeline.config import RunConfig
 from pipeline.config.stages import RenderSection, RolloutSection, Stage1Section, Stage2Section, StageSection
 from pipeline.plan.balance import Demand, StageDemand
 from pipeline.plan.measured import Measured
+from pipeline.plan.memory import completions_of_a_row
 from pipeline.plan.models import BYTES, CAPTION_TOKENS, Models
 
 PUBLISH_BANDWIDTH = 10e9
@@ -128,9 +129,11 @@ class _Count:
         )
 
     def learn_vlm(self) -> Demand:
-        """All completions of a step, once for each epoch."""
+        """All completions of a step, once for each epoch; those of a group in one micro-batch read their prompt together."""
         models, stage = self.models, self.config.stage1
-        forward = costs.completion_flops(models.vlm, models.prompt, stage.text.max_tokens)
+        forward = costs.completion_flops(
+            models.vlm, models.prompt, stage.text.max_tokens, completions_of_a_row(self.config)
+        )
         return self._learn(forward, stage, stage.rollout)
 
     def learn_vdm(self, rollout: RolloutSection) -> Demand:

@@ -27,6 +27,9 @@ _SAME = (
     "pools.vdm.dtype",
     "learner.dtype",
     "learner.activation_checkpointing",
+    "learner.micro_batch",
+    "learner.micro_completions",
+    "learner.shared_prompts",
 )
 _SAME_IN_STAGES = (
     "rollout.group_size",

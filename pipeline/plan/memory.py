@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from actors.architectures import cost as costs
+from actors.learner.batches import prompts_read
 from cluster.hardware import GIB
 from pipeline.config import RunConfig
 from pipeline.plan.models import BYTES, Models
@@ -194,11 +195,12 @@ def _scorer(config: RunConfig, models: Models) -> Process:
 def _vlm_learner(config: RunConfig, models: Models) -> Process:
     learner, stage = config.learner, config.stage1
     count = models.parameters["vlm", "model"]
-    items = min(learner.micro_batch, _items_per_rank(config, "stage1"))
+    items = min(learner.micro_completions or learner.micro_batch, _items_per_rank(config, "stage1"))
+    prompts = max(_prompts_read(config)) if learner.shared_prompts else items
     completion = stage.text.max_tokens
     found = costs.learner_bytes(
         models.vlm,
-        tokens=items * (models.prompt.prompt + completion),
+        tokens=prompts * models.prompt.prompt + items * completion,
         parameters=count,
         lora_rank=stage.lora.rank,
         ranks=learner.ranks,
@@ -208,6 +210,23 @@ def _vlm_learner(config: RunConfig, models: Models) -> Process:
         kl=stage.grpo.kl_beta > 0,
     )
     return _learner(config, f"VLM learner, {items} completion(s) at a time", found, 4.0 * count, stage.optim.ema > 0)
+
+
+def _prompts_read(config: RunConfig) -> list[int]:
+    """Return the prompts in each micro-batch of one of stage 1's optimizer steps."""
+    learner, stage = config.learner, config.stage1
+    groups = max(1, stage.rollout.prompts_per_step // stage.grpo.updates_per_batch)
+    micro = learner.micro_completions or learner.micro_batch
+    return prompts_read(groups, stage.rollout.group_size, ranks=learner.ranks, micro_batch=micro)
+
+
+def completions_of_a_row(config: RunConfig) -> float:
+    """Return how many completions the VLM's learner reads behind one prompt, on average."""
+    if not config.learner.shared_prompts:
+        return 1.0
+    rollout, read = config.stage1.rollout, _prompts_read(config)
+    groups = max(1, rollout.prompts_per_step // config.stage1.grpo.updates_per_batch)
+    return groups * rollout.group_size / sum(read)
 
 
 def _vdm_learner(config: RunConfig, models: Models) -> Process:

@@ -340,7 +340,8 @@ def _remedies(config: RunConfig, process: Process) -> list[str]:
         return ["pools.vdm.dtype=bfloat16", *batches]
     if process.role == LEARNER:
         batches = [f"learner.micro_batch={n}" for n in halves if n < learner.micro_batch]
-        return ["learner.dtype=bfloat16", "learner.activation_checkpointing=true", *batches]
+        completions = [f"learner.micro_completions={n}" for n in halves if n < (learner.micro_completions or 0)]
+        return ["learner.dtype=bfloat16", "learner.activation_checkpointing=true", *batches, *completions]
     return []
 
 

@@ -394,7 +394,7 @@ def thinker(size: Size, meter: Meter) -> tuple[Architecture, VlmPolicy]:
 
 
 def stage1(size: Size, meter: Meter) -> None:
-    """One update on a group of completions of random words."""
+    """One update on a group of completions of random words: each with its prompt, and all of them behind one prompt."""
     model, policy = thinker(size, meter)
     checkpoint_units(policy.module, unit_names(policy.module, policy.fsdp_units))
     rng, frames = np.random.default_rng(0), frames_of(size.input_frames, 1)
@@ -410,9 +410,14 @@ def stage1(size: Size, meter: Meter) -> None:
     text = int(policy.collate(items[:1]).model_inputs["input_ids"].shape[1]) - size.completion
     video = cost.vlm_tokens(model, *size.input_frames, text=0)
     tokens = replace(video, text=text - video.video)
-    one = cost.completion_flops(model, tokens, size.completion)
-    flops = one.update(lora=True, checkpointing=True, kl=True).total * size.group
-    update(policy, items, size.vlm_micro_batch, meter, "stage1_update", flops, clip=0.2, kl=0.04, norm="sequence")
+    for name, micro, shared in (
+        ("stage1_update", size.vlm_micro_batch, 1),
+        ("stage1_update_shared", size.group, size.group),
+    ):
+        policy.shared_prompts = shared > 1
+        one = cost.completion_flops(model, tokens, size.completion, shared)
+        flops = one.update(lora=True, checkpointing=True, kl=True).total * size.group
+        update(policy, items, micro, meter, name, flops, clip=0.2, kl=0.04, norm="sequence")
 
 
 def update(

@@ -28,6 +28,7 @@ def test_every_part_is_measured_at_the_tiny_size() -> None:
         "stage2_update",
         "stage2_update_all_steps",
         "stage1_update",
+        "stage1_update_shared",
     }
     compared = figures["compared"]
     assert set(compared) == {"shared_times", "channels_last", "stock_pipeline", "window_update"}

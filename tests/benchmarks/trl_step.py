@@ -6,6 +6,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from actors.learner.trainable import LoraSpec
+from actors.records import VlmExperience
+from actors.vlm.policy import VlmPolicy
 from actors.vlm.prompt import SYSTEM_TEXT
 from cluster.session import connect
 from pipeline.config import load_config
@@ -22,7 +26,7 @@ from pipeline.models import resolve_model
 from pipeline.train import run_training
 from rewards.format import format_reward, parse_answer
 from rewards.text import rouge_l
-from tests.benchmarks.bench import Check, Result, Size, medians, ratios
+from tests.benchmarks.bench import Check, Result, Size, interleave, medians, ratios, seconds
 
 GROUP, MAX_TOKENS = 8, 40
 
@@ -133,6 +137,25 @@ def theirs(folder: Path, turn: int, prompts: int, steps: int) -> list[float]:
     return np.diff(clock.ends).tolist()
 
 
+def one_pass(groups: int) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Return what takes the seconds of a learner's forward and backward over ``groups`` groups: prompts shared, and separate."""
+    section, path = load_config("toy").stage1, resolve_model("tiny", "vlm")
+    lora = LoraSpec(section.lora.rank, section.lora.alpha)
+
+    def side(shared: bool) -> Callable[[], float]:
+        policy = VlmPolicy.load(path, lora=lora, shared_prompts=shared)
+        items = []
+        for i in range(groups):
+            s = make_sample(i, "train")
+            answer = policy.answer_tokens(f"<think> </think><ans>{s.caption}</ans>").numpy().astype(np.int32)
+            none = np.zeros(len(answer), np.float32)
+            items += [VlmExperience(s.id, k, s.question, s.input_frames, 8.0, answer, none, 1.0) for k in range(GROUP)]
+        batch = policy.collate(items)
+        return lambda: seconds(lambda: policy.forward(batch).logprobs.sum().backward())
+
+    return side(True), side(False)
+
+
 def measure(size: Size) -> Result:
     """Measure both in turn, in other orders."""
     prompts, steps, repeats = (8, 12, 3) if size == "full" else (2, 2, 1)
@@ -153,6 +176,11 @@ def measure(size: Size) -> Result:
         "LoRA of the same rank, no KL term and one AdamW step. Ours is a whole run: vLLM pool, reward pool, learner of two ranks,",
         "weights published after each step, tracking. TRL generates with transformers, its default, with a thread on every core; it",
         "takes no videos, so it is given an image for every two frames, which is as many visual tokens. A side's figure is the",
-        "median of the steps of one run after the first; runs take turns.",
+        "median of the steps of one run after the first; runs take turns. Last, on one thread, what a rank's forward and backward",
+        "gain by `learner.shared_prompts`: each prompt read once for its eight completions, which are the true answers here.",
     )
-    return Result((check,), medians(rounds, "steps/s, ours", "steps/s, TRL"), notes)
+    passes = interleave(one_pass(prompts // 2), 7 if size == "full" else 1)
+    figures = medians(rounds, "steps/s, ours", "steps/s, TRL")
+    figures |= medians(passes, "forward and backward, prompts shared, s", "forward and backward, prompts separate, s")
+    figures["separate ÷ shared"] = statistics.median(ratios(passes, 1, 0))
+    return Result((check,), figures, notes)

@@ -131,6 +131,10 @@ def test_vlm(name: str, frames: tuple[int, int, int]) -> None:
 
     real += counted(language)
     assert cost.completion_flops(model, tokens, new).total == pytest.approx(real, rel=0.02)
+    # Eight behind one prompt are a row of their own length, which the model reads as any other; each has an eighth of it.
+    length, new = tokens.prompt + 8 * 200, 8 * 200
+    row = counted(lambda: _vision(module.model.visual, meta(tokens.patches, pixels), grid)) + counted(language)
+    assert 8 * cost.completion_flops(model, tokens, 200, 8).total == pytest.approx(row, rel=0.02)
 
 
 def _vision(tower: Any, pixels: torch.Tensor, grid: torch.Tensor) -> Any:

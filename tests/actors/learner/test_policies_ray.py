@@ -56,7 +56,7 @@ def test_first_update_of_each_stage_has_ratio_exactly_one_and_learns(
         lora=LoraSpec(rank=4, alpha=16.0),
         ranks=2,
         cpus=0.25,
-        micro_batch=1,
+        micro_batch=2,
         grpo=GrpoSpec(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence"),
         optim=OptimSpec(lr=1e-3),
     )

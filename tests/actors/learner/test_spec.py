@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
-from actors.learner.batches import plan_batch, split_groups
+from actors.learner.batches import plan_batch, prompts_read, split_groups
 from actors.learner.spec import GrpoSpec, OptimSpec, learning_rate
 from tests.actors.learner.toy_policy import experiences
 
@@ -51,6 +51,22 @@ def test_updates_split_whole_groups_evenly_and_in_order() -> None:
         assert len(counts) == 1  # every rank runs as many micro-batches, or the collective hangs
         seen = [i for plan in plans for micro in plan[step] if micro.real for i in micro.items]
         assert sorted((i.sample_id, i.index) for i in seen) == [(i.sample_id, i.index) for i in parts[step]]
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "ranks", "micro"), [(8, 4, 2, 16), (8, 4, 2, 3), (5, 3, 4, 2), (1, 2, 3, 1), (3, 8, 1, 8)]
+)
+def test_groups_stay_as_whole_as_ranks_and_micro_batches_allow(groups: int, size: int, ranks: int, micro: int) -> None:
+    items = experiences(groups, size)
+    plans = plan_batch(items, ranks=ranks, micro_batch=micro, updates=1)
+    pieces = [piece for plan in plans for piece in plan[0]]
+    assert all(len(piece.items) <= micro for piece in pieces)
+    seen = [i for piece in pieces if piece.real for i in piece.items]
+    assert [(i.sample_id, i.index) for i in seen] == [(i.sample_id, i.index) for i in items]  # in order: rank by rank
+    sizes = [sum(len(p.items) for p in plan[0] if p.real) for plan in plans]
+    assert max(sizes) - min(sizes) <= 1
+    prompts = [len({i.sample_id for i in piece.items}) for piece in pieces if piece.real]
+    assert prompts_read(groups, size, ranks=ranks, micro_batch=micro) == prompts
 
 
 def test_specs_that_cannot_be() -> None:

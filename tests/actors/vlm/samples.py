@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actors.records import VlmExperience
 from actors.vlm.inputs import mrope_positions
-from actors.vlm.policy import VlmBatch
+from actors.vlm.rows import VlmBatch
 
 QUESTIONS = ("What happens next?", "What is the next step of the red circle?", "What if the blue square rises?")
 SIZES = ((9, 32, 32, 8.0), (2, 48, 32, 8.0), (17, 32, 64, 2.5), (5, 32, 32, 24.0))  # frames, height, width, fps
@@ -55,5 +55,5 @@ def text_batch(prompts: list[Tensor], completions: list[np.ndarray]) -> VlmBatch
         "use_cache": False,
     }
     mask = steps[None] < torch.tensor([len(a) for a in answers])[:, None]
-    rows = (starts[:, None] - 1 + steps[None]).clamp(max=inputs["input_ids"].shape[1] - 1)
-    return VlmBatch(inputs, tokens, mask, rows)
+    predictors = (starts[:, None] - 1 + steps[None]).clamp(max=inputs["input_ids"].shape[1] - 1)
+    return VlmBatch(inputs, tokens, mask, torch.arange(len(prompts)), predictors)

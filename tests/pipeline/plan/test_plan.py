@@ -128,6 +128,14 @@ def test_seconds_are_flops_over_the_stated_rate(models: Models) -> None:
     )
     guided = make_plan(real("stage2.render.guidance=5"), hardware, rates, models).stages[1]
     assert next(d for d in guided.demands if d.name == "learn").unit_s == pytest.approx(2 * learn.unit_s)
+    for texts, completions in (([], 2), (["learner.micro_completions=8"], 8), (["learner.shared_prompts=false"], 1)):
+        # Completions that stand behind one prompt share its work: two at a time, or a group where memory allows.
+        update = cost.completion_flops(models.vlm, models.prompt, 256, completions).update(
+            lora=True, checkpointing=True, kl=real().stage1.grpo.kl_beta > 0, old_pass=False
+        )
+        old = 0.1 * cost.completion_flops(models.vlm, models.prompt, 256, completions).total
+        found = next(d for d in make_plan(real(*texts), hardware, rates, models).stages[0].demands if d.name == "learn")
+        assert found.unit_s == pytest.approx((update.total + old) / rates.bf16)
     think = next(demand for demand in stage1.demands if demand.name == "think")
     assert think.fixed_s == pytest.approx(256 * 2 * VLM / rates.bandwidth)  # every token reads all weights once
     assert {demand.name for demand in stage1.demands} == {"think", "embed", "draw", "score", "learn"}
