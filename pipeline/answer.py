@@ -107,6 +107,7 @@ async def _answer(
         tensor_parallel=pool.tensor_parallel,
         enforce_eager=pool.enforce_eager,
         grouped_lora=pool.grouped_lora,
+        text_at_end=pool.text_at_end,
         adapter=vlm_adapter,
     )
     engine = VlmEngine(spec)

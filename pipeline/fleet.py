@@ -205,6 +205,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             tensor_parallel=vlm.tensor_parallel,
             enforce_eager=vlm.enforce_eager,
             grouped_lora=vlm.grouped_lora,
+            text_at_end=vlm.text_at_end,
             lora_rank=config.stage1.lora.rank,
             broadcast=config.weights.transport == "collective" and config.stage1.lora.rank == 0,
             sleep=vlm.rest,

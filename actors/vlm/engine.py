@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -53,6 +53,7 @@ class EngineSpec:
     broadcast: bool = False  # full weights may come by broadcast, through vLLM's native weight transfer
     sleep: bool = False  # :meth:`VlmEngine.rest` gives up the GPU's memory (on a CPU there is nothing to give)
     grouped_lora: bool = True  # adapters on a CPU by whole matrix products: see ``actors.vlm.lora_cpu``
+    text_at_end: bool = True  # a completion's text is made once it has ended, not token by token
     alone: bool = False  # one sequence at a time, nothing reused: no figure depends on what shares a batch
     env: dict[str, str] = field(default_factory=dict)
 
@@ -150,7 +151,7 @@ class VlmEngine:
             if adapter is not None:
                 adapter.users -= 1
                 await self._sweep(adapter)
-        completions = [_completion(o, version) for o in sorted(output.outputs, key=lambda o: o.index)]
+        completions = [self._completion(o, version) for o in sorted(output.outputs, key=lambda o: o.index)]
         return completions * request.n if request.temperature == 0 else completions
 
     async def load(self, weights: Weights | None, version: int | None = None) -> int:
@@ -360,8 +361,25 @@ class VlmEngine:
             max_tokens=request.max_tokens,
             logprobs=0,
             logit_bias=self._bias,
+            detokenize=not self.spec.text_at_end,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+    def _completion(self, output: Any, version: int) -> Completion:
+        ids = np.asarray(output.token_ids, dtype=np.int32)
+        logprobs = [entry[int(token)].logprob for entry, token in zip(output.logprobs, ids, strict=True)]
+        return Completion(
+            text=self._text(output.token_ids) if self.spec.text_at_end else output.text,
+            token_ids=ids,
+            logprobs=np.asarray(logprobs, dtype=np.float32),
+            finish_reason=str(output.finish_reason),
+            weights_version=version,
+        )
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        # The tokenizer's own decoding, without clean-up of spaces. Of a character that was cut off, nothing is shown.
+        decoded: str = self.processor.tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return decoded.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def _client_error() -> type[Exception]:
@@ -369,18 +387,6 @@ def _client_error() -> type[Exception]:
     from vllm.exceptions import VLLMClientError
 
     return VLLMClientError
-
-
-def _completion(output: Any, version: int) -> Completion:
-    ids = np.asarray(output.token_ids, dtype=np.int32)
-    logprobs = [entry[int(token)].logprob for entry, token in zip(output.logprobs, ids, strict=True)]
-    return Completion(
-        text=output.text,
-        token_ids=ids,
-        logprobs=np.asarray(logprobs, dtype=np.float32),
-        finish_reason=str(output.finish_reason),
-        weights_version=version,
-    )
 
 
 def _engine_args(spec: EngineSpec) -> dict[str, Any]:

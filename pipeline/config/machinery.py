@@ -110,6 +110,11 @@ class VlmPoolSection(PoolSection):
         description="On a CPU, add an adapter to all its tokens by one matrix product, where vLLM gathers it for each token. "
         "Log-probabilities differ by float noise. GPUs have vLLM's own kernels.",
     )
+    text_at_end: bool = Field(
+        True,
+        description="Make a completion's text once it has ended, where vLLM makes it token by token: the same text, less work for each "
+        "token.",
+    )
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> VlmPoolSection:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ def start_vlm(_ray_session: None) -> Callable[[Path], Any]:
 
         class Worker(VlmWorker):
             """The pool's worker, with two windows into its vLLM."""
+
+            async def text_at_end(self, on: bool) -> None:
+                """Make texts at a completion's end from now on, or token by token."""
+                self._engine.spec = replace(self._engine.spec, text_at_end=on)
 
             async def complete_text(self, prompt: str, request: Any) -> list[tuple[list[int], list[float]]]:
                 """Completions of a prompt without a video, with the sampling parameters of any other request."""

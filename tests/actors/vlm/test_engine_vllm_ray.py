@@ -83,6 +83,21 @@ def test_base_weights_agree_and_requests_repeat_themselves(worker: Any, policy: 
     assert not banned & {t for sequence in tokens(groups) for t in sequence}
 
 
+def test_a_text_made_at_the_end_is_the_one_made_token_by_token(worker: Any) -> None:
+    import ray
+
+    load(worker, None, 0)
+    requests = [replace(r, n=16, temperature=t) for r in REQUESTS for t in (0.7, 1.0)]
+    found = {}
+    for on in (False, True):
+        ray.get(worker.text_at_end.remote(on))
+        found[on] = complete(worker, requests)
+    assert tokens(found[True]) == tokens(found[False])
+    whole, grown = ([c.text for group in found[on] for c in group] for on in (True, False))
+    assert whole == grown and len(set(whole)) > len(requests)
+    assert any(not text.isascii() for text in whole)
+
+
 def test_temperature_and_greedy(worker: Any, policy: VlmPolicy, tiny_vlm_dir: Path) -> None:
     load(worker, None, 0)
     warm = [replace(r, temperature=1.5) for r in REQUESTS[:2]]
