@@ -158,7 +158,7 @@ def measure_transformers(size: Size) -> Result:
         "transformers generates as TRL's `GRPOTrainer` does without vLLM, with its KV cache, in batches of eight sequences, which is",
         "TRL's default (`per_device_train_batch_size`): a prompt's group at a time. Tokens after a sequence's end are not counted.",
         "The same in one batch of all 32 prompts, 256 sequences padded on the left, is below: with a model as small as this one a",
-        "step's cost hardly depends on the batch, so bare vLLM itself is but slightly faster than that (row 1). A real model leaves",
+        "step's cost hardly depends on the batch, so bare vLLM itself is about as fast as that (row 1). A real model leaves",
         "no memory for such a batch.",
     )
     check = Check("tokens/s, pool ÷ transformers generate, TRL's default batch", ratios(rounds), "≥", 5.0)
