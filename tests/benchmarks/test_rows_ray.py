@@ -29,3 +29,15 @@ def test_the_row_runs(name: str) -> None:
 )
 def test_the_longer_row_runs(name: str) -> None:
     run(name)
+
+
+@pytest.mark.chaos
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_both_curves_of_the_staleness_row_are_of_real_runs() -> None:
+    from tests.benchmarks.streaming import reward_curves
+
+    found = reward_curves(2, [0])
+    assert [len(curve) for curves in found.values() for curve in curves] == [2, 2]
+    assert all(0 < reward < 2 for curves in found.values() for curve in curves for reward in curve)
+    assert found[0][0][0] == pytest.approx(found[1][0][0], abs=1e-6)  # the first step's weights are equally old

@@ -52,6 +52,15 @@ def test_barriers_change_when_things_happen_and_nothing_else() -> None:
     assert streaming.step((2, 3, 1), 6, 0, barriers=False) == together
 
 
+def test_curves_are_as_far_apart_as_their_seeds_means() -> None:
+    strict = [[0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 4.0, 4.0]]  # means 0.5 and 3, spreads 1 and 2
+    ahead = [[1.0, 1.0, 3.0, 3.0], [1.0, 1.0, 4.0, 4.0]]  # means 1 and 3.5
+    found = streaming.distance({0: strict, 1: ahead}, parts=2)
+    assert found["apart"] == 0.5 and found["spread"] == 1.5
+    assert (found["first"], found["last, max_staleness 0"], found["last, max_staleness 1"]) == (0.5, 3.0, 3.5)
+    assert streaming.distance({0: strict, 1: strict})["apart"] == 0
+
+
 @pytest.mark.parametrize("measure", [streaming.measure, streaming.measure_staleness, scheduling.measure])
 def test_the_rows_run(measure: object) -> None:
     result = measure("smoke")  # type: ignore[operator]

@@ -18,28 +18,23 @@ from actors.learner.trainable import LoraSpec
 from actors.records import VlmExperience
 from actors.vlm.policy import VlmPolicy
 from actors.vlm.prompt import SYSTEM_TEXT
-from cluster.session import connect
 from pipeline.config import load_config
 from pipeline.data.toy.shards import write_toy
 from pipeline.data.toy.world import make_sample
 from pipeline.models import resolve_model
-from pipeline.train import run_training
 from rewards.format import format_reward, parse_answer
 from rewards.text import rouge_l
 from tests.benchmarks.bench import Check, Result, Size, interleave, medians, ratios, seconds
+from tests.benchmarks.text_run import text_run
 
 GROUP, MAX_TOKENS = 8, 40
 
 
 def ours(folder: Path, turn: int, prompts: int, steps: int) -> list[float]:
     """Return the seconds of each step of a run with its pools, its learner of two ranks, and tracking."""
-    overrides = [f"out={folder}/run{turn}", f"data.train={folder}/toy/train", f"data.eval={folder}/toy/test"]
-    overrides += [f"stage1.steps={steps}", "stage2.steps=0", "checkpoint.every=0", f"seed={turn}"]
-    overrides += ["stage1.rewards.weights={format: 1.0, rouge_l: 1.0}", "pools.vdm.workers=1"]
+    overrides = [f"stage1.steps={steps}", f"seed={turn}"]
     overrides += [f"stage1.rollout.prompts_per_step={prompts}", f"stage1.rollout.group_size={GROUP}"]
-    with connect(local_cpus=8):
-        report = run_training(load_config("toy", overrides))
-    return [m["time/step_s"] for m in report.stages["stage1"].history]
+    return [m["time/step_s"] for m in text_run(folder, f"run{turn}", *overrides)]
 
 
 def theirs(folder: Path, turn: int, prompts: int, steps: int) -> list[float]:
