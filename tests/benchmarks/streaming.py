@@ -14,8 +14,11 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from actors.architectures import cost as costs
 from pipeline.config import load_config
 from pipeline.data.toy.shards import write_toy
+from pipeline.plan.memory import completions_of_a_row
+from pipeline.plan.models import load_models
 from pipeline.stages.loop import StepReport, run_stage
 from pipeline.stages.stage1 import Stage1
 from tests.benchmarks.bench import Check, Result, Size
@@ -178,7 +181,8 @@ class Times:
 
 def real_size(prompts: int) -> Times:
     """Return the times of ``vans_8gpu`` as ``gpu_real_size.py`` measured its parts on one GPU; the thinker's calls, which it
-    did not measure, are the tiny one's, hence too short.
+    did not measure, are the tiny one's, hence too short. Its update was measured with a prompt for each completion; that of
+    completions which share one (``learner.shared_prompts``) is taken to be shorter by as much as its FLOPs are fewer.
     """
     config, parts = load_config("vans_8gpu"), json.loads(REAL_SIZE.read_text())["all"]["parts"]
     seconds = {name: part["seconds"] for name, part in parts.items()}
@@ -192,7 +196,14 @@ def real_size(prompts: int) -> Times:
         return lambda pool, n: n * per_request[pool] if pool in per_request else recorded(pool, n)
 
     scale = config.stage1.rollout.group_size / group * prompts / config.learner.ranks
-    return Times(service, (seconds["stage1_update"] * scale,))
+    models = load_models(config)
+    together, alone = (
+        costs.completion_flops(models.vlm, models.prompt, config.stage1.text.max_tokens, completions)
+        .update(lora=True, checkpointing=True, kl=True)
+        .total
+        for completions in (completions_of_a_row(config), 1)
+    )
+    return Times(service, (seconds["stage1_update"] * scale * together / alone,))
 
 
 def steps_per_s(
@@ -290,6 +301,7 @@ def measure_staleness(size: Size) -> Result:
         "cannot show it: sampler and learner share them. The toy run's times are those recorded here; there is little to gain where",
         "the update is a small share of the step. The times of `vans_8gpu` are those of one H200 (docs/results/gpu), where drawing",
         "and learning were measured and the thinker was not: its calls are the tiny one's, too short, which makes the gain smaller.",
+        "Its update was measured with a prompt for each completion; for `learner.shared_prompts` it is shortened as its FLOPs are.",
         "What each step learns from is the same in both.",
         *learnt,
     )
