@@ -499,10 +499,8 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
     longest = section.text.max_tokens if isinstance(section, Stage1Section) else section.sde.window_size
     seed = derive_seed(config.seed, stage.name, policy, "learner")
     options: dict[str, Any] = {"temperature": section.text.temperature, "shared_prompts": learner.shared_prompts}
-    micro = learner.micro_completions or learner.micro_batch
     if policy == "vdm":  # every trajectory comes with what it was conditioned on
         options = {"shift": models.flow_shift, "shared_times": models.shared_times, "components": ("transformer",)}
-        micro = learner.micro_batch
     return LearnerSpec(
         kind=policy,
         model_path=resolve_model(getattr(models, policy), policy),  # type: ignore[arg-type]
@@ -514,7 +512,7 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
         cpus=learner.cpus,
         gpus=learner.gpus,
         dtype=learner.dtype,
-        micro_batch=micro,
+        micro_batch=learner.at_once(policy),
         micro_steps=learner.micro_steps,
         activation_checkpointing=learner.activation_checkpointing,
         reference_offload=learner.reference_offload,

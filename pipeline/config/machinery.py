@@ -230,6 +230,10 @@ class LearnerSection(Section):
         "instead, for --resume.",
     )
 
+    def at_once(self, policy: str) -> int:
+        """Return how many trajectories, or completions, of ``policy`` (vlm, vdm) one rank's forward and backward takes."""
+        return (self.micro_completions if policy == "vlm" else None) or self.micro_batch
+
 
 class WeightsSection(Section):
     """How published weights reach the workers (docs/weights.md)."""

@@ -195,7 +195,7 @@ def _scorer(config: RunConfig, models: Models) -> Process:
 def _vlm_learner(config: RunConfig, models: Models) -> Process:
     learner, stage = config.learner, config.stage1
     count = models.parameters["vlm", "model"]
-    items = min(learner.micro_completions or learner.micro_batch, _items_per_rank(config, "stage1"))
+    items = min(learner.at_once("vlm"), _items_per_rank(config, "stage1"))
     prompts = max(_prompts_read(config)) if learner.shared_prompts else items
     completion = stage.text.max_tokens
     found = costs.learner_bytes(
@@ -214,19 +214,19 @@ def _vlm_learner(config: RunConfig, models: Models) -> Process:
 
 def _prompts_read(config: RunConfig) -> list[int]:
     """Return the prompts in each micro-batch of one of stage 1's optimizer steps."""
-    learner, stage = config.learner, config.stage1
-    groups = max(1, stage.rollout.prompts_per_step // stage.grpo.updates_per_batch)
-    micro = learner.micro_completions or learner.micro_batch
-    return prompts_read(groups, stage.rollout.group_size, ranks=learner.ranks, micro_batch=micro)
+    learner, size = config.learner, config.stage1.rollout.group_size
+    return prompts_read(_groups(config), size, ranks=learner.ranks, micro_batch=learner.at_once("vlm"))
+
+
+def _groups(config: RunConfig) -> int:
+    return max(1, config.stage1.rollout.prompts_per_step // config.stage1.grpo.updates_per_batch)
 
 
 def completions_of_a_row(config: RunConfig) -> float:
     """Return how many completions the VLM's learner reads behind one prompt, on average."""
     if not config.learner.shared_prompts:
         return 1.0
-    rollout, read = config.stage1.rollout, _prompts_read(config)
-    groups = max(1, rollout.prompts_per_step // config.stage1.grpo.updates_per_batch)
-    return groups * rollout.group_size / sum(read)
+    return _groups(config) * config.stage1.rollout.group_size / sum(_prompts_read(config))
 
 
 def _vdm_learner(config: RunConfig, models: Models) -> Process:

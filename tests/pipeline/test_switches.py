@@ -50,6 +50,16 @@ def test_a_switch_reaches_the_learner(stage: str, key: str) -> None:
     assert getattr(getattr(after, section), name) == value != getattr(getattr(before, section), name)
 
 
+def test_completions_have_a_micro_batch_of_their_own_and_share_prompts() -> None:
+    learner = ["learner.micro_batch=6", "learner.micro_completions=24", "learner.shared_prompts=false"]
+    config = load_config("toy", learner)
+    one, two = (learner_spec(config, kind(config, None), kind.policies[0]) for kind in STAGES.values())  # type: ignore[arg-type]
+    assert (one.micro_batch, two.micro_batch) == (24, 6)
+    assert one.policy_kwargs["shared_prompts"] is False and "shared_prompts" not in two.policy_kwargs
+    assert spec("stage1").policy_kwargs["shared_prompts"] is True
+    assert spec("stage1").micro_batch == spec("stage2").micro_batch == load_config("toy").learner.micro_batch
+
+
 def test_every_key_of_the_loss_and_the_optimizer_is_in_this_test() -> None:
     tested = {key.split(".")[1] for key in LEARNER}
     assert {f.name for f in dataclasses.fields(OptimSpec)} <= tested
