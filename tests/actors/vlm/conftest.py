@@ -35,9 +35,10 @@ def start_vlm(_ray_session: None) -> Callable[[Path], Any]:
         class Worker(VlmWorker):
             """The pool's worker, with two windows into its vLLM."""
 
-            async def text_at_end(self, on: bool) -> None:
-                """Make texts at a completion's end from now on, or token by token."""
+            async def text_at_end(self, on: bool, request: Any) -> bool:
+                """Make texts at a completion's end from now on, or token by token; return whether vLLM makes that of ``request``."""
                 self._engine.spec = replace(self._engine.spec, text_at_end=on)
+                return bool(self._engine._sampling(request).detokenize)
 
             async def complete_text(self, prompt: str, request: Any) -> list[tuple[list[int], list[float]]]:
                 """Completions of a prompt without a video, with the sampling parameters of any other request."""

@@ -90,7 +90,7 @@ def test_a_text_made_at_the_end_is_the_one_made_token_by_token(worker: Any) -> N
     requests = [replace(r, n=16, temperature=t) for r in REQUESTS for t in (0.7, 1.0)]
     found = {}
     for on in (False, True):
-        ray.get(worker.text_at_end.remote(on))
+        assert ray.get(worker.text_at_end.remote(on, requests[0])) is not on
         found[on] = complete(worker, requests)
     assert tokens(found[True]) == tokens(found[False])
     whole, grown = ([c.text for group in found[on] for c in group] for on in (True, False))
