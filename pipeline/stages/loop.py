@@ -284,10 +284,9 @@ def pool_of(stage: Stage, policy: str) -> WorkerPool:
 
 
 async def frozen_hashes(stage: Stage, learners: Learners) -> tuple[frozenset[str], ...]:
-    """Return what must not change: the weights of the pools that are not trained, and the learners' base weights."""
+    """Return what must not change: the weights of the pools that are not trained, CLIP's included, and the learners' base."""
     frozen = [pool_of(stage, policy) for policy in POLICIES if policy not in stage.policies]
-    if stage.fleet.embed is not None:
-        frozen.append(stage.fleet.embed)
+    frozen += [pool for pool in (stage.fleet.embed, stage.fleet.reward) if pool is not None]
     pools = [frozenset((await pool.call_all("weights_hash")).values()) for pool in frozen]
     async with at_rest(stage.fleet):
         return (*pools, frozenset([await learner.base_hash() for learner in learners.values()]))

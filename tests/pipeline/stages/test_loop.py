@@ -56,6 +56,7 @@ class Pool:
 class Fleet:
     vlm: Pool = field(default_factory=lambda: Pool("vlm"))
     vdm: Pool = field(default_factory=lambda: Pool("vdm"))
+    reward: Pool = field(default_factory=lambda: Pool("reward"))
 
     def receivers(self) -> int:
         return 1
@@ -170,9 +171,10 @@ def test_the_cursor_of_each_step_is_where_the_next_one_draws(staleness: int) -> 
     assert learner.seen[0] == ["0.6"] * 2 + ["0.7"] * 2
 
 
-def test_a_frozen_model_that_changed_voids_the_stage() -> None:
+@pytest.mark.parametrize("frozen", ["vdm", "reward"])
+def test_a_frozen_model_that_changed_voids_the_stage(frozen: str) -> None:
     stage = CountingStage(0)
-    stage.fleet.vdm.hashes = ["before", "after"]
+    getattr(stage.fleet, frozen).hashes = ["before", "after"]
     with pytest.raises(TrainingError, match="frozen model changed"):
         train(stage)
 
