@@ -16,8 +16,8 @@ from rich.console import Console
 from actors.records import Clip, Completion, CompletionRequest, Sample, derive_seed
 from cluster.errors import DataError, VansError
 from pipeline.config import RunConfig
+from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.video import decode_timed, decode_video, encode_mp4
-from pipeline.evaluate.sheets import Strip, contact_sheet
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.sources import video_limits
 from pipeline.stages.rendering import render_request

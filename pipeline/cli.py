@@ -18,7 +18,6 @@ from cluster.manifests.run import Site
 _SITE = Site()  # the defaults of `vans manifests`
 
 EXIT_USER_ERROR = 2
-PLAN_WIDTH = 150
 EXIT_CTRL_C = 130  # 128 + SIGINT, as shells have it
 
 
@@ -179,8 +178,8 @@ def plan(
     from pipeline.config import load_config
     from pipeline.plan import load_models, make_plan
     from pipeline.plan.measured import read_run
+    from pipeline.plan.report import PLAN_WIDTH, show
     from pipeline.plan.report import as_json as values
-    from pipeline.plan.report import show
 
     run, hardware = load_config(config, overrides or []), parse_gpus(gpus)
     rates = rates_of(hardware, card, tflops=tflops)

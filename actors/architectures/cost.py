@@ -16,7 +16,6 @@ from typing import Any
 from actors.architectures.architecture import Architecture
 
 WAN_TEXT_TOKENS = 512  # what every caption is padded to (actors.vdm.text)
-LORA_TARGETS = 10, 7  # adapted projections per block: Wan (4 + 4 attention, 2 feed-forward), language model
 
 
 @dataclass(frozen=True)

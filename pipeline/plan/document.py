@@ -10,10 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.hardware import parse_gpus, rates_of
-from pipeline.cli import PLAN_WIDTH
 from pipeline.config import load_config
 from pipeline.plan import load_models, make_plan
-from pipeline.plan.report import show
+from pipeline.plan.report import PLAN_WIDTH, show
 
 _BLOCK = re.compile(r"```\n\$ vans plan (\S+) --gpus (\S+)\n.*?```", re.DOTALL)
 

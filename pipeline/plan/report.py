@@ -16,6 +16,8 @@ from pipeline.plan.balance import ROLES, Split
 from pipeline.plan.memory import LOADING, PARTS, USABLE, Process
 from pipeline.plan.plan import Plan, overrides
 
+PLAN_WIDTH = 150  # columns of what is printed into a file
+
 
 def tables(plan: Plan) -> RenderableType:
     """Return the plan as it is printed."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.video import encode_mp4
-from pipeline.evaluate.sheets import Strip, contact_sheet
 
 
 def write_text(text: str, path: Path) -> None:

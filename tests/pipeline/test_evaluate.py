@@ -13,12 +13,13 @@ from actors.scoring.clip import ClipScorer
 from actors.scoring.video import TorchScriptExtractor
 from cluster.errors import CheckpointError, ConfigError, DataError
 from pipeline.config import RunConfig
+from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.toy import make_sample
 from pipeline.evaluate.bootstrap import Estimate, estimate
 from pipeline.evaluate.predictions import Prediction, read_predictions, write_predictions
 from pipeline.evaluate.run import read_systems, run_evaluation
 from pipeline.evaluate.score import evaluate_predictions, score_predictions, truth_as_predictions
-from pipeline.evaluate.sheets import Strip, contact_sheet, evaluation_sheet
+from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import METRICS, EvaluationTable
 
 COUNT = 8

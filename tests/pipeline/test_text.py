@@ -17,9 +17,9 @@ from cluster.errors import VansError
 from pipeline.checkpoint import TrainState
 from pipeline.config import load_config, to_yaml
 from pipeline.data.importers.jsonl import import_jsonl
+from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.predictions import Prediction, read_predictions, write_predictions
-from pipeline.evaluate.sheets import Strip, contact_sheet
 from pipeline.evaluate.table import markdown_grid
 from pipeline.text import file_slug, in_markup, printable, redacted, short
 from pipeline.tracking import Tracker, TrackingError

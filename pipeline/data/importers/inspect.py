@@ -15,7 +15,7 @@ from rich.table import Table
 from cluster.errors import DataError
 from pipeline.data.schema import open_shard, shard_bytes, shard_digest, shard_metadata, shard_paths
 from pipeline.data.video import decode_video, probe
-from pipeline.evaluate.sheets import Strip, contact_sheet
+from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.location import Uri, parse_location
 from pipeline.text import in_markup, printable
 
