@@ -6,31 +6,22 @@ Weights, optimizer and scheduler are the learner group's own files in the same f
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError, ConfigError
-from pipeline.config import RunConfig, config_digest, flatten
+from pipeline.config import RunConfig, config_digest, differences, flatten
 
 STATE_FILE = "train_state.json"
-
-# What may differ between a run and its continuation, because it does not change what is learnt: the sections that
-# config_digest leaves out, and sizes and deadlines of the machinery.
-MAY_DIFFER = (
-    *("name", "out", "cluster", "tracking", "control", "checkpoint", "pools", "evaluate", "alarms", "sft"),
-    *("learner.start_timeout_s", "learner.step_timeout_s", "learner.max_restarts"),
-    *("data.max_source_s", "data.max_source_mib", "data.max_decode_s", "data.max_quarantine_ratio"),
-    *("stage1.rollout.max_failed_ratio", "stage2.rollout.max_failed_ratio"),
-)
-
+FORMAT = 2
+"""Of the record and of the files beside it. An older one is read, a newer one refused (docs/upgrading.md)."""
 
 _WORDS: dict[type, str] = {str: "text", int: "a whole number", dict: "an object"}
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("stage", "config_digest"), str),
-    "step": int,
-    **dict.fromkeys(("cursor", "window", "seeds", "rng", "mlflow_run_ids", "config", "extra"), dict),
+    **dict.fromkeys(("step", "format"), int),
+    **dict.fromkeys(("cursor", "window", "mlflow_run_ids", "config", "extra"), dict),
 }
 
 
@@ -42,12 +33,11 @@ class TrainState:
     step: int
     cursor: dict[str, int] = field(default_factory=lambda: {"epoch": 0, "position": 0})
     window: dict[str, Any] = field(default_factory=dict)  # state of the SDE window's schedule
-    seeds: dict[str, int] = field(default_factory=dict)
-    rng: dict[str, Any] = field(default_factory=dict)  # states of the driver's generators, as JSON
     mlflow_run_ids: dict[str, str] = field(default_factory=dict)  # "parent", and one per stage
     config_digest: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # dotted keys, to name what differs
     extra: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
 
     @classmethod
     def of(cls, config: RunConfig, stage: str, step: int, **rest: Any) -> TrainState:
@@ -71,9 +61,18 @@ class TrainState:
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON ({error})") from error
         names = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or not {"stage", "step"} <= set(values) <= names:
+        if not isinstance(values, dict) or not {"stage", "step"} <= set(values):
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise CheckpointError(f"{path}: expected the keys {sorted(names)}, found {found}")
+        form = values.setdefault("format", 1)
+        if type(form) is int and form > FORMAT:
+            raise CheckpointError(
+                f"{path}: written in format {form}, and this version reads up to {FORMAT}; use a newer vans"
+            )
+        if form == 1:  # it may hold fields that went
+            values = {name: value for name, value in values.items() if name in names}
+        elif unknown := sorted(set(values) - names):
+            raise CheckpointError(f"{path}: expected the keys {sorted(names)}, found {unknown} too")
         for name, kind in _TYPES.items():
             if name in values and type(values[name]) is not kind:
                 raise CheckpointError(f"{path}: {name} must be {_WORDS[kind]}, not {type(values[name]).__name__}")
@@ -82,30 +81,14 @@ class TrainState:
         return cls(**values)
 
 
-def require_same_config(state: TrainState, config: RunConfig, may_differ: Sequence[str] = MAY_DIFFER) -> None:
+def require_same_config(state: TrainState, config: RunConfig) -> None:
     """Check that ``config`` continues the run that wrote ``state``.
 
-    ``may_differ`` are dotted keys or sections that are not compared. Raises ConfigError naming every other key
-    whose value differs, with both values.
+    Raises ConfigError naming every key whose value differs, with both values, unless it changes nothing that is learnt.
     """
-    if state.config_digest == config_digest(config):
-        return
-    differing = _differences(state.config, flatten(config), may_differ)
-    if differing:
+    if differing := differences(state.config, config):
         raise ConfigError(
             f"the checkpoint at step {state.step} of {state.stage} was written by another configuration:\n  "
             + "\n  ".join(differing)
             + "\nResume with the values of the checkpoint, or start a new run in another folder (out=…)."
         )
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Sequence[str]) -> list[str]:
-    lines = []
-    for key in sorted({*old, *new}):
-        if any(key == name or key.startswith(f"{name}.") for name in may_differ):
-            continue
-        before = json.dumps(old[key]) if key in old else "not set"
-        now = json.dumps(new[key]) if key in new else "not set"
-        if before != now:
-            lines.append(f"{key}: {before} in the checkpoint, {now} now")
-    return lines

@@ -40,6 +40,10 @@ def cite(*papers: str) -> dict[str, Any]:
     return {"source": "; ".join(f"{name} ({PAPERS[name]})" for name in papers)}
 
 
+FREE: dict[str, Any] = {"free": True}
+"""The ``json_schema_extra`` of a key or section that may differ between a run and its continuation (``pipeline.config.resume``)."""
+
+
 class Section(BaseModel):
     """A part of the configuration; a key it does not know is an error."""
 

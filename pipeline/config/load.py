@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -127,17 +125,6 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {name} is a value, not a section")
         node = child
     node[leaf] = value
-
-
-def config_digest(
-    config: RunConfig,
-    ignore: Sequence[str] = ("out", "cluster", "weights", "tracking", "control", "checkpoint", "name", "alarms", "sft"),
-) -> str:
-    """Return a digest of everything in ``config`` that changes what Joint-GRPO learns."""
-    exclude: dict[str, Any] = {**dict.fromkeys(ignore, True), "learner": {"max_restarts", "offload"}}
-    exclude["pools"] = {name: {"rest"} for name in type(config.pools).model_fields}
-    values = config.model_dump(mode="json", exclude=exclude)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:

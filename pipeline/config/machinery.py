@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cluster.labels import check_selector
-from pipeline.config.base import Fraction, Positive, Section
+from pipeline.config.base import FREE, Fraction, Positive, Section
 from pipeline.location import Location
 from pipeline.text import redacted
 from rewards.alarms import AlarmSettings
@@ -220,14 +220,18 @@ class LearnerSection(Section):
         "none",
         description="What the learner moves to host memory while it does not work: the optimizer's state and the moving average, or "
         "all of its weights too (docs/weights.md).",
+        json_schema_extra=FREE,
     )
-    start_timeout_s: float = Field(300.0, gt=0, description="Deadline to start and load.")
-    step_timeout_s: float = Field(600.0, gt=0, description="Deadline for one call on all ranks.")
+    start_timeout_s: float = Field(300.0, gt=0, description="Deadline to start and load.", json_schema_extra=FREE)
+    step_timeout_s: float = Field(
+        600.0, gt=0, description="Deadline for one call on all ranks.", json_schema_extra=FREE
+    )
     max_restarts: int = Field(
         2,
         ge=0,
         description="Times per stage that a group which lost a rank is started anew from the newest checkpoint; 0 stops the run "
         "instead, for --resume.",
+        json_schema_extra=FREE,
     )
 
     def at_once(self, policy: str) -> int:

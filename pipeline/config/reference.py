@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pipeline.config.resume import is_free
 from pipeline.config.schema import RunConfig
 from pipeline.location import Uri
 
@@ -66,6 +67,8 @@ def reference() -> str:
         "A YAML may begin with `base:`, the name of a bundled run (`toy`, `vans_paper`, …) or the path of a file beside it, and",
         "then holds only what it changes: sections are merged key by key, lists and the rewards' weights are replaced as a",
         "whole. A base may have a base.",
+        "",
+        "A key marked ↻ may have another value when a run is resumed; any other change is refused (`docs/faults.md`).",
     ]
     for part in parts():
         if not part.keys:
@@ -73,7 +76,8 @@ def reference() -> str:
         lines += ["", f"## {part.path or 'The run'}", "", part.about, ""]
         lines += ["| key | type | default | meaning | source |", "|---|---|---|---|---|"]
         for key in part.keys:
-            cells = (f"`{key.path}`", key.type, f"`{key.default}`", key.description, key.source)
+            mark = " ↻" if is_free(key.path) else ""
+            cells = (f"`{key.path}`{mark}", key.type, f"`{key.default}`", key.description, key.source)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

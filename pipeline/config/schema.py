@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Fraction, Positive, Section, cite
+from pipeline.config.base import FREE, Fraction, Positive, Section, cite
 from pipeline.config.machinery import (
     AlarmsSection,
     CheckpointSection,
@@ -87,16 +87,21 @@ class DataSection(Section):
         Path("data/toy/test"), description="Folder of Parquet shards to evaluate on, path or URI; never trained on."
     )
     seed: int = Field(0, description="Seed of the sample order; the order is a pure function of (seed, epoch).")
-    max_quarantine_ratio: Fraction = Field(0.05, description="Share of undecodable rows above which the run stops.")
+    max_quarantine_ratio: Fraction = Field(
+        0.05, description="Share of undecodable rows above which the run stops.", json_schema_extra=FREE
+    )
     decoders: Positive = Field(1, description="Ray Data workers that decode video.")
     max_pixels: Positive = Field(3840 * 2160, description="Largest frame accepted, in pixels.")
     max_source_frames: Positive = Field(20000, description="Most frames read from one source video.")
-    max_source_s: float = Field(3600.0, gt=0, description="Longest source video, or part of one, in seconds.")
-    max_source_mib: Positive = Field(512, description="Largest file of a source video in MiB.")
+    max_source_s: float = Field(
+        3600.0, gt=0, description="Longest source video, or part of one, in seconds.", json_schema_extra=FREE
+    )
+    max_source_mib: Positive = Field(512, description="Largest file of a source video in MiB.", json_schema_extra=FREE)
     max_decode_s: float = Field(
         300.0,
         gt=0,
         description="Longest time in seconds for one pass over a source video; a slower one is quarantined.",
+        json_schema_extra=FREE,
     )
 
 
@@ -112,11 +117,14 @@ class EvaluateSection(Section):
 class RunConfig(Section):
     """One run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run.")
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run.", json_schema_extra=FREE
+    )
     seed: int = Field(0, description="Seed of everything sampled.")
     out: LocalPath = Field(
         Path("runs/run"),
         description="Folder the run writes to, on this machine; checkpoint.mirror copies it to a store.",
+        json_schema_extra=FREE,
     )
     deterministic: bool = Field(
         False,
@@ -130,18 +138,18 @@ class RunConfig(Section):
     )
     video: VideoSection = Field(default_factory=VideoSection)
     data: DataSection = Field(default_factory=DataSection)
-    sft: SftSection = Field(default_factory=SftSection)
+    sft: SftSection = Field(default_factory=SftSection, json_schema_extra=FREE)
     stage1: Stage1Section = Field(default_factory=Stage1Section)
     stage2: Stage2Section = Field(default_factory=Stage2Section)
-    pools: PoolsSection = Field(default_factory=PoolsSection)
+    pools: PoolsSection = Field(default_factory=PoolsSection, json_schema_extra=FREE)
     learner: LearnerSection = Field(default_factory=LearnerSection)
-    weights: WeightsSection = Field(default_factory=WeightsSection)
-    cluster: ClusterSection = Field(default_factory=ClusterSection)
-    tracking: TrackingSection = Field(default_factory=TrackingSection)
-    control: ControlSection = Field(default_factory=ControlSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
-    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
-    alarms: AlarmsSection = Field(default_factory=AlarmsSection)
+    weights: WeightsSection = Field(default_factory=WeightsSection, json_schema_extra=FREE)
+    cluster: ClusterSection = Field(default_factory=ClusterSection, json_schema_extra=FREE)
+    tracking: TrackingSection = Field(default_factory=TrackingSection, json_schema_extra=FREE)
+    control: ControlSection = Field(default_factory=ControlSection, json_schema_extra=FREE)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, json_schema_extra=FREE)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection, json_schema_extra=FREE)
+    alarms: AlarmsSection = Field(default_factory=AlarmsSection, json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _collective(self) -> RunConfig:

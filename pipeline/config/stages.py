@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Fraction, Positive, Section, cite
+from pipeline.config.base import FREE, Fraction, Positive, Section, cite
 from pipeline.config.training import LoraSection, OptimSection
 
 
@@ -158,6 +158,7 @@ class RolloutSection(Section):
         0.1,
         description="Share of trajectories above which the run stops, if workers refuse their requests (a broken sample, a "
         "reward that raises or is not finite). Those refused leave their group and are logged.",
+        json_schema_extra=FREE,
     )
 
     @model_validator(mode="after")

@@ -109,6 +109,7 @@ def _claim(out: Path, experiment: Experiment) -> None:
     base = load_config(experiment.base, experiment.set)
     models = {role: _digest(resolve_model(getattr(base.models, role), role)) for role in ROLES}
     facts = {"experiment": experiment.model_dump(mode="json"), "base": config_digest(base), "models": models}
+    facts["evaluate"] = base.evaluate.model_dump(mode="json")
     path, mine = out / "experiment.json", json.dumps(facts, indent=1)
     if path.is_file() and path.read_text(encoding="utf-8") != mine:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Checkpoints survive a killed writer and a damaged disk, and refuse to continue another run."""
 
+import json
 import logging
 import os
 import signal
@@ -29,7 +30,7 @@ def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
         7,
         cursor={"epoch": 1, "position": 12},
         window={"kind": "random", "step": 7},
-        rng={"numpy": {"state": 2**127, "inc": 3}},
+        extra={"numpy": {"state": 2**127, "inc": 3}},
         mlflow_run_ids={"parent": "abc", "stage2": "def"},
     )
     with store.write("stage2", 7, state):
@@ -183,7 +184,44 @@ def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "seed: 3 in the checkpoint, 4 now" in text
     assert "stage1.optim.lr" in text and "stage1.rollout" not in text
-    require_same_config(state, other, may_differ=("seed", "stage1"))
+
+
+def test_a_continuation_may_differ_in_what_changes_nothing_that_is_learnt() -> None:
+    """Each key is free by itself and beside another one (weights.transport was, alone)."""
+    state = TrainState.of(parse_config({"weights": {"transport": "object_store"}}), "stage1", 20)
+    changes = {"weights": {"join_timeout_s": 3}, "learner": {"offload": "all"}, "evaluate": {"samples": 3}}
+    for name in changes:
+        require_same_config(state, parse_config({name: changes[name]}))
+    require_same_config(state, parse_config(changes))
+    with pytest.raises(ConfigError, match=r"learner\.ranks: 2 in the checkpoint, 1 now"):
+        require_same_config(state, parse_config({**changes, "learner": {"offload": "all", "ranks": 1}}))
+
+
+def test_a_key_that_is_new_counts_by_its_default_and_one_that_went_not_at_all() -> None:
+    config = parse_config({"stage1": {"rewards": {"weights": {"rouge_l": 1.0, "format": 0.5}}}})
+    state = TrainState.of(config, "stage1", 20)
+    del state.config["stage1.grpo.kl_beta"]
+    state.config["stage1.grpo.of_old_times"] = 3
+    require_same_config(state, config)
+    with pytest.raises(ConfigError, match=r"kl_beta: not set in the checkpoint, 0\.5 now"):
+        require_same_config(
+            state, parse_config({"stage1": {"grpo": {"kl_beta": 0.5}, "rewards": config.stage1.rewards}})
+        )
+    fewer = parse_config({"stage1": {"rewards": {"weights": {"rouge_l": 1.0}}}})
+    with pytest.raises(ConfigError, match=r"weights\.format: 0\.5 in the checkpoint, not set now"):
+        require_same_config(state, fewer)
+
+
+def test_an_older_record_is_read_without_the_fields_that_went_and_a_newer_one_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train_state.json"
+    path.write_text(json.dumps({"stage": "stage1", "step": 4, "rng": {}, "seeds": {"a": 1}}))
+    assert (TrainState.read(tmp_path).step, TrainState.read(tmp_path).format) == (4, 1)
+    path.write_text(json.dumps({"stage": "stage1", "step": 4, "format": 2, "rng": {}}))
+    with pytest.raises(CheckpointError, match=r"found \['rng'\] too"):
+        TrainState.read(tmp_path)
+    path.write_text(json.dumps({"stage": "stage1", "step": 4, "format": 99}))
+    with pytest.raises(CheckpointError, match="written in format 99"):
+        TrainState.read(tmp_path)
 
 
 def test_folder_of_something_else_is_named(tmp_path: Path) -> None:
