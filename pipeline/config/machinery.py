@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from actors.settings import FREE, Fraction, Positive, Section
 from cluster.labels import check_selector
-from pipeline.config.base import FREE, Fraction, Positive, Section
 from pipeline.location import Location
 from pipeline.text import redacted
 from rewards.alarms import AlarmSettings

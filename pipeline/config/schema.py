@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import FREE, Fraction, Positive, Section, cite
+from actors.settings import FREE, Fraction, Positive, Section, cite
 from pipeline.config.machinery import (
     AlarmsSection,
     CheckpointSection,

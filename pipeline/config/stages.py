@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import FREE, Fraction, Positive, Section, cite
+from actors.settings import FREE, Fraction, Positive, Section, cite
 from pipeline.config.training import LoraSection, OptimSection
 
 

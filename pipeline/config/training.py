@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Positive, Section, cite
+from actors.settings import Positive, Section, cite
 from pipeline.location import LocalPath, Location
 
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from actors.settings import Positive, Section
 from cluster.errors import ConfigError
-from pipeline.config.base import Positive, Section
 from pipeline.config.load import BUNDLED
 
 EXPERIMENTS = BUNDLED.parent / "experiments"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from actors.settings import PAPERS
 from pipeline.config import RunConfig, flatten, parse_config
-from pipeline.config.base import PAPERS
 from pipeline.config.reference import parts, reference
 
 ROOT = Path(__file__).resolve().parents[2]
