@@ -38,7 +38,7 @@ __all__ = [
 
 _GRACE_S = 2.0  # after a first failure: how long others may still tell a better reason
 _CONNECTION = re.compile(r"Connection (closed by peer|reset by peer|refused)|ncclRemoteError|DistNetworkError")
-_PER_STEP = ("ratio", "kl", "clipped", "clipped_low", "clipped_high", "truncated", "entropy")
+_PER_STEP = ("ratio", "kl", "clipped", "clipped_low", "clipped_high", "truncated", "bounded", "entropy")
 
 
 class RankDiedError(TrainingError):
@@ -165,7 +165,7 @@ class LearnerGroup:
         Every epoch's ratios are relative to the policy before the first step. Returns metrics.
 
         Metrics (means are over steps, i.e. tokens or SDE steps, of all ranks): ``loss``, ``ratio``, ``ratio_max_dev``,
-        ``clip_frac``, ``clip_frac_low``, ``clip_frac_high``, ``grad_norm``, ``lr``, ``skipped`` (since the start),
+        ``clip_frac``, ``clip_frac_low``, ``clip_frac_high``, ``bounded_frac``, ``grad_norm``, ``lr``, ``skipped`` (since the start),
         ``updates``, ``applied``, ``steps``, ``logp_diff_mean``, ``logp_diff_max``; ``kl`` with a KL, ``entropy``
         where the policy has it, ``prompt_hit_ratio`` of the VLM's, ``truncated_frac`` with rollout log-probabilities,
         ``logp_diff_tNN`` per denoising step of the flow, ``logp_diff_pNNNN`` per bucket of token positions that starts
@@ -310,11 +310,11 @@ def merge_reports(reports: Sequence[RankReport], spec: LearnerSpec) -> dict[str,
     metrics = {**reports[0].common, **maxima, "steps": sums["steps"], "applied": sums.get("applied", 0.0)}
     metrics["loss"] = sums["loss"] / metrics["updates"]
     renamed = {"clipped": "clip_frac", "clipped_low": "clip_frac_low", "clipped_high": "clip_frac_high"}
+    renamed |= {name: f"{name}_frac" for name in ("truncated", "bounded")}
     for name in _PER_STEP:
         used = {"kl": spec.grpo.kl_beta > 0, "truncated": spec.grpo.old_logprobs == "rollout"}.get(name, True)
         if name in sums and used:
-            key = renamed.get(name, "truncated_frac" if name == "truncated" else name)
-            metrics[key] = sums[name] / max(sums["steps"], 1.0)
+            metrics[renamed.get(name, name)] = sums[name] / max(sums["steps"], 1.0)
     if asked := sums.get("prompts_asked"):
         metrics["prompt_hit_ratio"] = 1.0 - sums["prompts"] / asked
     metrics["logp_diff_mean"] = sums.get("logp_diff", 0.0) / max(sums.get("logp_diff_steps", 0.0), 1.0)

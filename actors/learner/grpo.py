@@ -15,6 +15,14 @@ from torch import Tensor
 LOSS_NORMS = ("token", "sequence", "constant")
 TOKEN_ESTIMATORS = ("k1", "k2", "k3")
 
+LOG_RATIO_BOUND = 20.0
+"""Nats. Every exp of a difference of log-probabilities takes it cut to −20 … 20: a ratio of 2·10⁻⁹ … 5·10⁸.
+
+float32's exp is infinite from 88.8 on, and 0 · infinity is no number: one such step would void the whole batch. The bound is
+verl's (``core_algos.py``: policy loss and ``kl_penalty``). verl also cuts each k3 at 10; here it is not, because a cut
+value has no gradient, and k3 passes 10 from Δ = 2.6 on, where the KL still has to pull the policy back.
+"""
+
 
 @dataclass
 class LossStats:
@@ -28,18 +36,25 @@ class LossStats:
     clipped_low: float  # … below 1 − clip_low
     clipped_high: float  # … above 1 + clip_high
     truncated: float  # steps whose importance weight was cut at its cap
+    bounded: float  # steps of which a log-ratio was cut at LOG_RATIO_BOUND before exp
     kl: float  # sum of the KL estimates
     ratio_max_dev: float  # max |log ratio|; combine by max
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    """Return ``log_ratio`` cut to ±``LOG_RATIO_BOUND``, for exp. What is cut has no gradient; the rest is untouched."""
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Return the k3 estimate of KL(current || reference) per step, >= 0: exp(Δ) − Δ − 1 with Δ = ref − current.
 
     Shapes as the arguments (B, T). Schulman 2020, "Approximating KL divergence"; used by GRPO (arXiv 2402.03300, eq.
-    4).
+    4). Above ``LOG_RATIO_BOUND`` it stays at its value there, without a gradient. Below −``LOG_RATIO_BOUND`` exp(Δ) is 0
+    for all purposes, and −Δ − 1 still pulls the policy back.
     """
     delta = ref_logprobs - logprobs
-    return torch.expm1(delta) - delta
+    return torch.expm1(bounded(delta)) - delta.clamp(max=LOG_RATIO_BOUND)
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
@@ -49,7 +64,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
 
     - ``k1`` −Δ: unbiased, of either sign, large variance;
     - ``k2`` Δ²/2: biased, >= 0, small variance;
-    - ``k3`` exp(Δ) − Δ − 1: unbiased, >= 0, small variance (GRPO, arXiv 2402.03300, eq. 4).
+    - ``k3`` exp(Δ) − Δ − 1: unbiased, >= 0, small variance (GRPO, arXiv 2402.03300, eq. 4). It alone takes an exp, and is
+      bounded (see :func:`k3`).
 
     A good value isn't a good loss (arXiv 2510.01555). In expectation over samples of the current policy the gradient of
     ``k2`` is that of KL(current || reference); that of ``k3`` is the gradient of KL(reference || current), equal to
@@ -93,12 +109,14 @@ def normaliser(mask: Tensor, loss_norm: str, constant_length: int = 0) -> float:
 def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
     """Return min(π_learner / π_engine, cap) per step, (B, T), 0..cap, without gradient; 1 where ``mask`` is False.
 
+    The log-ratio is cut at ±``LOG_RATIO_BOUND``.
+
     Engine and learner disagree by numerics even where they hold the same weights, and an engine's may be older. Truncated
     importance sampling (Ionides 2008; between engine and learner: Yao et al. 2025, "Your Efficient RL Framework
     Secretly Brings You Off-Policy RL Training") makes the engine's samples count as the learner's.
     """
     log_weight = torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach()
-    return torch.exp(log_weight).clamp(max=cap)
+    return torch.exp(bounded(log_weight)).clamp(max=cap)
 
 
 def grpo_loss(
@@ -116,11 +134,13 @@ def grpo_loss(
     rollout_logprobs: Tensor | None = None,
     importance_cap: float = 2.0,
     lengths: Tensor | None = None,
+    kl_log_ratio: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
     """Return the clipped surrogate plus KL, as this micro-batch's share of the batch's loss, and its statistics.
 
     Per step: −w·min(ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A) + beta·KL with ρ = exp(logp − logp_old)
     (arXiv 2402.03300, eq. 3; separate bounds as in DAPO, arXiv 2503.14476), and w = 1, or :func:`importance_weights`.
+    Each log-ratio is cut at ±``LOG_RATIO_BOUND`` before exp, and counted; a step whose ρ is cut has no gradient but the KL's.
 
     Args:
         logprobs: (B, T) float32 of the current policy, differentiable.
@@ -138,6 +158,7 @@ def grpo_loss(
         importance_cap: C of the truncation, > 0.
         lengths: (B,) steps that count in each whole trajectory, where T is only a part of them (``sequence`` divides by
             it); None: the mask's own.
+        kl_log_ratio: (B, T) Δ of which ``kl`` took an exp (k3), only to be counted where it was cut; None: of nothing.
 
     Returns:
         A scalar whose sum over all micro-batches of all ranks is the batch's loss, and :class:`LossStats`.
@@ -150,14 +171,17 @@ def grpo_loss(
         advantages = advantages[:, None]
     # Padding may hold anything; where() before exp() keeps it out of the value and of the gradient.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    ratio = torch.exp(log_ratio)
+    ratio = torch.exp(bounded(log_ratio))
     clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     per_step = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
-    truncated = 0.0
+    truncated, exponents = 0.0, [log_ratio]
     if rollout_logprobs is not None:
         weights = importance_weights(old_logprobs, rollout_logprobs, mask, importance_cap)
         per_step = per_step * weights
-        truncated = float((mask & (old_logprobs - rollout_logprobs > math.log(importance_cap))).sum())
+        exponents.append(old_logprobs - rollout_logprobs)
+        truncated = float((mask & (exponents[-1] > math.log(importance_cap))).sum())
+    if kl_log_ratio is not None:
+        exponents.append(kl_log_ratio)
     if kl is not None and beta > 0:
         per_step = per_step + beta * torch.where(mask, kl, 0.0)
     per_step = torch.where(mask, per_step, 0.0)
@@ -167,7 +191,9 @@ def grpo_loss(
         total = per_step.sum()
     else:
         raise ValueError(f"loss_norm={loss_norm!r} is unknown; use one of {', '.join(LOSS_NORMS)}")
-    return total / normaliser, _stats(log_ratio, ratio, advantages, mask, clip_low, clip_high, kl, truncated)
+    cut = mask & torch.stack([x.detach().abs() > LOG_RATIO_BOUND for x in exponents]).any(dim=0)
+    counts = truncated, float(cut.sum())
+    return total / normaliser, _stats(log_ratio, ratio, advantages, mask, clip_low, clip_high, kl, counts)
 
 
 @torch.no_grad()
@@ -179,7 +205,7 @@ def _stats(
     clip_low: float,
     clip_high: float,
     kl: Tensor | None,
-    truncated: float,
+    counts: tuple[float, float],
 ) -> LossStats:
     low = mask & (ratio < 1.0 - clip_low) & (advantages < 0)
     high = mask & (ratio > 1.0 + clip_high) & (advantages > 0)
@@ -189,7 +215,8 @@ def _stats(
         clipped=float((low | high).sum()),
         clipped_low=float(low.sum()),
         clipped_high=float(high.sum()),
-        truncated=truncated,
+        truncated=counts[0],
+        bounded=counts[1],
         kl=float(torch.where(mask, kl, 0.0).sum()) if kl is not None else 0.0,
         ratio_max_dev=float(log_ratio.abs().max()) if log_ratio.numel() else 0.0,
     )

@@ -199,6 +199,7 @@ class Trainer:
                 out = self.policy.forward(batch)
                 mask = out.mask if item.micro.real else torch.zeros_like(out.mask)
                 old = out.logprobs.detach() if item.old is None else item.old[:, steps]
+                kl, kl_log_ratio = self._kl(batch, out)
                 # Divided by the global count after the last micro-batch: only then is it known, and gradients are
                 # linear in it.
                 loss, stats = grpo_loss(
@@ -210,16 +211,17 @@ class Trainer:
                     clip_high=grpo.clip_high,
                     loss_norm=grpo.loss_norm,
                     normaliser=1.0,
-                    kl=self._kl(batch, out),
+                    kl=kl,
                     beta=grpo.kl_beta,
                     rollout_logprobs=item.rollout[:, steps] if grpo.old_logprobs == "rollout" else None,
                     importance_cap=grpo.importance_cap,
                     lengths=lengths,
+                    kl_log_ratio=kl_log_ratio,
                 )
                 loss.backward()
                 total += float(loss.detach())
                 deviation = max(deviation, stats.ratio_max_dev)
-                for name in ("steps", "ratio", "clipped", "clipped_low", "clipped_high", "truncated", "kl"):
+                for name in ("steps", "ratio", "clipped", "clipped_low", "clipped_high", "truncated", "bounded", "kl"):
                     sums[name] += getattr(stats, name)
                 if out.entropy is not None:
                     sums["entropy"] += float(torch.where(mask, out.entropy, 0.0).sum())
@@ -246,12 +248,15 @@ class Trainer:
         lengths = item.batch.mask.sum(-1)
         return [(steps, batch, lengths) for steps, batch in split(item.batch, self.spec.micro_steps)]
 
-    def _kl(self, batch: Any, out: PolicyOutput) -> Tensor | None:
+    def _kl(self, batch: Any, out: PolicyOutput) -> tuple[Tensor | None, Tensor | None]:
+        """Return the KL per step, and the log-ratio of which it takes an exp: k3 alone does, the closed form does not."""
+        estimator = self.spec.grpo.kl_estimator
         if self.spec.grpo.kl_beta <= 0:
-            return None
+            return None, None
         with torch.no_grad(), self._reference():
             ref = self.policy.forward(batch)
-        return self.policy.kl(out, ref, self.spec.grpo.kl_estimator)
+        exponent = ref.logprobs - out.logprobs.detach() if out.mean is None and estimator in (None, "k3") else None
+        return self.policy.kl(out, ref, estimator), exponent
 
     @contextmanager
     def _reference(self) -> Iterator[None]:

@@ -120,6 +120,10 @@ LEARNER = Family(
         Metric("learner/clip_frac_high", "ratio", "The part of clip_frac above 1 + clip_high.", "As clip_frac."),
         Metric("learner/truncated_frac", "ratio", "Importance weights cut at importance_cap (old_logprobs=rollout).",
                "Above 0.1 engine and learner disagree too much: use old_logprobs=learner."),
+        Metric("learner/bounded_frac", "ratio",
+               "Tokens or steps of which a log-ratio (to the old policy, the engine or the reference) was cut to ±20 nats "
+               "before exp.",
+               "Should be 0; above it the two policies have nothing in common there: stale weights, or too large a step."),
         Metric("learner/grad_norm", "1", "Global gradient norm before clipping.",
                "Steady; spikes go with bad batches."),
         Metric("learner/lr", "1", "Learning rate of the update.", "Follows optim.schedule."),

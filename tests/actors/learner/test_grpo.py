@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from actors.learner.advantages import group_advantages
-from actors.learner.grpo import grpo_loss, importance_weights, k3, normaliser
+from actors.learner.grpo import LossStats, bounded, grpo_loss, importance_weights, k3, kl_estimate, normaliser
 
 
 def test_advantages_by_hand() -> None:
@@ -174,3 +176,149 @@ def test_contradictions_are_named() -> None:
         normaliser(mask, "constant")
     with pytest.raises(ValueError, match="loss_norm"):
         normaliser(mask, "mean")
+
+
+# --- at the bounds --------------------------------------------------------------------------------------------------
+
+
+def one_step_each(log_ratios: list[float], advantages: list[float], **more: Any) -> tuple[Tensor, Tensor, LossStats]:
+    """Loss, gradient and statistics of trajectories of one step, whose log-ratio and advantage are given; clip .8 … 1.28."""
+    logp = torch.tensor(log_ratios)[:, None].requires_grad_()
+    old, mask = torch.zeros(len(log_ratios), 1), torch.ones(len(log_ratios), 1, dtype=torch.bool)
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28, "loss_norm": "token", "normaliser": 1.0} | more
+    loss, stats = grpo_loss(logp, old, torch.tensor(advantages), mask, **options)
+    loss.backward()
+    assert logp.grad is not None
+    return loss.detach(), logp.grad[:, 0], stats
+
+
+def test_a_huge_log_ratio_is_bounded_and_counted() -> None:
+    """float32's exp is infinite from 88.8 on: −2·∞ and 0·∞ stood here."""
+    infinite = math.inf
+    loss, gradient, stats = one_step_each([90.0, 90.0, 90.0, -90.0, infinite, 20.0], [1.0, -2.0, 0.0, 1.0, 0.0, 0.0])
+    # A = 1: clipped at 1.28; A = −2: 2 e^20; A = 0: nothing; ρ = e^−20 with A = 1.
+    assert float(loss) == pytest.approx(-1.28 + 2 * math.exp(20) - math.exp(-20), rel=1e-6)
+    assert gradient.tolist() == [0.0] * 6  # clipped, cut, or without an advantage
+    assert stats.bounded == 5 and stats.steps == 6  # 20 itself is within
+    assert math.isinf(stats.ratio_max_dev)  # the true one is told
+    assert stats.ratio == pytest.approx(5 * math.exp(20), rel=1e-6)
+
+
+def test_within_the_bound_every_bit_is_that_of_plain_exp() -> None:
+    g = torch.Generator().manual_seed(0)
+    delta = torch.cat([(torch.rand(4000, generator=g) - 0.5) * 40, torch.tensor([-20.0, 20.0, 0.0])])
+    ours, plain = (delta.clone().requires_grad_() for _ in range(2))
+    bounded(ours).exp().sum().backward()
+    plain.exp().sum().backward()
+    assert torch.equal(bounded(delta), delta) and torch.equal(ours.grad, plain.grad)  # type: ignore[arg-type]
+    a, b = (torch.zeros_like(delta).requires_grad_() for _ in range(2))
+    value, expected = k3(a, delta), torch.expm1(delta - b) - (delta - b)
+    value.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(value, expected) and torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_of_policies_that_have_nothing_in_common_is_finite_and_pulls_back(estimator: str) -> None:
+    """Δ = ref − current of ±90 nats, and current = −∞."""
+    logp = torch.tensor([-0.1, -90.1], requires_grad=True)
+    value = kl_estimate(logp, torch.tensor([-90.1, -0.1]), estimator)
+    value.sum().backward()
+    assert value.isfinite().all() and logp.grad is not None and logp.grad.isfinite().all()
+    assert logp.grad[0] > 0 >= logp.grad[1]  # a step against it makes the first less likely, the second not
+    if estimator == "k3":
+        assert value.tolist() == pytest.approx([89.0, math.exp(20) - 21], rel=1e-6)
+        assert k3(torch.tensor([-math.inf]), torch.tensor([-1.0])).isfinite().all()
+
+
+def test_importance_weights_of_an_engine_far_away() -> None:
+    mask = torch.tensor([[True, True, False]])
+    old, engine = torch.tensor([[-1.0, -95.0, -1.0]]), torch.tensor([[-95.0, -1.0, -math.inf]])
+    assert importance_weights(old, engine, mask, 2.0).tolist() == [[2.0, pytest.approx(math.exp(-20)), 1.0]]
+    assert importance_weights(old, engine, mask, math.inf)[0, 0] == pytest.approx(math.exp(20))
+    _, stats = grpo_loss(
+        old.clone(),
+        old,
+        torch.tensor([0.0]),
+        mask,
+        clip_low=0.2,
+        clip_high=0.2,
+        loss_norm="token",
+        normaliser=1.0,
+        rollout_logprobs=engine,
+    )
+    assert stats.bounded == 2 and stats.truncated == 1
+
+
+def test_what_is_bounded_counts_steps_and_no_padding() -> None:
+    """A step is counted once, however many of its three log-ratios are cut; padding is not."""
+    logp = torch.tensor([[95.0, 0.0, 0.0, 95.0]])
+    zero, mask = torch.zeros(1, 4), torch.tensor([[True, True, True, False]])
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "loss_norm": "token", "normaliser": 3.0}
+    _, stats = grpo_loss(
+        logp,
+        zero,
+        torch.zeros(1),
+        mask,
+        **options,
+        kl_log_ratio=torch.tensor([[95.0, -95.0, 19.0, 95.0]]),
+        rollout_logprobs=torch.tensor([[95.0, 0.0, 0.0, 95.0]]),
+    )
+    assert stats.bounded == 2
+    assert grpo_loss(logp, zero, torch.zeros(1), mask, **options)[1].bounded == 1
+
+
+def test_at_the_clip_bounds_and_without_an_advantage_nothing_is_clipped() -> None:
+    inside = [math.log(0.8) + 1e-6, math.log(1.28) - 1e-6]
+    outside = [math.log(0.8) - 1e-6, math.log(1.28) + 1e-6]
+    for log_ratios, advantages, expected in (
+        (inside, [-1.0, 1.0], (0, 0)),
+        (outside, [-1.0, 1.0], (1, 1)),
+        (outside, [0.0, 0.0], (0, 0)),  # without an advantage a step has nothing that could be clipped
+        (outside, [1.0, -1.0], (0, 0)),  # the pessimistic side is kept: it has its gradient
+    ):
+        _, gradient, stats = one_step_each(log_ratios, advantages)
+        assert (stats.clipped_low, stats.clipped_high) == expected and stats.clipped == sum(expected)
+        if expected == (0, 0):
+            torch.testing.assert_close(gradient, -torch.tensor(log_ratios).exp() * torch.tensor(advantages))
+
+
+def test_padding_above_the_cap_is_not_truncated() -> None:
+    old, engine = torch.tensor([[-1.0, -1.0, 0.0, -1.0]]), torch.tensor([[-1.0, -3.0, -9.0, -1.0 - math.log(2.0)]])
+    mask = torch.tensor([[True, True, False, False]])
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "loss_norm": "token", "normaliser": 2.0}
+    for counts, expected in ((mask, 1), (torch.tensor([[True, False, False, True]]), 0), (~mask, 1)):
+        _, stats = grpo_loss(
+            old, old, torch.ones(1), counts, **options, rollout_logprobs=engine, importance_cap=2.0 + 1e-6
+        )
+        assert stats.truncated == expected
+
+
+def test_a_trajectory_without_a_step_is_no_sequence() -> None:
+    """A row whose mask is empty (padding of a rank) adds neither to the sum nor to the normaliser."""
+    mask = torch.tensor([[True, True, False], [False, False, False], [True, False, False]])
+    assert normaliser(mask, "sequence") == 2 and normaliser(mask, "token") == 3
+    assert normaliser(mask, "constant", 5) == 10
+    logp, old = torch.full((3, 3), -1.0), torch.full((3, 3), -1.5)
+    for norm in ("sequence", "token", "constant"):
+        options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 9.0, "loss_norm": norm}
+        whole, few = (
+            grpo_loss(logp[r], old[r], torch.ones(3)[r], mask[r], **options, normaliser=normaliser(mask[r], norm, 5))[0]
+            for r in (slice(0, 3), [0, 2])
+        )
+        torch.testing.assert_close(whole, few)
+        assert math.isfinite(float(whole))
+
+
+def test_a_cut_trajectory_is_divided_by_its_whole_length() -> None:
+    """``lengths`` of 4 steps where the batch holds 2 of them: two halves are the whole."""
+    g = torch.Generator().manual_seed(1)
+    logp, old = torch.randn(2, 4, generator=g), torch.randn(2, 4, generator=g)
+    mask = torch.tensor([[True] * 4, [True, True, True, False]])
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "loss_norm": "sequence", "normaliser": 2.0}
+    whole, _ = grpo_loss(logp, old, torch.tensor([1.0, -1.0]), mask, **options)
+    halves = [
+        grpo_loss(logp[:, s], old[:, s], torch.tensor([1.0, -1.0]), mask[:, s], **options, lengths=mask.sum(-1))[0]
+        for s in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(halves[0] + halves[1], whole)
