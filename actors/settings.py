@@ -16,6 +16,8 @@ PAPERS = {
     "DAPO": "arXiv:2503.14476",
     "Dr.GRPO": "arXiv:2503.20783",
     "GDPO": "arXiv:2601.05242",
+    "GSPO": "arXiv:2507.18071",
+    "CISPO": "arXiv:2506.13585",
     "PPO": "arXiv:1707.06347",
     "IMPALA": "arXiv:1802.01561",
     "AReaL": "arXiv:2505.24298",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import shlex
 import time
@@ -15,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from actors.learner.group import LOST, LearnerGroup
-from actors.learner.spec import GrpoSpec, LearnerSpec, OptimSpec
+from actors.learner.spec import LearnerSpec, OptimSpec
 from actors.learner.trainable import LoraSpec
 from actors.records import Sample, derive_seed
 from actors.weights import BroadcastSpec
@@ -492,9 +491,6 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
     """Return the learner group that ``stage`` trains ``policy`` with, as the policy's own stage says."""
     learner, models = config.learner, config.models
     section = section_of(config, policy)
-    grpo = {
-        f.name: getattr(section.grpo, f.name) for f in dataclasses.fields(GrpoSpec) if hasattr(section.grpo, f.name)
-    }
     lora = section.lora
     longest = section.text.max_tokens if isinstance(section, Stage1Section) else section.sde.window_size
     seed = derive_seed(config.seed, stage.name, policy, "learner")
@@ -520,12 +516,16 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
         if config.weights.transport == "collective"
         else None,
         offload=learner.offload,
-        grpo=GrpoSpec(**grpo, constant_length=longest),
+        objective=section.objective,
+        learning=section.learning,
+        longest=longest,
         optim=OptimSpec(**section.optim.model_dump()),
         policy_kwargs=options,
         seed=seed % 2**31,
         start_timeout_s=learner.start_timeout_s,
         step_timeout_s=learner.step_timeout_s,
         name=f"{policy}-learner",
-        total_steps=stage.section.steps * stage.section.grpo.updates_per_batch * stage.section.grpo.epochs_per_batch,
+        total_steps=stage.section.steps
+        * stage.section.learning.updates_per_batch
+        * stage.section.learning.epochs_per_batch,
     )

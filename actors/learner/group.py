@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.learner.batches import plan_batch
 from actors.learner.rank import LearnerRank, RankInfo
-from actors.learner.spec import GrpoSpec, LearnerSpec, OptimSpec
+from actors.learner.spec import LearnerSpec, OptimSpec
 from actors.learner.trainable import LoraSpec
 from actors.learner.trainer import RankReport
 from actors.records import Experience
@@ -27,7 +27,6 @@ from cluster.errors import PlacementError, TrainingError, VansError, WorkerTimeo
 
 __all__ = [
     "LOST",
-    "GrpoSpec",
     "LearnerGroup",
     "LearnerSpec",
     "LoraSpec",
@@ -312,7 +311,7 @@ def merge_reports(reports: Sequence[RankReport], spec: LearnerSpec) -> dict[str,
     renamed = {"clipped": "clip_frac", "clipped_low": "clip_frac_low", "clipped_high": "clip_frac_high"}
     renamed |= {name: f"{name}_frac" for name in ("truncated", "bounded")}
     for name in _PER_STEP:
-        used = {"kl": spec.grpo.kl_beta > 0, "truncated": spec.grpo.old_logprobs == "rollout"}.get(name, True)
+        used = {"kl": spec.learning.kl_beta > 0, "truncated": spec.learning.old_logprobs == "rollout"}.get(name, True)
         if name in sums and used:
             metrics[renamed.get(name, name)] = sums[name] / max(sums["steps"], 1.0)
     if asked := sums.get("prompts_asked"):

@@ -8,48 +8,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from actors.learner.grpo import LOSS_NORMS, TOKEN_ESTIMATORS
+from actors.learner.objectives.settings import GrpoSection
 from actors.learner.trainable import LoraSpec
 from actors.weights.broadcast import BroadcastSpec
 
 OFFLOADS = ("none", "optimizer", "all")
-
-
-@dataclass(frozen=True)
-class GrpoSpec:
-    """The loss (see ``grpo``). ``constant_length`` is the divisor of ``loss_norm="constant"``, e.g. the token limit.
-
-    ``gate_every``: optimizer steps between two checks of the ratio gate, each of which costs a forward pass over a batch.
-    """
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_beta: float = 0.0
-    kl_estimator: str | None = None  # k1, k2 or k3 for tokens; None: the policy's own (k3, or the flow's closed form)
-    loss_norm: str = "token"
-    old_logprobs: Literal["learner", "rollout"] = "learner"
-    importance_cap: float = 2.0
-    constant_length: int = 0
-    gate_every: int = 10
-
-    def __post_init__(self) -> None:
-        if self.loss_norm not in LOSS_NORMS:
-            raise ValueError(f"loss_norm={self.loss_norm!r} is unknown; use one of {', '.join(LOSS_NORMS)}")
-        if self.loss_norm == "constant" and self.constant_length < 1:
-            raise ValueError("loss_norm=constant needs constant_length >= 1, e.g. the longest completion in tokens")
-        if self.old_logprobs not in ("learner", "rollout"):
-            raise ValueError(f"old_logprobs={self.old_logprobs!r} is unknown; use learner or rollout")
-        if self.kl_estimator not in (None, "closed", *TOKEN_ESTIMATORS):
-            raise ValueError(
-                f"kl_estimator={self.kl_estimator!r} is unknown; use {', '.join(TOKEN_ESTIMATORS)} for tokens, closed "
-                "for the flow"
-            )
-        if self.gate_every < 1:
-            raise ValueError(
-                f"gate_every={self.gate_every} must be at least 1; 1 checks the ratio gate in every update"
-            )
-        if self.clip_low <= 0 or self.clip_high <= 0:
-            raise ValueError(f"clip_low={self.clip_low} and clip_high={self.clip_high} must be positive")
 
 
 @dataclass(frozen=True)
@@ -115,7 +78,11 @@ class LearnerSpec:
     )
     activation_checkpointing: bool = False
     reference_offload: bool = False  # the frozen copy's shards rest in host memory
-    grpo: GrpoSpec = field(default_factory=GrpoSpec)
+    objective: str = "grpo"  # a name in actors.learner.objectives.table
+    learning: GrpoSection = field(default_factory=GrpoSection)  # the objective's settings
+    longest: int = (
+        0  # steps of the longest possible trajectory, e.g. the token limit: the divisor of loss_norm=constant
+    )
     optim: OptimSpec = field(default_factory=OptimSpec)
     policy_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 0

@@ -28,7 +28,7 @@ from actors.learner import lora
 from actors.learner.average import Average
 from actors.learner.batches import MicroBatch, RankPlan
 from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_facts, save_tensors
-from actors.learner.grpo import grpo_loss, normaliser
+from actors.learner.objectives.table import make_objective
 from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
 from actors.learner.spec import LearnerSpec, learning_rate
 from actors.learner.trainable import PolicyOutput, Trainable, set_compute_dtype, torch_dtype, trainable_parameters
@@ -81,6 +81,7 @@ class Trainer:
     def __init__(self, policy: Trainable, spec: LearnerSpec, mesh: DeviceMesh, device: torch.device) -> None:
         self.policy, self.spec, self.device = policy, spec, device
         self.rank, self.world = mesh.get_local_rank(), mesh.size()
+        self.objective = make_objective(spec.objective, spec.learning, spec.longest)
         self.version = 0
         self.steps = 0  # optimizer steps tried, skipped ones included; drives the learning rate
         self.skipped = 0
@@ -89,7 +90,7 @@ class Trainer:
         set_compute_dtype(policy, dtype)
         self.initial_checksum = parameter_hash(policy.module, trainable=True)
         self.frozen = None
-        if spec.grpo.kl_beta > 0 and not lora.has_lora(policy.module):
+        if spec.learning.kl_beta > 0 and not lora.has_lora(policy.module):
             ids = {id(unit) for unit in policy.fsdp_units}
             names = [name for name, m in policy.module.named_modules() if id(m) in ids]
             self.frozen = copy.deepcopy(policy.module).requires_grad_(False)
@@ -174,8 +175,8 @@ class Trainer:
 
     def _gate_due(self, coming: int) -> bool:
         """Return whether one of the ``coming`` optimizer steps is a multiple of ``gate_every``: the same after a restart."""
-        grpo = self.spec.grpo
-        return grpo.old_logprobs == "learner" and -self.steps % grpo.gate_every < coming
+        settings = self.objective.settings
+        return settings.old_logprobs == "learner" and -self.steps % settings.gate_every < coming
 
     def _counters(self) -> dict[str, float]:
         """Return what the policy counts of its inputs' processing, where it does."""
@@ -189,7 +190,7 @@ class Trainer:
         return _Prepared(micro, self.policy.collate(items), advantages, rollout)
 
     def _step(self, step: list[_Prepared], report: RankReport, first: bool) -> None:
-        grpo, count, total, deviation = self.spec.grpo, 0.0, 0.0, 0.0
+        count = total = deviation = 0.0
         sums: dict[str, float] = defaultdict(float)
         self.optimizer.zero_grad(set_to_none=True)
         for k, item in enumerate(step):
@@ -202,21 +203,15 @@ class Trainer:
                 kl, kl_log_ratio = self._kl(batch, out)
                 # Divided by the global count after the last micro-batch: only then is it known, and gradients are
                 # linear in it.
-                loss, stats = grpo_loss(
+                loss, stats = self.objective.loss(
                     out.logprobs,
                     old,
                     item.advantages,
                     mask,
-                    clip_low=grpo.clip_low,
-                    clip_high=grpo.clip_high,
-                    loss_norm=grpo.loss_norm,
-                    normaliser=1.0,
+                    rollout_logprobs=item.rollout[:, steps],
                     kl=kl,
-                    beta=grpo.kl_beta,
-                    rollout_logprobs=item.rollout[:, steps] if grpo.old_logprobs == "rollout" else None,
-                    importance_cap=grpo.importance_cap,
-                    lengths=lengths,
                     kl_log_ratio=kl_log_ratio,
+                    lengths=lengths,
                 )
                 loss.backward()
                 total += float(loss.detach())
@@ -231,7 +226,7 @@ class Trainer:
                 item.old = logprobs
                 self._compare(report, item, PolicyOutput(logprobs, full))
             counted = full if item.micro.real else torch.zeros_like(full)
-            count += normaliser(counted, grpo.loss_norm, grpo.constant_length)
+            count += self.objective.normaliser(counted)
         if first:
             self._gate(deviation, report)
         self._apply(total, count, report)
@@ -250,8 +245,8 @@ class Trainer:
 
     def _kl(self, batch: Any, out: PolicyOutput) -> tuple[Tensor | None, Tensor | None]:
         """Return the KL per step, and the log-ratio of which it takes an exp: k3 alone does, the closed form does not."""
-        estimator = self.spec.grpo.kl_estimator
-        if self.spec.grpo.kl_beta <= 0:
+        estimator = self.objective.settings.kl_estimator
+        if self.objective.settings.kl_beta <= 0:
             return None, None
         with torch.no_grad(), self._reference():
             ref = self.policy.forward(batch)
@@ -275,16 +270,15 @@ class Trainer:
         """Nothing has been updated yet, so the ratio to the learner's own old policy must be 1 (ALGORITHM: ratio
         gate).
         """
-        grpo = self.spec.grpo
+        settings, tolerance = self.objective.settings, self.objective.gate_tolerance
         (deviation,) = self._reduce([deviation], dist.ReduceOp.MAX)
         report.common["ratio_max_dev"] = deviation
-        if grpo.old_logprobs == "learner" and deviation > grpo.clip_low / 5:
+        if settings.old_logprobs == "learner" and deviation > tolerance:
             raise TrainingError(
                 f"{self.spec.name}: ratio gate: before any update the log-ratio to the old policy reaches "
-                f"{deviation:.3g}, more "
-                f"than clip_low/5 = {grpo.clip_low / 5:.3g}; two passes of the same policy must agree. Look for "
-                "dropout or "
-                f"other randomness in the policy, or use dtype float32 (now {self.spec.dtype})"
+                f"{deviation:.3g}, more than {tolerance:.3g} (for {self.spec.objective} with clip_low={settings.clip_low:g}); two "
+                "passes of the same policy must agree. Look for dropout or other randomness in the policy, or use dtype "
+                f"float32 (now {self.spec.dtype})"
             )
 
     def _apply(self, total: float, count: float, report: RankReport) -> None:

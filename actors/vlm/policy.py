@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from actors.failures import BadSampleError
-from actors.learner.grpo import kl_estimate
 from actors.learner.lora import adapter_config, adapters_disabled, has_lora, peft_names
+from actors.learner.objectives.grpo import kl_estimate
 from actors.learner.trainable import LoraSpec, PolicyOutput, torch_dtype
 from actors.records import Experience, VlmExperience
 from actors.vlm.adapter import inject

@@ -2,135 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from actors.learner.objectives.settings import CispoSection, FlowGrpoSection, GrpoSection, GspoSection, TokenGrpoSection
 from actors.settings import FREE, Fraction, Positive, Section, cite
 from pipeline.config.training import LoraSection, OptimSection
-
-
-class GrpoSection(Section):
-    """Group-relative policy optimisation (ALGORITHM.md: GRPO, common to both stages)."""
-
-    clip_low: float = Field(
-        0.2,
-        gt=0,
-        description="Lower clip range: ratios below 1 - clip_low have no gradient.",
-        json_schema_extra=cite("PPO", "DAPO"),
-    )
-    clip_high: float = Field(
-        0.2,
-        gt=0,
-        description="Upper clip range: ratios above 1 + clip_high have no gradient; above clip_low it is clip-higher.",
-        json_schema_extra=cite("PPO", "DAPO"),
-    )
-    kl_beta: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the KL to the reference: the model without its adapter, or a frozen copy. 0 spares the "
-        "reference pass.",
-        json_schema_extra=cite("GRPO"),
-    )
-    std_norm: Literal["group", "batch", "none"] = Field(
-        "group",
-        description="Standard deviation that divides advantages: the group's, the whole batch's, or none.",
-        json_schema_extra=cite("GRPO", "Flow-GRPO", "Dr.GRPO"),
-    )
-    normalise_rewards: bool = Field(
-        False,
-        description="Standardise each reward component within its group before the weighted sum, so that weights and "
-        "not spreads decide.",
-        json_schema_extra=cite("GDPO"),
-    )
-    loss_norm: Literal["token", "sequence", "constant"] = Field(
-        "token",
-        description="Mean over all tokens or steps of the batch (token, DAPO), mean of each trajectory's mean (sequence, "
-        "GRPO), or sum divided by the longest possible trajectory (constant, Dr.GRPO).",
-        json_schema_extra=cite("DAPO", "GRPO", "Dr.GRPO"),
-    )
-    old_logprobs: Literal["learner", "rollout"] = Field(
-        "learner",
-        description="Whose policy the samples count as: the learner's own, or the engine's, which weights each step by "
-        "min(p_learner / p_engine, C), truncated importance sampling.",
-        json_schema_extra=cite("PPO", "AReaL"),
-    )
-    importance_cap: float = Field(
-        2.0,
-        gt=0,
-        description="Cap C of the importance weights, used with old_logprobs=rollout.",
-        json_schema_extra=cite("IMPALA"),
-    )
-    gate_every: Positive = Field(
-        10,
-        description="Optimizer steps between two checks of the ratio gate, with old_logprobs=learner: a second pass over a "
-        "batch that nothing has been learnt from yet must give the same log-probabilities. In between, a batch's first "
-        "step takes them from its own training pass, which is a quarter less work with the same result. 1 checks always.",
-    )
-    updates_per_batch: Positive = Field(
-        1,
-        description="Optimizer steps into which a rollout batch is split, whole groups at a time.",
-        json_schema_extra=cite("PPO", "GRPO"),
-    )
-    epochs_per_batch: Positive = Field(
-        1,
-        description="Times that the learner goes over a rollout batch; ratios stay relative to the policy before the "
-        "first step.",
-        json_schema_extra=cite("PPO"),
-    )
-    min_group: int = Field(2, ge=2, description="A group with fewer scored members is dropped.")
-
-
-class TokenGrpoSection(GrpoSection):
-    """GRPO over the tokens of an answer."""
-
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k3",
-        description="Estimate of the KL per token, with D = ref - current: k1 = -D (with the gradient of k2, as its own "
-        "is 0 in expectation), k2 = D^2/2 (the gradient of the KL), k3 = exp(D) - D - 1 (GRPO; the KL's gradient to "
-        "first order).",
-        json_schema_extra=cite("KL estimators", "KL as a loss"),
-    )
-
-
-class FlowGrpoSection(GrpoSection):
-    """GRPO over the stochastic denoising steps of a flow."""
-
-    clip_low: float = Field(
-        1e-3,
-        gt=0,
-        description="Lower clip range; small, because a step's log-probability is a mean over all latent values.",
-        json_schema_extra=cite("VANS", "Flow-GRPO"),
-    )
-    clip_high: float = Field(
-        1e-3, gt=0, description="Upper clip range, as clip_low.", json_schema_extra=cite("VANS", "Flow-GRPO")
-    )
-    kl_beta: float = Field(
-        0.004,
-        ge=0,
-        description="Weight of the KL to the reference: the model without its adapter, or a frozen copy. Paper: 0.004.",
-        json_schema_extra=cite("VANS", "Flow-GRPO"),
-    )
-    loss_norm: Literal["token", "sequence", "constant"] = Field(
-        "sequence",
-        description="As in stage 1, over denoising steps; all trajectories have window_size of them, so the three agree.",
-        json_schema_extra=cite("GRPO"),
-    )
-    kl_estimator: Literal["closed"] = Field(
-        "closed",
-        description="The KL of two Gaussian steps of equal std has a closed form; estimators would only add variance.",
-        json_schema_extra=cite("Flow-GRPO"),
-    )
-
-    @field_validator("kl_estimator", mode="before")
-    @classmethod
-    def _closed(cls, value: Any) -> Any:
-        if value in ("k1", "k2", "k3"):
-            raise ValueError(
-                f"kl_estimator={value}: the flow's KL has a closed form and needs no estimator; leave the key out "
-                "(k1, k2 and k3 are for stage1.grpo)"
-            )
-        return value
 
 
 class RolloutSection(Section):
@@ -256,15 +134,26 @@ class StageSection(Section):
     text: TextSamplingSection = Field(default_factory=TextSamplingSection)
     render: RenderSection = Field(default_factory=RenderSection)
     rewards: RewardsSection = Field(default_factory=RewardsSection)
-    grpo: GrpoSection = Field(default_factory=GrpoSection)
     optim: OptimSection = Field(default_factory=OptimSection)
     lora: LoraSection = Field(default_factory=LoraSection)
 
+    objective: Literal["grpo"] = Field(
+        "grpo",
+        description="Way to learn (docs/objectives.md); its settings stand in the section of its name.",
+        json_schema_extra=cite("GRPO"),
+    )
+
+    @property
+    def learning(self) -> GrpoSection:
+        """The settings of the objective that the stage learns by."""
+        settings: GrpoSection = getattr(self, self.objective)
+        return settings
+
     @model_validator(mode="after")
     def _min_group(self) -> StageSection:
-        if self.grpo.min_group > self.rollout.group_size:
+        if self.learning.min_group > self.rollout.group_size:
             raise ValueError(
-                f"grpo.min_group={self.grpo.min_group} drops every group of rollout.group_size="
+                f"{self.objective}.min_group={self.learning.min_group} drops every group of rollout.group_size="
                 f"{self.rollout.group_size}; lower it"
             )
         return self
@@ -274,7 +163,14 @@ class Stage1Section(StageSection):
     """Visualization-friendly VLM tuning (paper, stage 1)."""
 
     rewards: RewardsSection = Field(RewardsSection(weights={"format": 1.0, "rouge_l": 1.0, "clip_v": 1.0}))
+    objective: Literal["grpo", "gspo", "cispo"] = Field(  # type: ignore[assignment]
+        "grpo",
+        description="Way to learn (docs/objectives.md); its settings stand in the section of its name, and the others are not read.",
+        json_schema_extra=cite("GRPO", "GSPO", "CISPO"),
+    )
     grpo: TokenGrpoSection = Field(default_factory=TokenGrpoSection)
+    gspo: GspoSection = Field(default_factory=GspoSection)
+    cispo: CispoSection = Field(default_factory=CispoSection)
     dedupe: bool = Field(True, description="Render equal captions of a group once.")
 
     @model_validator(mode="after")

@@ -144,7 +144,7 @@ class _Count:
         return self._learn(forward, stage, rollout)
 
     def _learn(self, forward: costs.Flops, stage: Stage1Section | Stage2Section, rollout: RolloutSection) -> Demand:
-        learner, grpo = self.config.learner, stage.grpo
+        learner, grpo = self.config.learner, stage.learning
         again = forward.update(
             lora=stage.lora.rank > 0,
             checkpointing=learner.activation_checkpointing,

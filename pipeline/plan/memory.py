@@ -207,7 +207,7 @@ def _vlm_learner(config: RunConfig, models: Models) -> Process:
         element=BYTES[learner.dtype],
         checkpointing=learner.activation_checkpointing,
         logits=items * completion,
-        kl=stage.grpo.kl_beta > 0,
+        kl=stage.learning.kl_beta > 0,
     )
     return _learner(config, f"VLM learner, {items} completion(s) at a time", found, 4.0 * count, stage.optim.ema > 0)
 
@@ -219,7 +219,7 @@ def _prompts_read(config: RunConfig) -> list[int]:
 
 
 def _groups(config: RunConfig) -> int:
-    return max(1, config.stage1.rollout.prompts_per_step // config.stage1.grpo.updates_per_batch)
+    return max(1, config.stage1.rollout.prompts_per_step // config.stage1.learning.updates_per_batch)
 
 
 def completions_of_a_row(config: RunConfig) -> float:
@@ -243,7 +243,7 @@ def _vdm_learner(config: RunConfig, models: Models) -> Process:
         element=BYTES[learner.dtype],
         checkpointing=learner.activation_checkpointing,
         passes=min(stage.sde.window_size, learner.micro_steps or stage.sde.window_size) * guided,
-        kl=stage.grpo.kl_beta > 0,
+        kl=stage.learning.kl_beta > 0,
         text=items * costs.WAN_TEXT_TOKENS,
     )
     return _learner(config, f"VDM learner, {items} trajectory(ies) at a time", found, 4.0 * count, stage.optim.ema > 0)

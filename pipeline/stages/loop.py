@@ -169,7 +169,7 @@ async def rollout(
 ) -> tuple[RolloutBatch, float]:
     """Sample the groups of one step; returns the batch and the seconds it took, and notes in ``cursors`` where it drew from."""
     started = time.monotonic()
-    section, grpo = stage.section.rollout, stage.section.grpo
+    section, grpo = stage.section.rollout, stage.section.learning
     async with drawing:  # draws happen in the order of steps, whatever finishes first
         cursors[step] = feed.cursor
         tasks = await stage.draw(feed, step, section.prompts_per_step)
@@ -194,7 +194,7 @@ async def complete(
     stage: Stage, feed: SampleFeed, step: int, groups: list[Group | None], budget: FailureBudget
 ) -> Refill:
     """Replace what carries no gradient among a step's ``groups``, wave after wave; the caller holds the drawing lock."""
-    grpo, weights = stage.section.grpo, stage.section.rewards.weights
+    grpo, weights = stage.section.learning, stage.section.rewards.weights
     refill = Refill(groups, weights, grpo.normalise_rewards, grpo.min_group, stage.section.rollout.max_refills)
     wave = 0
     while count := refill.missing():
@@ -259,7 +259,7 @@ async def update_one(stage: Stage, policy: str, learner: LearnerGroup, batch: Ro
     items = stage.experiences(batch, policy)
     if not items:
         return Update({"empty_batches": 1.0})
-    started, before, grpo = time.monotonic(), learner.version, stage.section.grpo
+    started, before, grpo = time.monotonic(), learner.version, stage.section.learning
     figures = await learner.update(items, updates=grpo.updates_per_batch, epochs=grpo.epochs_per_batch)
     updated = time.monotonic()
     payload = None

@@ -118,7 +118,7 @@ LEARNER = Family(
                "0 with one update per batch; above 0.3 lower the learning rate."),
         Metric("learner/clip_frac_low", "ratio", "The part of clip_frac below 1 − clip_low.", "As clip_frac."),
         Metric("learner/clip_frac_high", "ratio", "The part of clip_frac above 1 + clip_high.", "As clip_frac."),
-        Metric("learner/truncated_frac", "ratio", "Importance weights cut at importance_cap (old_logprobs=rollout).",
+        Metric("learner/truncated_frac", "ratio", "Steps whose importance weight was cut at importance_cap (old_logprobs=rollout).",
                "Above 0.1 engine and learner disagree too much: use old_logprobs=learner."),
         Metric("learner/bounded_frac", "ratio",
                "Tokens or steps of which a log-ratio (to the old policy, the engine or the reference) was cut to ±20 nats "

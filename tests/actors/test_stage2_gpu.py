@@ -17,7 +17,8 @@ import ray
 import torch
 
 from actors.learner.advantages import group_advantages
-from actors.learner.group import GrpoSpec, LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.objectives.settings import GrpoSection
 from actors.pool import PoolSpec, WorkerPool
 from actors.records import Clip, RenderRequest, ScoreRequest, SdeSpec, VdmExperience
 from actors.scoring.clip import ClipScorer
@@ -37,7 +38,7 @@ SPEC = LearnerSpec(
     lora=LORA,
     gpus=0.3,
     micro_batch=GROUP,
-    grpo=GrpoSpec(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, loss_norm="sequence"),
+    learning=GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, loss_norm="sequence"),
     optim=OptimSpec(lr=1e-2),
     policy_kwargs={"components": ("transformer",)},
     offload="all",

@@ -9,7 +9,7 @@ MODULES = (
     "actors.vdm.policy",
     "actors.vlm.policy",
     "actors.scoring.clip",
-    "actors.learner.grpo",
+    "actors.learner.objectives.grpo",
     "actors.learner.lora",
     "actors.learner.sharding",
     "actors.architectures",

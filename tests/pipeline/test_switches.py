@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from actors.learner.spec import GrpoSpec, OptimSpec
+from actors.learner.objectives.settings import GrpoSection
+from actors.learner.spec import OptimSpec
 from pipeline.config import RunConfig, load_config
-from pipeline.config.stages import GrpoSection
 from pipeline.stages.stage1 import Stage1
 from pipeline.stages.stage2 import Stage2
 from pipeline.train import learner_spec
@@ -47,7 +47,8 @@ def test_a_switch_reaches_the_learner(stage: str, key: str) -> None:
     section, name = key.split(".")
     value = LEARNER[key]
     before, after = spec(stage), spec(stage, f"{key}={list(value) if isinstance(value, tuple) else value}")
-    assert getattr(getattr(after, section), name) == value != getattr(getattr(before, section), name)
+    place = "learning" if section == "grpo" else section
+    assert getattr(getattr(after, place), name) == value != getattr(getattr(before, place), name)
 
 
 def test_completions_have_a_micro_batch_of_their_own_and_share_prompts() -> None:
@@ -63,15 +64,21 @@ def test_completions_have_a_micro_batch_of_their_own_and_share_prompts() -> None
 def test_every_key_of_the_loss_and_the_optimizer_is_in_this_test() -> None:
     tested = {key.split(".")[1] for key in LEARNER}
     assert {f.name for f in dataclasses.fields(OptimSpec)} <= tested
-    assert {f.name for f in dataclasses.fields(GrpoSpec)} - tested == {"kl_estimator", "constant_length"}
-    assert set(GrpoSection.model_fields) - tested == LOOP
+    assert set(GrpoSection.model_fields) - tested == LOOP | {"kl_estimator"}
 
 
 def test_each_stage_has_its_own_kl_and_longest_trajectory() -> None:
-    assert spec("stage1").grpo.kl_estimator == "k3" and spec("stage2").grpo.kl_estimator == "closed"
-    assert spec("stage1", "grpo.kl_estimator=k1").grpo.kl_estimator == "k1"
-    assert spec("stage1", "text.max_tokens=33").grpo.constant_length == 33
-    assert spec("stage2", "text.max_tokens=33", "sde.window_size=3").grpo.constant_length == 3
+    assert spec("stage1").learning.kl_estimator == "k3" and spec("stage2").learning.kl_estimator == "closed"
+    assert spec("stage1", "grpo.kl_estimator=k1").learning.kl_estimator == "k1"
+    assert spec("stage1", "text.max_tokens=33").longest == 33
+    assert spec("stage2", "text.max_tokens=33", "sde.window_size=3").longest == 3
+
+
+@pytest.mark.parametrize("name", ["gspo", "cispo"])
+def test_the_objective_of_a_stage_reaches_its_learner(name: str) -> None:
+    found = spec("stage1", f"objective={name}", f"{name}.clip_low=0.07", f"{name}.epochs_per_batch=3", "steps=10")
+    assert (found.objective, found.learning.clip_low, found.total_steps) == (name, 0.07, 30)
+    assert spec("stage2").objective == "grpo"
 
 
 def test_schedules_end_at_the_last_optimizer_step() -> None:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from actors.architectures import architecture, cost
-from actors.learner.grpo import grpo_loss, normaliser
+from actors.learner.objectives.grpo import grpo_loss, normaliser
 from actors.learner.sharding import checkpoint_units, unit_names
 from actors.learner.trainable import LoraSpec, trainable_parameters
 from actors.records import SdeSpec, Trajectory, VdmExperience

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.learner.group import GrpoSpec, LearnerGroup, LearnerSpec, LoraSpec, OptimSpec, RankDiedError
+from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec, RankDiedError
 from actors.learner.lora import peft_names
+from actors.learner.objectives.settings import GrpoSection
 from actors.learner.trainer import step_names
 from actors.weights import as_tensors, read_adapter, receive
 from cluster.errors import CheckpointError, PlacementError, TrainingError, WorkerTimeoutError
@@ -37,7 +38,7 @@ SPEC = LearnerSpec(
     ranks=1,
     cpus=0.25,
     micro_batch=32,
-    grpo=GrpoSpec(clip_low=0.2, clip_high=0.2, kl_beta=0.05, gate_every=1),
+    learning=GrpoSection(clip_low=0.2, clip_high=0.2, kl_beta=0.05, gate_every=1),
     optim=OptimSpec(lr=1e-2, max_grad_norm=0.5, schedule="cosine", warmup_steps=1, max_skipped_steps=1),
     total_steps=20,
     step_timeout_s=120.0,
@@ -259,7 +260,7 @@ def test_silent_rank_is_named_at_the_deadline(shared: Shared) -> None:
 
 
 def test_full_weights_with_a_frozen_reference_and_importance_weights() -> None:
-    grpo = GrpoSpec(kl_beta=0.1, old_logprobs="rollout", importance_cap=0.6, loss_norm="sequence")
+    grpo = GrpoSection(kl_beta=0.1, old_logprobs="rollout", importance_cap=0.6, loss_norm="sequence")
 
     async def body(group: LearnerGroup) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
         metrics = [await group.update(experiences(2, 3, 0)) for _ in range(2)]
@@ -267,7 +268,7 @@ def test_full_weights_with_a_frozen_reference_and_importance_weights() -> None:
         assert weights.kind == "full" and weights.version == 2
         return metrics, weights.tensors
 
-    metrics, tensors = with_group(replace(SPEC, lora=None, grpo=grpo), body)
+    metrics, tensors = with_group(replace(SPEC, lora=None, learning=grpo), body)
     assert metrics[0]["kl"] == 0.0 < metrics[1]["kl"]  # the reference stayed where training began
     # The ratio is the learner's own; how far the sampler is from it decides the importance weights.
     assert metrics[0]["ratio_max_dev"] == 0.0 < metrics[0]["truncated_frac"] < 1.0 and metrics[0]["logp_diff_mean"] > 0

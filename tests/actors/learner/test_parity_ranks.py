@@ -18,8 +18,9 @@ from torch import Tensor
 
 from actors.learner.batches import RankPlan, plan_batch, split_groups
 from actors.learner.lora import peft_names
+from actors.learner.objectives.settings import GrpoSection
 from actors.learner.rank import LearnerRank
-from actors.learner.spec import GrpoSpec, LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.spec import LearnerSpec, LoraSpec, OptimSpec
 from actors.learner.trainable import trainable_parameters
 from actors.records import VlmExperience, Weights
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
@@ -33,12 +34,14 @@ SPEC = LearnerSpec(
 )
 LORA = LoraSpec(rank=2, alpha=8.0, seed=5)
 CASES = {
-    "token, KL, LoRA": replace(SPEC, lora=LORA, grpo=GrpoSpec(kl_beta=0.05, clip_high=0.28)),
+    "token, KL, LoRA": replace(SPEC, lora=LORA, learning=GrpoSection(kl_beta=0.05, clip_high=0.28)),
     "sequence, importance sampling, KL, full weights": replace(
         SPEC,
-        grpo=GrpoSpec(loss_norm="sequence", old_logprobs="rollout", importance_cap=1.2, kl_beta=0.05, clip_low=0.01),
+        learning=GrpoSection(
+            loss_norm="sequence", old_logprobs="rollout", importance_cap=1.2, kl_beta=0.05, clip_low=0.01
+        ),
     ),
-    "constant, full weights": replace(SPEC, grpo=GrpoSpec(loss_norm="constant", constant_length=9, clip_high=0.01)),
+    "constant, full weights": replace(SPEC, learning=GrpoSection(loss_norm="constant", clip_high=0.01), longest=9),
 }
 SHARDINGS = {
     "1 rank, one batch": (1, 32),
@@ -82,7 +85,7 @@ def trained_weights(processes: ProcessPoolExecutor, spec: LearnerSpec) -> dict[s
     return weights[0].tensors
 
 
-def surrogate(new: Tensor, old: Tensor, ref: Tensor, sampled: Tensor, advantage: float, grpo: GrpoSpec) -> Tensor:
+def surrogate(new: Tensor, old: Tensor, ref: Tensor, sampled: Tensor, advantage: float, grpo: GrpoSection) -> Tensor:
     """Return one completion's loss per token, (T,), as the papers write it."""
     ratio = torch.exp(new - old)
     bounded = torch.clip(ratio, 1 - grpo.clip_low, 1 + grpo.clip_high)
@@ -103,7 +106,7 @@ def engine(item: VlmExperience) -> Tensor:
 def plain_updates(spec: LearnerSpec) -> dict[str, Tensor]:
     """Return all parameters after the same updates in plain torch: one policy, one batch, item by item."""
     policy, base = (ToyPolicy.load(spec.model_path, lora=spec.lora) for _ in range(2))
-    grpo, parameters = spec.grpo, trainable_parameters(policy.module)
+    grpo, parameters = spec.learning, trainable_parameters(policy.module)
     optimizer = torch.optim.AdamW(parameters, lr=spec.optim.lr, betas=spec.optim.betas, weight_decay=0.0)
     for items, updates in BATCHES:
         with torch.no_grad():
@@ -115,7 +118,7 @@ def plain_updates(spec: LearnerSpec) -> dict[str, Tensor]:
                 loss = torch.stack([t.mean() for t in terms]).mean()
             else:
                 tokens = torch.cat(terms)
-                loss = tokens.sum() / (len(tokens) if grpo.loss_norm == "token" else len(part) * grpo.constant_length)
+                loss = tokens.sum() / (len(tokens) if grpo.loss_norm == "token" else len(part) * spec.longest)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, spec.optim.max_grad_norm)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.learner.group import GrpoSpec, LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.objectives.settings import GrpoSection
 from actors.records import Experience, RenderRequest, SdeSpec, VdmExperience, VlmExperience
 from actors.vdm.policy import VdmPolicy
 from actors.vlm.policy import VlmPolicy
@@ -57,7 +58,7 @@ def test_first_update_of_each_stage_has_ratio_exactly_one_and_learns(
         ranks=2,
         cpus=0.25,
         micro_batch=2,
-        grpo=GrpoSpec(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence"),
+        learning=GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence"),
         optim=OptimSpec(lr=1e-3),
     )
 

@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
 from actors.learner.batches import plan_batch, prompts_read, split_groups
-from actors.learner.spec import GrpoSpec, OptimSpec, learning_rate
+from actors.learner.spec import OptimSpec, learning_rate
 from tests.actors.learner.toy_policy import experiences
 
 TOTAL, WARMUP = 12, 3
@@ -70,7 +70,5 @@ def test_groups_stay_as_whole_as_ranks_and_micro_batches_allow(groups: int, size
 
 
 def test_specs_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="closed"):
-        GrpoSpec(kl_estimator="k4")
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         OptimSpec(ema=1.0)

@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from actors.learner.batches import plan_batch
 from actors.learner.lora import peft_names
-from actors.learner.spec import GrpoSpec, LearnerSpec, OptimSpec
+from actors.learner.objectives.settings import GrpoSection
+from actors.learner.spec import LearnerSpec, OptimSpec
 from actors.learner.trainable import LoraSpec, trainable_parameters
 from actors.learner.trainer import Trainer
 from actors.records import RenderRequest, SdeSpec, VdmExperience
@@ -32,7 +33,7 @@ SPEC = LearnerSpec(
     model_path="3",
     lora=LORA,
     optim=OptimSpec(lr=3e-2, max_grad_norm=0.5),
-    grpo=GrpoSpec(clip_low=0.1, clip_high=0.1),
+    learning=GrpoSection(clip_low=0.1, clip_high=0.1),
 )
 Tensors = dict[str, torch.Tensor]
 
@@ -113,7 +114,10 @@ def test_epochs_on_the_engines_log_probabilities_equal_those_on_the_learners_whe
     agreed = [replace(i, rollout_logprobs=row[: len(i.token_ids)].numpy()) for i, row in zip(items, out.logprobs)]
     results = []
     for source in ("learner", "rollout"):
-        trainer = toy(mesh, replace(SPEC, grpo=replace(SPEC.grpo, old_logprobs=source, importance_cap=100.0)))
+        trainer = toy(
+            mesh,
+            replace(SPEC, learning=SPEC.learning.model_copy(update={"old_logprobs": source, "importance_cap": 100.0})),
+        )
         assert trainer.update(plan(agreed, updates=2), epochs=3).sums["clipped"] > 0
         results.append(published(trainer))
     assert_same(*results, rtol=1e-5, atol=1e-6)
@@ -144,7 +148,7 @@ def test_the_gate_costs_passes_and_changes_no_bit(mesh: DeviceMesh, tmp_path: Pa
     """Every step checked, every third, and every third with a restart between: the same weights and figures."""
 
     def journey(gate_every: int, restart: bool = False) -> tuple[Tensors, list[dict[str, float]], list[int]]:
-        spec = replace(SPEC, grpo=replace(SPEC.grpo, gate_every=gate_every, kl_beta=0.1))
+        spec = replace(SPEC, learning=SPEC.learning.model_copy(update={"gate_every": gate_every, "kl_beta": 0.1}))
         trainer, figures, passes = toy(mesh, spec), [], []
         for seed in range(4):
             if restart and seed == 2:
@@ -173,8 +177,8 @@ def test_the_policies_of_a_run_learn_the_same_with_and_without_the_gate(
     policy, items = guided
     results = []
     for steps, gate_every in ((0, 1), (1, 10)):
-        grpo = GrpoSpec(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence", gate_every=gate_every)
-        trainer = Trainer(copy.deepcopy(policy), replace(SPEC, kind="vdm", grpo=grpo), mesh, torch.device("cpu"))
+        grpo = GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence", gate_every=gate_every)
+        trainer = Trainer(copy.deepcopy(policy), replace(SPEC, kind="vdm", learning=grpo), mesh, torch.device("cpu"))
         trainer.steps = steps  # of a constant learning rate
         report = trainer.update(plan(items))
         results.append((published(trainer), dict(report.sums) | report.maxima | report.common))
@@ -238,7 +242,9 @@ def test_a_skipped_step_leaves_the_average_alone(mesh: DeviceMesh) -> None:
 def test_the_configured_estimator_is_the_one_that_is_used(mesh: DeviceMesh) -> None:
     values = {}
     for name in ("k1", "k2", "k3"):
-        trainer = toy(mesh, replace(SPEC, grpo=replace(SPEC.grpo, kl_beta=0.1, kl_estimator=name)))
+        trainer = toy(
+            mesh, replace(SPEC, learning=SPEC.learning.model_copy(update={"kl_beta": 0.1, "kl_estimator": name}))
+        )
         trainer.update(plan(experiences(3, 4, 0)))
         batch = trainer.policy.collate(experiences(3, 4, 1))
         with torch.no_grad():
@@ -280,8 +286,8 @@ def test_guided_policy_starts_from_a_ratio_of_one_and_repeats_the_sampler(
     mesh: DeviceMesh, guided: tuple[VdmPolicy, list[VdmExperience]]
 ) -> None:
     policy, items = guided
-    grpo = GrpoSpec(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence", kl_estimator="closed")
-    trainer = Trainer(copy.deepcopy(policy), replace(SPEC, kind="vdm", grpo=grpo), mesh, torch.device("cpu"))
+    grpo = GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence", kl_estimator="closed")
+    trainer = Trainer(copy.deepcopy(policy), replace(SPEC, kind="vdm", learning=grpo), mesh, torch.device("cpu"))
     report = trainer.update(plan(items))
     assert [i.trajectory.guidance for i in items] == [3.0] * 4
     assert report.common["ratio_max_dev"] == 0.0  # two passes of the learner
@@ -360,10 +366,10 @@ def test_closed_form_has_no_estimator(guided: tuple[VdmPolicy, list[VdmExperienc
 def updated(mesh: DeviceMesh, guided: tuple[VdmPolicy, list[VdmExperience]], micro: int, steps: int | None, **grpo):
     """The adapter after one update cut as told, its report, and the most bytes kept for a backward pass."""
     policy, items = guided
-    loss = GrpoSpec(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, kl_estimator="closed", **grpo)
+    loss = GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, kl_estimator="closed", **grpo)
     # At a rate of 1e-3 Adam's first step, lr × sign(gradient), does not blow up the noise of gradients that are nearly 0.
     optim = OptimSpec(lr=1e-3, max_grad_norm=0.5)
-    spec = replace(SPEC, kind="vdm", grpo=loss, optim=optim, micro_batch=micro, micro_steps=steps)
+    spec = replace(SPEC, kind="vdm", learning=loss, optim=optim, micro_batch=micro, micro_steps=steps)
     trainer = Trainer(copy.deepcopy(policy), spec, mesh, torch.device("cpu"))
     kept, most = 0, 0
     backward = torch.Tensor.backward
@@ -406,7 +412,9 @@ def test_however_it_is_cut_the_update_is_the_same(mesh: DeviceMesh, guided, loss
 
 @pytest.mark.parametrize("offload", ["optimizer", "all"])
 def test_offloading_changes_no_bit_and_frees_what_it_says(mesh: DeviceMesh, tmp_path: Path, offload: str) -> None:
-    spec = replace(SPEC, lora=None, optim=replace(SPEC.optim, ema=0.9), grpo=replace(SPEC.grpo, kl_beta=0.1))
+    spec = replace(
+        SPEC, lora=None, optim=replace(SPEC.optim, ema=0.9), learning=SPEC.learning.model_copy(update={"kl_beta": 0.1})
+    )
 
     def journey(spec: LearnerSpec, folder: Path) -> tuple[Trainer, list[dict[str, float]]]:
         trainer, figures = Trainer(ToyPolicy.load("3"), spec, mesh, torch.device("cpu")), []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.learner import lora as lora_tools
-from actors.learner.grpo import kl_estimate
+from actors.learner.objectives.grpo import kl_estimate
 from actors.learner.trainable import LoraSpec, PolicyOutput
 from actors.records import VlmExperience
 from actors.weights import as_tensors, pack, read_adapter, write_adapter

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import ray
 
-from actors.learner.group import GrpoSpec, LearnerGroup, LearnerSpec, OptimSpec
+from actors.learner.group import LearnerGroup, LearnerSpec, OptimSpec
+from actors.learner.objectives.settings import GrpoSection
 from actors.pool import PoolSpec, WorkerPool
 from actors.records import VdmExperience
 from actors.vdm.worker import VdmWorker
@@ -38,7 +39,7 @@ class Story:
                 ranks=2,
                 cpus=0.25,
                 micro_batch=2,
-                grpo=GrpoSpec(clip_low=1e-3, clip_high=1e-3),
+                learning=GrpoSection(clip_low=1e-3, clip_high=1e-3),
                 optim=OptimSpec(lr=1e-3),
                 policy_kwargs={"components": ("transformer", "vae_encoder", "text_encoder")},
                 broadcast=SPEC,

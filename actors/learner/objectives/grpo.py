@@ -1,4 +1,4 @@
-"""The GRPO loss on given log-probabilities. Pure torch: no model, no Ray, no optimizer.
+"""GRPO on given log-probabilities. Pure torch: no model, no Ray, no optimizer.
 
 Losses are sums divided by a ``normaliser`` that the caller counts over **all** ranks and micro-batches, so that the
 sum of the micro-batch losses is the loss of the whole batch, however it is cut.
@@ -7,13 +7,18 @@ sum of the micro-batch losses is the loss of the whole batch, however it is cut.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from actors.learner.objectives.base import LossStats
+from actors.learner.objectives.settings import GrpoSection, TokenGrpoSection
+
 LOSS_NORMS = ("token", "sequence", "constant")
 TOKEN_ESTIMATORS = ("k1", "k2", "k3")
+CORRECTIONS = ("token_tis", "sequence_tis", "sequence_mask")
 
 LOG_RATIO_BOUND = 20.0
 """Nats. Every exp of a difference of log-probabilities takes it cut to −20 … 20: a ratio of 2·10⁻⁹ … 5·10⁸.
@@ -22,23 +27,6 @@ float32's exp is infinite from 88.8 on, and 0 · infinity is no number: one such
 verl's (``core_algos.py``: policy loss and ``kl_penalty``). verl also cuts each k3 at 10; here it is not, because a cut
 value has no gradient, and k3 passes 10 from Δ = 2.6 on, where the KL still has to pull the policy back.
 """
-
-
-@dataclass
-class LossStats:
-    """Detached sums over a micro-batch's masked steps; add them over micro-batches and ranks, then divide by
-    ``steps``.
-    """
-
-    steps: float  # masked steps (tokens or SDE steps)
-    ratio: float  # sum of the ratios
-    clipped: float  # steps whose ratio was clipped against the advantage
-    clipped_low: float  # … below 1 − clip_low
-    clipped_high: float  # … above 1 + clip_high
-    truncated: float  # steps whose importance weight was cut at its cap
-    bounded: float  # steps of which a log-ratio was cut at LOG_RATIO_BOUND before exp
-    kl: float  # sum of the KL estimates
-    ratio_max_dev: float  # max |log ratio|; combine by max
 
 
 def bounded(log_ratio: Tensor) -> Tensor:
@@ -106,8 +94,13 @@ def normaliser(mask: Tensor, loss_norm: str, constant_length: int = 0) -> float:
     raise ValueError(f"loss_norm={loss_norm!r} is unknown; use one of {', '.join(LOSS_NORMS)}")
 
 
-def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """Return min(π_learner / π_engine, cap) per step, (B, T), 0..cap, without gradient; 1 where ``mask`` is False.
+def importance_weights(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float, correction: str = "token_tis"
+) -> Tensor:
+    """Return the weights of the engine's samples, (B, T), 0..cap, without gradient; 1 where ``mask`` is False.
+
+    With r = π_learner / π_engine: ``token_tis`` is min(r, cap) per step. ``sequence_tis`` is min(R, cap) with R the product
+    of a trajectory's r, the same for all of its steps. ``sequence_mask`` is R where it is at most ``cap``, else 0.
 
     The log-ratio is cut at ±``LOG_RATIO_BOUND``.
 
@@ -115,8 +108,27 @@ def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Ten
     importance sampling (Ionides 2008; between engine and learner: Yao et al. 2025, "Your Efficient RL Framework
     Secretly Brings You Off-Policy RL Training") makes the engine's samples count as the learner's.
     """
-    log_weight = torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach()
-    return torch.exp(bounded(log_weight)).clamp(max=cap)
+    log_weight = mismatch(old_logprobs, rollout_logprobs, mask, correction)
+    weights = torch.exp(bounded(log_weight))
+    weights = torch.where(weights > cap, 0.0, weights) if correction == "sequence_mask" else weights.clamp(max=cap)
+    return torch.where(mask, weights, 1.0)
+
+
+def mismatch(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, correction: str) -> Tensor:
+    """Return log(π_learner / π_engine) of each step, or of its whole trajectory, (B, T), detached; 0 where masked for tokens."""
+    if correction not in CORRECTIONS:
+        raise ValueError(f"rollout_correction={correction!r} is unknown; use one of {', '.join(CORRECTIONS)}")
+    difference = torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach()
+    return difference if correction == "token_tis" else difference.sum(-1, keepdim=True).expand_as(difference)
+
+
+Surrogate = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
+Level = Literal["token", "sequence"]
+
+
+def clipped_surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """Return −min(ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A) per step, (B, T) (PPO, arXiv 1707.06347, eq. 7)."""
+    return -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
 
 
 def grpo_loss(
@@ -135,6 +147,9 @@ def grpo_loss(
     importance_cap: float = 2.0,
     lengths: Tensor | None = None,
     kl_log_ratio: Tensor | None = None,
+    correction: str = "token_tis",
+    level: Level = "token",
+    surrogate: Surrogate = clipped_surrogate,
 ) -> tuple[Tensor, LossStats]:
     """Return the clipped surrogate plus KL, as this micro-batch's share of the batch's loss, and its statistics.
 
@@ -158,6 +173,9 @@ def grpo_loss(
         importance_cap: C of the truncation, > 0.
         lengths: (B,) steps that count in each whole trajectory, where T is only a part of them (``sequence`` divides by
             it); None: the mask's own.
+        correction: how ``rollout_logprobs`` weigh (see :func:`importance_weights`).
+        level: ``token``: a ratio per step. ``sequence``: one per trajectory, the geometric mean of its steps'.
+        surrogate: what a step's ratio and advantage come to, the clipped one by default.
         kl_log_ratio: (B, T) Δ of which ``kl`` took an exp (k3), only to be counted where it was cut; None: of nothing.
 
     Returns:
@@ -171,14 +189,15 @@ def grpo_loss(
         advantages = advantages[:, None]
     # Padding may hold anything; where() before exp() keeps it out of the value and of the gradient.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    if level == "sequence":
+        log_ratio = (log_ratio.sum(-1) / mask.sum(-1).clamp(min=1))[:, None].expand_as(log_ratio)
     ratio = torch.exp(bounded(log_ratio))
-    clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    per_step = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    per_step = surrogate(torch.where(mask, logprobs, 0.0), ratio, advantages, clip_low, clip_high)
     truncated, exponents = 0.0, [log_ratio]
     if rollout_logprobs is not None:
-        weights = importance_weights(old_logprobs, rollout_logprobs, mask, importance_cap)
+        weights = importance_weights(old_logprobs, rollout_logprobs, mask, importance_cap, correction)
         per_step = per_step * weights
-        exponents.append(old_logprobs - rollout_logprobs)
+        exponents.append(mismatch(old_logprobs, rollout_logprobs, mask, correction))
         truncated = float((mask & (exponents[-1] > math.log(importance_cap))).sum())
     if kl_log_ratio is not None:
         exponents.append(kl_log_ratio)
@@ -220,3 +239,61 @@ def _stats(
         kl=float(torch.where(mask, kl, 0.0).sum()) if kl is not None else 0.0,
         ratio_max_dev=float(log_ratio.abs().max()) if log_ratio.numel() else 0.0,
     )
+
+
+class Grpo:
+    """GRPO: the clipped ratio of each step, times its trajectory's advantage (arXiv 2402.03300)."""
+
+    level: ClassVar[Level] = "token"
+    surrogate = staticmethod(clipped_surrogate)
+
+    def __init__(self, settings: GrpoSection, longest: int = 0) -> None:
+        """``longest``: steps of the longest possible trajectory, the divisor of ``loss_norm="constant"``."""
+        if settings.loss_norm == "constant" and longest < 1:
+            raise ValueError(
+                "loss_norm=constant needs the longest possible trajectory, e.g. the longest completion in tokens"
+            )
+        self.settings, self.longest = settings, longest
+
+    @property
+    def gate_tolerance(self) -> float:
+        """A fifth of the clip range."""
+        return self.settings.clip_low / 5
+
+    def normaliser(self, mask: Tensor) -> float:
+        """Return the micro-batch's share of the count (see :func:`normaliser`)."""
+        return normaliser(mask, self.settings.loss_norm, self.longest)
+
+    def loss(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        *,
+        rollout_logprobs: Tensor,
+        kl: Tensor | None = None,
+        kl_log_ratio: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, LossStats]:
+        """Return the sum over the micro-batch and its statistics (see :func:`grpo_loss`)."""
+        settings = self.settings
+        return grpo_loss(
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            loss_norm=settings.loss_norm,
+            normaliser=1.0,
+            kl=kl,
+            beta=settings.kl_beta,
+            rollout_logprobs=rollout_logprobs if settings.old_logprobs == "rollout" else None,
+            importance_cap=settings.importance_cap,
+            correction=settings.rollout_correction if isinstance(settings, TokenGrpoSection) else "token_tis",
+            lengths=lengths,
+            kl_log_ratio=kl_log_ratio,
+            level=self.level,
+            surrogate=self.surrogate,
+        )

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from actors.learner.advantages import group_advantages
-from actors.learner.grpo import LossStats, bounded, grpo_loss, importance_weights, k3, kl_estimate, normaliser
+from actors.learner.objectives.base import LossStats
+from actors.learner.objectives.grpo import (
+    bounded,
+    grpo_loss,
+    importance_weights,
+    k3,
+    kl_estimate,
+    normaliser,
+)
 
 
 def test_advantages_by_hand() -> None:

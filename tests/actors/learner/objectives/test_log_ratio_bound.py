@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from actors.learner.batches import plan_batch
 from actors.learner.group import merge_reports
-from actors.learner.grpo import LOG_RATIO_BOUND
-from actors.learner.spec import GrpoSpec, LearnerSpec
+from actors.learner.objectives.grpo import LOG_RATIO_BOUND
+from actors.learner.objectives.settings import GrpoSection
+from actors.learner.spec import LearnerSpec
 from actors.learner.trainable import LoraSpec
 from actors.learner.trainer import Trainer
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
@@ -49,7 +50,7 @@ def test_an_update_far_from_its_reference_is_applied_and_says_what_was_cut(mesh:
     with policy.reference():
         delta = (policy.forward(policy.collate(items)).logprobs - out.logprobs)[out.mask].detach()
     assert float(delta.max()) > 89  # exp would be infinite
-    spec = LearnerSpec("toy", "3", lora=LORA, grpo=GrpoSpec(kl_beta=0.1, kl_estimator=estimator))
+    spec = LearnerSpec("toy", "3", lora=LORA, learning=GrpoSection(kl_beta=0.1, kl_estimator=estimator))
     trainer = Trainer(policy, spec, mesh, torch.device("cpu"))
     plan = plan_batch(items, ranks=1, micro_batch=32, updates=1)[0]
     metrics = merge_reports([trainer.update(plan)], spec)
@@ -63,7 +64,7 @@ def test_an_engine_far_away_is_counted_too(mesh: DeviceMesh) -> None:
     """Engine and learner 90 nats apart in one completion of twelve; without an advantage it is not a number either."""
     items = experiences(4, 3)
     items[0] = replace(items[0], rollout_logprobs=items[0].rollout_logprobs - 90, advantage=0.0)
-    spec = LearnerSpec("toy", "3", lora=LORA, grpo=GrpoSpec(old_logprobs="rollout"))
+    spec = LearnerSpec("toy", "3", lora=LORA, learning=GrpoSection(old_logprobs="rollout"))
     trainer = Trainer(ToyPolicy.load("3", lora=LORA), spec, mesh, torch.device("cpu"))
     metrics = merge_reports([trainer.update(plan_batch(items, ranks=1, micro_batch=32, updates=1)[0])], spec)
     tokens = sum(len(item.token_ids) for item in items)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from actors.learner.grpo import grpo_loss, kl_estimate
+from actors.learner.objectives.grpo import grpo_loss, kl_estimate
 
 LOGITS = torch.tensor([0.3, -0.2, 1.1, -1.5], dtype=torch.float64)
 REFERENCE = torch.log_softmax(torch.tensor([1.0, 0.4, -0.3, 0.2], dtype=torch.float64), 0)

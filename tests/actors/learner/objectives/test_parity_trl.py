@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 from actors.learner.advantages import group_advantages
-from actors.learner.grpo import LossStats, grpo_loss, importance_weights, k3, normaliser
+from actors.learner.objectives.base import LossStats
+from actors.learner.objectives.grpo import grpo_loss, importance_weights, k3, normaliser
+from actors.learner.objectives.settings import CispoSection, GspoSection, TokenGrpoSection
+from actors.learner.objectives.table import make_objective
 
 LENGTH = 11  # TRL's max_completion_length, our constant_length
 TRL_LOSS = {"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}
@@ -82,9 +85,14 @@ class LossOnly:
     def _get_per_token_logps_and_entropies(self, model: Batch, *_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:
         return model.logprobs, torch.zeros_like(model.old), None
 
-    def __call__(self, data: Batch, cap: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, data: Batch, cap: float, correction: str = "token_tis") -> tuple[Tensor, Tensor]:
         """Return the loss and its gradient with respect to the current log-probabilities."""
         mask = data.mask.long()
+        difference = (data.old - data.rollout) * mask
+        if correction != "token_tis":
+            difference = difference.sum(-1, keepdim=True)
+        ratio = torch.exp(difference)
+        ratio = ratio.masked_fill(ratio > cap, 0.0) if correction == "sequence_mask" else ratio.clamp(max=cap)
         inputs = {
             "prompt_ids": mask[:, :0],
             "prompt_mask": mask[:, :0],
@@ -93,8 +101,9 @@ class LossOnly:
             "advantages": data.advantages,
             "old_per_token_logps": data.old,
             "ref_per_token_logps": data.ref,
-            # Its mode token_truncate, as the trainer computes it where it generates: see the second test.
-            "importance_sampling_ratio": torch.exp((data.old - data.rollout) * mask).clamp(max=cap),
+            # Its modes token_truncate, sequence_truncate and sequence_mask, as the trainer computes them where it generates:
+            # see the last test.
+            "importance_sampling_ratio": ratio,
             "num_items_in_batch": mask.sum(),
         }
         loss = self.compute(data, inputs)
@@ -145,6 +154,41 @@ def test_loss_and_gradient_equal_trl(trl: Any, loss_norm: str, high: float, beta
         clipped, truncated = clipped + stats.clipped, truncated + stats.truncated
     assert clipped > 50, "the comparison must have met clipped steps"
     assert (truncated > 50) == correction
+
+
+@pytest.mark.parametrize("correction", [None, "token_tis", "sequence_tis", "sequence_mask"])
+@pytest.mark.parametrize("beta", [0.0, 0.04], ids=["no KL", "KL"])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo"])
+def test_each_objective_and_correction_equals_trl(trl: Any, name: str, beta: float, correction: str | None) -> None:
+    """TRL's CISPO takes ε_max itself where ours takes what it is above 1; its sequence weights are (B, 1)."""
+    low, high, cap = (0.2, 0.28, 1.3) if name != "gspo" else (0.05, 0.06, 1.3)
+    norm = "token" if name == "cispo" else "sequence"
+    theirs = LossOnly(trl, norm, low, 1.0 + high if name == "cispo" else high, beta, correction is not None)
+    theirs.loss_type = "cispo" if name == "cispo" else "grpo"
+    theirs.importance_sampling_level = "sequence" if name == "gspo" else "token"
+    kind = {"grpo": TokenGrpoSection, "gspo": GspoSection, "cispo": CispoSection}[name]
+    switches = {"old_logprobs": "rollout", "rollout_correction": correction} if correction else {}
+    settings = kind(clip_low=low, clip_high=high, loss_norm=norm, kl_beta=beta, importance_cap=cap, **switches)
+    if name == "cispo":
+        settings = settings.model_copy(update={"clip_low": 1.0})
+    ours = make_objective(name, settings)
+    clipped = truncated = 0.0
+    for seed in range(20):
+        data = random_batch(SHAPES[seed % len(SHAPES)], seed)
+        kl = k3(data.logprobs, data.ref)
+        total, stats = ours.loss(
+            data.logprobs, data.old, data.advantages, data.mask, rollout_logprobs=data.rollout, kl=kl
+        )
+        loss = total / ours.normaliser(data.mask)
+        (gradient,) = torch.autograd.grad(loss, data.logprobs)
+        expected, expected_gradient = theirs(data, cap, correction or "token_tis")
+        torch.testing.assert_close(loss.detach(), expected, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-12, rtol=1e-12)
+        if name == "cispo":
+            assert stats.clipped_high / stats.steps == pytest.approx(theirs.metric("cispo_clip_ratio"), abs=1e-6)
+        clipped, truncated = clipped + stats.clipped, truncated + stats.truncated
+    assert clipped > 50, "the comparison must have met clipped steps"
+    assert (truncated > 50) == (correction is not None)
 
 
 VOCAB, PAD, EOS, GROUP = 16, 0, 1, 4

@@ -1,0 +1,175 @@
+"""Settings of the objectives, as a run's YAML holds them. No torch: the command line reads them.
+
+Responsible for keys, defaults and ranges; the losses are in the modules of the objectives' names.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from actors.settings import Positive, Section, cite
+
+
+class GrpoSection(Section):
+    """Group-relative policy optimisation (ALGORITHM.md: GRPO, common to both stages)."""
+
+    clip_low: float = Field(
+        0.2,
+        gt=0,
+        description="Lower clip range: ratios below 1 - clip_low have no gradient.",
+        json_schema_extra=cite("PPO", "DAPO"),
+    )
+    clip_high: float = Field(
+        0.2,
+        gt=0,
+        description="Upper clip range: ratios above 1 + clip_high have no gradient; above clip_low it is clip-higher.",
+        json_schema_extra=cite("PPO", "DAPO"),
+    )
+    kl_beta: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL to the reference: the model without its adapter, or a frozen copy. 0 spares the "
+        "reference pass.",
+        json_schema_extra=cite("GRPO"),
+    )
+    std_norm: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="Standard deviation that divides advantages: the group's, the whole batch's, or none.",
+        json_schema_extra=cite("GRPO", "Flow-GRPO", "Dr.GRPO"),
+    )
+    normalise_rewards: bool = Field(
+        False,
+        description="Standardise each reward component within its group before the weighted sum, so that weights and "
+        "not spreads decide.",
+        json_schema_extra=cite("GDPO"),
+    )
+    loss_norm: Literal["token", "sequence", "constant"] = Field(
+        "token",
+        description="Mean over all tokens or steps of the batch (token, DAPO), mean of each trajectory's mean (sequence, "
+        "GRPO), or sum divided by the longest possible trajectory (constant, Dr.GRPO).",
+        json_schema_extra=cite("DAPO", "GRPO", "Dr.GRPO"),
+    )
+    old_logprobs: Literal["learner", "rollout"] = Field(
+        "learner",
+        description="Whose policy the samples count as: the learner's own, or the engine's, which weights each step by "
+        "min(p_learner / p_engine, C), truncated importance sampling.",
+        json_schema_extra=cite("PPO", "AReaL"),
+    )
+    importance_cap: float = Field(
+        2.0,
+        gt=0,
+        description="Cap C of the importance weights, used with old_logprobs=rollout.",
+        json_schema_extra=cite("IMPALA"),
+    )
+    gate_every: Positive = Field(
+        10,
+        description="Optimizer steps between two checks of the ratio gate, with old_logprobs=learner: a second pass over a "
+        "batch that nothing has been learnt from yet must give the same log-probabilities. In between, a batch's first "
+        "step takes them from its own training pass, which is a quarter less work with the same result. 1 checks always.",
+    )
+    updates_per_batch: Positive = Field(
+        1,
+        description="Optimizer steps into which a rollout batch is split, whole groups at a time.",
+        json_schema_extra=cite("PPO", "GRPO"),
+    )
+    epochs_per_batch: Positive = Field(
+        1,
+        description="Times that the learner goes over a rollout batch; ratios stay relative to the policy before the "
+        "first step.",
+        json_schema_extra=cite("PPO"),
+    )
+    min_group: int = Field(2, ge=2, description="A group with fewer scored members is dropped.")
+    kl_estimator: Literal["k1", "k2", "k3", "closed"] | None = Field(
+        None,
+        description="Estimate of the KL; null is the policy's own: k3 over tokens, the closed form over denoising steps.",
+    )
+
+
+class TokenGrpoSection(GrpoSection):
+    """GRPO over the tokens of an answer."""
+
+    rollout_correction: Literal["token_tis", "sequence_tis", "sequence_mask"] = Field(
+        "token_tis",
+        description="How old_logprobs=rollout weights a token, with r = p_learner / p_engine: min(r, C) of the token itself "
+        "(token_tis), min(r, C) of the product over the answer (sequence_tis), or that product where it is at most C and 0 "
+        "where it is above (sequence_mask). `learner/truncated_frac` is the share of tokens that the cap C touched.",
+        json_schema_extra=cite("IMPALA", "AReaL"),
+    )
+
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(  # type: ignore[assignment]
+        "k3",
+        description="Estimate of the KL per token, with D = ref - current: k1 = -D (with the gradient of k2, as its own "
+        "is 0 in expectation), k2 = D^2/2 (the gradient of the KL), k3 = exp(D) - D - 1 (GRPO; the KL's gradient to "
+        "first order).",
+        json_schema_extra=cite("KL estimators", "KL as a loss"),
+    )
+
+
+class FlowGrpoSection(GrpoSection):
+    """GRPO over the stochastic denoising steps of a flow."""
+
+    clip_low: float = Field(
+        1e-3,
+        gt=0,
+        description="Lower clip range; small, because a step's log-probability is a mean over all latent values.",
+        json_schema_extra=cite("VANS", "Flow-GRPO"),
+    )
+    clip_high: float = Field(
+        1e-3, gt=0, description="Upper clip range, as clip_low.", json_schema_extra=cite("VANS", "Flow-GRPO")
+    )
+    kl_beta: float = Field(
+        0.004,
+        ge=0,
+        description="Weight of the KL to the reference: the model without its adapter, or a frozen copy. Paper: 0.004.",
+        json_schema_extra=cite("VANS", "Flow-GRPO"),
+    )
+    loss_norm: Literal["token", "sequence", "constant"] = Field(
+        "sequence",
+        description="As in stage 1, over denoising steps; all trajectories have window_size of them, so the three agree.",
+        json_schema_extra=cite("GRPO"),
+    )
+    kl_estimator: Literal["closed"] = Field(  # type: ignore[assignment]
+        "closed",
+        description="The KL of two Gaussian steps of equal std has a closed form; estimators would only add variance.",
+        json_schema_extra=cite("Flow-GRPO"),
+    )
+
+    @field_validator("kl_estimator", mode="before")
+    @classmethod
+    def _closed(cls, value: Any) -> Any:
+        if value in ("k1", "k2", "k3"):
+            raise ValueError(
+                f"kl_estimator={value}: the flow's KL has a closed form and needs no estimator; leave the key out "
+                "(k1, k2 and k3 are for stage1.grpo)"
+            )
+        return value
+
+
+class GspoSection(TokenGrpoSection):
+    """GSPO: one ratio for a whole answer, the geometric mean of its tokens' ratios, clipped as one."""
+
+    clip_low: float = Field(
+        3e-4,
+        gt=0,
+        description="Lower clip range; small, because the ratio is a mean over all tokens of the answer.",
+        json_schema_extra=cite("GSPO"),
+    )
+    clip_high: float = Field(4e-4, gt=0, description="Upper clip range, as clip_low.", json_schema_extra=cite("GSPO"))
+    loss_norm: Literal["token", "sequence", "constant"] = Field(
+        "sequence",
+        description="As for grpo; sequence gives each answer the same weight, which is GSPO's own.",
+        json_schema_extra=cite("GSPO"),
+    )
+
+
+class CispoSection(TokenGrpoSection):
+    """CISPO: a token's ratio is a weight without gradient, cut from above, and every token keeps its gradient."""
+
+    clip_low: float = Field(
+        1.0, gt=0, description="Lower cut: weights are at least 1 - clip_low. 1 does not cut, which is CISPO's own."
+    )
+    clip_high: float = Field(
+        4.0, gt=0, description="Upper cut: weights are at most 1 + clip_high.", json_schema_extra=cite("CISPO")
+    )

@@ -1,0 +1,18 @@
+"""The ways to learn, by the name that a stage's ``objective`` gives."""
+
+from __future__ import annotations
+
+from actors.learner.objectives.base import Objective
+from actors.learner.objectives.cispo import Cispo
+from actors.learner.objectives.grpo import Grpo
+from actors.learner.objectives.gspo import Gspo
+from actors.learner.objectives.settings import GrpoSection
+
+OBJECTIVES: dict[str, type[Grpo]] = {"grpo": Grpo, "gspo": Gspo, "cispo": Cispo}
+
+
+def make_objective(name: str, settings: GrpoSection, longest: int = 0) -> Objective:
+    """Return the objective called ``name``; ValueError names the known ones."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective={name!r} is unknown; use one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name](settings, longest)
