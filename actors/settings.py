@@ -26,6 +26,7 @@ PAPERS = {
     "MixGRPO": "arXiv:2507.21802",
     "CPS": "arXiv:2509.05952",
     "DiffusionNFT": "arXiv:2509.16117",
+    "AWM": "arXiv:2509.25050",
     "classifier-free guidance": "arXiv:2207.12598",
     "rectified flow": "arXiv:2403.03206",
     "LoRA": "arXiv:2106.09685",

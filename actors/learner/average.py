@@ -17,28 +17,16 @@ from torch.distributed.tensor import DTensor
 from actors.learner.sharding import gather_state
 
 
-class Average:
-    """Average of ``parameters``: m ← d·m + (1 − d)·p with d = min(decay, (1 + step)/(10 + step)).
+class Copy:
+    """A second set of values of ``parameters``, which they can take on for a while."""
 
-    The growing decay forgets the start: after few steps the average is near the weights (the schedule of diffusers'
-    ``EMAModel``). ``decay`` is in (0, 1).
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        if not 0.0 < decay < 1.0:
-            raise ValueError(f"decay={decay} must be in (0, 1); keep no average instead of one that never moves")
-        self.parameters, self.decay = list(parameters), decay
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
         self.values = [_local(p).clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the parameters after optimizer step ``step`` (0 is the first)."""
-        weight = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
-        torch._foreach_lerp_(self.values, [_local(p) for p in self.parameters], weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it, the parameters hold their average; afterwards they are what they were, bit for bit."""
+        """Within it, the parameters hold these values; afterwards they are what they were, bit for bit."""
         held = [_local(p).clone() for p in self.parameters]
         self._write(self.values)
         try:
@@ -47,13 +35,13 @@ class Average:
             self._write(held)
 
     def gather(self, module: nn.Module, trainable_only: bool) -> dict[str, Tensor]:
-        """Return ``gather_state`` of ``module``, whose parameters these are, with their average in them. Collective."""
+        """Return ``gather_state`` of ``module``, whose parameters these are, with these values in them. Collective."""
         with self.applied():
             # Copies: with one rank what is gathered shares the parameters' memory, which gets its own values back.
             return {name: t.clone() for name, t in gather_state(module, trainable_only).items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Return the average as tensors that share its memory and are sharded as the parameters are.
+        """Return the values as tensors that share its memory and are sharded as the parameters are.
 
         A distributed checkpoint writes them and, read in place by any number of ranks, restores them.
         """
@@ -63,6 +51,38 @@ class Average:
     def _write(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             _local(parameter).copy_(value)
+
+
+class Average(Copy):
+    """Average of ``parameters``: m ← d·m + (1 − d)·p with d = min(decay, (1 + step)/(10 + step)).
+
+    The growing decay forgets the start: after few steps the average is near the weights (the schedule of diffusers'
+    ``EMAModel``). ``decay`` is in (0, 1).
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"decay={decay} must be in (0, 1); keep no average instead of one that never moves")
+        super().__init__(parameters)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after optimizer step ``step`` (0 is the first)."""
+        weight = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
+        torch._foreach_lerp_(self.values, [_local(p) for p in self.parameters], weight)
+
+
+class Behaviour(Copy):
+    """The weights that sample, which follow those that learn (DiffusionNFT, arXiv 2509.16117: v_old)."""
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Keep the share ``decay`` (0…1) of themselves, and take the rest from the parameters; 0 takes them as they are."""
+        if decay == 0.0:
+            torch._foreach_copy_(self.values, [_local(p) for p in self.parameters])
+        else:
+            torch._foreach_lerp_(self.values, [_local(p) for p in self.parameters], 1.0 - decay)
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

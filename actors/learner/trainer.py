@@ -13,7 +13,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import DeviceMesh
 
 from actors.learner import lora
-from actors.learner.average import Average
+from actors.learner.average import Average, Behaviour
 from actors.learner.batches import MicroBatch, RankPlan
 from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_facts, save_tensors
+from actors.learner.objectives.base import Prepared, RankReport, Step
 from actors.learner.objectives.table import make_objective
 from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
 from actors.learner.spec import LearnerSpec, learning_rate
@@ -39,28 +39,6 @@ from cluster.errors import CheckpointError, CheckpointWriteError, TrainingError
 from cluster.storage import write_failure
 
 STATE_FILE = "learner.json"
-
-
-@dataclass
-class RankReport:
-    """One rank's share of an update's figures: the group adds ``sums``, takes the largest of ``maxima``; ``common``
-    is equal.
-    """
-
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    maxima: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    common: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class _Prepared:
-    """A collated micro-batch with what does not depend on the current weights."""
-
-    micro: MicroBatch
-    batch: Any
-    advantages: Tensor  # (B,)
-    rollout: Tensor  # (B, T)
-    old: Tensor | None = None  # (B, T)
 
 
 def step_names(experience: Experience) -> list[str]:
@@ -107,6 +85,7 @@ class Trainer:
             self.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
         )
         self.average = Average(self.parameters, optim.ema) if optim.ema > 0 else None
+        self.sampled = Behaviour(self.parameters) if self.objective.keeps_behaviour else None
         self._offloader = Offloader(device) if spec.offload != "none" else None
         self.offload()
 
@@ -134,8 +113,9 @@ class Trainer:
         """Yield what moves between host and device: the optimizer's state and the average, or the parameters too."""
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
-        if self.average is not None:
-            yield from self.average.values
+        for copy_ in (self.average, self.sampled):
+            if copy_ is not None:
+                yield from copy_.values
         if self.spec.offload == "all":
             yield from module_tensors(self.policy.module, self.frozen, *getattr(self.policy, "frozen_parts", ()))
 
@@ -162,78 +142,60 @@ class Trainer:
         for name, value in self._counters().items():
             report.sums[name] += value - counted[name]
         order = prepared * epochs
-        for step in prepared if self._gate_due(len(order)) else prepared[1:]:
-            for item in step:
-                with torch.no_grad():
-                    out = self.policy.forward(item.batch)
-                item.old = out.logprobs.detach()
-                self._compare(report, item, out)
+        gate = self._gate_due(len(order))
+        self.objective.before(self, prepared, gate, lambda item, out: self._compare(report, item, out))
         for index, step in enumerate(order):
             self._step(step, report, first=index == 0)
+        if self.sampled is not None:
+            self.sampled.follow(self.objective.behaviour_decay)
         report.common |= {"skipped": float(self.skipped), "updates": float(len(order))}
         return report
 
     def _gate_due(self, coming: int) -> bool:
         """Return whether one of the ``coming`` optimizer steps is a multiple of ``gate_every``: the same after a restart."""
-        settings = self.objective.settings
-        return settings.old_logprobs == "learner" and -self.steps % settings.gate_every < coming
+        if self.objective.gate_tolerance(self.spec.dtype) is None:
+            return False
+        return -self.steps % self.objective.settings.gate_every < coming
 
     def _counters(self) -> dict[str, float]:
         """Return what the policy counts of its inputs' processing, where it does."""
         counters = getattr(self.policy, "counters", None)
         return counters() if counters is not None else {}
 
-    def _prepare(self, micro: MicroBatch) -> _Prepared:
+    def _prepare(self, micro: MicroBatch) -> Prepared:
         items = micro.items
         advantages = torch.tensor([i.advantage for i in items], dtype=torch.float32, device=self.device)
         rollout = self.policy.rollout_logprobs(items).to(self.device, torch.float32)
-        return _Prepared(micro, self.policy.collate(items), advantages, rollout)
+        return Prepared(micro, self.policy.collate(items), advantages, rollout)
 
-    def _step(self, step: list[_Prepared], report: RankReport, first: bool) -> None:
+    def _step(self, step: list[Prepared], report: RankReport, first: bool) -> None:
         count = total = deviation = 0.0
         sums: dict[str, float] = defaultdict(float)
+        here = Step(self.spec.seed, self.steps, first)
         self.optimizer.zero_grad(set_to_none=True)
         for k, item in enumerate(step):
-            parts, outputs = self._parts(item), []
-            for p, (steps, batch, lengths) in enumerate(parts):
-                sync_gradients(self.policy.module, k == len(step) - 1 and p == len(parts) - 1)
-                out = self.policy.forward(batch)
-                mask = out.mask if item.micro.real else torch.zeros_like(out.mask)
-                old = out.logprobs.detach() if item.old is None else item.old[:, steps]
-                kl, kl_log_ratio = self._kl(batch, out)
-                # Divided by the global count after the last micro-batch: only then is it known, and gradients are
-                # linear in it.
-                loss, stats = self.objective.loss(
-                    out.logprobs,
-                    old,
-                    item.advantages,
-                    mask,
-                    rollout_logprobs=item.rollout[:, steps],
-                    kl=kl,
-                    kl_log_ratio=kl_log_ratio,
-                    lengths=lengths,
-                )
-                loss.backward()
-                total += float(loss.detach())
-                deviation = max(deviation, stats.ratio_max_dev)
-                for name in ("steps", "ratio", "clipped", "clipped_low", "clipped_high", "truncated", "bounded", "kl"):
-                    sums[name] += getattr(stats, name)
-                if out.entropy is not None:
-                    sums["entropy"] += float(torch.where(mask, out.entropy, 0.0).sum())
-                outputs.append((out.logprobs.detach(), out.mask))
-            logprobs, full = (torch.cat(rows, dim=1) for rows in zip(*outputs))
-            if item.old is None:
-                item.old = logprobs
-                self._compare(report, item, PolicyOutput(logprobs, full))
-            counted = full if item.micro.real else torch.zeros_like(full)
-            count += self.objective.normaliser(counted)
+            pieces, outputs = self._parts(item), []
+            for p, piece in enumerate(pieces):
+                sync_gradients(self.policy.module, k == len(step) - 1 and p == len(pieces) - 1)
+                part = self.objective.part(self, item, piece, here)
+                part.loss.backward()
+                total += float(part.loss.detach())
+                deviation = max(deviation, part.deviation)
+                for name, value in part.sums.items():
+                    sums[name] += value
+                if part.output is not None:
+                    outputs.append(part.output)
+            if outputs and item.old is None:
+                item.old = torch.cat([out.logprobs for out in outputs], dim=1)
+                self._compare(report, item, PolicyOutput(item.old, torch.cat([out.mask for out in outputs], dim=1)))
+            count += self.objective.count(item, outputs)
         if first:
             self._gate(deviation, report)
         self._apply(total, count, report)
         for name, value in sums.items():
             report.sums[name] += value
 
-    def _parts(self, item: _Prepared) -> list[tuple[slice, Any, Tensor | None]]:
+    def _parts(self, item: Prepared) -> list[tuple[slice, Any, Tensor | None]]:
         """Return what of ``item`` gets a forward and backward of its own: which of its steps, their batch, and how many
         steps each trajectory has in all (None where it is not cut).
         """
@@ -243,18 +205,9 @@ class Trainer:
         lengths = item.batch.mask.sum(-1)
         return [(steps, batch, lengths) for steps, batch in split(item.batch, self.spec.micro_steps)]
 
-    def _kl(self, batch: Any, out: PolicyOutput) -> tuple[Tensor | None, Tensor | None]:
-        """Return the KL per step, and the log-ratio of which it takes an exp: k3 alone does, the closed form does not."""
-        estimator = self.objective.settings.kl_estimator
-        if self.objective.settings.kl_beta <= 0:
-            return None, None
-        with torch.no_grad(), self._reference():
-            ref = self.policy.forward(batch)
-        exponent = ref.logprobs - out.logprobs.detach() if out.mean is None and estimator in (None, "k3") else None
-        return self.policy.kl(out, ref, estimator), exponent
-
     @contextmanager
-    def _reference(self) -> Iterator[None]:
+    def reference(self) -> Iterator[None]:
+        """Within it, the policy is the reference: without its adapter, or the frozen copy."""
         if self.frozen is None:
             with self.policy.reference():
                 yield
@@ -266,19 +219,26 @@ class Trainer:
         finally:
             self.policy.module = trained
 
+    @contextmanager
+    def behaviour(self) -> Iterator[None]:
+        """Within it, the policy has the weights that sampled; the learnt ones come back bit for bit."""
+        if self.sampled is None:
+            raise ValueError(
+                f"{self.spec.name}: objective {self.spec.objective} keeps no copy of the weights that sampled"
+            )
+        with self.sampled.applied():
+            yield
+
     def _gate(self, deviation: float, report: RankReport) -> None:
-        """Nothing has been updated yet, so the ratio to the learner's own old policy must be 1 (ALGORITHM: ratio
-        gate).
-        """
-        settings, tolerance = self.objective.settings, self.objective.gate_tolerance
+        """Nothing has been learnt from this batch yet, so the objective's gate must hold (ALGORITHM: ratio gate)."""
+        tolerance = self.objective.gate_tolerance(self.spec.dtype)
         (deviation,) = self._reduce([deviation], dist.ReduceOp.MAX)
         report.common["ratio_max_dev"] = deviation
-        if settings.old_logprobs == "learner" and deviation > tolerance:
+        if tolerance is not None and deviation > tolerance:
             raise TrainingError(
-                f"{self.spec.name}: ratio gate: before any update the log-ratio to the old policy reaches "
-                f"{deviation:.3g}, more than {tolerance:.3g} (for {self.spec.objective} with clip_low={settings.clip_low:g}); two "
-                "passes of the same policy must agree. Look for dropout or other randomness in the policy, or use dtype "
-                f"float32 (now {self.spec.dtype})"
+                f"{self.spec.name}: {self.objective.gate_name} reaches {deviation:.3g}, more than {tolerance:.3g} "
+                f"({self.spec.objective}); two passes of the same policy must agree. Look for dropout or other randomness in the "
+                f"policy, for stale weights, or use dtype float32 (now {self.spec.dtype})"
             )
 
     def _apply(self, total: float, count: float, report: RankReport) -> None:
@@ -323,7 +283,7 @@ class Trainer:
         return tensor.tolist()
 
     @torch.no_grad()
-    def _compare(self, report: RankReport, item: _Prepared, out: PolicyOutput) -> None:
+    def _compare(self, report: RankReport, item: Prepared, out: PolicyOutput) -> None:
         """Note |log-probability of the learner − of the sampler|, overall and by :func:`step_names`."""
         if not item.micro.real:
             return
@@ -341,7 +301,7 @@ class Trainer:
 
     def weights(self, averaged: bool = False) -> Weights | None:
         """Return the trained weights on rank 0, None elsewhere: the adapter under PEFT's names, or the whole state
-        dict. Rollouts need them as they are; ``averaged`` asks for their moving average, where one is kept.
+        dict. Rollouts need them as they are, or as the objective lets them sample; ``averaged`` asks for their moving average.
         """
         adapter = lora.has_lora(self.policy.module)
         state = self._gather(adapter, averaged)
@@ -354,8 +314,9 @@ class Trainer:
 
     def _gather(self, adapter: bool, averaged: bool) -> dict[str, Tensor]:
         """Return the trained weights, or their average where one is kept, whole on rank 0."""
-        if averaged and self.average is not None:
-            return self.average.gather(self.policy.module, trainable_only=adapter)
+        copy_ = self.average if averaged and self.average is not None else None if averaged else self.sampled
+        if copy_ is not None:
+            return copy_.gather(self.policy.module, trainable_only=adapter)
         return gather_state(self.policy.module, trainable_only=adapter)
 
     def export(self, folder: str) -> None:
@@ -390,6 +351,8 @@ class Trainer:
         tensors: dict[str, Any] = {"model": model, "optimizer": optimizer_tensors(optimizer)}
         if self.average is not None:
             tensors["average"] = self.average.state()
+        if self.sampled is not None:
+            tensors["behaviour"] = self.sampled.state()
         return optimizer, tensors
 
     def save(self, folder: str) -> None:
@@ -465,4 +428,5 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         spec = self.spec.lora
         adapter = None if spec is None else {"rank": spec.rank, "alpha": spec.alpha}
-        return {"kind": self.spec.kind, "lora": adapter, "ema": self.spec.optim.ema}
+        facts = {"kind": self.spec.kind, "lora": adapter, "ema": self.spec.optim.ema}
+        return facts | ({"behaviour": True} if self.sampled is not None else {})

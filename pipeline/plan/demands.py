@@ -144,18 +144,15 @@ class _Count:
         return self._learn(forward, stage, rollout)
 
     def _learn(self, forward: costs.Flops, stage: Stage1Section | Stage2Section, rollout: RolloutSection) -> Demand:
-        learner, grpo = self.config.learner, stage.learning
+        learner, objective = self.config.learner, stage.learning
         again = forward.update(
             lora=stage.lora.rank > 0,
             checkpointing=learner.activation_checkpointing,
-            kl=grpo.kl_beta > 0,
+            kl=objective.kl_beta > 0,
             old_pass=False,
         )
-        # Of a batch's first update, old log-probabilities are made for the ratio gate alone; of the others, always.
-        steps = grpo.updates_per_batch * grpo.epochs_per_batch
-        gate = min(1.0, steps / grpo.gate_every) if grpo.old_logprobs == "learner" else 0.0
-        old = forward.total * (grpo.updates_per_batch - 1 + gate) / grpo.updates_per_batch
-        seconds = (again.total * grpo.epochs_per_batch + old) / self.rates.flops(learner.dtype)
+        each = again.total + forward.total * objective.forwards()
+        seconds = each * objective.epochs_per_batch / self.rates.flops(learner.dtype)
         return Demand("learn", "learner", rollout.prompts_per_step * rollout.group_size, seconds, source="FLOPs")
 
     def publish(self, stage: str) -> Demand | None:

@@ -21,7 +21,6 @@ class Cispo(Grpo):
 
     surrogate = staticmethod(cut_weights)
 
-    @property
-    def gate_tolerance(self) -> float:
+    def gate_tolerance(self, dtype: str) -> float | None:
         """A fifth of PPO's usual clip range: this objective's own says nothing of how far passes may differ."""
-        return 0.2 / 5
+        return 0.2 / 5 if self.settings.old_logprobs == "learner" else None

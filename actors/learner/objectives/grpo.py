@@ -7,14 +7,16 @@ sum of the micro-batch losses is the loss of the whole batch, however it is cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import ClassVar, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from actors.learner.objectives.base import LossStats
+from actors.learner.objectives.base import LossStats, Models, Part, Prepared, Step
 from actors.learner.objectives.settings import GrpoSection, TokenGrpoSection
+from actors.learner.trainable import PolicyOutput
 
 LOSS_NORMS = ("token", "sequence", "constant")
 TOKEN_ESTIMATORS = ("k1", "k2", "k3")
@@ -244,6 +246,9 @@ def _stats(
 class Grpo:
     """GRPO: the clipped ratio of each step, times its trajectory's advantage (arXiv 2402.03300)."""
 
+    keeps_behaviour = False
+    behaviour_decay = 0.0
+    gate_name = "ratio gate: before any update the log-ratio to the old policy"
     level: ClassVar[Level] = "token"
     surrogate = staticmethod(clipped_surrogate)
 
@@ -255,10 +260,62 @@ class Grpo:
             )
         self.settings, self.longest = settings, longest
 
-    @property
-    def gate_tolerance(self) -> float:
-        """A fifth of the clip range."""
-        return self.settings.clip_low / 5
+    def gate_tolerance(self, dtype: str) -> float | None:
+        """A fifth of the clip range; no gate where the samples count as the engine's."""
+        return self.settings.clip_low / 5 if self.settings.old_logprobs == "learner" else None
+
+    def before(
+        self,
+        models: Models,
+        steps: Sequence[Sequence[Prepared]],
+        gate: bool,
+        note: Callable[[Prepared, PolicyOutput], None],
+    ) -> None:
+        """Make the old log-probabilities. The first step's are those of its training pass, unless the gate compares the two."""
+        for step in steps if gate else steps[1:]:
+            for item in step:
+                with torch.no_grad():
+                    out = models.policy.forward(item.batch)
+                item.old = out.logprobs.detach()
+                note(item, out)
+
+    def part(self, models: Models, item: Prepared, piece: tuple[slice, Any, Tensor | None], step: Step) -> Part:
+        """Return the loss of one piece (see :func:`grpo_loss`), its figures and its log-probabilities."""
+        steps, batch, lengths = piece
+        out = models.policy.forward(batch)
+        mask = out.mask if item.micro.real else torch.zeros_like(out.mask)
+        old = out.logprobs.detach() if item.old is None else item.old[:, steps]
+        kl, kl_log_ratio = self._kl(models, batch, out)
+        # Divided by the global count after the last micro-batch: only then is it known, and gradients are linear in it.
+        loss, stats = self.loss(
+            out.logprobs,
+            old,
+            item.advantages,
+            mask,
+            rollout_logprobs=item.rollout[:, steps],
+            kl=kl,
+            kl_log_ratio=kl_log_ratio,
+            lengths=lengths,
+        )
+        sums = {name: value for name, value in asdict(stats).items() if name != "ratio_max_dev"}
+        if out.entropy is not None:
+            sums["entropy"] = float(torch.where(mask, out.entropy, 0.0).sum())
+        return Part(loss, sums, stats.ratio_max_dev, PolicyOutput(out.logprobs.detach(), out.mask))
+
+    def count(self, item: Prepared, outputs: Sequence[PolicyOutput]) -> float:
+        """Return the micro-batch's share of the count (see :func:`normaliser`)."""
+        mask = torch.cat([out.mask for out in outputs], dim=1)
+        return self.normaliser(mask if item.micro.real else torch.zeros_like(mask))
+
+    def _kl(self, models: Models, batch: Any, out: PolicyOutput) -> tuple[Tensor | None, Tensor | None]:
+        """Return the KL per step, and the log-ratio of which it takes an exp: k3 alone does, the closed form does not."""
+        estimator = self.settings.kl_estimator
+        if self.settings.kl_beta <= 0:
+            return None, None
+        with torch.no_grad(), models.reference():
+            ref = models.policy.forward(batch)
+        exponent = ref.logprobs - out.logprobs.detach() if out.mean is None and estimator in (None, "k3") else None
+        return models.policy.kl(out, ref, estimator), exponent
 
     def normaliser(self, mask: Tensor) -> float:
         """Return the micro-batch's share of the count (see :func:`normaliser`)."""

@@ -5,28 +5,19 @@ Responsible for keys, defaults and ranges; the losses are in the modules of the 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from actors.settings import Positive, Section, cite
 
 
-class GrpoSection(Section):
-    """Group-relative policy optimisation (ALGORITHM.md: GRPO, common to both stages)."""
+class ObjectiveSection(Section):
+    """What every objective has: advantages, the reference, and how often a rollout batch is learnt from."""
 
-    clip_low: float = Field(
-        0.2,
-        gt=0,
-        description="Lower clip range: ratios below 1 - clip_low have no gradient.",
-        json_schema_extra=cite("PPO", "DAPO"),
-    )
-    clip_high: float = Field(
-        0.2,
-        gt=0,
-        description="Upper clip range: ratios above 1 + clip_high have no gradient; above clip_low it is clip-higher.",
-        json_schema_extra=cite("PPO", "DAPO"),
-    )
+    samples: ClassVar[Literal["steps", "ends"]] = "steps"
+    """What a rollout hands on: tokens or stochastic steps with their log-probabilities, or final latents alone."""
+
     kl_beta: float = Field(
         0.0,
         ge=0,
@@ -44,24 +35,6 @@ class GrpoSection(Section):
         description="Standardise each reward component within its group before the weighted sum, so that weights and "
         "not spreads decide.",
         json_schema_extra=cite("GDPO"),
-    )
-    loss_norm: Literal["token", "sequence", "constant"] = Field(
-        "token",
-        description="Mean over all tokens or steps of the batch (token, DAPO), mean of each trajectory's mean (sequence, "
-        "GRPO), or sum divided by the longest possible trajectory (constant, Dr.GRPO).",
-        json_schema_extra=cite("DAPO", "GRPO", "Dr.GRPO"),
-    )
-    old_logprobs: Literal["learner", "rollout"] = Field(
-        "learner",
-        description="Whose policy the samples count as: the learner's own, or the engine's, which weights each step by "
-        "min(p_learner / p_engine, C), truncated importance sampling.",
-        json_schema_extra=cite("PPO", "AReaL"),
-    )
-    importance_cap: float = Field(
-        2.0,
-        gt=0,
-        description="Cap C of the importance weights, used with old_logprobs=rollout.",
-        json_schema_extra=cite("IMPALA"),
     )
     gate_every: Positive = Field(
         10,
@@ -85,6 +58,51 @@ class GrpoSection(Section):
         None,
         description="Estimate of the KL; null is the policy's own: k3 over tokens, the closed form over denoising steps.",
     )
+
+    def forwards(self) -> float:
+        """Return the passes without gradient that an experience gets for each that learns, the reference aside."""
+        return 0.0
+
+
+class GrpoSection(ObjectiveSection):
+    """Group-relative policy optimisation (ALGORITHM.md: GRPO, common to both stages)."""
+
+    clip_low: float = Field(
+        0.2,
+        gt=0,
+        description="Lower clip range: ratios below 1 - clip_low have no gradient.",
+        json_schema_extra=cite("PPO", "DAPO"),
+    )
+    clip_high: float = Field(
+        0.2,
+        gt=0,
+        description="Upper clip range: ratios above 1 + clip_high have no gradient; above clip_low it is clip-higher.",
+        json_schema_extra=cite("PPO", "DAPO"),
+    )
+    loss_norm: Literal["token", "sequence", "constant"] = Field(
+        "token",
+        description="Mean over all tokens or steps of the batch (token, DAPO), mean of each trajectory's mean (sequence, "
+        "GRPO), or sum divided by the longest possible trajectory (constant, Dr.GRPO).",
+        json_schema_extra=cite("DAPO", "GRPO", "Dr.GRPO"),
+    )
+    old_logprobs: Literal["learner", "rollout"] = Field(
+        "learner",
+        description="Whose policy the samples count as: the learner's own, or the engine's, which weights each step by "
+        "min(p_learner / p_engine, C), truncated importance sampling.",
+        json_schema_extra=cite("PPO", "AReaL"),
+    )
+    importance_cap: float = Field(
+        2.0,
+        gt=0,
+        description="Cap C of the importance weights, used with old_logprobs=rollout.",
+        json_schema_extra=cite("IMPALA"),
+    )
+
+    def forwards(self) -> float:
+        """Old log-probabilities: of a batch's first update for the ratio gate alone, of the others always."""
+        steps = self.updates_per_batch * self.epochs_per_batch
+        gate = min(1.0, steps / self.gate_every) if self.old_logprobs == "learner" else 0.0
+        return (self.updates_per_batch - 1 + gate) / steps
 
 
 class TokenGrpoSection(GrpoSection):
@@ -172,4 +190,69 @@ class CispoSection(TokenGrpoSection):
     )
     clip_high: float = Field(
         4.0, gt=0, description="Upper cut: weights are at most 1 + clip_high.", json_schema_extra=cite("CISPO")
+    )
+
+
+class ForwardSection(ObjectiveSection):
+    """Forward-process objectives: clips are noised anew and the velocity is judged, so a rollout is a plain ODE."""
+
+    samples: ClassVar[Literal["steps", "ends"]] = "ends"
+
+    kl_beta: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the squared distance to the reference's velocity: the model without its adapter, or a frozen copy.",
+        json_schema_extra=cite("DiffusionNFT"),
+    )
+    epochs_per_batch: Positive = Field(
+        4,
+        description="Times that the learner goes over a rollout batch, each with a new noise level and new noise for every clip.",
+        json_schema_extra=cite("PPO", "DiffusionNFT"),
+    )
+
+    def forwards(self) -> float:
+        """One by the weights that sampled."""
+        return 1.0
+
+
+class NftSection(ForwardSection):
+    """DiffusionNFT: what scored well pulls the velocity, what scored badly pushes it (docs/objectives.md)."""
+
+    beta: float = Field(
+        0.5,
+        gt=0,
+        description="How far the two implicit velocities v_old + beta (v - v_old) and v_old - beta (v - v_old) reach.",
+        json_schema_extra=cite("DiffusionNFT"),
+    )
+    advantage_max: float = Field(
+        2.0,
+        gt=0,
+        description="Advantage at which a clip counts as wholly good, or, negative, as wholly bad.",
+        json_schema_extra=cite("DiffusionNFT"),
+    )
+    behaviour_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="The weights that sample follow those that learn: after each batch they keep this share of themselves. 0 takes "
+        "the learnt weights as they are.",
+        json_schema_extra=cite("DiffusionNFT"),
+    )
+
+
+class AwmSection(ForwardSection):
+    """Advantage-weighted matching: a clipped ratio of flow-matching losses in the place of likelihoods (docs/objectives.md)."""
+
+    clip_low: float = Field(
+        0.2, gt=0, description="Lower clip range of the ratio.", json_schema_extra=cite("PPO", "AWM")
+    )
+    clip_high: float = Field(
+        0.2, gt=0, description="Upper clip range of the ratio.", json_schema_extra=cite("PPO", "AWM")
+    )
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Weight w of the loss in the ratio exp(w (loss_old - loss)). The loss is a mean over all latent values, so a "
+        "likelihood's weight would be half their number.",
+        json_schema_extra=cite("AWM"),
     )
