@@ -30,8 +30,10 @@ _WORDS: dict[type, str] = {str: "text", int: "a whole number", dict: "an object"
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("stage", "config_digest"), str),
     "step": int,
-    **dict.fromkeys(("cursor", "window", "seeds", "rng", "mlflow_run_ids", "config", "extra"), dict),
+    **dict.fromkeys(("cursor", "seeds", "rng", "mlflow_run_ids", "config", "extra"), dict),
 }
+
+_GONE = ("window",)  # fields of older checkpoints that nothing needs: read and left out
 
 
 @dataclass
@@ -41,7 +43,6 @@ class TrainState:
     stage: str
     step: int
     cursor: dict[str, int] = field(default_factory=lambda: {"epoch": 0, "position": 0})
-    window: dict[str, Any] = field(default_factory=dict)  # state of the SDE window's schedule
     seeds: dict[str, int] = field(default_factory=dict)
     rng: dict[str, Any] = field(default_factory=dict)  # states of the driver's generators, as JSON
     mlflow_run_ids: dict[str, str] = field(default_factory=dict)  # "parent", and one per stage
@@ -70,6 +71,8 @@ class TrainState:
             raise CheckpointError(f"{folder}: no {STATE_FILE}, so this is not a checkpoint of a training run") from None
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON ({error})") from error
+        if isinstance(values, dict):
+            values = {name: value for name, value in values.items() if name not in _GONE}
         names = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or not {"stage", "step"} <= set(values) <= names:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
