@@ -47,7 +47,7 @@ from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.loop import Learners, Stage, StageResult, StageStopped, StepReport, pool_of, run_stage
 from pipeline.stages.recovery import Restarts, serve_restarted, train_with_restarts
 from pipeline.stages.stage1 import Stage1
-from pipeline.stages.stage2 import Stage2
+from pipeline.stages.stage2 import Stage2, window_warnings
 from pipeline.tracking import Tracker, has_store
 from rewards.alarms import AlarmState
 
@@ -84,6 +84,8 @@ def run_training(
     """
     console = console or Console()
     require_trainable(config)
+    for warning in window_warnings(config):
+        console.print(warning, style="bold yellow", markup=False, highlight=False, soft_wrap=True)
     mirror = mirror_of(config)
     checkpoint = _starting_point(config, resume, mirror)
     source = training_source(config)
@@ -138,6 +140,8 @@ def print_plan(config: RunConfig) -> None:
     """Print the resolved configuration and what it asks of the cluster."""
     console = Console()
     console.print(to_yaml(config), highlight=False, markup=False)
+    for warning in window_warnings(config):
+        console.print(warning, style="bold yellow", markup=False, highlight=False, soft_wrap=True)
     plan = placement_plan(config)
     console.print(plan.table(), highlight=False, markup=False)
     if "GPU" in plan.total():
@@ -292,7 +296,6 @@ class _Run:
         alarms = AlarmWatch(self.config.alarms.settings, tuple(stage.section.rewards.weights))
         async with self._learners(stage, fleet) as learners:
             if here is not None and state is not None:
-                stage.restore(state.window)
                 alarms.state = AlarmState.from_json(state.extra["alarms"])
                 async with at_rest(fleet):
                     for policy, learner in learners.items():
@@ -344,7 +347,6 @@ class _Run:
             stage.name,
             step,
             cursor=cursor.to_json(),
-            window=stage.state(),
             mlflow_run_ids=dict(self.run_ids),
             extra={
                 "versions": {pool.name: pool.stats().version for pool in stage.fleet.pools()} | trained,

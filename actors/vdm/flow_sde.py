@@ -12,15 +12,15 @@ noise level, MixGRPO (arXiv 2507.21802) for the sliding window.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from actors.records import NoiseSchedule, SdeSpec, derive_seed
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import ConfigError
 
 WindowKind = Literal["fixed", "progressive", "random"]
 NUM_TRAIN_TIMESTEPS = 1000
@@ -152,13 +152,49 @@ def check_window(spec: SdeSpec, steps: int) -> None:
         )
 
 
-@dataclass
+def surplus_noise(sigmas: Tensor, schedule: NoiseSchedule, level: float) -> Tensor:
+    """Return how much noise each step but the last leaves beyond what its target sigma stands for: float32 (steps - 1,).
+
+    sigmas: (steps + 1,), a whole grid. The value is a share of the target sigma, >= 0. A stochastic step from sigma to
+    sigma' keeps sigma' - std^2 / (2 sigma) of the old noise and adds std of new noise (see :func:`transition`). Together
+    their variance is sigma'^2 + surplus^2 with
+
+        surplus^2 = std^2 (sigma - sigma') / sigma + (std^2 / (2 sigma))^2.
+
+    The model is told sigma' and removes as much. So with a share q of surplus the final latents are sqrt(1 + q^2) times
+    as wide as the ODE's, where the data are small beside sigma'; the surplus of a late step stays in them as grain. It
+    is 0 for ``cps``, which keeps the variance (arXiv 2509.05952 shows the surplus of the others).
+    """
+    sigma, following = sigmas[:-2], sigmas[1:-1]
+    if schedule == "cps":
+        return torch.zeros_like(sigma)
+    variance = noise_scale(sigma, sigmas[1], schedule, level) ** 2 * (sigma - following)
+    return torch.sqrt(variance * (sigma - following) / sigma + (variance / (2 * sigma)) ** 2) / following
+
+
+def removable_steps(steps: int, shift: float, schedule: NoiseSchedule, level: float) -> range:
+    """Return the steps that may be stochastic, as far as the steps after them can remove the noise; empty if none can.
+
+    A step may where its surplus (:func:`surplus_noise`) is at most the target sigma itself: the latents then end at most
+    sqrt(2) times as wide as the ODE's. The last step never may. Steps that may are the late ones' predecessors, all but
+    for extreme levels; the longest run of them is returned, the first one of equals.
+    """
+    may = (surplus_noise(sigma_grid(steps, shift), schedule, level) <= 1.0).tolist()
+    best = range(0)
+    for first in range(len(may)):
+        run = range(first, next((i for i in range(first, len(may)) if not may[i]), len(may)))
+        best = run if len(run) > len(best) else best
+    return best
+
+
+@dataclass(frozen=True)
 class WindowSchedule:
     """Where the SDE window of ``size`` steps starts, within the steps [first, last); moves every ``every`` optimizer
     steps.
 
     ``fixed`` stays at ``first``; ``progressive`` moves one step towards the data and starts over at the end (MixGRPO);
-    ``random`` jumps, as a pure function of (seed, number of moves). The only state is ``step``, optimizer steps so far.
+    ``random`` jumps, as a pure function of (seed, number of moves). It has no state: a step's window follows from its
+    number.
     """
 
     kind: WindowKind
@@ -167,7 +203,6 @@ class WindowSchedule:
     size: int
     every: int = 1
     seed: int = 0
-    step: int = field(default=0)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(WindowKind):
@@ -180,11 +215,6 @@ class WindowSchedule:
                 f"optimizer steps: size must be 1…{max(self.last - self.first, 1)} and every at least 1"
             )
 
-    @property
-    def start(self) -> int:
-        """First step of the current window."""
-        return self.start_at(self.step)
-
     def start_at(self, step: int) -> int:
         """Return the first step of the window that is in force at optimizer step ``step``."""
         moves, places = step // self.every, self.last - self.first - self.size + 1
@@ -192,22 +222,3 @@ class WindowSchedule:
             return self.first
         offset = moves if self.kind == "progressive" else derive_seed(self.seed, "sde window", moves)
         return self.first + offset % places
-
-    def advance(self) -> None:
-        """Count one optimizer step."""
-        self.step += 1
-
-    def state(self) -> dict[str, Any]:
-        """Return what :meth:`restore` needs, as plain JSON values."""
-        return {"step": self.step, **self._settings()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``; raises CheckpointError when it was saved under other settings."""
-        saved = {name: state.get(name) for name in self._settings()}
-        if saved != self._settings():
-            raise CheckpointError(f"the checkpoint's SDE window {saved} is not the configured one {self._settings()}")
-        self.step = int(state["step"])
-
-    def _settings(self) -> dict[str, Any]:
-        names = ("kind", "first", "last", "size", "every", "seed")
-        return {name: getattr(self, name) for name in names}

@@ -21,7 +21,7 @@ _WORDS: dict[type, str] = {str: "text", int: "a whole number", dict: "an object"
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("stage", "config_digest"), str),
     **dict.fromkeys(("step", "format"), int),
-    **dict.fromkeys(("cursor", "window", "mlflow_run_ids", "config", "extra"), dict),
+    **dict.fromkeys(("cursor", "mlflow_run_ids", "config", "extra"), dict),
 }
 
 
@@ -32,7 +32,6 @@ class TrainState:
     stage: str
     step: int
     cursor: dict[str, int] = field(default_factory=lambda: {"epoch": 0, "position": 0})
-    window: dict[str, Any] = field(default_factory=dict)  # state of the SDE window's schedule
     mlflow_run_ids: dict[str, str] = field(default_factory=dict)  # "parent", and one per stage
     config_digest: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # dotted keys, to name what differs

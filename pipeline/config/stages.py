@@ -104,8 +104,9 @@ class SdeSection(Section):
     )
     window_range: tuple[int, int] | None = Field(
         None,
-        description="Steps [first, last) within which the window moves; default: all but the last.",
-        json_schema_extra=cite("MixGRPO"),
+        description="Steps [first, last) within which the window moves; default: all whose noise the steps after them can "
+        "remove, by the sigma grid (flow_sde.removable_steps).",
+        json_schema_extra=cite("MixGRPO", "CPS"),
     )
     window_schedule: Literal["fixed", "progressive", "random"] = Field(
         "random",

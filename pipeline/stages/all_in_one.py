@@ -16,11 +16,11 @@ from pipeline.stages.groups import RolloutBatch
 from pipeline.stages.refill import step_of
 from pipeline.stages.rendering import render_request
 from pipeline.stages.stage1 import Stage1, completion_experiences
-from pipeline.stages.stage2 import Windowed, sde_spec, sde_window, trajectory_experiences
+from pipeline.stages.stage2 import sde_spec, sde_window, trajectory_experiences
 
 
 @dataclass
-class AllInOne(Windowed, Stage1):
+class AllInOne(Stage1):
     """Steps, rollout, text sampling, advantages and updates per batch are stage 1's, the SDE and its rendering stage 2's; the loss,
     the optimizer and the adapter of each model are its own stage's.
     """
@@ -46,9 +46,9 @@ class AllInOne(Windowed, Stage1):
             return completion_experiences(batch)
         return trajectory_experiences(batch, self.config.video.reference_frames)
 
-    def metrics(self, batch: RolloutBatch) -> dict[str, float]:
-        """Return what stage 1 measures, and where the window stands."""
-        return {**super().metrics(batch), "sde/window_start": float(self.window.start)}
+    def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
+        """Return what stage 1 measures, and where the window of ``step`` stands."""
+        return {**super().metrics(batch, step), "sde/window_start": float(self.window.start_at(step))}
 
     def _render(self, sample: Sample, caption: str, index: int, step: str) -> RenderRequest:
         seed = (self.config.seed, self.name, step, sample.id)

@@ -55,10 +55,7 @@ class Stage(Protocol):
         self, feed: SampleFeed, step: int, count: int, wave: int = 0
     ) -> list[asyncio.Task[Group | None]]: ...
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]: ...
-    def metrics(self, batch: RolloutBatch) -> dict[str, float]: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: dict[str, Any]) -> None: ...
-    def after_update(self, step: int) -> None: ...
+    def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]: ...
 
 
 Learners = Mapping[str, LearnerGroup]
@@ -133,9 +130,13 @@ async def run_stage(
                 raise StageStopped(step, cursor)
             batch, rollout_s = rolled
             waited = time.monotonic() - started
-            metrics = {**batch.metrics, **stage.metrics(batch), "time/rollout_s": rollout_s, "time/wait_s": waited}
+            metrics = {
+                **batch.metrics,
+                **stage.metrics(batch, step),
+                "time/rollout_s": rollout_s,
+                "time/wait_s": waited,
+            }
             metrics |= await learn(stage, learners, batch)
-            stage.after_update(step)
             metrics |= {"time/step_s": time.monotonic() - started, "data/quarantined": float(len(feed.quarantined))}
             before, since, pools, profiled = pools, profiled, pool_metrics(stage), time.monotonic()
             overlaps = section.rollout.max_staleness > 0

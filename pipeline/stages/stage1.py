@@ -100,20 +100,10 @@ class Stage1:
         """Return what the learner reads, in a fixed order."""
         return completion_experiences(batch)
 
-    def metrics(self, batch: RolloutBatch) -> dict[str, float]:
+    def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """Return what only stage 1 measures."""
         captions = [m.caption for g in batch.groups for m in g.members]
         return {"rollout/format_rate": float(np.mean([bool(c) for c in captions]))} if captions else {}
-
-    def state(self) -> dict:
-        """Return the stage's resumable state: none beyond step and cursor."""
-        return {}
-
-    def restore(self, state: dict) -> None:
-        """Restore what :meth:`state` returned."""
-
-    def after_update(self, step: int) -> None:
-        """Nothing moves between the steps of stage 1."""
 
     def _completion_request(self, sample: Sample, step: str) -> CompletionRequest:
         return CompletionRequest(

@@ -16,8 +16,8 @@ import numpy as np
 from actors.pool import SampleFailed
 from actors.records import Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
 from actors.vdm.conditioning import select_reference_frames
-from actors.vdm.flow_sde import WindowSchedule
-from cluster.errors import TrainingError
+from actors.vdm.flow_sde import WindowSchedule, removable_steps
+from cluster.errors import ConfigError, TrainingError
 from pipeline.config import RunConfig
 from pipeline.fleet import Fleet
 from pipeline.stages.feed import SampleFeed
@@ -42,26 +42,8 @@ class Anchor:
     """Why the thinker could not be asked."""
 
 
-class Windowed:
-    """What a stage that samples the flow as an SDE has to remember: where its window stands."""
-
-    window: WindowSchedule
-
-    def state(self) -> dict:
-        """Return the stage's resumable state: the SDE window."""
-        return self.window.state()
-
-    def restore(self, state: dict) -> None:
-        """Restore what :meth:`state` returned."""
-        self.window.restore(state)
-
-    def after_update(self, step: int) -> None:
-        """Move the window."""
-        self.window.advance()
-
-
 @dataclass
-class Stage2(Windowed):
+class Stage2:
     """How stage 2 samples groups and what its learner reads."""
 
     config: RunConfig
@@ -142,12 +124,11 @@ class Stage2(Windowed):
         """Return what the learner reads, in a fixed order."""
         return trajectory_experiences(batch, self.config.video.reference_frames)
 
-    def metrics(self, batch: RolloutBatch) -> dict[str, float]:
-        """Return what only stage 2 measures, over the anchors of the oldest step that was drawn: steps end in order."""
-        seen = self._seen.pop(min(self._seen), []) if self._seen else []
+    def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
+        """Return what only stage 2 measures, over the anchors that ``step`` has drawn."""
+        seen = self._seen.pop(step, [])
         kept = [a.rouge_l >= self.section.anchor_min_rouge and a.caption is not None for a in seen]
-        start = self.window.start
-        metrics = {"sde/window_start": float(start)}
+        metrics = {"sde/window_start": float(self.window.start_at(step))}
         if seen:
             metrics |= {
                 "anchor/kept": float(np.sum(kept)),
@@ -191,9 +172,15 @@ class Stage2(Windowed):
 
 
 def sde_window(config: RunConfig) -> WindowSchedule:
-    """Return the schedule by which stage 2's SDE window moves."""
+    """Return the schedule by which stage 2's SDE window moves; ConfigError where no place is left for it."""
     sde = config.stage2.sde
-    first, last = sde.window_range or (0, config.stage2.render.steps - 1)
+    steps = window_steps(config)
+    if sde.window_range is None and sde.window_size > len(steps):
+        raise ConfigError(
+            f"stage2.sde.window_size={sde.window_size} is longer than the {len(steps)} steps whose noise the steps after "
+            f"them can remove ({_grid(config)}); shorten the window, lower stage2.sde.level or raise stage2.render.steps"
+        )
+    first, last = sde.window_range or (steps.start, steps.stop)
     return WindowSchedule(
         kind=sde.window_schedule,
         first=first,
@@ -201,6 +188,38 @@ def sde_window(config: RunConfig) -> WindowSchedule:
         size=sde.window_size,
         every=sde.window_every,
         seed=config.seed,
+    )
+
+
+def window_steps(config: RunConfig) -> range:
+    """Return the steps of stage 2's grid whose noise the steps after them can remove: where the window moves by default."""
+    section = config.stage2
+    return removable_steps(section.render.steps, config.models.flow_shift, section.sde.schedule, section.sde.level)
+
+
+def window_warnings(config: RunConfig) -> list[str]:
+    """Return what to say before a run whose stage2.sde.window_range reaches steps whose noise stays in the clips.
+
+    Raises ConfigError where no window has a place. Nothing is said of a run that samples no SDE.
+    """
+    if not (config.stage2.steps if config.training == "two_stage" else config.stage1.steps):
+        return []
+    sde_window(config)
+    given, steps = config.stage2.sde.window_range, window_steps(config)
+    if given is None or not {*range(*given)} - {*steps}:
+        return []
+    fits = f"use [{steps.start}, {steps.stop}], or null for the same" if steps else "lower stage2.sde.level"
+    return [
+        f"stage2.sde.window_range=[{given[0]}, {given[1]}] reaches steps whose noise the steps after them cannot remove "
+        f"({_grid(config)}): clips of such a window are grainy, and their rewards judge the grain; {fits}"
+    ]
+
+
+def _grid(config: RunConfig) -> str:
+    section = config.stage2
+    return (
+        f"stage2.render.steps={section.render.steps}, models.flow_shift={config.models.flow_shift:g}, "
+        f"schedule={section.sde.schedule}, level={section.sde.level:g}"
     )
 
 

@@ -29,7 +29,6 @@ def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
         "stage2",
         7,
         cursor={"epoch": 1, "position": 12},
-        window={"kind": "random", "step": 7},
         extra={"numpy": {"state": 2**127, "inc": 3}},
         mlflow_run_ids={"parent": "abc", "stage2": "def"},
     )
@@ -38,6 +37,18 @@ def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
     latest = store.latest()
     assert latest is not None and (latest.stage, latest.step) == ("stage2", 7)
     assert latest.state == state
+
+
+def test_an_older_state_with_a_window_is_read_without_it(tmp_path: Path) -> None:
+    """The SDE window follows from the step and the configuration; checkpoints that kept it as well go on."""
+    state = TrainState.of(parse_config({}), "stage2", 7, cursor={"epoch": 1, "position": 12})
+    path = state.save(tmp_path)
+    window = {"kind": "random", "first": 0, "last": 4, "size": 2, "every": 1, "seed": 0, "step": 7}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"window": window}))
+    assert TrainState.read(tmp_path) == state
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"windows": window}))
+    with pytest.raises(CheckpointError, match="expected the keys"):
+        TrainState.read(tmp_path)
 
 
 def test_newest_is_by_time_of_writing_over_stages(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ The step against simulations, torch.distributions and the ODE: test_parity_sde.p
 
 from __future__ import annotations
 
-import json
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from actors.records import SdeSpec
 from actors.vdm import flow_sde
 from actors.vdm.flow_sde import Transition, WindowSchedule
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import ConfigError
 
 SHAPE = (3, 4, 2, 3, 3)
 
@@ -75,25 +75,88 @@ def test_window_kinds():
 
 
 @pytest.mark.parametrize("kind", ["fixed", "progressive", "random"])
-def test_window_resumes_where_it_stopped(kind):
-    whole = WindowSchedule(kind, first=0, last=8, size=2, every=3, seed=9)
-    expected = []
-    for _ in range(20):
-        expected.append(whole.start)
-        whole.advance()
-    first = WindowSchedule(kind, first=0, last=8, size=2, every=3, seed=9)
-    seen = []
-    for _ in range(7):
-        seen.append(first.start)
-        first.advance()
-    second = WindowSchedule(kind, first=0, last=8, size=2, every=3, seed=9)
-    second.restore(json.loads(json.dumps(first.state())))
-    for _ in range(13):
-        seen.append(second.start)
-        second.advance()
-    assert seen == expected
-    with pytest.raises(CheckpointError, match="not the configured one"):
-        WindowSchedule(kind, first=0, last=8, size=3, every=3, seed=9).restore(first.state())
+def test_a_window_follows_from_the_steps_number_alone(kind):
+    """So nothing has to be remembered: a resumed run asks for the step it is at."""
+    asked = [WindowSchedule(kind, first=0, last=8, size=2, every=3, seed=9).start_at(step) for step in range(20)]
+    schedule = WindowSchedule(kind, first=0, last=8, size=2, every=3, seed=9)
+    assert [schedule.start_at(step) for step in reversed(range(20))] == asked[::-1]
+    assert all(0 <= start <= 6 for start in asked)
+    with pytest.raises(FrozenInstanceError):
+        schedule.first = 1
+
+
+# --- whose noise the rest can remove --------------------------------------------------------------------------------
+
+
+def width(steps, shift, schedule, level, start, size, spread=1e-4, draws=4000):
+    """Std of the final latents over the ODE's, for data of std ``spread`` about 0 and its exact velocity."""
+    grid, generator = flow_sde.sigma_grid(steps, shift), torch.Generator().manual_seed(0)
+
+    def velocity(x, sigma):
+        variance = (1 - sigma) ** 2 * spread**2 + sigma**2
+        return (x - (1 - sigma) * spread**2 / variance * x) / sigma
+
+    first = torch.randn(1, draws, generator=generator)
+    x = ode = first
+    for i in range(steps):
+        sigma, following = grid[i].expand(1), grid[i + 1].expand(1)
+        ode = flow_sde.ode_step(ode, velocity(ode, grid[i]), sigma, following)
+        if start <= i < start + size:
+            step = flow_sde.transition(x, velocity(x, grid[i]), sigma, following, grid[1], schedule, level)
+            x = flow_sde.draw(step, torch.randn(1, draws, generator=generator))
+        else:
+            x = flow_sde.ode_step(x, velocity(x, grid[i]), sigma, following)
+    return float(x.std() / ode.std())
+
+
+GRIDS = [(steps, shift) for steps in (8, 10, 25) for shift in (1.0, 3.0, 5.0)]
+LEVELS = [("flow", 0.7), ("flow", 0.35), ("wan", 1.0), ("dance", 0.3), ("cps", 0.5)]
+
+
+@pytest.mark.parametrize(("schedule", "level"), LEVELS)
+@pytest.mark.parametrize(("steps", "shift"), GRIDS)
+def test_a_window_at_any_place_of_the_default_range_leaves_no_noise(steps, shift, schedule, level):
+    may = flow_sde.removable_steps(steps, shift, schedule, level)
+    assert may.start == 0 and len(may) >= steps - 3
+    for start in may:
+        surplus = flow_sde.surplus_noise(flow_sde.sigma_grid(steps, shift), schedule, level)[start].item()
+        ratio = width(steps, shift, schedule, level, start, 1)
+        assert ratio <= 2**0.5 * 1.02
+        assert ratio == pytest.approx((1 + surplus**2) ** 0.5, rel=0.03)
+    for start in range(len(may) - 1):
+        assert width(steps, shift, schedule, level, start, 2) <= 1.5
+
+
+@pytest.mark.parametrize(("schedule", "level"), [k for k in LEVELS if k[0] != "cps"])
+@pytest.mark.parametrize(("steps", "shift"), GRIDS)
+def test_the_first_step_beyond_the_default_range_leaves_noise(steps, shift, schedule, level):
+    beyond = flow_sde.removable_steps(steps, shift, schedule, level).stop
+    assert beyond <= steps - 2 and width(steps, shift, schedule, level, beyond, 1) > 2**0.5 * 0.99
+
+
+def test_the_step_onto_the_grids_last_sigma_makes_grain():
+    """The case of a report: latents of std .05 came out with std .24 where the window reached that step."""
+    grain = {start: width(10, 3.0, "flow", 0.7, start, 1, spread=0.05) for start in range(9)}
+    assert grain[8] > 10 and max(grain[start] for start in range(8)) < 1.3
+
+
+def test_the_surplus_by_hand():
+    """sigma .8 -> .6 at level .5: std^2 = .2, so .2 * .25 + (.2 / 1.6)^2 = .065625 = (.6 q)^2; see the step by hand."""
+    grid = torch.tensor([1.0, 0.8, 0.6, 0.0])
+    surplus = flow_sde.surplus_noise(grid, "flow", 0.5)
+    assert surplus.shape == (2,) and surplus[1] == pytest.approx(0.065625**0.5 / 0.6, rel=1e-5)
+    # sigma 1 -> .8 with .2 in the denominator: s^2 = 1.25, std^2 = .25; .25 * .2 + .125^2.
+    assert surplus[0] == pytest.approx(0.065625**0.5 / 0.8, rel=1e-5)
+    assert flow_sde.surplus_noise(grid, "cps", 1.0).tolist() == [0.0, 0.0]
+    assert flow_sde.surplus_noise(grid, "wan", 0.0).tolist() == [0.0, 0.0]
+
+
+def test_which_steps_may_be_stochastic():
+    assert flow_sde.removable_steps(10, 3.0, "flow", 0.7) == range(8)  # 9 is the ODE's, 8 steps onto sigma .009
+    assert flow_sde.removable_steps(10, 3.0, "cps", 1.0) == range(9)
+    assert flow_sde.removable_steps(10, 3.0, "dance", 1e-6) == range(9)
+    assert flow_sde.removable_steps(10, 3.0, "flow", 1.3) == range(2, 7)  # the longest run, where early steps drown too
+    assert flow_sde.removable_steps(10, 3.0, "flow", 9.0) == flow_sde.removable_steps(1, 3.0, "flow", 0.7) == range(0)
 
 
 def test_windows_that_cannot_be():
@@ -104,3 +167,33 @@ def test_windows_that_cannot_be():
     with pytest.raises(ConfigError, match="the schedules are flow, wan, dance, cps"):
         flow_sde.check_window(SdeSpec("square", 0.7, 0, 1), steps=4)  # type: ignore[arg-type]
     flow_sde.check_window(SdeSpec("flow", 0.7, 1, 2), steps=4)
+
+
+def test_windows_at_their_bounds():
+    for kind in ("fixed", "progressive", "random"):
+        assert WindowSchedule(kind, first=2, last=4, size=2).start_at(7) == 2  # one place alone
+    for wrong in ({"first": -1, "last": 4, "size": 1}, {"first": 0, "last": 4, "size": 0}):
+        with pytest.raises(ConfigError, match="cannot move within"):
+            WindowSchedule("fixed", **wrong)
+    with pytest.raises(ConfigError, match="every at least 1"):
+        WindowSchedule("fixed", first=0, last=4, size=1, every=0)
+    with pytest.raises(ConfigError, match="the schedules are fixed, progressive, random"):
+        WindowSchedule("still", first=0, last=4, size=1)
+    for start, size in ((-1, 2), (0, 0), (2, 2)):
+        with pytest.raises(ConfigError, match="does not fit 4 denoising steps"):
+            flow_sde.check_window(SdeSpec("flow", 0.7, start, size), steps=4)
+    flow_sde.check_window(SdeSpec("flow", 0.7, 0, 3), steps=4)
+
+
+@pytest.mark.parametrize("schedule", ["flow", "wan", "dance", "cps"])
+def test_levels_at_their_bounds(schedule):
+    """cps turns the noise by level * pi/2: beyond 1 its std would shrink again. The others have no upper bound."""
+    for level in (0.0, 1.0):
+        flow_sde.check_window(SdeSpec(schedule, level, 0, 1), steps=4)
+    with pytest.raises(ConfigError, match="at least 0"):
+        flow_sde.check_window(SdeSpec(schedule, -1e-6, 0, 1), steps=4)
+    if schedule == "cps":
+        with pytest.raises(ConfigError, match="at most 1 for cps"):
+            flow_sde.check_window(SdeSpec(schedule, 1.0 + 1e-6, 0, 1), steps=4)
+    else:
+        flow_sde.check_window(SdeSpec(schedule, 1.5, 0, 1), steps=4)

@@ -167,7 +167,7 @@ def text_metrics(texts: list[str], tokens: int, rewards: np.ndarray) -> dict[str
         groups.append(Group(Sample(f"s{start}", "predictive", "q", "c", FRAMES, FRAMES), tuple(members)))
     batch = assemble(groups, {"rouge_l": 1.0, "clip_v": 1.0}, **OPTIONS)
     stage = Stage1(RunConfig(), None)  # type: ignore[arg-type]
-    return batch.metrics | stage.metrics(batch)
+    return batch.metrics | stage.metrics(batch, 0)
 
 
 GOOD = [t.answer_text for t in TOYS] * 2
@@ -258,7 +258,7 @@ async def anchor_metrics(stage: Stage2, feed: Toys, step: int) -> tuple[dict[str
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     empty = assemble([], {"clip_v": 1.0}, **OPTIONS)
-    return stage.metrics(empty), len(tasks)
+    return stage.metrics(empty, step), len(tasks)
 
 
 @pytest.mark.parametrize(("every", "expected"), [(9, {"anchors"}), (2, set())])
@@ -291,7 +291,7 @@ def test_anchors_are_counted_for_the_step_that_drew_them() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        return [stage.metrics(empty)["anchor/kept_ratio"] for _ in range(3)]
+        return [stage.metrics(empty, step)["anchor/kept_ratio"] for step in range(3)]
 
     first, second, third = asyncio.run(interleaved())
     assert first == 1.0 > second > third > 0.0

@@ -126,15 +126,8 @@ class CountingStage:
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Any]:
         return [g.sample.id for g in batch.groups for _ in g.members]
 
-    def metrics(self, batch: RolloutBatch) -> dict[str, float]:
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None: ...
-
-    def after_update(self, step: int) -> None: ...
+    def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
+        return {"stage/step": float(step)}
 
 
 def train(
@@ -161,6 +154,7 @@ def test_rollouts_are_never_staler_than_allowed_and_keep_their_order(staleness: 
     assert [r.step for r in reports] == list(range(6))
     assert learner.seen == [[f"0.{2 * s}"] * 2 + [f"0.{2 * s + 1}"] * 2 for s in range(5)] + [["1.0"] * 2 + ["1.1"] * 2]
     assert result.frozen_ok and len(result.history) == 6
+    assert [metrics["stage/step"] for metrics in result.history] == list(range(6))
 
 
 @pytest.mark.parametrize("staleness", [0, 2])

@@ -15,13 +15,14 @@ from actors.failures import Ok
 from actors.records import Sample, Trajectory
 from actors.scoring.worker import RewardWorker
 from actors.vdm.worker import VdmWorker
-from cluster.errors import TrainingError
-from pipeline.config import RunConfig, parse_config
+from cluster.errors import ConfigError, TrainingError
+from pipeline.config import RunConfig, load_config, parse_config
 from pipeline.data.toy import make_sample
+from pipeline.stages.all_in_one import AllInOne
 from pipeline.stages.feed import SampleFeed
-from pipeline.stages.groups import FailureBudget, Group
+from pipeline.stages.groups import FailureBudget, Group, RolloutBatch
 from pipeline.stages.loop import complete
-from pipeline.stages.stage2 import Anchor, Stage2, sde_spec
+from pipeline.stages.stage2 import Anchor, Stage2, sde_spec, sde_window, window_steps, window_warnings
 from tests.pipeline.stages.test_feed import Numbers
 
 STEPS, GROUP = 6, 3
@@ -142,19 +143,58 @@ def test_window_moves_as_its_schedule_says() -> None:
     chance = settings(**options | {"window_schedule": "random"})
     assert set(starts(chance, 60)) == {1, 2, 3}
     assert starts(chance) == starts(chance) != starts(chance.model_copy(update={"seed": 5}))
-    assert set(starts(settings(window_size=2, window_schedule="random"), 80)) == set(range(STEPS - 2))
+    default = settings(window_size=2, window_schedule="random")
+    assert set(starts(default, 80)) == set(range(len(window_steps(default)) - 1))
 
 
-def test_window_of_a_step_does_not_depend_on_when_it_is_drawn() -> None:
-    """With staleness a step draws before the updates of earlier ones; a resumed run draws it after them."""
+def test_the_window_that_is_told_is_the_steps_own() -> None:
     config = settings(window_schedule="random")
-    early, late = Stage2(config, None), Stage2(config, None)  # type: ignore[arg-type]
-    for step in range(7):
-        late.after_update(step)
-    assert sde_spec(early.config, early.window, 7) == sde_spec(late.config, late.window, 7)
-    assert (
-        sde_spec(late.config, late.window, 7).window_start == late.window.start
-    )  # and it is what the step's metrics report
+    stage = Stage2(config, None)  # type: ignore[arg-type]
+    told = [stage.metrics(RolloutBatch((), (), ()), step)["sde/window_start"] for step in range(12)]
+    assert told == starts(config) and len(set(told)) > 1
+    both = AllInOne(config, None)  # type: ignore[arg-type]
+    assert [both.metrics(RolloutBatch((), (), ()), step)["sde/window_start"] for step in range(12)] == told
+
+
+def test_the_default_range_follows_from_the_grid() -> None:
+    """Of 10 steps the last is the ODE's, and the one before leads onto sigma .009, where its noise would stay."""
+    config = settings(render={"steps": 10}, window_size=2)
+    assert (sde_window(config).first, sde_window(config).last) == (0, 8)
+    cps = settings(render={"steps": 10}, window_size=2, schedule="cps", level=0.5)
+    assert (sde_window(cps).first, sde_window(cps).last) == (0, 9)
+    fine = settings(render={"steps": 25}, schedule="dance", level=0.3)
+    shifted = parse_config({**fine.model_dump(), "models": {"flow_shift": 1.0}})
+    assert (window_steps(fine), window_steps(shifted)) == (range(23), range(22))
+    with pytest.raises(
+        ConfigError, match=r"window_size=9 is longer than the 8 steps .*render.steps=10, models.flow_shift=3"
+    ):
+        sde_window(settings(render={"steps": 10}, window_size=9))
+    named = settings(
+        render={"steps": 10}, window_size=9, window_range=[0, 9]
+    )  # whoever names it gets it, with a warning
+    assert sde_window(named).last == 9
+
+
+def test_a_range_that_reaches_steps_whose_noise_stays_is_told() -> None:
+    for window_range, told in (([0, 8], 0), ([0, 9], 1), ([8, 9], 1), (None, 0)):
+        config = settings(render={"steps": 10}, window_size=1, window_range=window_range)
+        assert len(window_warnings(config)) == told
+    (text,) = window_warnings(settings(render={"steps": 10}, window_size=1, window_range=[0, 9]))
+    assert "use [0, 8]" in text and "level=0.7" in text
+    (text,) = window_warnings(settings(level=9.0, window_size=1, window_range=[0, 4]))
+    assert "lower stage2.sde.level" in text
+    with pytest.raises(ConfigError, match=r"lower stage2\.sde\.level"):
+        window_warnings(settings(level=9.0, window_size=1))
+    off = settings(level=9.0, window_size=1).model_dump()
+    assert window_warnings(parse_config({**off, "stage2": {**off["stage2"], "steps": 0}})) == []
+    joint = {**off, "training": "all_in_one", "stage2": {**off["stage2"], "steps": 0}}
+    with pytest.raises(ConfigError, match=r"lower stage2\.sde\.level"):
+        window_warnings(parse_config(joint))
+
+
+@pytest.mark.parametrize("name", ["toy", "real", "vans_paper", "vans_1gpu", "vans_8gpu", "vans_2node", "vans_qwen3vl"])
+def test_no_shipped_run_leaves_noise_in_its_clips(name: str) -> None:
+    assert window_warnings(load_config(name)) == []
 
 
 # --- dynamic sampling -----------------------------------------------------------------------------------------------
