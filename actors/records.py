@@ -147,22 +147,26 @@ class RenderRequest:
     sde_seed: int = 0  # noise of the SDE steps
     sde: SdeSpec | None = None
     condition: Conditioning | None = None
+    ends: bool = False  # hand the last ODE step on, as a trajectory of one step: what forward-process objectives read
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """The stochastic part of one sampled path, enough to recompute its log-probability exactly."""
+    """The stochastic part of one sampled path, enough to recompute its log-probability exactly; or, of an ODE, its last step.
+
+    That step has an ``sde`` of level 0 and no log-probability; ``latents[-1]`` is then what the VAE decodes.
+    """
 
     latents: np.ndarray  # float32 (w + 1, C, F, h, w): state before each window step, and after the last
     sigmas: np.ndarray  # float32 (steps + 1,)
-    logprobs: np.ndarray  # float32 (w,) by the sampler
+    logprobs: np.ndarray  # float32 (w,) by the sampler; (0,) of an ODE
     sde: SdeSpec
     guidance: float
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One rendered clip; ``trajectory``, and what it was conditioned on, only when it was sampled as an SDE."""
+    """One rendered clip; ``trajectory``, and what it was conditioned on, only where a learner reads it."""
 
     sample_id: str
     index: int

@@ -74,12 +74,27 @@ class Average(Copy):
 
 
 class Behaviour(Copy):
-    """The weights that sample, which follow those that learn (DiffusionNFT, arXiv 2509.16117: v_old)."""
+    """The weights that sample, which follow those that learn (DiffusionNFT, arXiv 2509.16117: v_old).
+
+    ``same``: the parameters are known to hold these values, so that nothing needs to be copied to take them on.
+    """
+
+    same = False
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """As :meth:`Copy.applied`, without copying where the values are the same."""
+        if self.same:
+            yield
+            return
+        with super().applied():
+            yield
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
         """Keep the share ``decay`` (0…1) of themselves, and take the rest from the parameters; 0 takes them as they are."""
-        if decay == 0.0:
+        self.same = decay == 0.0
+        if self.same:
             torch._foreach_copy_(self.values, [_local(p) for p in self.parameters])
         else:
             torch._foreach_lerp_(self.values, [_local(p) for p in self.parameters], 1.0 - decay)

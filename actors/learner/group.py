@@ -37,7 +37,18 @@ __all__ = [
 
 _GRACE_S = 2.0  # after a first failure: how long others may still tell a better reason
 _CONNECTION = re.compile(r"Connection (closed by peer|reset by peer|refused)|ncclRemoteError|DistNetworkError")
-_PER_STEP = ("ratio", "kl", "clipped", "clipped_low", "clipped_high", "truncated", "bounded", "entropy")
+_PER_STEP = (
+    "ratio",
+    "kl",
+    "clipped",
+    "clipped_low",
+    "clipped_high",
+    "truncated",
+    "bounded",
+    "entropy",
+    "good",
+    "velocity_gap",
+)
 
 
 class RankDiedError(TrainingError):
@@ -177,7 +188,7 @@ class LearnerGroup:
         plans = plan_batch(items, ranks=self.spec.ranks, micro_batch=self.spec.micro_batch, updates=updates)
         answers = await self._call("update", per_rank=[(plan, epochs) for plan in plans])
         self._version = answers[0][1]
-        return merge_reports([report for report, _ in answers], self.spec)
+        return merge_reports([report for report, _ in answers])
 
     async def publish(self, *, averaged: bool = False, receivers: int = 0) -> list[Any]:
         """Gather the trained weights into the object store; returns what ``actors.weights.fetch`` and ``receive`` take.
@@ -297,7 +308,7 @@ async def _value(ref: ray.ObjectRef) -> Any:
     return await ref
 
 
-def merge_reports(reports: Sequence[RankReport], spec: LearnerSpec) -> dict[str, float]:
+def merge_reports(reports: Sequence[RankReport]) -> dict[str, float]:
     """Return the metrics of an update from the ranks' sums (see ``LearnerGroup.update``)."""
     sums: dict[str, float] = {}
     maxima: dict[str, float] = {}
@@ -308,15 +319,20 @@ def merge_reports(reports: Sequence[RankReport], spec: LearnerSpec) -> dict[str,
             maxima[name] = max(maxima.get(name, 0.0), value)
     metrics = {**reports[0].common, **maxima, "steps": sums["steps"], "applied": sums.get("applied", 0.0)}
     metrics["loss"] = sums["loss"] / metrics["updates"]
-    renamed = {"clipped": "clip_frac", "clipped_low": "clip_frac_low", "clipped_high": "clip_frac_high"}
+    renamed = {
+        "clipped": "clip_frac",
+        "clipped_low": "clip_frac_low",
+        "clipped_high": "clip_frac_high",
+        "good": "good_share",
+    }
     renamed |= {name: f"{name}_frac" for name in ("truncated", "bounded")}
     for name in _PER_STEP:
-        used = {"kl": spec.learning.kl_beta > 0, "truncated": spec.learning.old_logprobs == "rollout"}.get(name, True)
-        if name in sums and used:
+        if name in sums:
             metrics[renamed.get(name, name)] = sums[name] / max(sums["steps"], 1.0)
     if asked := sums.get("prompts_asked"):
         metrics["prompt_hit_ratio"] = 1.0 - sums["prompts"] / asked
-    metrics["logp_diff_mean"] = sums.get("logp_diff", 0.0) / max(sums.get("logp_diff_steps", 0.0), 1.0)
+    if "logp_diff" in sums:
+        metrics["logp_diff_mean"] = sums["logp_diff"] / max(sums["logp_diff_steps"], 1.0)
     for name in sums:
         if name.startswith(("logp_diff_t", "logp_diff_p")) and not name.endswith("_steps"):
             metrics[name] = sums[name] / sums[f"{name}_steps"]

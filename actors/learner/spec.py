@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from actors.learner.objectives.settings import GrpoSection
+from actors.learner.objectives.settings import GrpoSection, ObjectiveSection
 from actors.learner.trainable import LoraSpec
 from actors.weights.broadcast import BroadcastSpec
 
@@ -79,7 +79,7 @@ class LearnerSpec:
     activation_checkpointing: bool = False
     reference_offload: bool = False  # the frozen copy's shards rest in host memory
     objective: str = "grpo"  # a name in actors.learner.objectives.table
-    learning: GrpoSection = field(default_factory=GrpoSection)  # the objective's settings
+    learning: ObjectiveSection = field(default_factory=GrpoSection)  # the objective's settings
     longest: int = (
         0  # steps of the longest possible trajectory, e.g. the token limit: the divisor of loss_norm=constant
     )

@@ -145,7 +145,7 @@ class Trainer:
         gate = self._gate_due(len(order))
         self.objective.before(self, prepared, gate, lambda item, out: self._compare(report, item, out))
         for index, step in enumerate(order):
-            self._step(step, report, first=index == 0)
+            self._step(step, report, first=index == 0, gate=gate)
         if self.sampled is not None:
             self.sampled.follow(self.objective.behaviour_decay)
         report.common |= {"skipped": float(self.skipped), "updates": float(len(order))}
@@ -168,10 +168,10 @@ class Trainer:
         rollout = self.policy.rollout_logprobs(items).to(self.device, torch.float32)
         return Prepared(micro, self.policy.collate(items), advantages, rollout)
 
-    def _step(self, step: list[Prepared], report: RankReport, first: bool) -> None:
+    def _step(self, step: list[Prepared], report: RankReport, first: bool, gate: bool) -> None:
         count = total = deviation = 0.0
         sums: dict[str, float] = defaultdict(float)
-        here = Step(self.spec.seed, self.steps, first)
+        here = Step(self.spec.seed, self.steps, first, gate)
         self.optimizer.zero_grad(set_to_none=True)
         for k, item in enumerate(step):
             pieces, outputs = self._parts(item), []
@@ -233,12 +233,12 @@ class Trainer:
         """Nothing has been learnt from this batch yet, so the objective's gate must hold (ALGORITHM: ratio gate)."""
         tolerance = self.objective.gate_tolerance(self.spec.dtype)
         (deviation,) = self._reduce([deviation], dist.ReduceOp.MAX)
-        report.common["ratio_max_dev"] = deviation
+        report.common[self.objective.gate_metric] = deviation
         if tolerance is not None and deviation > tolerance:
             raise TrainingError(
                 f"{self.spec.name}: {self.objective.gate_name} reaches {deviation:.3g}, more than {tolerance:.3g} "
                 f"({self.spec.objective}); two passes of the same policy must agree. Look for dropout or other randomness in the "
-                f"policy, for stale weights, or use dtype float32 (now {self.spec.dtype})"
+                f"policy, for stale weights, for other inputs than the sampler's, or use dtype float32 (now {self.spec.dtype})"
             )
 
     def _apply(self, total: float, count: float, report: RankReport) -> None:
@@ -260,6 +260,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            if self.sampled is not None:
+                self.sampled.same = False
             if self.average is not None:
                 self.average.update(self.version)
             self.version += 1

@@ -35,7 +35,7 @@ from actors.vdm.cache import TensorCache, content_key
 from actors.vdm.conditioning import ExactTimes, FlowMatchingSpec
 from actors.vdm.loading import COMPONENTS, Parts, held_bytes, load_parts, save_full
 from actors.vdm.text import CaptionEmbedder, padded
-from actors.vdm.trajectories import Condition, Encoded, VdmBatch
+from actors.vdm.trajectories import Condition, Encoded, Noised, VdmBatch
 from cluster.errors import CheckpointError, TrainingError
 
 
@@ -310,6 +310,8 @@ class VdmPolicy:
             raise BadSampleError(
                 f"{name}: steps={request.steps} must be at least 1 and guidance={request.guidance} at least 1"
             )
+        if request.ends and request.sde is not None:
+            raise BadSampleError(f"{name}: ends are those of an ODE, and the request asks for an SDE")
         if request.sde is not None:
             flow_sde.check_window(request.sde, request.steps)
         return self.geometry.latent_shape(request.num_frames, frames.shape[1], frames.shape[2], len(frames))
@@ -325,7 +327,8 @@ class VdmPolicy:
         groups: dict[tuple, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             shape = self.check(request)
-            groups[(shape, len(request.reference_frames), request.steps, request.guidance, request.sde)].append(i)
+            kind = request.steps, request.guidance, request.sde, request.ends
+            groups[(shape, len(request.reference_frames), *kind)].append(i)
         clips: dict[int, Clip] = {}
         for (shape, *_), rows in groups.items():
             clips.update(zip(rows, self._sample_group([requests[i] for i in rows], shape), strict=True))
@@ -371,6 +374,7 @@ class VdmPolicy:
         sigmas = flow_sde.sigma_grid(first.steps, self.shift).to(self.device)
         x = self._normal([r.noise_seed for r in requests], shape)
         window = _stochastic_steps(first.sde)
+        before = x  # the state before the last step
         noises = (
             self._normal([derive_seed("sde", r.sde_seed) for r in requests], (len(window), *shape)) if window else x
         )
@@ -378,6 +382,7 @@ class VdmPolicy:
         for i in range(first.steps):
             sigma, following = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
             v = self.velocity(x, sigma, condition)
+            before = x
             if first.sde is None or i not in window:
                 x = flow_sde.ode_step(x, v, sigma, following)
                 continue
@@ -387,12 +392,15 @@ class VdmPolicy:
             logprobs.append(flow_sde.step_logprob(x, step))
             if i == window.stop - 1:
                 states.append(x)
-        if first.sde is None or not window:
+        sde = first.sde
+        if first.ends:
+            states, logprobs, sde = [before, x], [], SdeSpec("flow", 0.0, first.steps - 1, 1)
+        elif sde is None or not window:
             return x, [None] * len(requests)
         path = torch.stack(states, dim=1).cpu().numpy()
-        logp = torch.stack(logprobs, dim=1).cpu().numpy()
+        logp = torch.stack(logprobs, dim=1).cpu().numpy() if logprobs else np.zeros((len(x), 0), np.float32)
         grid = sigmas.cpu().numpy()
-        return x, [Trajectory(path[b], grid, logp[b], first.sde, r.guidance) for b, r in enumerate(requests)]
+        return x, [Trajectory(path[b], grid, logp[b], sde, r.guidance) for b, r in enumerate(requests)]
 
     def _encoded(self, items: Sequence[RenderRequest | VdmExperience]) -> list[Encoded]:
         """Return what ``items`` are conditioned on: what came with them, or what this process makes."""
@@ -442,6 +450,10 @@ class VdmPolicy:
             mean=torch.stack(means, dim=1),
             std=torch.stack(stds, dim=1),
         )
+
+    def noised(self, batch: VdmBatch, seeds: Sequence[int]) -> Noised:
+        """Return the clips of ``batch`` (of requests with ``ends``) noised anew, each at a level and with noise of its own seed."""
+        return trajectories.noised(batch, seeds, self.shift)
 
     def kl(self, out: PolicyOutput, ref: PolicyOutput, estimator: str | None = None) -> Tensor:
         """Return KL(current || reference) per window step (B, W), in closed form, 0 where masked.

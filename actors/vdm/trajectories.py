@@ -1,6 +1,6 @@
 """Sampled trajectories as one batch of tensors, the way the learner reads them.
 
-Responsible for stacking and padding windows; computes nothing.
+Responsible for stacking and padding windows, and for noising what they end in.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from actors.records import Conditioning, Experience, NoiseSchedule, Trajectory, VdmExperience
+from actors.vdm.conditioning import noisy_pair
+from actors.vdm.flow_sde import shift_sigma
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,39 @@ def window_parts(batch: VdmBatch, steps: int) -> list[tuple[slice, VdmBatch]]:
         )
         for cut in cuts
     ]
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Final latents noised anew: x_sigma = (1 - sigma) x0 + sigma eps. What forward-process objectives judge a velocity on."""
+
+    clean: Tensor  # float32 (B, C, F, h, w)
+    noise: Tensor  # float32, of the same shape
+    sigma: Tensor  # float32 (B,), in (0, 1)
+    noisy: Tensor  # float32, of the same shape
+    condition: Condition  # without the negative branch: the velocity that is learnt is the conditional one
+
+    @property
+    def target(self) -> Tensor:
+        """The velocity eps - x0 that the noising had."""
+        return self.noise - self.clean
+
+
+def noised(batch: VdmBatch, seeds: Sequence[int], shift: float) -> Noised:
+    """Noise the final latents of ``batch``, row by row from ``seeds``, at levels uniform in time and shifted as the sampler's.
+
+    Drawn on the CPU, so equal on every device.
+    """
+    clean = batch.after[-1]
+    levels, rows = [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        levels.append(torch.rand((), generator=generator).clamp(1e-3, 1 - 1e-3))
+        rows.append(torch.randn(clean.shape[1:], generator=generator))
+    sigma = shift_sigma(torch.stack(levels), shift).to(clean.device)
+    noise = torch.stack(rows).to(clean.device)
+    noisy, _ = noisy_pair(clean, noise, sigma)
+    return Noised(clean, noise, sigma, noisy, replace(batch.condition, negative=None))
 
 
 def experience(item: Experience) -> VdmExperience:

@@ -190,6 +190,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_stage(self) -> RunConfig:
+        if self.training == "all_in_one" and self.stage2.learning.samples == "ends":
+            raise ValueError(
+                f"stage2.objective={self.stage2.objective} with training=all_in_one: its clips are sampled as an SDE, whose steps "
+                "grpo alone learns from; use stage2.objective: grpo, or training: two_stage"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rest(self) -> RunConfig:
         resting = [
             f"pools.{name}.rest=true" for name in type(self.pools).model_fields if getattr(self.pools, name).rest

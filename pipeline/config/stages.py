@@ -6,7 +6,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from actors.learner.objectives.settings import CispoSection, FlowGrpoSection, GrpoSection, GspoSection, TokenGrpoSection
+from actors.learner.objectives.settings import (
+    AwmSection,
+    CispoSection,
+    FlowGrpoSection,
+    GspoSection,
+    NftSection,
+    ObjectiveSection,
+    TokenGrpoSection,
+)
 from actors.settings import FREE, Fraction, Positive, Section, cite
 from pipeline.config.training import LoraSection, OptimSection
 
@@ -138,16 +146,12 @@ class StageSection(Section):
     optim: OptimSection = Field(default_factory=OptimSection)
     lora: LoraSection = Field(default_factory=LoraSection)
 
-    objective: Literal["grpo"] = Field(
-        "grpo",
-        description="Way to learn (docs/objectives.md); its settings stand in the section of its name.",
-        json_schema_extra=cite("GRPO"),
-    )
+    objective: Literal["grpo"] = Field("grpo", description="Way to learn.", json_schema_extra=cite("GRPO"))
 
     @property
-    def learning(self) -> GrpoSection:
+    def learning(self) -> ObjectiveSection:
         """The settings of the objective that the stage learns by."""
-        settings: GrpoSection = getattr(self, self.objective)
+        settings: ObjectiveSection = getattr(self, self.objective)
         return settings
 
     @model_validator(mode="after")
@@ -188,7 +192,14 @@ class Stage2Section(StageSection):
     """Context-faithful VDM adaptation (paper, stage 2)."""
 
     rewards: RewardsSection = Field(RewardsSection(weights={"clip_v": 1.0, "clip_score": 1.0}))
+    objective: Literal["grpo", "nft", "awm"] = Field(  # type: ignore[assignment]
+        "grpo",
+        description="Way to learn (docs/objectives.md); its settings stand in the section of its name, and the others are not read.",
+        json_schema_extra=cite("GRPO", "DiffusionNFT", "AWM"),
+    )
     grpo: FlowGrpoSection = Field(default_factory=FlowGrpoSection)
+    nft: NftSection = Field(default_factory=NftSection)
+    awm: AwmSection = Field(default_factory=AwmSection)
     sde: SdeSection = Field(default_factory=SdeSection)
     anchor_min_rouge: Fraction = Field(
         0.6,
@@ -202,7 +213,18 @@ class Stage2Section(StageSection):
     anchor_max_draws: Positive = Field(8, description="Batches drawn in search of enough anchors before the run stops.")
 
     @model_validator(mode="after")
+    def _ends(self) -> Stage2Section:
+        if self.steps and self.learning.samples == "ends" and self.rollout.max_staleness:
+            raise ValueError(
+                f"objective={self.objective} with rollout.max_staleness={self.rollout.max_staleness}: it compares the learner with "
+                "the weights that sampled, of which it keeps the newest alone; set max_staleness: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _window(self) -> Stage2Section:
+        if self.learning.samples == "ends":
+            return self
         first, last = self.sde.window_range or (0, self.render.steps - 1)
         if last <= first and self.sde.window_range:
             raise ValueError(

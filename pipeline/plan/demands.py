@@ -137,10 +137,12 @@ class _Count:
         return self._learn(forward, stage, stage.rollout)
 
     def learn_vdm(self, rollout: RolloutSection) -> Demand:
-        """All trajectories of a step: one forward for each step of the window."""
+        """All trajectories of a step: one forward for each step of the window, or for each clip that is noised anew."""
         stage = self.config.stage2
-        branches = 2 if stage.render.guidance > 1 else 1
-        forward = costs.transformer_flops(self.models.vdm, self.models.clip_tokens) * (stage.sde.window_size * branches)
+        passes = 1  # of a forward-process objective: one noise level, without guidance
+        if stage.learning.samples == "steps":
+            passes = stage.sde.window_size * (2 if stage.render.guidance > 1 else 1)
+        forward = costs.transformer_flops(self.models.vdm, self.models.clip_tokens) * passes
         return self._learn(forward, stage, rollout)
 
     def _learn(self, forward: costs.Flops, stage: Stage1Section | Stage2Section, rollout: RolloutSection) -> Demand:

@@ -233,7 +233,10 @@ def _vdm_learner(config: RunConfig, models: Models) -> Process:
     learner, stage = config.learner, config.stage2
     count = models.parameters["vdm", "transformer"]
     items = min(learner.micro_batch, _items_per_rank(config, "stage2"))
-    guided = 2 if stage.render.guidance > 1 else 1
+    passes = 1  # of a forward-process objective: one noise level, without guidance
+    if stage.learning.samples == "steps":
+        passes = min(stage.sde.window_size, learner.micro_steps or stage.sde.window_size)
+        passes *= 2 if stage.render.guidance > 1 else 1
     found = costs.learner_bytes(
         models.vdm,
         tokens=items * models.clip_tokens.total,
@@ -242,7 +245,7 @@ def _vdm_learner(config: RunConfig, models: Models) -> Process:
         ranks=learner.ranks,
         element=BYTES[learner.dtype],
         checkpointing=learner.activation_checkpointing,
-        passes=min(stage.sde.window_size, learner.micro_steps or stage.sde.window_size) * guided,
+        passes=passes,
         kl=stage.learning.kl_beta > 0,
         text=items * costs.WAN_TEXT_TOKENS,
     )

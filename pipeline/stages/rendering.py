@@ -24,6 +24,7 @@ def render_request(
     noise_seed: int,
     sde: SdeSpec | None = None,
     sde_seed: int = 0,
+    ends: bool = False,
 ) -> RenderRequest:
     """Return the request that draws ``caption`` in the scene of ``sample``."""
     return RenderRequest(
@@ -37,6 +38,7 @@ def render_request(
         noise_seed=noise_seed,
         sde_seed=sde_seed,
         sde=sde,
+        ends=ends,
     )
 
 

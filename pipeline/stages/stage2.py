@@ -104,15 +104,17 @@ class Stage2:
 
     async def _member(self, sample: Sample, anchor: Anchor, index: int, step: str, spec: SdeSpec) -> Member:
         assert anchor.caption is not None
-        seed = (self.config.seed, "stage2", step, sample.id)
+        seed, ends = (self.config.seed, "stage2", step, sample.id), self.section.learning.samples == "ends"
         request = render_request(
             self.config,
             sample,
             anchor.caption,
             index,
             self.section.render,
-            noise_seed=derive_seed(*seed, "noise", 0 if self.section.sde.same_latent else index),
-            sde=spec,
+            # Of one noise an ODE has one end: a group that differs by its ends needs a noise for each member.
+            noise_seed=derive_seed(*seed, "noise", 0 if self.section.sde.same_latent and not ends else index),
+            sde=None if ends else spec,
+            ends=ends,
             sde_seed=derive_seed(*seed, "sde", index),
         )
         clip = await render(self.fleet, request)
@@ -128,7 +130,8 @@ class Stage2:
         """Return what only stage 2 measures, over the anchors that ``step`` has drawn."""
         seen = self._seen.pop(step, [])
         kept = [a.rouge_l >= self.section.anchor_min_rouge and a.caption is not None for a in seen]
-        metrics = {"sde/window_start": float(self.window.start_at(step))}
+        sde = self.section.learning.samples == "steps"
+        metrics = {"sde/window_start": float(self.window.start_at(step))} if sde else {}
         if seen:
             metrics |= {
                 "anchor/kept": float(np.sum(kept)),
@@ -203,6 +206,8 @@ def window_warnings(config: RunConfig) -> list[str]:
     Raises ConfigError where no window has a place. Nothing is said of a run that samples no SDE.
     """
     if not (config.stage2.steps if config.training == "two_stage" else config.stage1.steps):
+        return []
+    if config.stage2.learning.samples == "ends":
         return []
     sde_window(config)
     given, steps = config.stage2.sde.window_range, window_steps(config)

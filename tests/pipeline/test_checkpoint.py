@@ -1,5 +1,6 @@
 """Checkpoints survive a killed writer and a damaged disk, and refuse to continue another run."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -44,8 +45,10 @@ def test_an_older_state_with_a_window_is_read_without_it(tmp_path: Path) -> None
     state = TrainState.of(parse_config({}), "stage2", 7, cursor={"epoch": 1, "position": 12})
     path = state.save(tmp_path)
     window = {"kind": "random", "first": 0, "last": 4, "size": 2, "every": 1, "seed": 0, "step": 7}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"window": window}))
-    assert TrainState.read(tmp_path) == state
+    old = json.loads(path.read_text()) | {"window": window, "format": 1}
+    path.write_text(json.dumps(old))
+    assert TrainState.read(tmp_path) == dataclasses.replace(state, format=1)
+    state.save(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"windows": window}))
     with pytest.raises(CheckpointError, match="expected the keys"):
         TrainState.read(tmp_path)

@@ -43,8 +43,8 @@ class Prepared:
 
 @dataclass
 class LossStats:
-    """What a likelihood ratio did. Detached sums over a micro-batch's masked steps; add them over micro-batches and ranks, then divide by
-    ``steps``.
+    """What a likelihood ratio did: detached sums over a micro-batch's masked steps. Add them over micro-batches and ranks, then
+    divide by ``steps``.
     """
 
     steps: float  # masked steps (tokens or SDE steps)
@@ -87,6 +87,7 @@ class Step:
     seed: int
     number: int  # optimizer steps since the learner's beginning
     first: bool  # nothing has been learnt from this rollout batch yet
+    gate: bool  # the gate is due
 
 
 class Objective(Protocol):
@@ -98,6 +99,7 @@ class Objective(Protocol):
     behaviour_decay: float
     """Share that those weights keep of themselves after each batch; the rest comes from the learnt ones."""
     gate_name: str
+    gate_metric: str
 
     def gate_tolerance(self, dtype: str) -> float | None:
         """Largest deviation that is believed in the first step after a rollout, with compute ``dtype``; None has no gate."""

@@ -248,6 +248,7 @@ class Grpo:
 
     keeps_behaviour = False
     behaviour_decay = 0.0
+    gate_metric = "ratio_max_dev"
     gate_name = "ratio gate: before any update the log-ratio to the old policy"
     level: ClassVar[Level] = "token"
     surrogate = staticmethod(clipped_surrogate)
@@ -297,7 +298,10 @@ class Grpo:
             kl_log_ratio=kl_log_ratio,
             lengths=lengths,
         )
-        sums = {name: value for name, value in asdict(stats).items() if name != "ratio_max_dev"}
+        unused = {"ratio_max_dev"}
+        unused |= set() if self.settings.kl_beta > 0 else {"kl"}
+        unused |= set() if self.settings.old_logprobs == "rollout" else {"truncated"}
+        sums = {name: value for name, value in asdict(stats).items() if name not in unused}
         if out.entropy is not None:
             sums["entropy"] = float(torch.where(mask, out.entropy, 0.0).sum())
         return Part(loss, sums, stats.ratio_max_dev, PolicyOutput(out.logprobs.detach(), out.mask))
