@@ -50,6 +50,7 @@ ROWS = (
     Row(10, "stage 2's update on an SDE window of 2 of 10 steps", "all steps trained", "sde_window"),
     Row(11, "step of stage 1, text rewards alone", "TRL `GRPOTrainer`, the same thinker, batch and G", "trl_step"),
     Row(12, "start-up: `vans train` to its first whole group", "sum of bare model loads", "start_up"),
+    Row(13, "stage 2's gain in equal CPU time, by `nft` and `awm`", "by `grpo` on the SDE window", "stage2_objectives"),
 )
 
 

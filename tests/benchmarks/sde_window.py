@@ -34,10 +34,11 @@ from rewards.combine import combine_rewards
 from tests.benchmarks.bench import Check, Result, Size, interleave, medians, ratios
 
 STEPS, WINDOW, GROUP, PROMPTS = 10, 2, 8, 8
+SAME = ["learner.ranks=1", f"stage2.render.steps={STEPS}"]
 
 
 class Artist:
-    """Stage 2 on truth captions in one process, by our sampler, scorer and learner: each :meth:`step` is one update."""
+    """Stage 2 on truth captions in one process, by our sampler, scorer and learner: each :meth:`step` is one rollout batch."""
 
     def __init__(self, config: RunConfig, mesh: DeviceMesh, scorer: Scorer, window: WindowSchedule) -> None:
         spec = learner_spec(config, Stage2(config, None), "vdm")  # type: ignore[arg-type]
@@ -53,8 +54,12 @@ class Artist:
         assert weights is not None
         self.sampler.load_adapter_state(as_tensors(weights))
 
-    def draw(self, samples: list[Sample], sde: SdeSpec | None, count: int) -> list[list[Clip]]:
-        """Return ``count`` clips of each sample's true caption, those of a group from one noise."""
+    def draw(self, samples: list[Sample], sde: SdeSpec | None, count: int, ends: bool = False) -> list[list[Clip]]:
+        """Return ``count`` clips of each sample's true caption, those of a group from one noise, unless only their ``ends`` count.
+
+        A rollout takes the run's number of steps, and what is held out ten.
+        """
+        rollout = sde is not None or ends
         requests = [
             RenderRequest(
                 s.id,
@@ -62,11 +67,14 @@ class Artist:
                 s.caption,
                 select_reference_frames(s.context, self.config.video.reference_frames),
                 self.config.video.num_frames,
-                STEPS,
+                self.config.stage2.render.steps if rollout else STEPS,
                 1.0,
-                noise_seed=derive_seed(self.config.seed, self.steps if sde else "held out", s.id),
+                noise_seed=derive_seed(
+                    self.config.seed, self.steps if rollout else "held out", s.id, *([i] if ends else [])
+                ),
                 sde_seed=derive_seed(self.config.seed, self.steps, s.id, i),
                 sde=sde,
+                ends=ends,
             )
             for s in samples
             for i in range(count)
@@ -93,10 +101,11 @@ class Artist:
 
     def rollout(self, samples: list[Sample]) -> list[Experience]:
         """Return the trajectories of the groups of ``samples`` with their advantages."""
-        sde = self.config.stage2.sde
+        sde, learning = self.config.stage2.sde, self.config.stage2.learning
         spec = SdeSpec(sde.schedule, sde.level, self.window.start_at(self.steps), self.window.size)
-        groups = self.draw(samples, spec, GROUP)
-        advantages, _ = group_advantages(self.rewards(samples, groups), self.config.stage2.grpo.std_norm)
+        ends = learning.samples == "ends"
+        groups = self.draw(samples, None if ends else spec, GROUP, ends)
+        advantages, _ = group_advantages(self.rewards(samples, groups), learning.std_norm)
         items: list[Experience] = []
         for group, values in zip(groups, advantages, strict=True):
             for c, value in zip(group, values, strict=True):
@@ -108,9 +117,9 @@ class Artist:
         return items
 
     def update(self, items: list[Experience]) -> None:
-        """Take one optimizer step on ``items``."""
+        """Take the optimizer steps of one batch of ``items``."""
         (plan,) = plan_batch(items, ranks=1, micro_batch=self.config.learner.micro_batch, updates=1)
-        self.trainer.update(plan)
+        self.trainer.update(plan, self.config.stage2.learning.epochs_per_batch)
 
     def step(self, samples: list[Sample]) -> None:
         """Draw, score, learn, publish."""
@@ -155,7 +164,7 @@ def measure(size: Size) -> Result:
     torch.set_num_threads(1)
     scorer = Scorer(ClipScorer(resolve_model("tiny", "clip")), diagnostics=False)
     with one_rank() as mesh:
-        both = [Artist(load_config("toy", ["learner.ranks=1"]), mesh, scorer, w) for w in windows(0)]
+        both = [Artist(load_config("toy", SAME), mesh, scorer, w) for w in windows(0)]
         samples = toys(0, prompts)
         batches = [artist.rollout(samples) for artist in both]
 
@@ -182,7 +191,7 @@ def measure(size: Size) -> Result:
         for seed in range(seeds):
             ends, done = [], []
             for window in windows(seed):
-                artist = Artist(load_config("toy", ["learner.ranks=1", f"seed={seed}"]), mesh, scorer, window)
+                artist = Artist(load_config("toy", [*SAME, f"seed={seed}"]), mesh, scorer, window)
                 start.append(held_out(artist, tested))
                 end = time.perf_counter() + budget_s
                 while time.perf_counter() < end:

@@ -29,7 +29,16 @@ def test_the_row_runs(name: str) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "name",
-    ["data_input", "vlm_pool", "vlm_pool.measure_transformers", "vdm_pool", "sde_window", "trl_step", "start_up"],
+    [
+        "data_input",
+        "vlm_pool",
+        "vlm_pool.measure_transformers",
+        "vdm_pool",
+        "sde_window",
+        "stage2_objectives",
+        "trl_step",
+        "start_up",
+    ],
 )
 def test_the_longer_row_runs(name: str) -> None:
     result = run(name)  # whose checks refuse values that are not finite
