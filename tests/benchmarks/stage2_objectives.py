@@ -114,10 +114,10 @@ def measure(size: Size) -> Result:
     checks = tuple(
         Check(
             f"gain of {name} − gain of the window, seed by seed",
-            tuple(g[i] - g[0] for g in gains),
+            differences[name],
             "≥",
             bar(window),
-            "of CLIP-V + CLIPScore",
+            UNIT,
         )
         for name in differences
     )
