@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.errors import DataError
-from pipeline.data.importers.clips import ClipSpec
+from pipeline.data.importers.clips import ClipSpec, composed
 from pipeline.data.importers.cut import cut_pairs, read_cuts
 from pipeline.data.importers.run import ImportReport
 from pipeline.data.importers.vans_csv import import_vans
@@ -48,12 +48,12 @@ def make_real(
     which those of the videos at hand are used). Raises DataError when a video is missing or nothing can be cut.
     """
     out = local_path(out)
-    videos = {path.name: path for path in map(Path, clips or packaged_clips())}
+    videos = {composed(path.name): path for path in map(Path, clips or packaged_clips())}
     if missing := [str(path) for path in videos.values() if not path.is_file()]:
         raise DataError(f"no such video: {', '.join(missing)}")
     cuts = read_cuts(Path(pairs) if pairs else MANIFEST)
     if pairs is None:
-        cuts = [cut for cut in cuts if cut.file in videos]
+        cuts = [cut for cut in cuts if composed(cut.file) in videos]
     if not cuts:
         raise DataError(
             f"no cuts are known for {', '.join(sorted(videos))}; write them to a file and give it with --pairs"

@@ -5,13 +5,17 @@ Responsible for: keeping paths inside that folder, cutting, and deciding between
 
 from __future__ import annotations
 
+import os
+import unicodedata
+from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import av
 
 from cluster.errors import DataError
-from pipeline.data.video import VideoInfo, VideoLimits, decode_video, encode_mp4, probe
+from pipeline.data.video import VideoInfo, VideoLimits, decode_timed, decode_video, encode_mp4, probe
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class ClipSpec:
 def confined(root: Path, relative: str) -> Path:
     """Return the regular file ``relative`` under ``root``; raises DataError for anything that leads elsewhere.
 
-    Refused: absolute paths, drive letters, ``..``, and links whose target lies outside ``root``.
+    Refused: absolute paths, drive letters, ``..``, and links whose target lies outside ``root``. Letters with marks may be
+    written in another Unicode form than on disk (see :func:`composed`).
     """
     text = relative.strip().replace("\\", "/")
     pure = PurePosixPath(text)
@@ -47,7 +52,7 @@ def confined(root: Path, relative: str) -> Path:
     if pure.is_absolute() or PureWindowsPath(text).drive or ".." in pure.parts:
         raise DataError(f"{relative!r} must be a path inside the clips folder: not absolute, without '..'")
     try:
-        found = (root / pure).resolve()
+        found = _on_disk(root, pure).resolve()
         inside, regular = found.is_relative_to(root.resolve()), found.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # name too long, loop of links
         raise DataError(f"{relative!r} is not a usable path: {error}") from error
@@ -56,6 +61,37 @@ def confined(root: Path, relative: str) -> Path:
     if not regular:
         raise DataError(f"no such clip: {relative!r}")
     return found
+
+
+def composed(name: str) -> str:
+    """Return ``name`` in Unicode's form NFC: "é" is one code point in it, and two in NFD, which Macs write to disks.
+
+    Two names that are equal in this form look the same, and are taken for the same.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def _on_disk(root: Path, relative: PurePosixPath) -> Path:
+    """Return ``root / relative`` with each part spelled as its folder spells it; raises DataError where two could be meant."""
+    path = root
+    for part in relative.parts:
+        if not part.isascii() and not os.path.lexists(path / part):
+            alike = _names(str(path), path.stat().st_mtime_ns).get(composed(part), [part]) if path.is_dir() else [part]
+            if len(alike) > 1:
+                raise DataError(f"{str(relative)!r} could be any of {len(alike)} files, whose names look the same")
+            part = alike[0]
+        path = path / part
+    return path
+
+
+@lru_cache(maxsize=256)
+def _names(folder: str, stamp: int) -> dict[str, list[str]]:
+    """Return the names in ``folder`` that are not ASCII, by their composed form; ``stamp``: its modification time."""
+    found = defaultdict(list)
+    for name in os.listdir(folder):
+        if not name.isascii():
+            found[composed(name)].append(name)
+    return dict(found)
 
 
 def load_clip(root: Path, span: Span, spec: ClipSpec | None = None) -> tuple[bytes, bool]:
@@ -77,15 +113,12 @@ def copy_clip(path: Path, start: float | None, end: float | None, spec: ClipSpec
     scale = min(1.0, spec.max_side / max(info.width, info.height))
     # Even sizes, because copies are yuv420p: small, and played everywhere.
     width, height = (max(2, 2 * round(side * scale / 2)) for side in (info.width, info.height))
-    fps = min(spec.max_fps, info.fps) if info.fps > 0 else 1.0
     # Frames are spread from the first to the last one, so that n of them show n - 1 intervals.
     span = info.seconds * (info.frames - 1) / info.frames
-    frames = min(spec.max_frames, round(span * fps) + 1)
-    if frames > 1:
-        fps = (frames - 1) / span
-    return encode_mp4(
-        decode_video(path, frames, height, width, spec.limits, start=start, end=end), fps, near_lossless=False
-    )
+    count = min(spec.max_frames, round(span * min(spec.max_fps, info.fps)) + 1)
+    frames, seconds = decode_timed(path, count, height, width, spec.limits, start=start, end=end)
+    fps = (count - 1) / seconds if count > 1 and seconds > 0 else 1.0
+    return encode_mp4(frames, fps, near_lossless=False)
 
 
 def _embeddable(info: VideoInfo, size: int, spec: ClipSpec) -> bool:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from actors.records import SampleKind
 from cluster.errors import DataError
-from pipeline.data.importers.clips import ClipSpec, copy_clip
+from pipeline.data.importers.clips import ClipSpec, composed, copy_clip
 from pipeline.data.importers.vans_csv import COLUMNS
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -65,20 +65,22 @@ def cut_pairs(
 ) -> None:
     """Write two mp4s per pair to ``clips`` and the CSV that names them, as VANS-Data-100K's do, to ``table``.
 
-    ``videos``: file name of a cut → where that video lies. Raises DataError for a missing or unreadable one.
+    ``videos``: file name of a cut, in any Unicode form → where that video lies. Raises DataError for a missing or
+    unreadable one.
     """
-    spec = spec or ClipSpec()
+    spec, videos = spec or ClipSpec(), {composed(name): path for name, path in videos.items()}
     clips.mkdir(parents=True, exist_ok=True)
     with table.open("w", newline="", encoding="utf-8-sig") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for cut in cuts:
-            if cut.file not in videos:
+            video = videos.get(composed(cut.file))
+            if video is None:
                 raise DataError(f"pair {cut.name!r} is cut from {cut.file!r}, which is not among the videos given")
             names = []
             for part, (start, end) in (("input", cut.input), ("output", cut.target)):
                 try:
-                    data = copy_clip(videos[cut.file], start, end, spec)
+                    data = copy_clip(video, start, end, spec)
                 except DataError as error:
                     raise DataError(f"pair {cut.name!r}, {part}, {start}–{end} s of {cut.file}: {error}") from error
                 names.append(f"{cut.name}_{part}.mp4")

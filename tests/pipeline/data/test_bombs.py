@@ -111,7 +111,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 def test_a_pass_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     data = small()
     now = iter(range(0, 100_000, 10))
-    monkeypatch.setattr("pipeline.data.video.time.thread_time", lambda: float(next(now)))
+    monkeypatch.setattr("pipeline.data.reading.time.thread_time", lambda: float(next(now)))
     with pytest.raises(DataError, match="took more than 25 s"):
         decode_video(data, 4, 16, 16, VideoLimits(max_decode_s=25.0))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import DataError
-from pipeline.data.importers.clips import ClipSpec, confined
+from pipeline.data.importers.clips import ClipSpec, confined, copy_clip
+from pipeline.data.importers.cut import PairCut, cut_pairs
 from pipeline.data.importers.inspect import inspect
 from pipeline.data.importers.jsonl import import_jsonl, read_entries
 from pipeline.data.importers.run import Candidate, Rejected, infer_kind
 from pipeline.data.importers.vans_csv import COLUMNS, import_vans, read_rows
 from pipeline.data.schema import SCHEMA, Row, ShardWriter
-from pipeline.data.video import encode_mp4, probe
+from pipeline.data.video import decode_video, encode_mp4, probe
+from tests.pipeline.data.numbered import GOP, encoded, numbers
 
 FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -121,6 +124,55 @@ def test_larger_clips_are_stored_as_smaller_copies(clips: Path, tmp_path: Path) 
     info = probe(row["input_video"])
     assert (info.width, info.height, info.frames, info.fps) == (50, 30, 6, 8.0)
     assert (report.copied, report.embedded, row["kind"]) == (1, 1, "predictive")
+
+
+def test_a_copy_lasts_as_long_as_its_part_whatever_the_rate(tmp_path: Path) -> None:
+    path = tmp_path / "slides.mkv"
+    path.write_bytes(encoded(2, "matroska", times=[0, 2500], options={"crf": "1"}))
+    info = probe(copy_clip(path, None, None, ClipSpec()))
+    assert (info.frames, info.fps) == (2, pytest.approx(1 / 2500))
+    for container in ("mpegts", "h264", "avi"):
+        path = tmp_path / f"film.{container}"
+        path.write_bytes(encoded(60, container, options=GOP))
+        copy = copy_clip(path, 0.4, 1.6, ClipSpec())
+        assert numbers(decode_video(copy, 30, 32, 64)) == list(range(10, 40)), container
+        assert (probe(copy).frames, probe(copy).fps) == (30, pytest.approx(25, rel=1e-3))
+
+
+@pytest.mark.parametrize(("told", "disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_found_in_another_unicode_form(told: str, disk: str, tmp_path: Path) -> None:
+    """Macs write "é" as two code points, most other programs as one; a folder and its manifest often come from two."""
+    names = ["Café/Überfall.mp4", "한국어.mp4"]
+    data = encode_mp4(np.random.default_rng(0).integers(0, 255, (4, 24, 32, 3), np.uint8), 8.0)
+    for name in names:
+        path = tmp_path / "clips" / unicodedata.normalize(disk, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    clips, written = tmp_path / "clips", [unicodedata.normalize(told, name) for name in names]
+    line = {"question": "What happens next?", "caption": "c", "input": written[0], "target": {"path": written[1]}}
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
+    assert import_jsonl(manifest, clips, tmp_path / "a", quiet=True).accepted == 1
+    table = write_csv(tmp_path / "t.csv", [["one", *written, "What happens next?", "c"]])
+    assert import_vans([table], clips, tmp_path / "b", quiet=True).accepted == 1
+    cut = PairCut(
+        name="one", file=written[1], input=(0, 0.2), target=(0.2, 0.5), kind="predictive", question="q", caption="c"
+    )
+    on_disk = unicodedata.normalize(disk, names[1])
+    cut_pairs([cut], {on_disk: clips / on_disk}, tmp_path / "cut", tmp_path / "cut.csv")
+    assert len(list((tmp_path / "cut").iterdir())) == 2
+    with pytest.raises(DataError, match="no such clip"):
+        confined(clips, unicodedata.normalize(told, "Café/Unterfall.mp4"))
+
+
+def test_a_name_spelled_as_on_disk_goes_first_and_a_choice_of_two_is_refused(tmp_path: Path) -> None:
+    spellings = ["\u1e68.mp4", "S\u0323\u0307.mp4", "\u1e62\u0307.mp4"]  # one letter with marks below and above
+    for name in spellings[:2]:
+        (tmp_path / name).write_bytes(b"x")
+    assert len({*os.listdir(tmp_path)}) == 2 and len({unicodedata.normalize("NFC", name) for name in spellings}) == 1
+    assert [confined(tmp_path, name).name for name in spellings[:2]] == spellings[:2]
+    with pytest.raises(DataError, match="could be any of 2 files, whose names look the same"):
+        confined(tmp_path, spellings[2])
 
 
 def test_files_that_are_no_vans_csv_are_refused_at_once(clips: Path, tmp_path: Path) -> None:

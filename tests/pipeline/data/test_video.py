@@ -88,6 +88,14 @@ def test_encoding_refuses_other_shapes_and_types(bad: np.ndarray) -> None:
         encode_mp4(flat(1), float("nan"))
 
 
+@pytest.mark.parametrize("fps", [1e-5, 1 / 2500, 0.0331, 0.5, 1.0, 24_000 / 1001, 29.97, 1000.0])
+def test_slow_and_fast_rates_are_written_as_they_are(fps: float) -> None:
+    """A rate of less than one in a thousand is not nothing, from which an encoder makes 24."""
+    with av.open(io.BytesIO(encode_mp4(flat(20, 60, 100), fps))) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    assert times == pytest.approx([0, 1 / fps, 2 / fps], rel=1e-6)
+
+
 def test_variable_frame_rate_is_sampled_by_time_not_by_index() -> None:
     data = write(flat(20, 60, 100, 140, 220), times=[0.0, 0.1, 0.2, 0.3, 2.0])
     frames, seconds = decode_timed(data, 5, 32, 32)
