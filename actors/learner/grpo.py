@@ -179,7 +179,7 @@ def grpo_loss(
         weights = importance_weights(old_logprobs, rollout_logprobs, mask, importance_cap)
         per_step = per_step * weights
         exponents.append(old_logprobs - rollout_logprobs)
-        truncated = float((mask & (exponents[-1] > math.log(importance_cap))).sum())
+        truncated = float((mask & (old_logprobs - rollout_logprobs > math.log(importance_cap))).sum())
     if kl_log_ratio is not None:
         exponents.append(kl_log_ratio)
     if kl is not None and beta > 0:

@@ -57,3 +57,16 @@ def test_correlations_equal_numpy_and_constants_have_none() -> None:
     assert found["a", "b"] == pytest.approx(np.corrcoef(a, b)[0, 1])
     assert found["a", "d"] == pytest.approx(-1.0)
     assert not any("c" in pair for pair in found)
+
+
+def test_a_correlation_never_leaves_its_range() -> None:
+    """Rounding takes the quotient of two lines beyond 1 by 2e-16; what is logged stays within."""
+    beyond = 0
+    for seed in range(200):
+        a = np.random.default_rng(seed).normal(size=5)
+        b = -3.0 * a + 0.1
+        x, y = a - a.mean(), b - b.mean()
+        beyond += float((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum())) < -1.0
+        found = signs.component_correlations({"a": a, "b": b, "c": 2 * a})
+        assert -1.0 <= found["a", "b"] < -0.999999 and 0.999999 < found["a", "c"] <= 1.0
+    assert beyond > 0

@@ -61,6 +61,16 @@ def test_a_distance_of_repeated_clips_is_that_of_the_repeated_rows(n: int, dim: 
     assert repeated_frechet(x, x, times) == pytest.approx(0.0, abs=1e-9)
 
 
+def test_a_distance_is_well_posed_with_more_clips_than_features() -> None:
+    """n clips about their own mean span n - 1 dimensions, so n = D leaves a singular covariance."""
+    rng = np.random.default_rng(0)
+    features = {n: rng.normal(size=(n, 4)) for n in (4, 5, 9)}
+    assert np.linalg.matrix_rank(np.cov(features[4], rowvar=False)) == 3
+    for n, m, expected in ((4, 9, False), (9, 4, False), (5, 9, True), (9, 5, True), (4, 4, False)):
+        found = frechet_distance(features[n], features[m], "x")
+        assert (found.n, found.n_truth, found.dim, found.well_posed) == (n, m, 4, expected)
+
+
 def test_only_i3d_features_are_called_fvd() -> None:
     assert fvd_name(I3D) == "FVD"
     assert frechet_distance(np.eye(4), np.eye(4), "tiny-clip-frames-16").name == "FVD[tiny-clip-frames-16]"
