@@ -48,6 +48,21 @@ def test_nothing_is_imputed(values: dict, weights: dict, message: str) -> None:
         combine_rewards(values, weights)
 
 
+def test_normalised_components_by_hand() -> None:
+    """x = 0, 1: mean .5, std .5, so the values are +-.5 / (.5 + 1e-4); a group of one is 0."""
+    found = combine_rewards({"x": [0.0, 1.0]}, {"x": 3.0}, normalise=True)
+    assert found == pytest.approx([-3 * 0.5 / 0.5001, 3 * 0.5 / 0.5001], rel=1e-12)
+    assert combine_rewards({"x": [7.0]}, {"x": 3.0}, normalise=True).tolist() == [0.0]
+    assert combine_rewards({"x": [0.0], "y": [np.nan]}, {"x": 1.0}).tolist() == [
+        0.0
+    ]  # without a weight it is not looked at
+    for weight in (np.inf, np.nan):
+        with pytest.raises(RewardError, match="must be finite"):
+            combine_rewards({"x": [0.0, 0.0]}, {"x": weight})
+    with pytest.raises(RewardError, match="one value per member"):
+        combine_rewards({"x": 0.5}, {"x": 1.0})
+
+
 @pytest.fixture
 def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = "my_rewards_for_test"
