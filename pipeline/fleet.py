@@ -247,7 +247,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
         actor = ray.remote(RewardWorker)
         return lambda name: actor.options(
             **placement.options("reward", name), max_restarts=0, max_concurrency=2
-        ).remote(name, clip_path, components, device=_device(reward))
+        ).remote(name, clip_path, components, device=_device(reward), custom_timeout_s=reward.request_timeout_s / 2)
 
     return {"vlm": make_vlm, "embed": make_embed, "vdm": make_vdm, "reward": make_reward}
 

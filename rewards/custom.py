@@ -14,8 +14,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import reprlib
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from rewards.errors import RewardError
 
@@ -61,9 +64,17 @@ def load_reward(path: str) -> CustomReward:
 
 
 def call_reward(path: str, function: CustomReward, arguments: dict[str, Any]) -> float:
-    """Return the function's value as a float; raises TypeError where it is not a number."""
+    """Return the function's value as a float: any real number, or an array or tensor that holds a single one.
+
+    Raises TypeError for everything else. Text is no number, even where it spells one.
+    """
     value = function(**arguments)
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"reward {path!r} returned {value!r}; it must return a float") from error
+        number = value
+        if np.ndim(value) > 0:  # a list, an array or a tensor, wherever it lies
+            number = value.item() if hasattr(value, "item") else np.asarray(value).item()
+        if isinstance(number, str | bytes | bytearray):
+            raise TypeError("it is text")
+        return float(number)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"reward {path!r} returned {reprlib.repr(value)}; it must return a float") from error

@@ -5,7 +5,10 @@ No Ray: the reward worker and local evaluation run the same code. The formulas a
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +70,15 @@ _BUILT_IN: dict[str, Callable[[_View], float]] = {
 BUILT_IN = tuple(_BUILT_IN)
 """Names of the built-in components (docs/rewards.md)."""
 
+LARGEST = float(np.finfo(np.float32).max)
+"""Largest value of a component, either sign: advantages are float32."""
+
+TRIES = 3
+"""Calls of a custom reward that could not reach its judge, or had no memory, before the answer counts as lost."""
+
+TRANSIENT = (InfrastructureError, ConnectionError, TimeoutError, MemoryError, torch.OutOfMemoryError)
+"""What another call may survive."""
+
 TEXT_ONLY = frozenset(name for name, needs in _NEEDS.items() if not needs)
 """Components that judge the text alone: nothing has to be rendered for them."""
 
@@ -76,6 +88,8 @@ class Scorer:
 
     ``custom``: alias → ``module:function``; a component spelt as a dotted path needs no alias. ``fvd_dim``: width of
     the Fréchet features. ``diagnostics``: add the alarms to the scores of every request that has a clip.
+    ``custom_timeout_s``: longest that a custom reward may take for one answer, all its tries together; ``wait_s``: before
+    its second try, twice as long before the third.
     """
 
     def __init__(
@@ -86,7 +100,10 @@ class Scorer:
         cache_mib: float = 64.0,
         fvd_dim: int = 16,
         diagnostics: bool = True,
+        custom_timeout_s: float = math.inf,
+        wait_s: float = 0.5,
     ) -> None:
+        self.custom_timeout_s, self.wait_s = custom_timeout_s, wait_s
         self.clip = clip
         self.cache = FeatureCache(int(cache_mib * (1 << 20)))
         self.fvd_dim = fvd_dim
@@ -125,7 +142,9 @@ class Scorer:
                 sound.append(i)
         views = _guarded(lambda: self._views([requests[i] for i in sound]))
         for place, i in enumerate(sound):
-            if isinstance(views, Failure):
+            if isinstance(views, Failure) and len(sound) > 1:  # each for itself: only the one at fault fails
+                outcomes[i] = self.score([requests[i]])[0]
+            elif isinstance(views, Failure):
                 outcomes[i] = views
             else:
                 outcomes[i] = _guarded(partial(self._score, views.value[place]))
@@ -143,6 +162,9 @@ class Scorer:
             )
         if "caption" in needed and not request.caption.strip():
             raise BadSampleError(f"sample {request.sample_id}: an empty caption has no CLIP text feature")
+        for name, text in (("caption", request.caption), ("reference caption", request.reference_caption)):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise BadSampleError(f"sample {request.sample_id}: the {name} is not Unicode text: {text[:80]!r}")
         frames = {
             "clip": request.clip,
             "target_frames": request.target_frames,
@@ -220,7 +242,7 @@ class Scorer:
                 features["target"] = clip_frames_feature(view.target, self.fvd_dim)
                 continue
             value = _BUILT_IN[name](view) if name in _BUILT_IN else self._custom_value(name, request)
-            if not math.isfinite(value):
+            if not abs(value) <= LARGEST:
                 raise BadSampleError(
                     f"component {name!r} of sample {request.sample_id}, answer {request.index}, is {value}"
                 )
@@ -228,17 +250,49 @@ class Scorer:
         return Scores(request.sample_id, request.index, values, self._diagnose(view), features)
 
     def _custom_value(self, name: str, request: ScoreRequest) -> float:
-        """Call a user's reward. That it raises is the answer's failure: one odd clip must not end a run of days."""
-        try:
-            return call_reward(*self._custom[name], _arguments(request))
-        except (InfrastructureError, ConnectionError, TimeoutError, MemoryError, torch.OutOfMemoryError):
-            raise  # a judge that is asked over a network may answer the next time
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
+        """Call a user's reward. Whatever it does is the answer's failure: one odd clip must not end a run of days."""
+        path, function = self._custom[name]
+        arguments = _arguments(request)
+        if math.isinf(self.custom_timeout_s):
+            return self._tried(path, function, arguments)
+        found: list[float | BaseException] = []
+
+        def call() -> None:
+            try:
+                found.append(self._tried(path, function, arguments))
+            except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
+                found.append(error)
+
+        # A thread cannot be ended: one that is late goes on by itself, and what it finds is not waited for.
+        thread = threading.Thread(target=call, name=f"reward {path}", daemon=True)
+        thread.start()
+        thread.join(self.custom_timeout_s)
+        if not found:
             raise BadSampleError(
-                f"reward {self._custom[name][0]!r} raised {type(error).__name__}: {error} "
-                f"({Path(where.filename).name}, line {where.lineno}, in {where.name})"
-            ) from error
+                f"reward {path!r} took longer than {self.custom_timeout_s:g} s for one answer (half of "
+                "pools.reward.request_timeout_s)"
+            )
+        value = found[0]
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    def _tried(self, path: str, function: CustomReward, arguments: dict[str, Any]) -> float:
+        """Return the reward's value; BadSampleError says what it raised, after further tries where those may help."""
+        for number in range(TRIES):
+            try:
+                return call_reward(path, function, arguments)
+            except (Exception, SystemExit, GeneratorExit, asyncio.CancelledError) as error:
+                if isinstance(error, TRANSIENT) and number < TRIES - 1:  # a judge may answer the next time
+                    time.sleep(self.wait_s * 2**number)
+                    continue
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                tries = f" in each of {TRIES} tries, the last time" if isinstance(error, TRANSIENT) else ""
+                raise BadSampleError(
+                    f"reward {path!r} raised{tries} {type(error).__name__}: {error} "
+                    f"({Path(where.filename).name}, line {where.lineno}, in {where.name})"
+                ) from error
+        raise AssertionError("a reward is tried at least once")
 
     def _diagnose(self, view: _View) -> dict[str, float]:
         request = view.request

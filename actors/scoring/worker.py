@@ -5,6 +5,7 @@ The class is undecorated, so that it also runs in process; make an actor with ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ class RewardWorker:
 
     ``components``: what the run will ask for; each is checked, and custom ones are imported, in :meth:`setup`, so
     that a wrong name stops the run at its start. ``custom``: alias → ``module:function`` (see docs/rewards.md).
+    ``custom_timeout_s``: see ``Scorer``.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class RewardWorker:
         cache_mib: float = 64.0,
         fvd_dim: int = 16,
         diagnostics: bool = True,
+        custom_timeout_s: float = math.inf,
         threads: int = 1,
     ) -> None:
         self.name = name
@@ -49,6 +52,7 @@ class RewardWorker:
             "cache_mib": cache_mib,
             "fvd_dim": fvd_dim,
             "diagnostics": diagnostics,
+            "custom_timeout_s": custom_timeout_s,
         }
         self._clip_path = clip_path
         self._device = device

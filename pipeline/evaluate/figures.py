@@ -25,7 +25,10 @@ SAME = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Answered:
-    """One answer with its numbers. ``values`` holds only what applies (a missing video has no CLIP-V)."""
+    """One answer with its numbers. ``values`` holds only what applies (a missing video has no CLIP-V).
+
+    ``lost``: component → why it could not be computed.
+    """
 
     id: str
     index: int
@@ -34,6 +37,7 @@ class Answered:
     reference: str
     values: dict[str, float]
     features: dict[str, np.ndarray] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

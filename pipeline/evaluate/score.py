@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from actors.failures import Failure
+from actors.pool import SampleFailed
 from actors.records import Sample, ScoreRequest, Scores
 from actors.scoring.clip import ClipScorer
 from actors.scoring.scorer import VIDEO_FEATURES, Scorer
@@ -25,6 +28,8 @@ from pipeline.evaluate.figures import Answered
 from pipeline.evaluate.predictions import Prediction, check_cover
 from pipeline.evaluate.table import EvaluationTable, build_table
 from rewards.alarms import AlarmSettings
+
+log = logging.getLogger(__name__)
 
 Score = Callable[[ScoreRequest], Awaitable[Scores]]
 """Scores one request or raises; a reward pool's ``submit`` is one."""
@@ -54,8 +59,12 @@ async def score_predictions(
     ``extractor`` names the Fréchet features that ``score`` gives (``Scorer.fvd_extractor``); with ``video`` the
     features are that extractor's instead. ``compare`` and ``settings``: see ``table.build_table``. ``on_done`` is
     called after each answer. At most 32 answers are decoded and in flight. An answer whose video cannot be decoded is one
-    without a video, and a warning says so. Raises DataError when a system leaves out a sample or none of its videos can be
-    decoded; an error of ``score`` is raised as it is, never counted as a bad answer.
+    without a video, and a warning says so.
+
+    A component that cannot be computed for an answer (SampleFailed or DataError of ``score``) is left out there, never
+    counted as a bad answer; table and log say how often and why. Raises DataError for one that cannot be computed for any
+    answer, when a system leaves out a sample, or none of its videos can be decoded; other errors of ``score`` are raised as
+    they are.
     """
     ids = [sample.id for sample in samples]
     if not ids or len(set(ids)) != len(ids):
@@ -89,6 +98,7 @@ async def score_predictions(
                 raise DataError(told)
             log.warning("%s. They are scored as answers without a video", told)
         found[name] = [task.result() for task in tasks]
+    _judge_lost(found)
     return build_table(found, video.name if video else extractor, seed=seed, compare=compare, settings=settings)
 
 
@@ -146,14 +156,50 @@ class _VideoFeatures:
 
 
 async def _answer(sample: Sample, prediction: Prediction, score: Score, videos: _VideoFeatures | None) -> Answered:
-    scores = await score(_request(sample, prediction))
+    request, lost = _request(sample, prediction), {}
+    try:
+        scores = await score(request)
+    except (SampleFailed, DataError):
+        scores, lost = await _one_by_one(request, score)
     values = {"answered": float(prediction.frames is not None and bool(prediction.caption)), **scores.values}
     values |= {name: value for name, value in scores.diagnostics.items() if name != "copy"}
     values |= _toy_judgement(sample, prediction)
     features = dict(scores.features)
     if videos is not None and prediction.frames is not None:
         features = await videos.of(sample, prediction.frames)
-    return Answered(sample.id, prediction.index, sample.kind, prediction.caption, sample.caption, values, features)
+    return Answered(
+        sample.id, prediction.index, sample.kind, prediction.caption, sample.caption, values, features, lost
+    )
+
+
+async def _one_by_one(request: ScoreRequest, score: Score) -> tuple[Scores, dict[str, str]]:
+    """Return the components of ``request`` that can be computed, and why the others cannot."""
+    found, lost = Scores(request.sample_id, request.index, {}), {}
+    for name in request.components:
+        try:
+            one = await score(replace(request, components=(name,)))
+        except (SampleFailed, DataError) as error:
+            lost[name] = str(error)
+            continue
+        found = replace(
+            found,
+            values=found.values | one.values,
+            diagnostics=found.diagnostics | one.diagnostics,
+            features=found.features | one.features,
+        )
+    return found, lost
+
+
+def _judge_lost(found: Mapping[str, Sequence[Answered]]) -> None:
+    """Log what could not be computed; raise DataError for a component that no answer has: that is no odd sample."""
+    answers = [answer for system in found.values() for answer in system]
+    lost = Counter((name, reason) for answer in answers for name, reason in answer.lost.items())
+    for (name, reason), count in lost.items():
+        log.warning("evaluation: %s of %d answers cannot be computed: %s", name, count, reason)
+    for name in dict.fromkeys(name for name, _ in lost):
+        if not any(name in answer.values or (name == VIDEO_FEATURES and answer.features) for answer in answers):
+            reason, count = next((reason, lost[name, reason]) for other, reason in lost if other == name)
+            raise DataError(f"{name} cannot be computed for any answer, {count} times because: {reason}")
 
 
 def _request(sample: Sample, prediction: Prediction) -> ScoreRequest:

@@ -7,6 +7,7 @@ come from ``score``.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -149,6 +150,7 @@ class EvaluationTable:
                             "caption": a.caption,
                             "truth": a.reference,
                             **a.values,
+                            **({"lost": a.lost} if a.lost else {}),
                         }
                         for a in result.answers
                     ],
@@ -237,8 +239,23 @@ class EvaluationTable:
                     f"({', '.join(weak)}), so the distance is only roughly estimated and too high"
                 )
         for name in names:
+            lines += self._lost(name)
+        for name in names:
             lines += [f"- **alarm** {in_markdown(name)}: {text}" for text in self.alarms(name)]
         return "\n".join(lines)
+
+    def _lost(self, name: str) -> list[str]:
+        """Return a line for each component that could not be computed for some answers of the system."""
+        answers = self.systems[name].answers
+        lines = []
+        for component in dict.fromkeys(c for a in answers for c in a.lost):
+            reasons = Counter(a.lost[component] for a in answers if component in a.lost)
+            ((reason, _),) = reasons.most_common(1)
+            lines.append(
+                f"- **warning** {in_markdown(component)} of {in_markdown(name)} cannot be computed for {reasons.total()} of "
+                f"{len(answers)} answers, which are left out of it: {in_markdown(reason)}"
+            )
+        return lines
 
 
 def build_table(

@@ -60,12 +60,12 @@ class FailureBudget:
     barren: int = 0
     """Batches in a row of which nothing could be had."""
 
-    def count(self, groups: Sequence[Group | None]) -> Counter[str]:
-        """Count ``groups`` and return what was lost in them by reason.
+    def count(self, groups: Sequence[Group | None], before: Sequence[str] = ()) -> Counter[str]:
+        """Count ``groups`` and return what was lost in them, and ``before`` there were groups, by reason.
 
         Raises TrainingError when more than the allowed share is lost, or everything in BARREN batches in a row.
         """
-        new = Counter(reason for g in groups if g is not None for reason in g.failures)
+        new = Counter([*before, *(reason for g in groups if g is not None for reason in g.failures)])
         kept = sum(len(g.members) for g in groups if g is not None)
         self.asked += kept + new.total()
         self.lost += new

@@ -54,6 +54,7 @@ class Stage(Protocol):
     async def draw(
         self, feed: SampleFeed, step: int, count: int, wave: int = 0
     ) -> list[asyncio.Task[Group | None]]: ...
+    def lost(self, step: int) -> list[str]: ...
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]: ...
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]: ...
 
@@ -176,8 +177,8 @@ async def rollout(
         tasks = await stage.draw(feed, step, section.prompts_per_step)
         refill = None
         if section.max_refills:
-            refill = await complete(stage, feed, step, judged(step, await gather(tasks), budget), budget)
-    groups = refill.groups if refill else judged(step, await gather(tasks), budget)
+            refill = await complete(stage, feed, step, await judged(stage, step, tasks, budget), budget)
+    groups = refill.groups if refill else await judged(stage, step, tasks, budget)
     batch = assemble(
         groups,
         stage.section.rewards.weights,
@@ -200,13 +201,16 @@ async def complete(
     wave = 0
     while count := refill.missing():
         wave += 1
-        refill.add(judged(step, await gather(await stage.draw(feed, step, count, wave)), budget))
+        refill.add(await judged(stage, step, await stage.draw(feed, step, count, wave), budget))
     return refill
 
 
-def judged(step: int, groups: list[Group | None], budget: FailureBudget) -> list[Group | None]:
-    """Return ``groups``; what was lost in them is logged with its reasons, and too much of it raises TrainingError."""
-    for reason, count in budget.count(groups).items():
+async def judged(
+    stage: Stage, step: int, tasks: list[asyncio.Task[Group | None]], budget: FailureBudget
+) -> list[Group | None]:
+    """Return the groups of ``tasks``. What was lost in them and before them is logged, and too much of it raises TrainingError."""
+    groups = await gather(tasks)
+    for reason, count in budget.count(groups, stage.lost(step)).items():
         log.warning("%s step %d: %d trajectories lost: %s", budget.stage, step, count, reason)
     return groups
 

@@ -100,6 +100,10 @@ class Stage1:
         """Return what the learner reads, in a fixed order."""
         return completion_experiences(batch)
 
+    def lost(self, step: int) -> list[str]:
+        """Return nothing: each sample has its group, which says what was lost in it."""
+        return []
+
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """Return what only stage 1 measures."""
         captions = [m.caption for g in batch.groups for m in g.members]

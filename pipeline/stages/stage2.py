@@ -7,7 +7,6 @@ dropped; for the others the artist samples G trajectories as an SDE.
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -25,10 +24,9 @@ from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
 from pipeline.stages.rendering import render, render_request
 from pipeline.stages.stage1 import collect, score_request
+from rewards.errors import RewardError
 from rewards.format import parse_answer
 from rewards.text import rouge_l
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Anchor:
     caption: str | None
     rouge_l: float
     failure: str = ""
-    """Why the thinker could not be asked."""
+    """Why there is none: the thinker could not be asked, or its caption could not be compared."""
 
 
 @dataclass
@@ -53,6 +51,7 @@ class Stage2:
     policies: ClassVar[tuple[str, ...]] = ("vdm",)
     _anchors: dict[str, Anchor] = field(default_factory=dict)
     _seen: dict[int, list[Anchor]] = field(default_factory=dict)  # by step: several may be in flight
+    _lost: dict[int, list[str]] = field(default_factory=dict)  # by step: why samples got no group
 
     def __post_init__(self) -> None:
         self.window = sde_window(self.config)
@@ -76,6 +75,8 @@ class Stage2:
                 samples, await asyncio.gather(*(self._anchor(s, key) for s in samples)), strict=True
             ):
                 seen.append(anchor)
+                if anchor.failure:
+                    self._lost.setdefault(step, []).append(anchor.failure)
                 if anchor.caption is None or anchor.rouge_l < self.section.anchor_min_rouge:
                     continue
                 name = f"stage2 step {key} {sample.id}"
@@ -86,13 +87,16 @@ class Stage2:
             return tasks
         failures = [a.failure for a in seen if a.failure]
         if len(failures) == len(seen):
-            raise TrainingError(
-                f"stage2: the thinker could not be asked about any of {len(seen)} samples: {failures[-1]}"
-            )
+            raise TrainingError(f"stage2: there is no anchor caption for any of {len(seen)} samples: {failures[-1]}")
+        failed = f"; {len(failures)} failed, the last: {failures[-1]}" if failures else ""
         raise TrainingError(
             f"stage2: no anchor caption out of {len(seen)} reached stage2.anchor_min_rouge={self.section.anchor_min_rouge}; "
-            f"best {max((a.rouge_l for a in seen), default=0.0):.2f}. Train stage 1 longer or lower the threshold"
+            f"best {max((a.rouge_l for a in seen), default=0.0):.2f}. Train stage 1 longer or lower the threshold{failed}"
         )
+
+    def lost(self, step: int) -> list[str]:
+        """Return, once, why samples that were drawn for ``step`` got no group: as often as they would have trajectories."""
+        return [reason for reason in self._lost.pop(step, []) for _ in range(self.section.rollout.group_size)]
 
     async def group(self, sample: Sample, anchor: Anchor, step: str, spec: SdeSpec) -> Group | None:
         """Sample, and score, G trajectories of the anchor caption."""
@@ -164,11 +168,13 @@ class Stage2:
             try:
                 completions: list[Completion] = await self.fleet.vlm.submit(request)
             except SampleFailed as error:
-                log.warning("stage2 step %s: no anchor for a sample: %s", step, error)
                 return Anchor("", None, 0.0, str(error))
             answer = parse_answer(completions[0].text)
             caption = answer.caption if answer else None
-            anchor = Anchor(completions[0].text, caption, rouge_l(caption, sample.caption) if caption else 0.0)
+            try:
+                anchor = Anchor(completions[0].text, caption, rouge_l(caption, sample.caption) if caption else 0.0)
+            except RewardError as error:
+                anchor = Anchor(completions[0].text, None, 0.0, f"the anchor caption cannot be compared: {error}")
             if greedy:
                 self._anchors[sample.id] = anchor
         return anchor

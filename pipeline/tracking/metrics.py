@@ -89,8 +89,9 @@ STAGE2 = Family(
                "Equals prompts_per_step; fewer, and the filter starves the step."),
         Metric("anchor/kept_ratio", "ratio", "Anchor captions that pass the ROUGE-L filter.",
                "Low: stage 1 has not learnt enough for this threshold."),
-        Metric("anchor/failed", "captions", "Samples about which the thinker could not be asked.",
-               "Should be 0; the reasons are in the log."),
+        Metric("anchor/failed", "captions", "Samples about which the thinker could not be asked, or whose "
+               "anchor caption could not be compared with ground truth.",
+               "Should be 0; the reasons are in the log, and the run stops above rollout.max_failed_ratio."),
         Metric("anchor/rouge_l", "ratio", "ROUGE-L of the anchor captions against ground truth, before the filter.",
                "Constant up to sampling: the thinker is frozen."),
         Metric("sde/window_start", "step", "First denoising step of the stochastic, trained window.",

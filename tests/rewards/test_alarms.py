@@ -84,3 +84,68 @@ def test_lasting_counts_the_same_alarm_in_a_row() -> None:
     assert lasting == [[], [], [], [], [], ["motion"]]
     state, _ = run([frozen] * 9, OFF)
     assert watch(state, 9, frozen, OFF).lasting == {}, "off by default"
+
+
+@pytest.mark.parametrize(
+    ("sign", "within", "beyond"),
+    [
+        ("motion_ratio", 0.2, 0.2 - 1e-9),
+        ("copy_excess", 0.1, 0.1 + 1e-9),
+        ("saturation_shift", 0.1, 0.1 + 1e-9),
+        ("saturation_shift", -0.1, -0.1 - 1e-9),
+        ("format_rate", 0.5, 0.5 - 1e-9),
+        ("anchors_kept_ratio", 0.2, 0.2 - 1e-9),
+        ("zero_std_ratio", 0.75, 0.75 + 1e-9),
+    ],
+)
+def test_a_threshold_itself_is_no_alarm(sign: str, within: float, beyond: float) -> None:
+    assert judge({sign: within}, OFF) == {} and len(judge({sign: beyond}, OFF)) == 1
+    assert judge({}, OFF, {("a", "b"): -0.5}) == {}
+    assert list(judge({}, OFF, {("a", "b"): -0.5 - 1e-9})) == ["correlation.a.b"]
+    assert judge({}, replace(OFF, correlation_below=None), {("a", "b"): -1.0}) == {}
+
+
+def test_a_ratio_of_next_to_nothing_is_none() -> None:
+    """Both sides have 0.001 added: a base of 0 divides nothing, and two values near 0 are alike."""
+    found = judge({"entropy": 0.0}, OFF, first={"entropy": 0.0})
+    assert found == {} and judge({"entropy": 0.0025}, OFF, first={"entropy": 0.0}) != {}  # 3.5 times
+
+
+def test_patience_counts_steps_in_a_row_at_either_end() -> None:
+    settings = replace(OFF, patience=3)
+    frozen = HEALTHY | {"motion_ratio": 0.05}
+    assert run([frozen] * 2 + [HEALTHY] + [frozen] * 2, settings)[1] == []  # the count begins anew
+    on = [frozen] * 3
+    assert run(on + [HEALTHY] * 2 + [frozen] + [HEALTHY] * 2, settings)[1] == [(2, "on", "motion")]  # at this end too
+    assert run(on + [HEALTHY] * 3, settings)[1] == [(2, "on", "motion"), (5, "off", "motion")]
+
+
+def test_only_the_first_steps_are_the_base() -> None:
+    steps = [{"entropy": e} for e in (1.0, 1.0, 1.0, 100.0, 100.0)]
+    state, told = run(steps, OFF)
+    assert state.first == {"entropy": (1.0, 1.0, 1.0)} and told == [(3, "on", "entropy")]
+    late, _ = run([{}, {"entropy": 2.0}, {"entropy": float("inf")}, {"entropy": 4.0}], OFF)
+    assert late.first == {"entropy": (2.0, 4.0)}  # of the sign's own first values
+
+
+def test_the_words_name_the_side_that_was_left() -> None:
+    words = {
+        "motion": judge({"motion_ratio": 0.0}, OFF)["motion"],
+        "copy": judge({"copy_excess": 0.5}, OFF)["copy"],
+        "saturation": judge({"saturation_shift": 0.5}, OFF)["saturation"],
+        "sharpness": judge({"sharpness_ratio": 9.0}, OFF)["sharpness"],
+    }
+    ends = {"motion": "(alarm below 0.2)", "copy": "(alarm above 0.1)", "saturation": "(alarm beyond ±0.1)"}
+    ends["sharpness"] = "(alarm outside 0.25–4)"
+    assert all(words[name].endswith(end) for name, end in ends.items())
+
+
+def test_an_alarm_lasts_from_the_step_that_completes_its_row() -> None:
+    settings = replace(OFF, stop_after=2)
+    state = AlarmState()
+    lasting = []
+    for step in range(3):
+        watched = watch(state, step, {"motion_ratio": 0.0}, settings)
+        state = watched.state
+        lasting.append(list(watched.lasting))
+    assert lasting == [[], ["motion"], ["motion"]] and state.on == {"motion": 0}

@@ -1,10 +1,14 @@
 """Totals of a group, and rewards by dotted path."""
 
+import math
 import sys
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rewards.combine import combine_rewards
 from rewards.custom import ARGUMENTS, call_reward, load_reward
@@ -44,6 +48,21 @@ def test_nothing_is_imputed(values: dict, weights: dict, message: str) -> None:
         combine_rewards(values, weights)
 
 
+def test_normalised_components_by_hand() -> None:
+    """x = 0, 1: mean .5, std .5, so the values are +-.5 / (.5 + 1e-4); a group of one is 0."""
+    found = combine_rewards({"x": [0.0, 1.0]}, {"x": 3.0}, normalise=True)
+    assert found == pytest.approx([-3 * 0.5 / 0.5001, 3 * 0.5 / 0.5001], rel=1e-12)
+    assert combine_rewards({"x": [7.0]}, {"x": 3.0}, normalise=True).tolist() == [0.0]
+    assert combine_rewards({"x": [0.0], "y": [np.nan]}, {"x": 1.0}).tolist() == [
+        0.0
+    ]  # without a weight it is not looked at
+    for weight in (np.inf, np.nan):
+        with pytest.raises(RewardError, match="must be finite"):
+            combine_rewards({"x": [0.0, 0.0]}, {"x": weight})
+    with pytest.raises(RewardError, match="one value per member"):
+        combine_rewards({"x": 0.5}, {"x": 1.0})
+
+
 @pytest.fixture
 def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = "my_rewards_for_test"
@@ -63,6 +82,48 @@ def test_a_reward_by_dotted_path(my_rewards: str) -> None:
     assert call_reward("p", load_reward(f"{my_rewards}:redness"), arguments) == pytest.approx(0.2)
     with pytest.raises(TypeError, match="must return a float"):
         call_reward("p", load_reward(f"{my_rewards}:wordy"), arguments)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(2), 2.0),
+        (True, 1.0),
+        (np.array(0.25), 0.25),
+        (np.array([[0.25]]), 0.25),
+        ([0.75], 0.75),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor([0.5], requires_grad=True).detach(), 0.5),
+        (Fraction(1, 4), 0.25),
+        (-math.inf, -math.inf),  # what is not finite is the scorer's to refuse
+    ],
+)
+def test_whatever_is_one_number_is_taken(value: Any, expected: float) -> None:
+    assert call_reward("p", lambda **_: value, {}) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "0.5",
+        b"1",
+        "",
+        [],
+        [0.1, 0.2],
+        np.zeros(3),
+        np.zeros(0),
+        torch.zeros(2),
+        {"r": 1.0},
+        1j,
+        object(),
+        ("0.5",),
+    ],
+)
+def test_whatever_is_not_one_number_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"reward 'a:b' returned .*; it must return a float"):
+        call_reward("a:b", lambda **_: value, {})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rewards import signs
+from rewards.errors import RewardError
 
 X, Y = np.array([1.0, 0.0]), np.array([0.0, 2.0])
 
@@ -57,3 +58,53 @@ def test_correlations_equal_numpy_and_constants_have_none() -> None:
     assert found["a", "b"] == pytest.approx(np.corrcoef(a, b)[0, 1])
     assert found["a", "d"] == pytest.approx(-1.0)
     assert not any("c" in pair for pair in found)
+
+
+def test_a_correlation_never_leaves_its_range() -> None:
+    """Rounding takes the quotient of two lines beyond 1 by 2e-16; what is logged stays within."""
+    beyond = 0
+    for seed in range(200):
+        a = np.random.default_rng(seed).normal(size=5)
+        b = -3.0 * a + 0.1
+        x, y = a - a.mean(), b - b.mean()
+        beyond += float((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum())) < -1.0
+        found = signs.component_correlations({"a": a, "b": b, "c": 2 * a})
+        assert -1.0 <= found["a", "b"] < -0.999999 and 0.999999 < found["a", "c"] <= 1.0
+    assert beyond > 0
+
+
+def test_a_change_of_exactly_the_noise_is_none() -> None:
+    clip = np.full((2, 4, 4, 3), 100, np.uint8)
+    clip[1, 0, 0, 0] += signs.NOISE
+    assert signs.motion(clip) == 0.0
+    clip[1, 0, 0, 0] += 1
+    assert signs.motion(clip) == pytest.approx((signs.NOISE + 1) / 255 / 48)
+
+
+def test_still_pictures_are_alike_and_frozen_ones_are_near_none() -> None:
+    still, truth = np.full((2, 4, 4, 3), 9, np.uint8), np.full((2, 4, 4, 3), 9, np.uint8)
+    truth[1] += 51
+    assert signs.motion_ratio(still, truth) == pytest.approx(signs.STILL / (0.2 + signs.STILL))
+    assert signs.motion_ratio(truth, still) == pytest.approx((0.2 + signs.STILL) / signs.STILL)
+    assert signs.motion(truth[:2]) == pytest.approx(0.2)  # two frames have one change
+
+
+def test_sharpness_is_each_frames_own_and_needs_three_pixels() -> None:
+    """Frames of different brightness are flat all the same: the variance is taken in a frame, not over the clip."""
+    ramp = np.zeros((2, 3, 3, 3), np.uint8)
+    ramp[0] += (np.arange(3, dtype=np.uint8) ** 2 * 20)[None, :, None]  # a parabola: one Laplacian, the same everywhere
+    ramp[1] += 50
+    assert signs.sharpness(ramp) == pytest.approx(0.0, abs=1e-9)
+    for shape in ((1, 2, 9, 3), (1, 9, 2, 3)):
+        with pytest.raises(RewardError, match="at least 3x3"):
+            signs.sharpness(np.zeros(shape, np.uint8))
+    found = signs.frame_diagnostics(moving() // 2, moving())
+    assert found["sharpness_ratio"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_saturation_by_hand() -> None:
+    def of(*rgb: int) -> float:
+        return signs.saturation(np.full((1, 2, 2, 3), rgb, np.uint8))
+
+    assert of(0, 0, 0) == 0.0 and of(255, 255, 255) == 0.0 and of(1, 0, 0) == 1.0
+    assert of(200, 100, 150) == pytest.approx(0.5) and of(0, 0, 255) == 1.0

@@ -29,6 +29,14 @@ def test_the_format_is_one_thought_and_one_answer(text: str) -> None:
     assert parse_answer(text).caption == "b"
 
 
+def test_a_tag_in_capitals_is_text() -> None:
+    """Tags are what the prompt asks for, letter by letter: a caption may speak of others."""
+    assert parse_answer("<think>a</think><ans>press <ANS> or </THINK></ans>") == Answer("a", "press <ANS> or </THINK>")
+    assert parse_answer("<think>the <Think> box</think><ans>b</ans>") == Answer("the <Think> box", "b")
+    assert parse_answer("<THINK>a</THINK><ANS>b</ANS>") is None
+    assert parse_answer("<think>a</think><ans>press <ans></ans>") is None
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -82,6 +90,28 @@ def test_bleu_equals_sacrebleu() -> None:
     assert bleu(["the the ball"], ["the ball"])["bleu_1"] == pytest.approx(2 / 3)
     with pytest.raises(RewardError):
         bleu(["a"], [])
+
+
+def test_bleu_is_blind_to_case_as_rouge_is() -> None:
+    assert bleu(["The Ball ROLLS slowly Down"], ["the ball rolls slowly down"]) == pytest.approx(
+        {f"bleu_{n}": 1.0 for n in (1, 2, 3, 4)}
+    )
+    assert rouge_l("The Ball ROLLS", "the ball rolls") == 1.0
+
+
+def test_bleu_by_hand() -> None:
+    """5 words against 6: 4, 2, 1 and 0 n-grams of 5, 4, 3 and 2 match; the brevity penalty is exp(1 - 6/5)."""
+    found = bleu(["the red ball rolls far"], ["the red ball sinks far away"])
+    penalty = np.exp(1 - 6 / 5)
+    assert found["bleu_1"] == pytest.approx(penalty * 4 / 5)
+    assert found["bleu_2"] == pytest.approx(penalty * (4 / 5 * 2 / 4) ** (1 / 2))
+    assert found["bleu_3"] == pytest.approx(penalty * (4 / 5 * 2 / 4 * 1 / 3) ** (1 / 3))
+    assert found["bleu_4"] == pytest.approx(
+        penalty * (4 / 5 * 2 / 4 * 1 / 3 * 1 / (2 * 2)) ** (1 / 4)
+    )  # smoothed: 1/2 of 2
+    assert set(bleu(["?", ""], ["!", "a"]).values()) == {0.0}  # of nothing in common, and of no words at all
+    with pytest.raises(RewardError, match="as many candidates as references"):
+        bleu([], [])
 
 
 ODD = st.text(max_size=60) | st.lists(st.sampled_from([*WORDS, "ΑΣ", "İ", "\u2028", "x-y"]), max_size=90).map(" ".join)

@@ -61,6 +61,16 @@ def test_a_distance_of_repeated_clips_is_that_of_the_repeated_rows(n: int, dim: 
     assert repeated_frechet(x, x, times) == pytest.approx(0.0, abs=1e-9)
 
 
+def test_a_distance_is_well_posed_with_more_clips_than_features() -> None:
+    """n clips about their own mean span n - 1 dimensions, so n = D leaves a singular covariance."""
+    rng = np.random.default_rng(0)
+    features = {n: rng.normal(size=(n, 4)) for n in (4, 5, 9)}
+    assert np.linalg.matrix_rank(np.cov(features[4], rowvar=False)) == 3
+    for n, m, expected in ((4, 9, False), (9, 4, False), (5, 9, True), (9, 5, True), (4, 4, False)):
+        found = frechet_distance(features[n], features[m], "x")
+        assert (found.n, found.n_truth, found.dim, found.well_posed) == (n, m, 4, expected)
+
+
 def test_only_i3d_features_are_called_fvd() -> None:
     assert fvd_name(I3D) == "FVD"
     assert frechet_distance(np.eye(4), np.eye(4), "tiny-clip-frames-16").name == "FVD[tiny-clip-frames-16]"
@@ -78,3 +88,44 @@ def test_the_clip_feature_sees_motion() -> None:
     assert np.array_equal(a, clip_frames_feature(frames * 7.0, 6)) or np.allclose(
         a, clip_frames_feature(frames * 7.0, 6)
     )
+
+
+def test_the_clip_feature_by_hand() -> None:
+    """Appearance is the mean of unit frames, change the mean |step| and the last minus the first, in that order."""
+    frames = np.array([[3.0, 0.0], [0.0, 5.0], [0.0, -1.0]])
+    whole = np.array([1 / 3, 0.0, 1 / 2, 3 / 2, -1.0, -1.0])  # mean; (1 + 0, 1 + 2) / 2; (0, -1) - (1, 0)
+    q, r = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 6)))
+    np.testing.assert_allclose(clip_frames_feature(frames, 6), whole @ (q * np.sign(np.diag(r))), atol=1e-6)
+    assert np.linalg.norm(clip_frames_feature(frames, 6)) == pytest.approx(np.linalg.norm(whole))
+    one = np.concatenate([[0.6, 0.8], np.zeros(4)])
+    np.testing.assert_allclose(
+        clip_frames_feature([[3.0, 4.0]], 6), one @ (q * np.sign(np.diag(r))), atol=1e-6
+    )  # a single frame does not change
+    two = np.concatenate([[0.5, 0.5], [1.0, 1.0], [-1.0, 1.0]])
+    np.testing.assert_allclose(
+        clip_frames_feature([[1.0, 0.0], [0.0, 1.0]], 6), two @ (q * np.sign(np.diag(r))), atol=1e-6
+    )
+    with pytest.raises(RewardError, match="dim=7 exceeds the 6 numbers"):
+        clip_frames_feature(frames, 7)
+    with pytest.raises(RewardError, match=r"\(T, D\)"):
+        clip_frames_feature([1.0, 2.0], 2)
+
+
+def test_frechet_needs_finite_features_of_two_sets_alike() -> None:
+    good, bad = np.eye(4), np.eye(4)
+    bad[1, 1] = np.inf
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(RewardError, match="finite"):
+            frechet_distance(*pair, "x")
+    for x, y in ((good, good[:, :3]), (good[0], good), (good, good[:1])):
+        with pytest.raises(RewardError, match="two sets"):
+            frechet_distance(x, y, "x")
+    assert frechet_distance(good[:2], good[:2], "x").value == pytest.approx(0.0, abs=1e-12)  # two clips are enough
+
+
+def test_resampling_half_way_rounds_up() -> None:
+    assert resample_frames(np.arange(4), 3).tolist() == [0, 2, 3]  # 1.5 is 2
+    assert resample_frames(np.arange(6), 3).tolist() == [0, 3, 5]  # 2.5 is 3, where rounding to even gives 2
+    assert resample_frames(np.arange(5), 1).tolist() == [2] and resample_frames(np.arange(1), 3).tolist() == [0, 0, 0]
+    with pytest.raises(RewardError, match="cannot take 0 frames"):
+        resample_frames(np.arange(4), 0)

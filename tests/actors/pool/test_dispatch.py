@@ -192,6 +192,88 @@ def test_suspect_worker_is_probed_and_comes_back_through_stale() -> None:
     assert core.step(5.0) == [End("p-0", healthy=False), Start("p-0.2")]
 
 
+def test_publishing_the_version_that_is_served_changes_nothing() -> None:
+    core = serving(2)
+    core.publish(3)
+    obey(core, 1.0)
+    core.publish(3)
+    assert set(states(core).values()) == {S.READY} and core.step(2.0) == []
+    submit(core, 4, now=2.0)
+    assert [type(command) for command in core.step(2.0)] == [Send, Send]  # no worker loads what it holds
+
+
+def fail(core: Dispatcher, now: float, outcome: Outcome = BROKEN) -> list[Command]:
+    """Have one request answered with ``outcome``, and whatever is asked of the worker done; returns the rest."""
+    core.submit(now)
+    (send,) = only(obey(core, now), Send)
+    core.answered(send.call, [outcome], now)
+    return obey(core, now)
+
+
+def test_a_good_answer_forgives_strikes() -> None:
+    core = serving(1, max_strikes=3, max_retries=0, max_wait_s=0.0)
+    for now, outcome in enumerate(
+        [BROKEN, BROKEN, Ok(1), BROKEN, BROKEN, Failure("data", "no frames"), BROKEN, BROKEN]
+    ):
+        fail(core, float(now), outcome)
+    assert states(core) == {"p-0": S.READY}  # six failures of its machine, never three in a row
+    assert any(isinstance(command, End) for command in fail(core, 9.0))
+    assert set(states(core)) == {"p-0.2"}
+
+
+def test_a_new_process_has_the_strikes_of_its_own() -> None:
+    core = serving(1, max_strikes=3, max_retries=0, max_wait_s=0.0, backoff_s=0.0)
+    for now in range(5):
+        fail(core, float(now))
+    assert set(states(core)) == {"p-0.2"}  # after three; the new one has two
+    fail(core, 5.0)
+    assert set(states(core)) == {"p-0.3"}
+
+
+def test_what_failed_on_a_worker_waits_for_another_one() -> None:
+    """The worker that failed is free again, and the other one is busy: the request waits for the other."""
+    core = serving(2, max_batch=1)
+    submit(core, 2)
+    assert core.step(0.0) == [Send(1, "p-0", (0,)), Send(2, "p-1", (1,))]
+    core.answered(1, [BROKEN], 1.0)
+    assert obey(core, 1.0) == [] and states(core)["p-0"] is S.READY
+    core.answered(2, [Ok("b")], 2.0)
+    assert obey(core, 2.0) == [Deliver(1, "b"), Send(3, "p-1", (0,))]
+    core.answered(3, [BROKEN], 3.0)
+    assert obey(core, 3.0) == [Send(4, "p-0", (0,))]  # now p-1 is the one to avoid
+
+
+def test_what_failed_goes_back_where_there_is_no_other() -> None:
+    core = serving(1, max_batch=1)
+    submit(core, 1)
+    core.step(0.0)
+    core.answered(1, [BROKEN], 1.0)
+    assert obey(core, 1.0) == [Send(2, "p-0", (0,))]
+
+
+def test_a_slot_that_has_served_starts_again_at_once() -> None:
+    """Backing off is for processes that never become ready; one that has served for a while is not among them."""
+    core = serving(1, backoff_s=10.0, max_backoff_s=100.0)
+    for now in (1.0, 2.0, 3.0):
+        (worker,) = core.workers
+        core.died(worker.name, "killed", now)
+        assert only(core.step(now), Start)  # at once, each time
+        (worker,) = core.workers
+        core.started(worker.name, now)
+        obey(core, now)
+        assert worker.state is S.READY and worker.failed_starts == 0
+
+
+def test_calls_beside_requests_end_with_the_process() -> None:
+    """A worker that dies under ``call_all`` is probed again once it is back: the old call is not waited for."""
+    core = serving(1, probe_every_s=5.0)
+    core.hold("p-0", 1)
+    assert core.step(50.0) == []  # a probe would wait behind the call
+    core.died("p-0", "killed", 50.0)
+    obey(core, 50.0)
+    assert core.step(60.0) == [Probe("p-0.2")]
+
+
 def test_wrong_number_of_answers_is_a_bug() -> None:
     core = serving(1, max_batch=2)
     submit(core, 2)

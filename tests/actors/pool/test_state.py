@@ -59,3 +59,31 @@ def test_life_of_a_worker_that_dies_once() -> None:
     seen.append(worker.state)
     assert seen == [S.STARTING, S.STALE, S.READY, S.SUSPECT, S.DEAD, S.RESTARTING, S.STALE]
     assert all(b in TRANSITIONS[a] for a, b in pairwise(seen))
+
+
+def test_a_new_process_starts_clean() -> None:
+    """What the old process did, and what was asked of it, is not the new one's."""
+    worker = Worker("vdm", 0)
+    worker.started()
+    worker.loaded(3, current=3)
+    worker.errand, worker.side_calls, worker.strikes, worker.requests_done, worker.placed = "probe", 2, 2, 9, True
+    worker.move(S.DEAD)
+    worker.restart(not_before=7.5)
+    assert (worker.state, worker.incarnation, worker.version, worker.not_before) == (S.RESTARTING, 2, None, 7.5)
+    assert (worker.errand, worker.side_calls, worker.strikes, worker.requests_done) == (None, 0, 0, 0)
+    assert not worker.placed and not worker.seen
+
+
+def test_a_process_that_has_started_is_there_and_its_weights_are_not_trusted() -> None:
+    worker = Worker("vdm", 0, version=4)
+    worker.started()
+    assert worker.placed and worker.seen and worker.version is None and worker.state is S.STALE
+
+
+def test_serving_forgives_failed_starts_and_old_weights_do_not() -> None:
+    worker = Worker("vdm", 0, failed_starts=3)
+    worker.started()
+    worker.loaded(1, current=2)
+    assert worker.failed_starts == 3
+    worker.loaded(2, current=2)
+    assert worker.state is S.READY and worker.failed_starts == 0

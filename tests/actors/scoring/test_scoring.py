@@ -1,7 +1,13 @@
 """CLIP features against stock transformers, and the scorer's promises: independence, honesty about failure, caching."""
 
+import asyncio
+import math
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from actors.failures import Failure, Ok
+from actors.failures import BadSampleError, Failure, InfrastructureError, Ok
 from actors.scoring.clip import ClipScorer
 from actors.scoring.features import FeatureCache, content_key
 from actors.scoring.scorer import BUILT_IN, VIDEO_FEATURES, Scorer
@@ -141,6 +147,131 @@ def test_a_scorer_that_fails_is_a_failure_and_not_a_zero(clip: ClipScorer, reque
     assert "ZeroDivisionError" in outcomes[1].traceback
     alone = Scorer(clip).score([requests[-1]])[0]
     assert outcomes[-1].value.values == alone.value.values
+
+
+@pytest.fixture
+def odd_rewards(monkeypatch: pytest.MonkeyPatch):
+    """A module of rewards that misbehave; ``calls`` counts."""
+    module = ModuleType("odd_test_rewards")
+    module.calls = []  # type: ignore[attr-defined]
+
+    def raising(error: BaseException, times: int) -> Any:
+        def reward(*, sample_id: str, **_: Any) -> float:
+            module.calls.append(sample_id)  # type: ignore[attr-defined]
+            if len(module.calls) <= times:  # type: ignore[attr-defined]
+                raise error
+            return 0.5
+
+        return reward
+
+    rewards = {
+        "leaving": raising(SystemExit(3), 9),
+        "cancelled": raising(asyncio.CancelledError(), 9),
+        "asserting": raising(AssertionError("no clip like that"), 9),
+        "stopping": raising(StopIteration(), 9),
+        "bad_sample": raising(BadSampleError("mine"), 9),
+        "offline": raising(ConnectionError("the judge is away"), 9),
+        "late": raising(TimeoutError("no answer"), 9),
+        "full": raising(MemoryError(), 9),
+        "gpu_full": raising(torch.OutOfMemoryError("no room"), 9),
+        "machine": raising(InfrastructureError("the judge restarts"), 9),
+        "twice": raising(ConnectionError("the judge is away"), 2),
+        "nothing": lambda **_: None,
+        "infinite": lambda **_: math.inf,
+        "huge": lambda **_: 1e39,
+        "largest": lambda **_: -float(np.finfo(np.float32).max),
+        "spelt": lambda **_: "0.5",
+        "many": lambda **_: np.zeros(4),
+        "scalar": lambda **_: np.float32(0.25),
+        "hung": lambda sample_id, **_: time.sleep(60) if sample_id == "1" else 0.5,
+        "slow": lambda **_: time.sleep(0.05) or 0.5,
+    }
+    for name, function in rewards.items():
+        setattr(module, name, function)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+@pytest.mark.parametrize("limit", [math.inf, 30.0])
+@pytest.mark.parametrize(
+    ("name", "cause", "calls"),
+    [
+        ("leaving", "raised SystemExit: 3 (test_scoring.py, line", 1),
+        ("cancelled", "raised CancelledError", 1),
+        ("asserting", "raised AssertionError: no clip like that", 1),
+        ("stopping", "raised StopIteration", 1),
+        ("bad_sample", "raised BadSampleError: mine", 1),
+        ("offline", "raised in each of 3 tries, the last time ConnectionError: the judge is away", 3),
+        ("late", "the last time TimeoutError: no answer", 3),
+        ("full", "the last time MemoryError", 3),
+        ("gpu_full", "the last time OutOfMemoryError: no room", 3),
+        ("machine", "the last time InfrastructureError: the judge restarts", 3),
+        ("nothing", "returned None; it must return a float", 0),
+        ("infinite", "is inf", 0),
+        ("huge", "is 1e+39", 0),
+        ("spelt", "returned '0.5'; it must return a float", 0),
+        ("many", "returned array([0., 0., 0., 0.]); it must return a float", 0),
+    ],
+)
+def test_whatever_a_custom_reward_does_is_that_answers_failure(
+    clip: ClipScorer, request_for, odd_rewards, name: str, cause: str, calls: int, limit: float
+) -> None:
+    scorer = Scorer(clip, custom={"odd": f"odd_test_rewards:{name}"}, custom_timeout_s=limit, wait_s=0.0)
+    odd, other = scorer.score([request_for(0, ("format", "odd")), request_for(1, ("format",))])
+    assert isinstance(odd, Failure) and odd.kind == "data" and cause in odd.message and isinstance(other, Ok)
+    assert len(odd_rewards.calls) == calls
+
+
+def test_a_judge_that_answers_the_third_time_is_heard(clip: ClipScorer, request_for, odd_rewards) -> None:
+    names = ("twice", "largest", "scalar")
+    scorer = Scorer(clip, custom={n: f"odd_test_rewards:{n}" for n in names}, wait_s=0.0)
+    values = scorer.score([request_for(0, names)])[0].value.values
+    assert values == {"twice": 0.5, "largest": -float(np.finfo(np.float32).max), "scalar": 0.25}
+    assert len(odd_rewards.calls) == 3
+
+
+def test_a_custom_reward_that_hangs_on_one_answer_loses_that_answer_alone(
+    clip: ClipScorer, request_for, odd_rewards
+) -> None:
+    scorer = Scorer(clip, custom={n: f"odd_test_rewards:{n}" for n in ("hung", "slow")}, custom_timeout_s=0.5)
+    requests = [replace(request_for(i, ("hung", "slow")), sample_id=str(i)) for i in range(3)]
+    first, hung, last = scorer.score(requests)
+    assert isinstance(hung, Failure) and hung.kind == "data" and "took longer than 0.5 s for one answer" in hung.message
+    assert first.value.values == last.value.values == {"hung": 0.5, "slow": 0.5}
+
+
+def test_a_text_that_no_tokenizer_takes_leaves_its_neighbours_alone(
+    clip: ClipScorer, request_for, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lone surrogate is the sample's fault; an error of the shared pass over a batch is put where it belongs."""
+    requests = [request_for(i, ("clip_t",), caption=c) for i, c in enumerate(("red", "r\ud800d", "blue"))]
+    outcomes = Scorer(clip).score(requests)
+    assert [type(o) for o in outcomes] == [Ok, Failure, Ok]
+    assert outcomes[1].kind == "data" and "the caption is not Unicode text" in outcomes[1].message
+    tokenizer = clip.tokenizer
+
+    def refusing(texts: list[str], **options: Any) -> Any:
+        if "odd" in texts:
+            raise BadSampleError("odd text")
+        return tokenizer(texts, **options)
+
+    monkeypatch.setattr(clip, "tokenizer", refusing)
+    requests = [request_for(i, ("clip_t",), caption=c) for i, c in enumerate(("red", "odd", "blue"))]
+    outcomes = Scorer(clip).score(requests)
+    assert [type(o) for o in outcomes] == [Ok, Failure, Ok] and outcomes[1].kind == "data"
+
+
+@pytest.mark.parametrize("truth", ["\u732b\u5f80\u53f3\u8d70", "\U0001f408\u27a1", "?!\u2026", "", "  \n"])
+def test_a_truth_that_rouge_cannot_read_is_data_and_the_other_components_are_there(
+    clip: ClipScorer, request_for, truth: str
+) -> None:
+    whole, rest = (
+        replace(request_for(0, names), reference_caption=truth)
+        for names in ((*BUILT_IN, VIDEO_FEATURES), tuple(n for n in BUILT_IN if n != "rouge_l"))
+    )
+    lost, found = Scorer(clip).score([whole, rest])
+    assert isinstance(lost, Failure) and lost.kind == "data" and "Latin letters or digits" in lost.message
+    assert set(found.value.values) == set(BUILT_IN) - {"rouge_l"}
 
 
 def test_the_cache_gives_the_same_values_and_stays_bounded(clip: ClipScorer, request_for) -> None:

@@ -101,4 +101,6 @@ def test_what_is_lost_is_counted_by_reason_and_bounded() -> None:
         TrainingError, match=r"(?s)stage2: not one trajectory of 5 batches in a row.*72 × a broken frame"
     ):
         barren.count(lost)
+    before = FailureBudget("stage2", 1.0)
+    assert before.count([whole], ["no anchor"] * 4) == {"no anchor": 4} and before.asked == 8
     assert FailureBudget("stage2", 0.0).count([]) == {}  # a refill that found no anchor loses nothing

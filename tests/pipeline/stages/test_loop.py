@@ -126,6 +126,9 @@ class CountingStage:
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Any]:
         return [g.sample.id for g in batch.groups for _ in g.members]
 
+    def lost(self, step: int) -> list[str]:
+        return []
+
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         return {"stage/step": float(step)}
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from actors.failures import Failure
 from actors.pool import SampleFailed
 from actors.records import Clip, Completion, CompletionRequest, RenderRequest, Sample, ScoreRequest, Scores
 from actors.scoring.scorer import Scorer
 from pipeline.config import load_config
 from pipeline.data.toy import make_sample
+from pipeline.stages.all_in_one import AllInOne
 from pipeline.stages.stage1 import Stage1
 from rewards.text import rouge_l
 
@@ -114,3 +116,23 @@ def test_a_sample_that_the_thinker_refuses_is_a_group_of_reasons(scorer: Scorer)
     config = load_config("toy", ["stage1.rollout.group_size=4"])
     found = asyncio.run(Stage1(config, Fleet(Refusing(), Artist(), Judge(scorer))).group(sample(), "0"))  # type: ignore[arg-type]
     assert found is not None and found.members == () and found.failures == ("vlm-0: the question is too long",) * 4
+
+
+@pytest.mark.parametrize("kind", [Stage1, AllInOne])
+def test_answers_that_no_reward_can_judge_leave_their_group(scorer: Scorer, kind: type[Stage1]) -> None:
+    """The truth has no Latin letter, so ROUGE-L has no value. A malformed answer still has its 0 by definition."""
+
+    class Refusing(Judge):
+        async def submit(self, request: ScoreRequest) -> Scores:
+            outcome = self.scorer.score([request])[0]
+            if isinstance(outcome, Failure):
+                assert outcome.kind == "data"
+                raise SampleFailed(outcome.message)
+            return outcome.value
+
+    config = load_config("toy", ["stage1.rollout.group_size=4"])
+    stage = kind(config, Fleet(Thinker(), Artist(), Refusing(scorer)))  # type: ignore[arg-type]
+    found = asyncio.run(stage.group(replace(sample(), caption="\u732b\u5f80\u53f3\u8d70"), "0"))
+    assert found is not None and [m.index for m in found.members] == [3] and len(found.failures) == 3
+    assert all("Latin letters or digits" in reason for reason in found.failures)
+    assert stage.lost(0) == []

@@ -291,6 +291,51 @@ def test_at_the_clip_bounds_and_without_an_advantage_nothing_is_clipped() -> Non
             torch.testing.assert_close(gradient, -torch.tensor(log_ratios).exp() * torch.tensor(advantages))
 
 
+def test_a_ratio_of_exactly_the_bound_is_not_clipped() -> None:
+    """rho = 2 and 1/2, which float32's exp gives exactly, at bounds of 1 and 1/2."""
+    half, two = math.log(0.5), math.log(2.0)
+    assert torch.tensor([half, two]).exp().tolist() == [0.5, 2.0]
+    for clip, expected in ((0.0, 0.0), (1e-6, 1.0)):
+        _, _, stats = one_step_each([half, two], [-1.0, 1.0], clip_low=0.5 - clip, clip_high=1.0 - clip)
+        assert (stats.clipped_low, stats.clipped_high) == (expected, expected)
+
+
+def test_no_gradient_goes_into_importance_weights() -> None:
+    old = torch.tensor([[-1.0]], requires_grad=True)
+    weights = importance_weights(old, torch.tensor([[-1.5]]), torch.tensor([[True]]), 9.0)
+    assert not weights.requires_grad and float(weights) == pytest.approx(math.exp(0.5))
+
+
+def test_statistics_leave_padding_out() -> None:
+    logp, mask = torch.tensor([[0.1, -0.3, 9.0]]), torch.tensor([[True, True, False]])
+    kl = torch.tensor([[0.5, 0.25, 7.0]], requires_grad=True)
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "loss_norm": "token", "normaliser": 1.0}
+    loss, stats = grpo_loss(logp, torch.zeros(1, 3), torch.ones(1), mask, **options, kl=kl, beta=0.1)
+    assert stats.steps == 2 and stats.kl == pytest.approx(0.75)
+    assert stats.ratio == pytest.approx(math.exp(0.1) + math.exp(-0.3))
+    assert stats.ratio_max_dev == pytest.approx(0.3)  # the largest of either sign
+    loss.backward()
+    assert kl.grad is not None and kl.grad.tolist() == [[pytest.approx(0.1), pytest.approx(0.1), 0.0]]
+
+
+def test_what_divides_nothing_is_refused() -> None:
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    assert [normaliser(mask, norm, 1) for norm in ("token", "sequence", "constant")] == [0.0, 0.0, 0.0]
+    assert normaliser(~mask, "constant", 3) == 6.0
+    for length in (0, -1):
+        with pytest.raises(ValueError, match="constant_length >= 1"):
+            normaliser(~mask, "constant", length)
+
+
+def test_advantages_of_small_differences_are_not_nothing() -> None:
+    """Only rewards that are equal are equal; eps bounds what a tiny spread can do."""
+    (a, b), zero = group_advantages([[0.0, 2e-4], [0.5, 0.5]], "group", eps=1e-4)
+    assert zero == 1 and a.tolist() == pytest.approx([-0.5, 0.5]) and not b.any()
+    (a, _, c), zero = group_advantages([[0.0, 2e-4], [1e-4] * 2, [1e-4] * 3], "batch", eps=1e-4)
+    std = math.sqrt(2 * 1e-8 / 7)
+    assert zero == 2 and a.tolist() == pytest.approx([-1e-4 / (std + 1e-4), 1e-4 / (std + 1e-4)]) and len(c) == 3
+
+
 def test_padding_above_the_cap_is_not_truncated() -> None:
     old, engine = torch.tensor([[-1.0, -1.0, 0.0, -1.0]]), torch.tensor([[-1.0, -3.0, -9.0, -1.0 - math.log(2.0)]])
     mask = torch.tensor([[True, True, False, False]])
