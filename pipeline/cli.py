@@ -505,14 +505,24 @@ def data_inspect(
             help="Where to write the contact sheet; default: beside the shards, of a URI in the working directory.",
         ),
     ] = None,
+    seal: Annotated[
+        bool, typer.Option("--seal", help="Say to every reader that the shards in the folder are the whole dataset.")
+    ] = False,
 ) -> None:
-    """Print counts, kinds and sizes, and write a contact sheet.
+    """Print counts, kinds and sizes, whether the dataset is whole, and write a contact sheet.
 
-    Example: `vans data inspect data/toy/train`
+    Exit code 1 where training would refuse the folder.
+
+    Examples: `vans data inspect data/toy/train`, `vans data inspect data/mine --seal`
     """
+    from pipeline.data.folder import seal as seal_folder
     from pipeline.data.importers.inspect import inspect, print_report
 
-    print_report(inspect(folder, sheet=sheet))
+    if seal:
+        seal_folder(folder)
+    report = inspect(folder, sheet=sheet)
+    print_report(report)
+    raise typer.Exit(1 if report.problems else 0)
 
 
 @data.command("real-demo")
@@ -551,7 +561,9 @@ def data_import_vans(
 
 @data.command("import-jsonl")
 def data_import_jsonl(
-    manifest: Annotated[Path, typer.Argument(help="JSON lines: id, kind, question, caption, input, target.")],
+    manifests: Annotated[
+        list[Path], typer.Argument(help="Files of JSON lines: id, kind, question, caption, input, target.")
+    ],
     clips: Annotated[
         Path,
         typer.Option(parser=_local, metavar="PATH", help="Folder that the paths in the manifest are relative to."),
@@ -564,7 +576,7 @@ def data_import_jsonl(
     """
     from pipeline.data.importers.jsonl import import_jsonl
 
-    import_jsonl(manifest, clips, out)
+    import_jsonl(manifests, clips, out)
 
 
 if __name__ == "__main__":
