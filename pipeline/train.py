@@ -105,7 +105,7 @@ def run_training(
         uploads_to(mirror, config.checkpoint.max_failures, config.checkpoint.mirror_timeout_s, console) as uploads,
     ):
         tracker.log_dataset(config.data.train, source.digest, source.count)
-        feed = SampleFeed(source, config.stage1.rollout.prompts_per_step)
+        feed = SampleFeed(source, batch_size=1)
         run = _Run(config, tracker, console, feed, checkpoint, stop=stop, uploads=uploads)
         try:
             return stop.run(run.go(evaluate))
