@@ -132,6 +132,14 @@ def train(
             help="Continue the run if its folder has a checkpoint, else start it: for a job that may be queued again.",
         ),
     ] = False,
+    restart_data: Annotated[
+        bool,
+        typer.Option(
+            "--restart-data",
+            help="When it continues and `data.train` holds other rows than before: begin these data anew, with the models as "
+            "they are.",
+        ),
+    ] = False,
 ) -> None:
     """Run Joint-GRPO: stage 1 tunes the thinker through the frozen artist, stage 2 the artist against the frozen thinker.
 
@@ -142,10 +150,13 @@ def train(
     from pipeline.train import has_checkpoint, print_plan, run_training
 
     run = load_config(config, overrides or [])
+    if restart_data and not (resume or resume_if_any):
+        raise typer.BadParameter("it goes with --resume or --resume-if-any", param_hint="--restart-data")
     if dry_run:
         print_plan(run)
     else:
-        run_training(run, resume=resume or (resume_if_any and has_checkpoint(run)))
+        going_on = resume or (resume_if_any and has_checkpoint(run))
+        run_training(run, resume=going_on, restart_data=restart_data)
 
 
 @app.command()

@@ -16,8 +16,8 @@ from pipeline.config import RunConfig, config_digest, flatten
 
 STATE_FILE = "train_state.json"
 
-# What may differ between a run and its continuation, because it does not change what is learnt: the sections that
-# config_digest leaves out, and sizes and deadlines of the machinery.
+# What may differ between a run and its continuation: the sections that config_digest leaves out, sizes and deadlines of the
+# machinery, and limits by which a person lets a run go on that met them (they decide which rows are usable from there on).
 MAY_DIFFER = (
     *("name", "out", "cluster", "tracking", "control", "checkpoint", "pools", "evaluate", "alarms", "sft"),
     *("learner.start_timeout_s", "learner.step_timeout_s", "learner.max_restarts"),
@@ -30,7 +30,7 @@ _WORDS: dict[type, str] = {str: "text", int: "a whole number", dict: "an object"
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("stage", "config_digest"), str),
     "step": int,
-    **dict.fromkeys(("cursor", "window", "seeds", "rng", "mlflow_run_ids", "config", "extra"), dict),
+    **dict.fromkeys(("cursor", "window", "seeds", "rng", "mlflow_run_ids", "config", "extra", "inputs"), dict),
 }
 
 
@@ -48,6 +48,7 @@ class TrainState:
     config_digest: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # dotted keys, to name what differs
     extra: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)  # data and models, as ``inputs.Inputs`` stores them
 
     @classmethod
     def of(cls, config: RunConfig, stage: str, step: int, **rest: Any) -> TrainState:
@@ -80,6 +81,11 @@ class TrainState:
         if values["step"] < 0 or any(type(v) is not int or v < 0 for v in values.get("cursor", {}).values()):
             raise CheckpointError(f"{path}: step and cursor must be whole numbers from 0")
         return cls(**values)
+
+
+def may_differ(state: TrainState, *, restart_data: bool = False) -> tuple[str, ...]:
+    """Return the keys that need not be those of ``state``: where the data lie, if their rows are compared, or begin anew."""
+    return (*MAY_DIFFER, "data.train") if restart_data or state.inputs.get("data") else MAY_DIFFER
 
 
 def require_same_config(state: TrainState, config: RunConfig, may_differ: Sequence[str] = MAY_DIFFER) -> None:

@@ -239,6 +239,9 @@ class SampleSource:
 
         For Ray Train; :func:`block_items` turns its numpy batches into samples.
         """
+        cursor = Cursor.of(cursor)
+        if cursor.position >= self.count:
+            raise DataError(f"{self.folder} has {self.count} rows, and reading was to go on at row {cursor.position} of an epoch")
         import ray
         import ray.data
 
@@ -248,9 +251,6 @@ class SampleSource:
             raise RuntimeError("Ray is not running: call ray.init(...) before reading samples")
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that bars are off, as set
-        cursor = Cursor.of(cursor)
-        if cursor.position >= self.count:
-            raise DataError(f"{self.folder} has {self.count} rows, and reading was to go on at row {cursor.position} of an epoch")
         rows = self.count if rows is None else rows
         block = int(np.clip(BLOCK_BYTES // self.shape.row_bytes, 1, 16))
         task = max(block, int(np.clip(TASK_BYTES // self.shape.row_bytes, 1, TASK_ROWS)))

@@ -15,6 +15,7 @@ import numpy as np
 
 from actors.pool import SampleFailed
 from actors.records import Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
+from actors.vdm.cache import content_key
 from actors.vdm.conditioning import select_reference_frames
 from actors.vdm.flow_sde import WindowSchedule
 from cluster.errors import TrainingError
@@ -69,7 +70,9 @@ class Stage2(Windowed):
     name = "stage2"
     title = "stage 2 · artist"
     policies: ClassVar[tuple[str, ...]] = ("vdm",)
-    _anchors: dict[str, Anchor] = field(default_factory=dict)
+    _greedy: dict[tuple[str, str, float, str], str] = field(
+        default_factory=dict
+    )  # the thinker's answer by the row that it was asked about
     _seen: dict[int, list[Anchor]] = field(default_factory=dict)  # by step: several may be in flight
 
     def __post_init__(self) -> None:
@@ -164,9 +167,9 @@ class Stage2(Windowed):
 
     async def _ask(self, sample: Sample, step: str) -> Anchor:
         greedy = self.section.text.temperature == 0
-        if greedy and sample.id in self._anchors:  # the thinker is frozen, so its greedy answer never changes
-            anchor = self._anchors[sample.id]
-        else:
+        asked = (sample.id, sample.question, sample.fps, content_key(sample.input_frames))
+        text = self._greedy.get(asked) if greedy else None  # the thinker is frozen, so its greedy answer never changes
+        if text is None:
             request = CompletionRequest(
                 sample_id=sample.id,
                 question=sample.question,
@@ -182,12 +185,12 @@ class Stage2(Windowed):
             except SampleFailed as error:
                 log.warning("stage2 step %s: no anchor for a sample: %s", step, error)
                 return Anchor("", None, 0.0, str(error))
-            answer = parse_answer(completions[0].text)
-            caption = answer.caption if answer else None
-            anchor = Anchor(completions[0].text, caption, rouge_l(caption, sample.caption) if caption else 0.0)
+            text = completions[0].text
             if greedy:
-                self._anchors[sample.id] = anchor
-        return anchor
+                self._greedy[asked] = text
+        answer = parse_answer(text)
+        caption = answer.caption if answer else None
+        return Anchor(text, caption, rouge_l(caption, sample.caption) if caption else 0.0)
 
 
 def sde_window(config: RunConfig) -> WindowSchedule:
