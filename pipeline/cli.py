@@ -172,6 +172,14 @@ def train(
             help="Continue the run if its folder has a checkpoint, else start it: for a job that may be queued again.",
         ),
     ] = False,
+    restart_data: Annotated[
+        bool,
+        typer.Option(
+            "--restart-data",
+            help="When it continues and `data.train` holds other rows than before: begin these data anew, with the models as "
+            "they are.",
+        ),
+    ] = False,
 ) -> None:
     """Run Joint-GRPO: stage 1 tunes the thinker through the frozen artist, stage 2 the artist against the frozen thinker.
 
@@ -182,10 +190,13 @@ def train(
     from pipeline.train import has_checkpoint, print_plan, run_training
 
     run = load_config(config, overrides or [])
+    if restart_data and not (resume or resume_if_any):
+        raise typer.BadParameter("it goes with --resume or --resume-if-any", param_hint="--restart-data")
     if dry_run:
         print_plan(run)
     else:
-        run_training(run, resume=resume or (resume_if_any and has_checkpoint(run)))
+        going_on = resume or (resume_if_any and has_checkpoint(run))
+        run_training(run, resume=going_on, restart_data=restart_data)
 
 
 @app.command()
@@ -547,14 +558,24 @@ def data_inspect(
             help="Where to write the contact sheet; default: beside the shards, of a URI in the working directory.",
         ),
     ] = None,
+    seal: Annotated[
+        bool, typer.Option("--seal", help="Say to every reader that the shards in the folder are the whole dataset.")
+    ] = False,
 ) -> None:
-    """Print counts, kinds and sizes, and write a contact sheet.
+    """Print counts, kinds and sizes, whether the dataset is whole, and write a contact sheet.
 
-    Example: `vans data inspect data/toy/train`
+    Exit code 1 where training would refuse the folder.
+
+    Examples: `vans data inspect data/toy/train`, `vans data inspect data/mine --seal`
     """
+    from pipeline.data.folder import seal as seal_folder
     from pipeline.data.importers.inspect import inspect, print_report
 
-    print_report(inspect(folder, sheet=sheet))
+    if seal:
+        seal_folder(folder)
+    report = inspect(folder, sheet=sheet)
+    print_report(report)
+    raise typer.Exit(1 if report.problems else 0)
 
 
 @data.command("real-demo")
@@ -593,7 +614,9 @@ def data_import_vans(
 
 @data.command("import-jsonl")
 def data_import_jsonl(
-    manifest: Annotated[Path, typer.Argument(help="JSON lines: id, kind, question, caption, input, target.")],
+    manifests: Annotated[
+        list[Path], typer.Argument(help="Files of JSON lines: id, kind, question, caption, input, target.")
+    ],
     clips: Annotated[
         Path,
         typer.Option(parser=_local, metavar="PATH", help="Folder that the paths in the manifest are relative to."),
@@ -606,7 +629,7 @@ def data_import_jsonl(
     """
     from pipeline.data.importers.jsonl import import_jsonl
 
-    import_jsonl(manifest, clips, out)
+    import_jsonl(manifests, clips, out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The run's two sample sources, from its configuration."""
+"""The run's two sample sources, from its configuration, and what a run learns from."""
 
 from __future__ import annotations
 
 from cluster.errors import StorageError
+from pipeline.checkpoint import DataFacts, Inputs, model_digests
 from pipeline.config import RunConfig
 from pipeline.data.source import SampleSource, VideoShape
 from pipeline.data.video import VideoLimits
+from pipeline.models import Role, resolve_adapter, resolve_model
 
 
 def video_shape(config: RunConfig) -> VideoShape:
@@ -37,6 +39,17 @@ def training_source(config: RunConfig) -> SampleSource:
 def evaluation_source(config: RunConfig) -> SampleSource:
     """Return the held-out samples in stored order."""
     return _source(config, "eval", shuffle=False)
+
+
+def run_inputs(config: RunConfig, source: SampleSource) -> Inputs:
+    """Return what the run of ``config`` learns from. Raises CheckpointError for a model or adapter that is not there."""
+    models: dict[str, str | None] = {}
+    roles: tuple[Role, ...] = ("vlm", "vdm", "clip")
+    for role in roles:
+        models[role] = resolve_model(getattr(config.models, role), role)
+        if role != "clip":
+            models[f"{role}_adapter"] = resolve_adapter(getattr(config.models, f"{role}_adapter"), role)
+    return Inputs(DataFacts(str(source.folder), source.count, source.digest), model_digests(models))
 
 
 def _source(config: RunConfig, key: str, *, shuffle: bool) -> SampleSource:

@@ -23,10 +23,13 @@ from pipeline import terminal
 from pipeline.checkpoint import (
     Checkpoint,
     CheckpointStore,
+    Inputs,
     Mirror,
     TrainState,
     Uploads,
     WriteFailures,
+    compare_inputs,
+    free_besides,
     newest_of_both,
     require_same_config,
     uploads_to,
@@ -34,6 +37,7 @@ from pipeline.checkpoint import (
 from pipeline.config import RunConfig, to_yaml
 from pipeline.config.stages import Stage1Section, Stage2Section
 from pipeline.control.monitor import supervised_fleet
+from pipeline.data.source import Cursor
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable
@@ -41,7 +45,7 @@ from pipeline.fleet import LEARNER, Fleet, at_rest, cluster_session, placement_p
 from pipeline.interrupt import StopRequest, stop_on_signals
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar, step_note, waiting
-from pipeline.sources import training_source
+from pipeline.sources import run_inputs, training_source
 from pipeline.stages.alarms import AlarmWatch, alarm_lines, alarm_tags
 from pipeline.stages.all_in_one import AllInOne
 from pipeline.stages.feed import FeedCursor, SampleFeed
@@ -76,9 +80,16 @@ class RunReport:
 
 
 def run_training(
-    config: RunConfig, *, resume: bool = False, evaluate: bool = False, console: Console | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    restart_data: bool = False,
+    evaluate: bool = False,
+    console: Console | None = None,
 ) -> RunReport:
     """Run both stages of ``config``; with ``evaluate`` the pair answers the held-out samples before and after.
+
+    ``restart_data``: a resumed run whose training data are not those of its checkpoint begins these data anew.
 
     Raises ConfigError, DataError, StorageError, CheckpointError or PlacementError before anything is trained, TrainingError or
     CheckpointWriteError later; RunStopped where SIGINT or SIGTERM ends it, after a checkpoint where a stage was being trained.
@@ -88,10 +99,15 @@ def run_training(
     for warning in window_warnings(config):
         console.print(warning, style="bold yellow", markup=False, highlight=False, soft_wrap=True)
     mirror = mirror_of(config)
-    checkpoint = _starting_point(config, resume, mirror)
+    checkpoint = _starting_point(config, resume, restart_data, mirror)
     source = training_source(config)
-    for role in ("vlm", "vdm", "clip"):
-        resolve_model(getattr(config.models, role), role)  # type: ignore[arg-type]
+    inputs, told = run_inputs(config, source), []
+    if checkpoint is not None:
+        state, where = checkpoint.state, str(checkpoint.path)
+        earlier = Inputs.from_json(state.inputs)
+        inputs, told = compare_inputs(earlier, inputs, state.cursor, where=where, restart_data=restart_data)
+    for line in told:
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     config.out.mkdir(parents=True, exist_ok=True)
     terminal.keep_log_in(config.out)
     (config.out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -108,8 +124,10 @@ def run_training(
         uploads_to(mirror, config.checkpoint.max_failures, config.checkpoint.mirror_timeout_s, console) as uploads,
     ):
         tracker.log_dataset(config.data.train, source.digest, source.count)
-        feed = SampleFeed(source, config.stage1.rollout.prompts_per_step)
-        run = _Run(config, tracker, console, feed, checkpoint, stop=stop, uploads=uploads)
+        if inputs.restarts:
+            tracker.log_tags({"vans.data_restarts": "\n".join(inputs.restarts)})
+        feed = SampleFeed(source, batch_size=1)
+        run = _Run(config, tracker, console, feed, checkpoint, stop=stop, uploads=uploads, inputs=inputs)
         try:
             return stop.run(run.go(evaluate))
         except KeyboardInterrupt:
@@ -161,7 +179,7 @@ def mirror_of(config: RunConfig) -> Mirror | None:
     return None if section.mirror is None else Mirror(section.mirror, section.keep)
 
 
-def _starting_point(config: RunConfig, resume: bool, mirror: Mirror | None) -> Checkpoint | None:
+def _starting_point(config: RunConfig, resume: bool, restart_data: bool, mirror: Mirror | None) -> Checkpoint | None:
     store = CheckpointStore(config.out / "checkpoints", config.checkpoint.keep)
     if not resume:
         if store.paths():
@@ -178,7 +196,8 @@ def _starting_point(config: RunConfig, resume: bool, mirror: Mirror | None) -> C
     if checkpoint is None:
         where = store.root if mirror is None else f"{store.root} or {mirror.root}"
         raise CheckpointError(f"--resume: there is no checkpoint under {where}; start the run without --resume")
-    require_same_config(checkpoint.state, config)
+    state = checkpoint.state
+    require_same_config(state, config, free_besides(state, restart_data=restart_data))
     return checkpoint
 
 
@@ -195,6 +214,7 @@ class _Run:
     run_ids: dict[str, str] = field(default_factory=dict)
     stop: StopRequest = field(default_factory=StopRequest)
     uploads: Uploads = field(default_factory=Uploads)
+    inputs: Inputs = field(default_factory=Inputs)
 
     def __post_init__(self) -> None:
         root = self.config.out / "checkpoints"
@@ -207,7 +227,7 @@ class _Run:
         self.report.run_id, self.report.tracking_uri = self.tracker.run_id, self.tracker.uri
         state = self.checkpoint.state if self.checkpoint else None
         if state is not None:
-            self.feed = SampleFeed(self.feed.source, self.feed.batch_size, FeedCursor.from_json(state.cursor))
+            self.feed = SampleFeed(self.feed.source, self.feed.batch_size, self._cursor(state))
             if state.mlflow_run_ids.get("parent") == self.tracker.run_id:
                 self.run_ids |= state.mlflow_run_ids
             self._offer_earlier(state)
@@ -236,6 +256,13 @@ class _Run:
             finally:
                 await fleet_context.__aexit__(None, None, None)
         return self.report
+
+    def _cursor(self, state: TrainState) -> FeedCursor:
+        """Return where a run that goes on at ``state`` draws: the beginning, where the data were begun anew since then."""
+        earlier = Inputs.from_json(state.inputs)
+        if len(self.inputs.restarts) > len(earlier.restarts) and not self.inputs.continues(earlier):
+            return FeedCursor(Cursor())
+        return FeedCursor.from_json(state.cursor)
 
     def _offer_earlier(self, state: TrainState) -> None:
         """Send what a run that is continued may not have sent; what the mirror has already is not sent again."""
@@ -281,7 +308,7 @@ class _Run:
             self.tracker.log_tags({"vans.restart": f"{restarts.count}: {told}"})
             self.tracker.replay()
             await asyncio.to_thread(self.feed.close)
-            self.feed = self.feed.at(FeedCursor.from_json(here.state.cursor) if here else began)
+            self.feed = self.feed.at(self._cursor(here.state) if here else began)
 
         with self.tracker.stage(stage.name, resume_run_id=self.run_ids.get(stage.name)) as run_id:
             self.run_ids[stage.name] = run_id
@@ -350,6 +377,7 @@ class _Run:
             step,
             cursor=cursor.to_json(),
             mlflow_run_ids=dict(self.run_ids),
+            inputs=self.inputs.to_json(),
             extra={
                 "versions": {pool.name: pool.stats().version for pool in stage.fleet.pools()} | trained,
                 "alarms": alarms.to_json(),

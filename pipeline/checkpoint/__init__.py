@@ -1,18 +1,24 @@
-"""Checkpoints: what a run needs to go on (``state``), in folders that are whole or absent (``store``), copied to a ``mirror``."""
+"""Checkpoints: what a run needs to go on (``state``), what it learns from (``inputs``), whole folders (``store``), a ``mirror``."""
 
 from pipeline.checkpoint.failures import WriteFailures
+from pipeline.checkpoint.inputs import DataFacts, Inputs, compare_inputs, model_digests
 from pipeline.checkpoint.mirror import Mirror, newest_of_both
-from pipeline.checkpoint.state import TrainState, require_same_config
+from pipeline.checkpoint.state import TrainState, free_besides, require_same_config
 from pipeline.checkpoint.store import Checkpoint, CheckpointStore
 from pipeline.checkpoint.uploads import Uploads, uploads_to
 
 __all__ = [
     "Checkpoint",
     "CheckpointStore",
+    "DataFacts",
+    "Inputs",
     "Mirror",
     "TrainState",
     "Uploads",
     "WriteFailures",
+    "compare_inputs",
+    "free_besides",
+    "model_digests",
     "newest_of_both",
     "require_same_config",
     "uploads_to",

@@ -6,6 +6,7 @@ Weights, optimizer and scheduler are the learner group's own files in the same f
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ _WORDS: dict[type, str] = {str: "text", int: "a whole number", dict: "an object"
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("stage", "config_digest"), str),
     **dict.fromkeys(("step", "format"), int),
-    **dict.fromkeys(("cursor", "mlflow_run_ids", "config", "extra"), dict),
+    **dict.fromkeys(("cursor", "mlflow_run_ids", "config", "extra", "inputs"), dict),
 }
 
 
@@ -36,6 +37,7 @@ class TrainState:
     config_digest: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # dotted keys, to name what differs
     extra: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)  # data and models, as ``inputs.Inputs`` stores them
     format: int = FORMAT
 
     @classmethod
@@ -80,12 +82,18 @@ class TrainState:
         return cls(**values)
 
 
-def require_same_config(state: TrainState, config: RunConfig) -> None:
+def free_besides(state: TrainState, *, restart_data: bool = False) -> tuple[str, ...]:
+    """Return further keys that need not be those of ``state``: where the data lie, if their rows are compared, or begin anew."""
+    return ("data.train",) if restart_data or state.inputs.get("data") else ()
+
+
+def require_same_config(state: TrainState, config: RunConfig, besides: Sequence[str] = ()) -> None:
     """Check that ``config`` continues the run that wrote ``state``.
 
-    Raises ConfigError naming every key whose value differs, with both values, unless it changes nothing that is learnt.
+    Raises ConfigError naming every key whose value differs, with both values, unless it changes nothing that is learnt or is
+    one of ``besides``.
     """
-    if differing := differences(state.config, config):
+    if differing := differences(state.config, config, besides):
         raise ConfigError(
             f"the checkpoint at step {state.step} of {state.stage} was written by another configuration:\n  "
             + "\n  ".join(differing)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -40,16 +40,17 @@ def config_digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(bound_values(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(old: Mapping[str, Any], config: RunConfig) -> list[str]:
+def differences(old: Mapping[str, Any], config: RunConfig, besides: Sequence[str] = ()) -> list[str]:
     """Return a line for each key in which ``config`` departs from ``old``, the dotted keys of a checkpoint.
 
     A key that the checkpoint does not know counts by its default, and one that the schema no longer knows not at all.
+    ``besides`` are further dotted keys that may differ.
     """
     before = {key: value for key, value in old.items() if not is_free(key)}
     now = bound_values(config)
     defaults = bound_values(RunConfig())
     lines = []
-    for key in sorted({*before, *now}):
+    for key in sorted({*before, *now} - {*besides}):
         if key not in before and key in defaults and now[key] == defaults[key]:
             continue
         if key not in now and not _in_schema(key):

@@ -15,8 +15,10 @@ from pathlib import Path
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, composed
 from pipeline.data.importers.cut import cut_pairs, read_cuts
-from pipeline.data.importers.run import ImportReport
-from pipeline.data.importers.vans_csv import import_vans
+from pipeline.data.folder import open_dataset
+from pipeline.data.importers.run import ImportReport, import_plan
+from pipeline.data.importers.vans_csv import import_vans, vans_plan
+from pipeline.data.schema import ShardWriter
 from pipeline.location import local_path
 
 MANIFEST = Path(__file__).parents[1] / "assets" / "real" / "pairs.json"
@@ -60,14 +62,23 @@ def make_real(
             f"no cuts are known for {', '.join(sorted(videos))}; write them to a file and give it with --pairs"
         )
     out.mkdir(parents=True, exist_ok=True)
-    reports, failed = {}, []
+    failed: list[str] = []
+    splits = []
     for split in sorted({cut.split for cut in cuts}):
         chosen = [cut for cut in cuts if cut.split == split]
-        table = out / f"{split}.csv"
-        lost = cut_pairs(chosen, videos, out / "clips", table, spec)
+        lost = cut_pairs(chosen, videos, out / "clips", out / f"{split}.csv", spec)
         failed += lost
-        if len(lost) < len(chosen):
-            reports[split] = import_vans([table], out / "clips", out / split, spec=spec, quiet=quiet)
+        splits += [split] if len(lost) < len(chosen) else []
+    plans = {
+        split: import_plan(vans_plan([out / f"{split}.csv"]), out / "clips", spec or ClipSpec()) for split in splits
+    }
+    whole = {split for split in splits if ShardWriter.wrote(out / split, plans[split])}
+    reports = {}
+    for split in splits:
+        if split in whole and len(whole) < len(splits):  # an interrupted call made it; where all are there, the import says so
+            reports[split] = ImportReport(out / split, accepted=open_dataset(out / split).rows)
+        else:
+            reports[split] = import_vans([out / f"{split}.csv"], out / "clips", out / split, spec=spec, quiet=quiet)
     if failed:
         raise DataError(f"{len(failed)} of {len(cuts)} pairs could not be cut; the others are in {out}\n" + "\n".join(failed))
     return reports

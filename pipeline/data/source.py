@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import hashlib
 import logging
 import math
 import threading
@@ -28,7 +27,7 @@ import pyarrow.parquet as pq
 from actors.records import Sample, derive_seed
 from cluster.errors import DataError
 from pipeline.data.decoder import QuarantinedRow, Shard, VideoShape, block_items, decode_block
-from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
+from pipeline.data.folder import open_dataset, survey
 from pipeline.data.video import VideoLimits
 from pipeline.location import Uri, parse_location
 
@@ -117,14 +116,13 @@ class SampleSource:
         self.decoders, self.cpus_per_decoder = decoders, cpus_per_decoder
         self.max_quarantine_ratio = max_quarantine_ratio
         self.limits = limits or VideoLimits()
-        self.shards = shard_paths(self.folder)
-        metadata = [shard_metadata(path) for path in self.shards]
-        self._places = _index(metadata)
+        found = open_dataset(self.folder)
+        self.shards, self.digest = found.shards, found.digest
+        self._places = _index(found.footers)
         self.count = len(self._places)
         if not self.count:
             raise DataError(f"dataset folder {self.folder} holds shards without rows")
-        digests = [shard_digest(path, footer) for path, footer in zip(self.shards, metadata)]
-        self.digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        self._opened = tuple(Shard.of(path) for path in self.shards)
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
         self._seen: set[int] = set()
         self._quarantine: dict[int, QuarantinedRow] = {}
@@ -241,6 +239,9 @@ class SampleSource:
 
         For Ray Train; :func:`block_items` turns its numpy batches into samples.
         """
+        cursor = Cursor.of(cursor)
+        if cursor.position >= self.count:
+            raise DataError(f"{self.folder} has {self.count} rows, and reading was to go on at row {cursor.position} of an epoch")
         import ray
         import ray.data
 
@@ -250,7 +251,6 @@ class SampleSource:
             raise RuntimeError("Ray is not running: call ray.init(...) before reading samples")
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that bars are off, as set
-        cursor = Cursor.of(cursor)
         rows = self.count if rows is None else rows
         block = int(np.clip(BLOCK_BYTES // self.shape.row_bytes, 1, 16))
         task = max(block, int(np.clip(TASK_BYTES // self.shape.row_bytes, 1, TASK_ROWS)))
@@ -270,7 +270,7 @@ class SampleSource:
         return dataset.map_batches(
             decode_block,
             fn_kwargs={
-                "shards": tuple(Shard.of(path) for path in self.shards),
+                "shards": self._unchanged(),
                 "shape": self.shape,
                 "limits": self.limits,
             },
@@ -279,6 +279,21 @@ class SampleSource:
             compute=ray.data.TaskPoolStrategy(size=self.decoders),
             num_cpus=self.cpus_per_decoder,
         )
+
+    def _unchanged(self) -> tuple[Shard, ...]:
+        """Return the shards as they are now; raises DataError where they hold other rows than when they were opened."""
+        try:
+            now = tuple(Shard.of(path) for path in self.shards)
+        except FileNotFoundError as error:
+            raise DataError(f"{self.folder}: a shard is gone since the folder was opened: {error}") from error
+        if now != self._opened:
+            if survey(self.folder).digest != self.digest:
+                raise DataError(
+                    f"{self.folder} holds other rows than when it was opened; a dataset must not change while it is read. Put the "
+                    "shards back as they were and start again"
+                )
+            self._opened = now  # copied or touched, and no row is another one
+        return now
 
     def _items(self, cursor: Cursor, rows: int) -> list[dict[str, int]]:
         items = []

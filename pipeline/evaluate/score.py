@@ -19,6 +19,7 @@ from actors.failures import Failure
 from actors.pool import SampleFailed
 from actors.records import Sample, ScoreRequest, Scores
 from actors.scoring.clip import ClipScorer
+from actors.scoring.features import content_key
 from actors.scoring.scorer import VIDEO_FEATURES, Scorer
 from actors.scoring.video import VideoExtractor
 from cluster.errors import DataError
@@ -150,9 +151,10 @@ class _VideoFeatures:
     async def of(self, sample: Sample, frames: np.ndarray) -> dict[str, np.ndarray]:
         """Return the features of an answer to ``sample`` and of its true clip."""
         async with self._one:
-            if sample.id not in self._truth:
-                self._truth[sample.id] = await asyncio.to_thread(self._extractor, sample.target_frames)
-            return {"clip": await asyncio.to_thread(self._extractor, frames), "target": self._truth[sample.id]}
+            key = content_key(sample.target_frames)
+            if key not in self._truth:
+                self._truth[key] = await asyncio.to_thread(self._extractor, sample.target_frames)
+            return {"clip": await asyncio.to_thread(self._extractor, frames), "target": self._truth[key]}
 
 
 async def _answer(sample: Sample, prediction: Prediction, score: Score, videos: _VideoFeatures | None) -> Answered:

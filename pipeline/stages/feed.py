@@ -35,7 +35,11 @@ class FeedCursor:
 
 @dataclass
 class SampleFeed:
-    """Draw samples in the source's order. Not safe for concurrent draws: the stage loop holds a lock around them."""
+    """Draw samples in the source's order. Not safe for concurrent draws: the stage loop holds a lock around them.
+
+    ``batch_size``: samples that are asked of the source at a time. With 1 the cursor names a row and nothing else, so it holds
+    for a run that is resumed with other limits of what is usable. ``quarantined`` has each row once, however often it comes by.
+    """
 
     source: SampleSource
     batch_size: int
@@ -55,7 +59,7 @@ class SampleFeed:
         """Return the next ``count`` samples."""
         drawn: list[Sample] = []
         while len(drawn) < count:
-            if not self._buffer:
+            while not self._buffer:
                 await self._refill()
             take = min(count - len(drawn), len(self._buffer))
             drawn += self._buffer[:take]
@@ -81,7 +85,9 @@ class SampleFeed:
     async def _refill(self) -> None:
         start = self._after
         samples, bad, self._after = await asyncio.to_thread(self._next)
-        self.quarantined += bad
-        skip, self._skip = self._skip, 0
+        known = {(item.shard, item.row) for item in self.quarantined}
+        self.quarantined += [item for item in bad if (item.shard, item.row) not in known]
+        skip = min(self._skip, len(samples))  # a checkpoint's batches may have been larger than these
+        self._skip -= skip
         self._buffer = list(samples[skip:])
-        self.cursor = FeedCursor(start, skip) if self._buffer else FeedCursor(self._after)
+        self.cursor = FeedCursor(start, skip) if self._buffer else FeedCursor(self._after, self._skip)

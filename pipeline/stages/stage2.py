@@ -14,6 +14,7 @@ import numpy as np
 
 from actors.pool import SampleFailed
 from actors.records import Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
+from actors.vdm.cache import content_key
 from actors.vdm.conditioning import select_reference_frames
 from actors.vdm.flow_sde import WindowSchedule, removable_steps
 from cluster.errors import ConfigError, TrainingError
@@ -49,7 +50,9 @@ class Stage2:
     name = "stage2"
     title = "stage 2 · artist"
     policies: ClassVar[tuple[str, ...]] = ("vdm",)
-    _anchors: dict[str, Anchor] = field(default_factory=dict)
+    _greedy: dict[tuple[str, str, float, str], str] = field(
+        default_factory=dict
+    )  # the thinker's answer by the row that it was asked about
     _seen: dict[int, list[Anchor]] = field(default_factory=dict)  # by step: several may be in flight
     _lost: dict[int, list[str]] = field(default_factory=dict)  # by step: why samples got no group
 
@@ -152,9 +155,9 @@ class Stage2:
 
     async def _ask(self, sample: Sample, step: str) -> Anchor:
         greedy = self.section.text.temperature == 0
-        if greedy and sample.id in self._anchors:  # the thinker is frozen, so its greedy answer never changes
-            anchor = self._anchors[sample.id]
-        else:
+        asked = (sample.id, sample.question, sample.fps, content_key(sample.input_frames))
+        text = self._greedy.get(asked) if greedy else None  # the thinker is frozen, so its greedy answer never changes
+        if text is None:
             request = CompletionRequest(
                 sample_id=sample.id,
                 question=sample.question,
@@ -169,15 +172,15 @@ class Stage2:
                 completions: list[Completion] = await self.fleet.vlm.submit(request)
             except SampleFailed as error:
                 return Anchor("", None, 0.0, str(error))
-            answer = parse_answer(completions[0].text)
-            caption = answer.caption if answer else None
-            try:
-                anchor = Anchor(completions[0].text, caption, rouge_l(caption, sample.caption) if caption else 0.0)
-            except RewardError as error:
-                anchor = Anchor(completions[0].text, None, 0.0, f"the anchor caption cannot be compared: {error}")
+            text = completions[0].text
             if greedy:
-                self._anchors[sample.id] = anchor
-        return anchor
+                self._greedy[asked] = text
+        answer = parse_answer(text)
+        caption = answer.caption if answer else None
+        try:
+            return Anchor(text, caption, rouge_l(caption, sample.caption) if caption else 0.0)
+        except RewardError as error:
+            return Anchor(text, None, 0.0, f"the anchor caption cannot be compared: {error}")
 
 
 def sde_window(config: RunConfig) -> WindowSchedule:

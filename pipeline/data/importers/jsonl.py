@@ -8,7 +8,7 @@ to the clips folder, or ``{"path": …, "start": seconds, "end": seconds}`` for 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from actors.records import SampleKind
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span
-from pipeline.data.importers.run import Candidate, ImportReport, Rejected, run_import
+from pipeline.data.importers.run import Candidate, ImportReport, Rejected, manifest_plan, run_import
 from pipeline.location import Uri
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
@@ -54,7 +54,7 @@ class Entry(BaseModel):
 
 
 def import_jsonl(
-    manifest: str | Path,
+    manifests: str | Path | Sequence[str | Path],
     clips: str | Path,
     out: str | Path | Uri,
     *,
@@ -62,15 +62,18 @@ def import_jsonl(
     workers: int | None = None,
     quiet: bool = False,
 ) -> ImportReport:
-    """Write the entries of ``manifest``, with the clips that they name under ``clips``, as Parquet shards in ``out``.
+    """Write the entries of ``manifests`` (one, or several), with the clips that they name under ``clips``, as Parquet shards in ``out``.
 
-    Lines that fail are listed with their reasons in ``out/_rejected.csv``. Raises DataError when nothing could be
-    imported.
+    Lines that fail are listed with their reasons in ``out/_rejected.csv``. An import that was interrupted is continued by the
+    same call. Raises DataError when nothing could be imported.
     """
-    path = Path(manifest)
-    if not path.is_file():
-        raise DataError(f"no such manifest: {path}")
-    return run_import(read_entries(path), clips, out, spec=spec, workers=workers, quiet=quiet)
+    paths = [Path(path) for path in ([manifests] if isinstance(manifests, str | Path) else manifests)]
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"no such manifest: {path}")
+    plan = manifest_plan("import-jsonl", paths)
+    items = (item for path in paths for item in read_entries(path))
+    return run_import(items, clips, out, plan=plan, spec=spec, workers=workers, quiet=quiet)
 
 
 def read_entries(path: Path) -> Iterator[Candidate | Rejected]:

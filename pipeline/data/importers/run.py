@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 
 from cluster.errors import DataError
 from pipeline import terminal
 from pipeline.data.importers.clips import ClipSpec, Span, load_clip
-from pipeline.data.schema import Row, ShardWriter
+from pipeline.data.schema import Row, ShardWriter, writer_plan
 from pipeline.location import Uri, local_path, parse_location, write_bytes
 from pipeline.text import printable
 
@@ -83,64 +86,140 @@ def infer_kind(question: str) -> str:
     return "predictive" if _PREDICTIVE.search(question) else "procedural"
 
 
+def manifest_plan(command: str, manifests: Sequence[Path], **more: Any) -> dict[str, Any]:
+    """Return what an import of ``manifests`` is told apart by: their names and contents, and what else decides its rows."""
+    files = []
+    for path in manifests:
+        with path.open("rb") as file:
+            files.append({"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+    return {"command": command, "manifests": files, **more}
+
+
+def import_plan(plan: Mapping[str, Any], clips: Path, spec: ClipSpec) -> dict[str, Any]:
+    """Return the whole plan of an import: that of its manifests, the clips folder, and how clips are stored."""
+    return writer_plan({**plan, "clips": str(clips.resolve()), "spec": asdict(spec)})
+
+
 def run_import(
     items: Iterable[Candidate | Rejected],
     clips: str | Path,
     out: str | Path | Uri,
     *,
+    plan: Mapping[str, Any] | None = None,
     spec: ClipSpec | None = None,
     workers: int | None = None,
     quiet: bool = False,
 ) -> ImportReport:
     """Write the candidates whose clips load to shards in ``out``, the others to ``out/_rejected.csv``, in their order.
 
-    ``workers`` threads decode (default: one a core, 8 at most). Prints a summary unless ``quiet``. Raises DataError
-    when the clips folder is missing, ``out`` holds a dataset already, or no row could be imported; StorageError where
-    ``out`` is a URI and its store fails.
+    ``plan``: what ``items`` come from (:func:`manifest_plan`). With one, an import that was interrupted is continued by the
+    same call: shards that are whole are kept, and the result is that of an undisturbed import. ``workers`` threads decode
+    (default: one a core, 8 at most). Prints a summary unless ``quiet``. Raises DataError when the clips folder is missing,
+    ``out`` holds a dataset already or a part of another one, or no row could be imported; StorageError where ``out`` is a
+    URI and its store fails.
     """
     clips, out, spec = local_path(clips), parse_location(out), spec or ClipSpec()
     if not clips.is_dir():
         raise DataError(f"clips folder {clips} does not exist")
-    report, used = ImportReport(out), Counter[str]()
-    with ShardWriter(out) as writer:
-        for item, loaded in _loaded(items, clips, spec, workers or min(8, os.cpu_count() or 1)):
+    progress = _Progress(ImportReport(out))
+    report, used, console = progress.report, progress.used, Console()
+    whole = None if plan is None else import_plan(plan, clips, spec)
+    with ShardWriter(out, plan=whole, progress=progress.take) as writer:
+        rest = iter(items)
+        if writer.count:
+            progress.take_up(writer.kept, rest)
+            if not quiet:
+                told = f"{out}: {writer.count} rows of an interrupted import are kept; it goes on after them"
+                console.print(printable(told), highlight=False, markup=False)
+        for item, loaded in _loaded(rest, clips, spec, workers or min(8, os.cpu_count() or 1)):
+            progress.items += 1
             if isinstance(loaded, Rejected):
-                report.rejected.append(loaded)
+                progress.reject(loaded)
                 continue
             assert isinstance(item, Candidate)
             (input_video, input_kept), (target_video, target_kept) = loaded
-            used[item.id] += 1
             # One clip may be asked several questions under one name.
-            name = item.id if used[item.id] == 1 else f"{item.id}#{used[item.id]}"
+            again = used[item.id] + 1
+            name = item.id if again == 1 else f"{item.id}#{again}"
             kind = item.kind or infer_kind(item.question)
             origin = f"{item.source}:{item.line}"
             try:
-                writer.write(
-                    Row(
-                        name,
-                        kind,
-                        item.question,
-                        item.caption,
-                        input_video,
-                        target_video,
-                        origin,
-                        item.meta,
-                        item.answer,
-                    )
+                row = Row(
+                    name,
+                    kind,
+                    item.question,
+                    item.caption,
+                    input_video,
+                    target_video,
+                    origin,
+                    item.meta,
+                    item.answer,
                 )
+                writer.require_new(row)
             except DataError as error:
-                report.rejected.append(Rejected(item.source, item.line, item.id, str(error)))
+                progress.reject(Rejected(item.source, item.line, item.id, str(error)))
                 continue
-            report.accepted += 1
-            report.kinds[kind] += 1
-            report.embedded += input_kept + target_kept
-            report.copied += (not input_kept) + (not target_kept)
-    _write_rejected(out / REJECTED, report.rejected)
+            progress.accept(item.id, kind, input_kept + target_kept)
+            writer.write(row)  # may end a shard, and with it writes down the progress up to this row
+        if report.accepted:
+            _write_rejected(out / REJECTED, report.rejected)
     if not report.accepted:
+        _write_rejected(out / REJECTED, report.rejected)
         raise DataError(f"nothing could be imported.\n{report.summary()}")
     if not quiet:
         terminal.console().print(printable(report.summary()), highlight=False, markup=False)
     return report
+
+
+@dataclass
+class _Progress:
+    """How far an import is, and what is noted of it with each shard: all since the shard before."""
+
+    report: ImportReport
+    used: Counter[str] = field(default_factory=Counter)  # accepted rows by the id in the manifest
+    items: int = 0  # candidates that have been dealt with
+    _since: dict[str, Any] = field(default_factory=lambda: _nothing())
+
+    def accept(self, name: str, kind: str, embedded: int) -> None:
+        """Count a row of two clips, ``embedded`` of which are stored as they were."""
+        self.used[name] += 1
+        self.report.accepted += 1
+        self.report.kinds[kind] += 1
+        self.report.embedded += embedded
+        self.report.copied += 2 - embedded
+        self._since["kinds"][kind] = self._since["kinds"].get(kind, 0) + 1
+        self._since["embedded"] += embedded
+
+    def reject(self, row: Rejected) -> None:
+        """List a row that is not imported."""
+        self.report.rejected.append(row)
+        self._since["rejected"].append([self.items - 1, asdict(row)])
+
+    def take(self) -> dict[str, Any]:
+        """Return what is noted with the shard that ends here."""
+        told, self._since = self._since | {"items": self.items}, _nothing()
+        return told
+
+    def take_up(self, kept: Sequence[dict[str, Any]], items: Iterator[Candidate | Rejected]) -> None:
+        """Be where the last of the ``kept`` notes was taken, and pass over the ``items`` up to there."""
+        out: set[int] = set()
+        for note in kept:
+            for place, row in note["rejected"]:
+                out.add(place)
+                self.report.rejected.append(Rejected(**row))
+            self.report.kinds.update(note["kinds"])
+            rows = sum(note["kinds"].values())
+            self.report.accepted += rows
+            self.report.embedded += note["embedded"]
+            self.report.copied += 2 * rows - note["embedded"]
+            self.items = note["items"]
+        for place, item in enumerate(islice(items, self.items)):
+            if place not in out:
+                self.used[item.id] += 1
+
+
+def _nothing() -> dict[str, Any]:
+    return {"rejected": [], "kinds": {}, "embedded": 0}
 
 
 Loaded = tuple[tuple[bytes, bool], tuple[bytes, bool]] | Rejected

@@ -9,10 +9,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span
-from pipeline.data.importers.run import Candidate, ImportReport, Rejected, run_import
+from pipeline.data.importers.run import Candidate, ImportReport, Rejected, manifest_plan, run_import
 from pipeline.data.schema import KINDS
 from pipeline.location import Uri
 
@@ -33,8 +34,8 @@ def import_vans(
     """Write the rows of ``csvs``, with the clips that they name under ``clips``, as Parquet shards in ``out``.
 
     ``kind``: of all rows, or None to infer it from each question (what-if and what-happens questions are predictive).
-    Rows that fail are listed with their reasons in ``out/_rejected.csv``. Raises DataError for a file that is not such a
-    CSV, and when nothing could be imported.
+    Rows that fail are listed with their reasons in ``out/_rejected.csv``. An import that was interrupted is continued by the
+    same call. Raises DataError for a file that is not such a CSV, and when nothing could be imported.
     """
     if kind is not None and kind not in KINDS:
         raise DataError(f"kind {kind!r} must be one of {', '.join(KINDS)}")
@@ -42,7 +43,12 @@ def import_vans(
     for path in paths:
         _check_header(path)
     items = (item for path in paths for item in read_rows(path, kind))
-    return run_import(items, clips, out, spec=spec, workers=workers, quiet=quiet)
+    return run_import(items, clips, out, plan=vans_plan(paths, kind), spec=spec, workers=workers, quiet=quiet)
+
+
+def vans_plan(csvs: Sequence[Path], kind: str | None = None) -> dict[str, Any]:
+    """Return what an import of ``csvs`` is told apart by."""
+    return manifest_plan("import-vans", csvs, kind=kind)
 
 
 def _check_header(path: Path) -> None:

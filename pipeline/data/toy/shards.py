@@ -50,18 +50,24 @@ def write_toy(
 
     ``val`` (default: as many as ``test``) is for choosing, ``test`` for reporting. ``sft`` holds the VLM's SFT answers,
     30% of them wrong; ``artist`` the VDM's SFT pairs, 22% of them mismatched. Rows are a pure function of ``seed``.
-    ``progress(split, done, total)`` is called after every row. Raises DataError for a negative count, for a run without
+    ``progress(split, done, total)`` is called after every row. What an interrupted call has written is kept. Raises DataError for a negative count, for a run without
     training rows, and when a folder already holds a dataset.
     """
     counts = {"train": train, "val": test if val is None else val, "test": test, "sft": sft, "artist": artist}
     for split, count in counts.items():
         if count < 0 or (split == "train" and count == 0):
             raise DataError(f"{split}={count}: a toy dataset needs at least 1 training row and no negative count")
-    for split, count in counts.items():
-        if count == 0:
+    out = parse_location(out_dir)
+    plans = {
+        split: {"command": "toy", "split": split, "rows": count, "seed": seed} for split, count in counts.items() if count
+    }
+    whole = {split for split, plan in plans.items() if ShardWriter.wrote(out / split, plan)}
+    for split, plan in plans.items():
+        if split in whole and len(whole) < len(plans):  # where all are there, the writer says so
             continue
-        with ShardWriter(parse_location(out_dir) / split) as writer:
-            for index in range(count):
+        count = counts[split]
+        with ShardWriter(out / split, plan=plan) as writer:
+            for index in range(writer.count, count):
                 writer.write(toy_row(make_sample(index, split, seed)))
                 if progress is not None:
                     progress(split, index + 1, count)

@@ -226,6 +226,17 @@ def test_a_manifest_of_parts_is_imported_and_faults_are_listed(clips: Path, tmp_
     assert len(report.rejected) == 7
 
 
+def test_several_manifests_give_one_folder_of_distinct_ids(clips: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        entry = {"question": name, "caption": "c", "input": "in.mp4", "target": "in.mp4"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(entry) + "\n" + json.dumps(entry | {"id": "mine"}))
+    paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    assert import_jsonl(paths, clips, tmp_path / "out", quiet=True).accepted == 4
+    table = pq.read_table(tmp_path / "out" / "part-00000.parquet")
+    assert table["id"].to_pylist() == ["line-000001", "mine", "line-000001#2", "mine#2"]
+    assert table["question"].to_pylist() == ["one", "one", "two", "two"]
+
+
 def test_inspect_counts_measures_and_draws(clips: Path, tmp_path: Path) -> None:
     table = write_csv(
         tmp_path / "t.csv",
@@ -257,7 +268,11 @@ def test_the_writer_keeps_to_the_schema(tmp_path: Path) -> None:
                 {"id": name, "kind": "predictive", "question": "q", "caption": "c"}
                 | dict.fromkeys(("input_video", "target_video"), b"v")
             )
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["part-00000.parquet", "part-00001.parquet"]
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [
+        "_complete.json",
+        "part-00000.parquet",
+        "part-00001.parquet",
+    ]
     assert pq.read_schema(tmp_path / "set" / "part-00000.parquet").remove_metadata().equals(SCHEMA)
     for wrong in ({"kind": "x"}, {"caption": " "}, {"meta": "[1]"}, {"meta": "{"}, {"input_video": b""}):
         with pytest.raises(DataError, match="row 'a'"):

@@ -16,6 +16,7 @@ from pipeline.data import source as source_module
 from pipeline.data.schema import Row, ShardWriter
 from pipeline.data.source import Batch, Cursor, SampleSource, VideoShape, load_all
 from pipeline.data.video import encode_mp4
+from pipeline.stages.feed import FeedCursor, SampleFeed
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 SHAPE = VideoShape(num_frames=5, height=16, width=16, input_frames=3, vlm_height=24, vlm_width=24)
@@ -108,6 +109,20 @@ def test_a_new_source_resumes_with_exactly_the_next_row(folder: Path, monkeypatc
         assert found.quarantined == expected.quarantined and found.cursor == expected.cursor
         for a, b in zip(expected.samples, found.samples, strict=True):
             assert np.array_equal(a.input_frames, b.input_frames) and np.array_equal(a.target_frames, b.target_frames)
+
+
+def test_a_feed_of_real_shards_that_is_resumed_again_and_again_draws_every_row_once(folder: Path) -> None:
+    def drawn(feed: SampleFeed, count: int) -> list[str]:
+        return [sample.id for sample in asyncio.run(feed.draw(count))]
+
+    source, cursor, found = open_source(folder), FeedCursor(Cursor()), []
+    for size, count in ((4, 3), (4, 3), (1, 4), (1, 14)):
+        feed = SampleFeed(source, size, cursor)
+        found += drawn(feed, count)
+        cursor = FeedCursor.from_json(feed.cursor.to_json())
+        feed.close()
+    order = [f"r{row:02}" for epoch in range(2) for row in source.order(epoch)]
+    assert found == [name for name in order if name not in ("r07", "r13")][:24]
 
 
 def test_too_many_broken_rows_stop_with_their_reasons(folder: Path) -> None:

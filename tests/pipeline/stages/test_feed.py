@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from actors.records import Sample
-from pipeline.data.source import Batch, Cursor
+from actors.records import Sample, derive_seed
+from pipeline.data.source import Batch, Cursor, QuarantinedRow
 from pipeline.stages.feed import FeedCursor, SampleFeed
 
 FRAMES = np.zeros((1, 8, 8, 3), np.uint8)
@@ -48,3 +51,84 @@ def test_resumes_at_the_exact_next_sample(first: int) -> None:
     ids(feed, first)
     cursor = FeedCursor.from_json(feed.cursor.to_json())
     assert ids(SampleFeed(Numbers(), 4, cursor), 7) == whole[first:]
+
+
+@dataclass
+class Rows:
+    """``count`` rows in an order of (seed, epoch), the ``broken`` ones quarantined, as ``SampleSource`` deals them out."""
+
+    count: int
+    broken: frozenset[int] = frozenset()
+
+    def batches(self, size: int, cursor: Cursor | None = None) -> Iterator[Batch]:
+        at, samples, bad = cursor or Cursor(), [], []
+        while True:
+            order = np.random.default_rng(derive_seed("order", at.epoch)).permutation(self.count)
+            row, here = int(order[at.position]), at
+            at = Cursor(at.epoch, at.position + 1) if at.position + 1 < self.count else Cursor(at.epoch + 1, 0)
+            if row in self.broken:
+                bad.append(QuarantinedRow(here.epoch, here.position, "part", row, f"r{row}", "broken"))
+                continue
+            samples.append(Sample(f"{here.epoch}.r{row}", "predictive", "q", "c", FRAMES, FRAMES))
+            if len(samples) == size:
+                yield Batch(samples, bad, at)
+                samples, bad = [], []
+
+
+def written_and_read(feed: SampleFeed, source: Rows, size: int) -> SampleFeed:
+    """A feed as a resumed run makes it, of the cursor that a checkpoint holds; ``size`` rows are asked for at a time."""
+    feed.close()
+    return SampleFeed(source, size, FeedCursor.from_json(feed.cursor.to_json()))  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(3, 12),
+    broken=st.frozensets(st.integers(0, 11), max_size=2),
+    parts=st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 7), max_size=4)), min_size=2, max_size=5),
+)
+def test_draw_resume_draw_resume_is_one_undisturbed_run(
+    count: int, broken: frozenset[int], parts: list[tuple[int, list[int]]]
+) -> None:
+    """Each part is a process: the size of its batches, and what it draws (steps and refills alike) before it is resumed."""
+    source = Rows(count, broken)
+    drawn, feed = [], SampleFeed(source, parts[0][0])  # type: ignore[arg-type]
+    for size, draws in parts:
+        feed = written_and_read(feed, source, size)
+        drawn += ids(feed, *draws)
+    whole = SampleFeed(source, 3)  # type: ignore[arg-type]
+    assert drawn == ids(whole, len(drawn))
+    feed = written_and_read(feed, source, 1)
+    assert ids(feed, 1) == ids(whole, 1)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_resume_between_two_refills_skips_what_was_drawn_and_nothing_else(size: int) -> None:
+    source, whole = Rows(9, frozenset({2})), ids(SampleFeed(Rows(9, frozenset({2})), 4), 9)  # type: ignore[arg-type]
+    feed = SampleFeed(source, 4)  # type: ignore[arg-type]
+    assert ids(feed, 2) == whole[:2]
+    for first in (2, 3, 4, 6, 7):
+        feed = written_and_read(feed, source, size)
+        last = {2: 3, 3: 4, 4: 6, 6: 7, 7: 9}[first]
+        assert ids(feed, last - first) == whole[first:last]
+
+
+def test_rows_that_become_usable_do_not_move_the_place_to_go_on() -> None:
+    """A limit that is raised for the resume changes which rows a batch holds, not which row is next."""
+    feed = SampleFeed(Rows(10, frozenset({0, 1, 2, 3})), 1)  # type: ignore[arg-type]
+    before = ids(feed, 5)
+    at = feed.cursor.source
+    feed = written_and_read(feed, Rows(10), 1)
+    order = [f"0.r{row}" for row in np.random.default_rng(derive_seed("order", 0)).permutation(10)]
+    assert ids(feed, 10 - at.position) == order[at.position :] and before[-1] == order[at.position - 1]
+
+
+def test_a_row_that_is_quarantined_is_counted_once_and_a_restart_forgets_none() -> None:
+    feed = SampleFeed(Rows(6, frozenset({1, 4})), 2)  # type: ignore[arg-type]
+    ids(feed, 7)  # into the second epoch
+    assert sorted(item.row for item in feed.quarantined) == [1, 4]
+    again = feed.at(FeedCursor(Cursor()))
+    feed.close()
+    assert [item.row for item in again.quarantined] == [item.row for item in feed.quarantined]
+    ids(again, 9)
+    assert len(again.quarantined) == 2

@@ -7,7 +7,7 @@ import pytest
 
 from actors.records import Completion, Sample, Scores
 from cluster.errors import TrainingError
-from pipeline.stages.groups import FailureBudget, Group, Member, assemble
+from pipeline.stages.groups import BARREN, FailureBudget, Group, Member, assemble
 
 FRAMES = np.zeros((1, 8, 8, 3), np.uint8)
 OPTIONS = {"std_norm": "group", "normalise_rewards": False, "min_group": 2, "trained_version": 3}
@@ -34,6 +34,14 @@ def test_weighted_totals_and_group_advantages() -> None:
     assert batch.metrics["reward/x_mean"] == pytest.approx(0.5)
     assert batch.metrics["alarm/corr_x_y"] == pytest.approx(-1.0)
     assert batch.metrics["rollout/truncated_ratio"] == pytest.approx(0.5)
+
+
+def test_the_truncated_share_is_of_completions_that_met_the_length_limit() -> None:
+    members = [member(i, x=float(i)) for i in range(4)]  # all but the first met it
+    batch = assemble([group("a", *members)], {"x": 1.0}, **OPTIONS)
+    assert batch.metrics["rollout/truncated_ratio"] == pytest.approx(0.75)
+    batch = assemble([group("a", member(0, x=0.0), member(0, x=1.0))], {"x": 1.0}, **OPTIONS)
+    assert batch.metrics["rollout/truncated_ratio"] == 0.0
 
 
 def test_quarantined_samples_and_groups_that_shrank_are_dropped_and_counted() -> None:
@@ -104,3 +112,10 @@ def test_what_is_lost_is_counted_by_reason_and_bounded() -> None:
     before = FailureBudget("stage2", 1.0)
     assert before.count([whole], ["no anchor"] * 4) == {"no anchor": 4} and before.asked == 8
     assert FailureBudget("stage2", 0.0).count([]) == {}  # a refill that found no anchor loses nothing
+
+
+def test_batches_of_which_nothing_was_asked_are_not_barren() -> None:
+    budget = FailureBudget("stage2", 0.0)
+    for _ in range(2 * BARREN):
+        assert budget.count([]) == {} and budget.count([None]) == {}  # refills that found no anchor
+    assert budget.barren == 0

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from actors.records import Sample, Scores, derive_seed
 from pipeline.config.stages import RolloutSection, Stage1Section
@@ -16,7 +18,7 @@ from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import Group, Member
 from pipeline.stages.loop import StepReport
 from pipeline.stages.refill import Refill, draw_key, has_gradient
-from tests.pipeline.stages.test_feed import Numbers
+from tests.pipeline.stages.test_feed import Numbers, Rows
 from tests.pipeline.stages.test_loop import CountingStage, train
 
 FRAMES = np.zeros((1, 8, 8, 3), np.uint8)
@@ -124,6 +126,35 @@ def test_a_resumed_run_draws_what_the_whole_one_drew(staleness: int, after: int)
     cursor = FeedCursor.from_json(reports[after].cursor.to_json())
     _, learner, _ = train(FlatStage(staleness, flat=FLAT), first_step=after + 1, feed=SampleFeed(Numbers(), 2, cursor))
     assert [[items[0], items[2]] for items in learner.seen] == LEARNT[after + 1 :]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    flat=st.frozensets(st.sampled_from([f"{epoch}.r{row}" for epoch in range(4) for row in range(9)]), max_size=20),
+    broken=st.frozensets(st.integers(0, 8), max_size=3),
+    stops=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    staleness=st.integers(0, 2),
+    size=st.integers(1, 4),
+)
+def test_a_run_that_is_resumed_again_and_again_learns_what_the_whole_one_learnt(
+    flat: frozenset[str], broken: frozenset[int], stops: list[int], staleness: int, size: int
+) -> None:
+    def part(
+        first: int, last: int, staleness: int, cursor: FeedCursor | None = None
+    ) -> tuple[list[list[str]], FeedCursor]:
+        """The steps from ``first`` to ``last``: what was learnt, and the cursor of the checkpoint at the end."""
+        feed = SampleFeed(Rows(9, broken), size, *([cursor] if cursor else []))  # type: ignore[arg-type]
+        stage = FlatStage(staleness, steps=last, flat=flat, clock=random.Random(0))
+        _, learner, reports = train(stage, first_step=first, feed=feed)
+        return learner.seen, FeedCursor.from_json(reports[-1].cursor.to_json())
+
+    whole, _ = part(0, 6, 0)
+    learnt, cursor, done = [], None, 0
+    for stop in [*sorted({*stops}), 6]:
+        seen, cursor = part(done, stop, staleness, cursor)
+        learnt += seen
+        done = stop
+    assert learnt == whole
 
 
 def test_without_refills_flat_groups_are_kept_and_counted() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,56 @@ def test_no_shipped_run_leaves_noise_in_its_clips(name: str) -> None:
     assert window_warnings(load_config(name)) == []
 
 
+# --- anchors ----------------------------------------------------------------------------------------------------------
+
+
+def anchors_of(samples: list[Sample], temperature: float) -> tuple[list[Anchor], list[str]]:
+    """What stage 2 takes as the anchors of ``samples``, and the questions that reached the thinker."""
+    config = parse_config({"stage2": {"text": {"temperature": temperature}}})
+    thinker = Thinker({"what next?": TRUTH, "what if?": "the blue square falls"})
+    stage = Stage2(config, Fleet(None, None, vlm=thinker))  # type: ignore[arg-type]
+
+    async def body() -> list[Anchor]:
+        return [await stage._anchor(s, "0") for s in samples]
+
+    return asyncio.run(body()), thinker.asked
+
+
+def test_a_greedy_answer_is_remembered_for_what_was_asked_and_not_for_a_name() -> None:
+    frames, target = pair()
+    first = Sample("line-000001", "predictive", "what next?", TRUTH, frames, target)
+    others = [
+        replace(first, question="what if?", caption="the blue square falls"),  # of another import, with an equal id
+        replace(first, input_frames=frames[::-1].copy()),
+        replace(first, fps=2.0),
+        replace(first, caption="the blue square falls"),  # the same question, and another truth
+    ]
+    found, asked = anchors_of([first, first, *others, first], temperature=0.0)
+    assert asked == ["what next?", "what if?", "what next?", "what next?"]
+    assert [anchor.caption for anchor in found[:3]] == [TRUTH, TRUTH, "the blue square falls"]
+    assert [round(anchor.rouge_l, 2) for anchor in found[:3]] == [1.0, 1.0, 1.0]
+    assert found[5].caption == TRUTH and found[5].rouge_l < 0.5
+    assert len(anchors_of([first, first], temperature=1.0)[1]) == 2, "a sampled answer is asked for anew"
+
+
 # --- dynamic sampling -----------------------------------------------------------------------------------------------
+
+
+TRUTH = "the red circle rises"
+
+
+@dataclass
+class Thinker:
+    """A pool that answers each question with what ``answers`` says of it, else with something else than the truth."""
+
+    answers: dict[str, str]
+    asked: list[str] = field(default_factory=list)
+
+    async def submit(self, request: CompletionRequest) -> list[Completion]:
+        self.asked.append(request.question)
+        caption = self.answers.get(request.question, "nobody knows")
+        text = f"<think>x</think><ans>{caption}</ans>"
+        return [Completion(text, np.zeros(1, np.int32), np.zeros(1, np.float32), "stop", 0)]
 
 
 class Toys(Numbers):
@@ -206,7 +255,7 @@ class Toys(Numbers):
 
     def batches(self, size: int, cursor: Any = None) -> Any:
         for samples, bad, after in super().batches(size, cursor):
-            yield [Sample(s.id, s.kind, s.question, "the red circle rises", *pair()) for s in samples], bad, after
+            yield [Sample(s.id, s.kind, s.id, TRUTH, *pair()) for s in samples], bad, after
 
 
 def pair() -> tuple[np.ndarray, np.ndarray]:
@@ -215,12 +264,9 @@ def pair() -> tuple[np.ndarray, np.ndarray]:
 
 
 def anchored(fleet: Fleet, kept: set[str], rollout: dict[str, Any]) -> Stage2:
-    """A stage whose thinker has answered already (greedy answers are remembered): well for ``kept`` only."""
+    """A stage whose thinker answers well for ``kept`` only."""
     config = settings(rollout={"group_size": 2, **rollout}, window_size=1)
-    stage = Stage2(config, fleet)  # type: ignore[arg-type]
-    names = [f"{epoch}.{i}" for epoch in range(4) for i in range(10)]
-    stage._anchors = {n: Anchor("", "the red circle rises", 1.0 if n in kept else 0.0) for n in names}
-    return stage
+    return Stage2(config, replace(fleet, vlm=Thinker(dict.fromkeys(kept, TRUTH))))  # type: ignore[arg-type]
 
 
 def flat(group: Group) -> Group:
@@ -280,7 +326,7 @@ class Captions(Toys):
 
 
 @dataclass
-class Thinker:
+class SureThinker:
     """Says the toys' caption whatever it is asked; counts how often."""
 
     asked: int = 0
@@ -294,7 +340,7 @@ class Thinker:
 def stage_of(fleet: Fleet, **options: Any) -> Stage2:
     config = settings(rollout={"group_size": 2}, window_size=1)
     section = config.stage2.model_copy(update=options)
-    return Stage2(config.model_copy(update={"stage2": section}), Fleet(fleet.vdm, fleet.reward, vlm=Thinker()))  # type: ignore[arg-type]
+    return Stage2(config.model_copy(update={"stage2": section}), Fleet(fleet.vdm, fleet.reward, vlm=SureThinker()))  # type: ignore[arg-type]
 
 
 def test_a_caption_that_cannot_be_compared_is_lost_counted_and_bounded(fleet: Fleet) -> None:
