@@ -394,10 +394,11 @@ def evaluate(
     `vans evaluate toy --predictions answers/ --fvd-extractor i3d=i3d_torchscript.pt`
     """
     from pipeline.config import load_config
+    from pipeline.config.load import override_of
     from pipeline.evaluate.run import run_evaluation
 
     chosen = {"vlm": vlm, "vdm": vdm, "vlm_adapter": vlm_adapter, "vdm_adapter": vdm_adapter}
-    extra = [f"models.{key}={value}" for key, value in chosen.items() if value is not None]
+    extra = [override_of(f"models.{key}", value) for key, value in chosen.items() if value is not None]
     run_evaluation(
         load_config(config, [*(overrides or []), *extra]),
         out,

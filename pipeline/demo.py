@@ -17,6 +17,7 @@ from rich.table import Table
 
 from cluster.errors import VansError
 from pipeline.config import RunConfig, load_config
+from pipeline.config.load import override_of, run_name
 from pipeline.data.toy.shards import ensure_toy
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.run import write_report
@@ -72,11 +73,11 @@ def set_aside(out: Path) -> Path | None:
 def demo_config(out: Path, seed: int, quick: bool) -> RunConfig:
     """Return the bundled toy run, writing to ``out``."""
     overrides = [
-        f"name={out.name}",
-        f"out={out}",
+        override_of("name", run_name(out.name)),
+        override_of("out", out),
         f"seed={seed}",
-        f"data.train={out}/data/train",
-        f"data.eval={out}/data/test",
+        override_of("data.train", out / "data" / "train"),
+        override_of("data.eval", out / "data" / "test"),
     ]
     if quick:
         overrides += ["stage1.steps=2", "stage2.steps=2", "evaluate.samples=8"]

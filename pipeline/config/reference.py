@@ -66,6 +66,12 @@ def reference() -> str:
         "A YAML may begin with `base:`, the name of a bundled run (`toy`, `vans_paper`, …) or the path of a file beside it, and",
         "then holds only what it changes: sections are merged key by key, lists and the rewards' weights are replaced as a",
         "whole. A base may have a base.",
+        "",
+        "Scalars are those of YAML 1.2: `true` and `false` are the only booleans (`yes` and `on` are text), `010` is ten, `1e-5` is a",
+        "number, `1_000`, `1:30` and dates are text. A key that stands twice in a mapping is an error, in a file and in an override;",
+        "so is text, `true` or `5.0` where a whole number is meant. Of two overrides for one key the later counts. A value with",
+        "characters that mean something in YAML (`#` after a space, `: `, a leading `%` or `{`) goes between quotes:",
+        "`vans train toy 'out=\"runs/a #1\"'`.",
     ]
     for part in parts():
         if not part.keys:

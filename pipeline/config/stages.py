@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -223,7 +223,7 @@ class SdeSection(Section):
         description="Stochastic, trained steps per trajectory; the other steps follow the ODE.",
         json_schema_extra=cite("MixGRPO"),
     )
-    window_range: tuple[int, int] | None = Field(
+    window_range: Annotated[tuple[int, int], Field(strict=False)] | None = Field(
         None,
         description="Steps [first, last) within which the window moves; default: all but the last.",
         json_schema_extra=cite("MixGRPO"),

@@ -22,6 +22,7 @@ from cluster.errors import ConfigError, TrainingError
 from cluster.session import connect
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import RunConfig, config_digest, load_config
+from pipeline.config.load import override_of
 from pipeline.data.toy.shards import ensure_toy
 from pipeline.evaluate.predictions import FILE, read_predictions, write_predictions
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
@@ -173,19 +174,19 @@ class _Seed:
     def config(self, row: Row, folder: Path, split: str) -> RunConfig:
         """Return the run of ``row``: the base run, the experiment's and the row's overrides, and other rows' adapters."""
         overrides = [
-            f"name={json.dumps(folder.name)}",
-            f"out={json.dumps(str(folder))}",
+            override_of("name", folder.name),
+            override_of("out", folder),
             f"seed={self.seed}",
             f"data.seed={self.seed}",
-            f"data.train={json.dumps(str(self.out / 'data' / 'train'))}",
-            f"data.eval={json.dumps(str(self.out / 'data' / split))}",
+            override_of("data.train", self.out / "data" / "train"),
+            override_of("data.eval", self.out / "data" / split),
             f"evaluate.samples={self.experiment.test_samples}",
             *self.experiment.set,
             *(row.set or ()),
         ]
         for role, other in (("vlm", row.vlm), ("vdm", row.vdm)):
             if other is not None and (adapter := getattr(self.results[other], role)) is not None:
-                overrides.append(f"models.{role}_adapter={json.dumps(adapter)}")
+                overrides.append(override_of(f"models.{role}_adapter", adapter))
         return load_config(self.experiment.base, overrides)
 
     def _train(self, key: str, folder: Path) -> RowResult:
