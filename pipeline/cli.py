@@ -129,7 +129,8 @@ def train(
         bool,
         typer.Option(
             "--resume-if-any",
-            help="Continue the run if its folder has a checkpoint, else start it: for a job that may be queued again.",
+            help="Continue the run if its folder has a checkpoint, else start it: for a job that may be queued again. "
+            "Waits up to ten minutes for the job before, if that one has not ended.",
         ),
     ] = False,
 ) -> None:
@@ -139,13 +140,13 @@ def train(
     `ray job submit --working-dir . -- python -m pipeline train toy`
     """
     from pipeline.config import load_config
-    from pipeline.train import has_checkpoint, print_plan, run_training
+    from pipeline.train import print_plan, run_training
 
     run = load_config(config, overrides or [])
     if dry_run:
         print_plan(run)
     else:
-        run_training(run, resume=resume or (resume_if_any and has_checkpoint(run)))
+        run_training(run, resume=resume or ("if_any" if resume_if_any else False))
 
 
 @app.command()

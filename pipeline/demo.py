@@ -22,6 +22,7 @@ from pipeline.data.toy.shards import ensure_toy
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.run import write_report
 from pipeline.evaluate.table import METRICS
+from pipeline.lock import LOCK, hold
 from pipeline.models import ASSETS
 from pipeline.setup import install_seconds
 from pipeline.text import file_slug, redacted
@@ -40,6 +41,12 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]
     config = demo_config(out, seed, quick)
     if earlier := set_aside(out):
         console.print(f"the earlier demo is now in {earlier}", highlight=False, markup=False)
+    with hold(out, "vans demo"):
+        return _run_held(config, out, seed, quick, console, started)
+
+
+def _run_held(config: RunConfig, out: Path, seed: int, quick: bool, console: Console, started: float) -> dict[str, Any]:
+    """Run the demo in a folder that is this process's own."""
     console.rule("[bold]VANS on Ray: answering questions about a video with a video")
     with console.status("making the toy world"):
         ensure_toy(out / "data", train=TRAIN_SAMPLES, test=TEST_SAMPLES, seed=seed)
@@ -66,7 +73,9 @@ def set_aside(out: Path) -> Path | None:
         return None
     when = time.strftime("%Y%m%d-%H%M%S", time.localtime((out / "config.yaml").stat().st_mtime))
     target = out.with_name(f"{out.name}-{when}")
-    out.rename(target)
+    with hold(out, "vans demo"):  # nobody writes into it any more
+        out.rename(target)
+        (target / LOCK).unlink(missing_ok=True)
     return target
 
 

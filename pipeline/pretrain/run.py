@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.errors import TrainingError
+from pipeline.lock import hold
 from pipeline.progress import Bar, bar, bars
 
 SFT = "sft"
@@ -63,8 +64,12 @@ def pretrain(
     """
     console = console or Console()
     effort = effort or Effort()
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    with hold(Path(out_dir), "vans pretrain", name=f"--out {out_dir}"):
+        return _pretrain(Path(out_dir), seed, effort, parts, console)
+
+
+def _pretrain(out: Path, seed: int, effort: Effort, parts: tuple[str, ...], console: Console) -> dict[str, Any]:
+    """Train in a folder that is this process's own."""
     started = time.monotonic()
     quality: dict[str, Any] = _read(out / "quality.json")
     context = multiprocessing.get_context("spawn")

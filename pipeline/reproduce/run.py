@@ -30,6 +30,7 @@ from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable
 from pipeline.fleet import Fleet, open_fleet, serve_trained
 from pipeline.interrupt import stop_on_signals
+from pipeline.lock import hold
 from pipeline.models import resolve_model
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.spec import Experiment, Row
@@ -82,14 +83,17 @@ def reproduce(
     """
     console = console or Console()
     keys, out = experiment.needed(list(rows)), out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    _claim(out, experiment)
-    with console.status("making the toy world"):
-        size = experiment.sft_samples
-        ensure_toy(out / "data", experiment.train_samples, experiment.test_samples, sft=size, artist=size)
-    started, done, todo = time.monotonic(), 0, len(keys) * len(seeds)
     again = f"the same command continues{': ' + command if command else ''}"
-    with stop_on_signals(lambda stop: f"stopped by {stop.name}; {again}"), connect():
+    started, done, todo = time.monotonic(), 0, len(keys) * len(seeds)
+    with (
+        stop_on_signals(lambda stop: f"stopped by {stop.name}; {again}"),
+        hold(out, "vans reproduce"),
+        connect(),
+    ):
+        _claim(out, experiment)
+        with console.status("making the toy world"):
+            size = experiment.sft_samples
+            ensure_toy(out / "data", experiment.train_samples, experiment.test_samples, sft=size, artist=size)
         for seed in seeds:
             one = _Seed(experiment, out, seed, split, console)
             one.remember()
@@ -100,9 +104,9 @@ def reproduce(
                 spent = (time.monotonic() - started) / 60
                 console.print(f"{done} of {todo} rows, {spent:.0f} min so far", highlight=False)
             one.judge()
-    # Rows of earlier calls stand in the report too, where every seed has them.
-    whole = [k for k in experiment.rows if all((out / f"seed{s}" / k / MARKER).is_file() for s in seeds)]
-    return write_report(experiment, out, seeds=list(seeds), keys=whole, split=split, command=command)
+        # Rows of earlier calls stand in the report too, where every seed has them.
+        whole = [k for k in experiment.rows if all((out / f"seed{s}" / k / MARKER).is_file() for s in seeds)]
+        return write_report(experiment, out, seeds=list(seeds), keys=whole, split=split, command=command)
 
 
 def _claim(out: Path, experiment: Experiment) -> None:
