@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists only
 
 
 PAPERS = {
@@ -48,6 +49,10 @@ FREE: dict[str, Any] = {"free": True}
 
 
 class Section(BaseModel):
-    """A part of the configuration; a key it does not know is an error."""
+    """A part of the configuration; a key it does not know is an error, and so is a value of another type.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    A whole number does where any number is meant. Nothing else is converted: ``true`` is not 1, and ``"5"`` is not 5. Infinity
+    and NaN are no settings, and JSON, in which a checkpoint holds its configuration, has neither.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)

@@ -169,7 +169,8 @@ def train(
         bool,
         typer.Option(
             "--resume-if-any",
-            help="Continue the run if its folder has a checkpoint, else start it: for a job that may be queued again.",
+            help="Continue the run if its folder has a checkpoint, else start it: for a job that may be queued again. "
+            "Waits up to ten minutes for the job before, if that one has not ended.",
         ),
     ] = False,
     restart_data: Annotated[
@@ -187,7 +188,7 @@ def train(
     `ray job submit --working-dir . -- python -m pipeline train toy`
     """
     from pipeline.config import load_config
-    from pipeline.train import has_checkpoint, print_plan, run_training
+    from pipeline.train import print_plan, run_training
 
     run = load_config(config, overrides or [])
     if restart_data and not (resume or resume_if_any):
@@ -195,8 +196,7 @@ def train(
     if dry_run:
         print_plan(run)
     else:
-        going_on = resume or (resume_if_any and has_checkpoint(run))
-        run_training(run, resume=going_on, restart_data=restart_data)
+        run_training(run, resume=resume or ("if_any" if resume_if_any else False), restart_data=restart_data)
 
 
 @app.command()
@@ -445,10 +445,11 @@ def evaluate(
     `vans evaluate toy --predictions answers/ --fvd-extractor i3d=i3d_torchscript.pt`
     """
     from pipeline.config import load_config
+    from pipeline.config.load import override_of
     from pipeline.evaluate.run import run_evaluation
 
     chosen = {"vlm": vlm, "vdm": vdm, "vlm_adapter": vlm_adapter, "vdm_adapter": vdm_adapter}
-    extra = [f"models.{key}={value}" for key, value in chosen.items() if value is not None]
+    extra = [override_of(f"models.{key}", value) for key, value in chosen.items() if value is not None]
     run_evaluation(
         load_config(config, [*(overrides or []), *extra]),
         out,

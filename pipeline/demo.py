@@ -18,10 +18,12 @@ from rich.table import Table
 from cluster.errors import VansError
 from pipeline import terminal
 from pipeline.config import RunConfig, load_config
+from pipeline.config.load import override_of, run_name
 from pipeline.data.toy.shards import ensure_toy
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.run import write_report
 from pipeline.evaluate.table import METRICS
+from pipeline.lock import LOCK, hold
 from pipeline.models import ASSETS
 from pipeline.progress import waiting
 from pipeline.setup import install_seconds
@@ -41,6 +43,12 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]
     config = demo_config(out, seed, quick)
     if earlier := set_aside(out):
         console.print(f"the earlier demo is now in {earlier}", highlight=False, markup=False)
+    with hold(out, "vans demo"):
+        return _run_held(config, out, seed, quick, console, started)
+
+
+def _run_held(config: RunConfig, out: Path, seed: int, quick: bool, console: Console, started: float) -> dict[str, Any]:
+    """Run the demo in a folder that is this process's own."""
     console.rule("[bold]VANS on Ray: answering questions about a video with a video")
     with waiting(console, "making the toy world"):
         ensure_toy(out / "data", train=TRAIN_SAMPLES, test=TEST_SAMPLES, seed=seed)
@@ -67,18 +75,20 @@ def set_aside(out: Path) -> Path | None:
         return None
     when = time.strftime("%Y%m%d-%H%M%S", time.localtime((out / "config.yaml").stat().st_mtime))
     target = out.with_name(f"{out.name}-{when}")
-    out.rename(target)
+    with hold(out, "vans demo"):  # nobody writes into it any more
+        out.rename(target)
+        (target / LOCK).unlink(missing_ok=True)
     return target
 
 
 def demo_config(out: Path, seed: int, quick: bool) -> RunConfig:
     """Return the bundled toy run, writing to ``out``."""
     overrides = [
-        f"name={out.name}",
-        f"out={out}",
+        override_of("name", run_name(out.name)),
+        override_of("out", out),
         f"seed={seed}",
-        f"data.train={out}/data/train",
-        f"data.eval={out}/data/test",
+        override_of("data.train", out / "data" / "train"),
+        override_of("data.eval", out / "data" / "test"),
     ]
     if quick:
         overrides += ["stage1.steps=2", "stage2.steps=2", "evaluate.samples=8"]

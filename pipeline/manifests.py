@@ -12,7 +12,7 @@ from cluster.layout import SHARED
 from cluster.manifests import Group, Kind, RunShape, Site, group_of, render
 from cluster.manifests.run import ROLE_LABEL
 from pipeline.config import RunConfig, load_config
-from pipeline.config.load import find_config, to_yaml
+from pipeline.config.load import find_config, override_of, to_yaml
 from pipeline.fleet import LEARNER, placement_plan, pool_names
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "cluster" / "manifests" / "examples"
@@ -75,7 +75,7 @@ def run_shape(config: str, overrides: Sequence[str], kind: Kind, site: Site) -> 
 def _on_shared_storage(run: RunConfig, site: Site) -> list[str]:
     folders = {"out": run.out, "data.train": run.data.train, "data.eval": run.data.eval}
     return [
-        f"{key}={site.shared}/{path}"
+        override_of(key, f"{site.shared}/{path}")
         for key, path in folders.items()
         if isinstance(path, Path) and not path.is_absolute()
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 import unicodedata
@@ -40,6 +41,11 @@ def redacted(text: str) -> str:
     return _CREDENTIALS.sub(r"\1:***@", text)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the JSON value ``text``, written by a person; raises ValueError where it is none, or a key stands twice in an object."""
+    return json.loads(text, object_pairs_hook=_each_key_once)
+
+
 def file_slug(text: str, limit: int = 64) -> str:
     """Return ``text`` as a part of a file's name: ASCII letters, digits, ``-`` and ``_``, never empty."""
     return re.sub(r"[^\w-]+", "_", text, flags=re.ASCII)[:limit].strip("_") or "_"
@@ -48,6 +54,15 @@ def file_slug(text: str, limit: int = 64) -> str:
 def short(value: Any) -> str:
     """Return what ``value`` looks like, in bounded time and length whatever it is."""
     return redacted(printable(_SHORT.repr(value), 200))
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {short(twice)} stands twice in one object")
+    return found
 
 
 def _controls(character: str) -> bool:

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import shlex
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -43,6 +44,9 @@ from pipeline.evaluate.run import answer_with_progress, load_samples, score_syst
 from pipeline.evaluate.table import EvaluationTable
 from pipeline.fleet import LEARNER, Fleet, at_rest, cluster_session, placement_plan, serve_trained
 from pipeline.interrupt import StopRequest, stop_on_signals
+from pipeline.location import Uri
+from pipeline.lock import hold_all
+from pipeline.lock.holding import QUEUED_WAIT_S
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar, step_note, waiting
 from pipeline.sources import run_inputs, training_source
@@ -64,6 +68,7 @@ FEED_CLOSE_S = 30.0
 FLUSH_S = 10.0
 """Longest that a checkpoint waits for the figures of its steps to be in the tracking store or in the spool."""
 SYSTEMS = ("SFT", "Joint-GRPO")
+Resume = bool | Literal["if_any"]
 
 
 @dataclass
@@ -82,24 +87,53 @@ class RunReport:
 def run_training(
     config: RunConfig,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     restart_data: bool = False,
     evaluate: bool = False,
     console: Console | None = None,
 ) -> RunReport:
     """Run both stages of ``config``; with ``evaluate`` the pair answers the held-out samples before and after.
 
-    ``restart_data``: a resumed run whose training data are not those of its checkpoint begins these data anew.
+    ``resume="if_any"`` continues where there is a checkpoint and else starts; where another process has the folder, it waits for
+    that one's end, QUEUED_WAIT_S at most, because it may be writing its last checkpoint. ``restart_data``: a resumed run whose
+    training data are not those of its checkpoint begins these data anew.
 
-    Raises ConfigError, DataError, StorageError, CheckpointError or PlacementError before anything is trained, TrainingError or
-    CheckpointWriteError later; RunStopped where SIGINT or SIGTERM ends it, after a checkpoint where a stage was being trained.
+    Raises ConfigError, InUseError, DataError, StorageError, CheckpointError or PlacementError before anything is trained,
+    TrainingError, CheckpointWriteError or LockLostError later; RunStopped where SIGINT or SIGTERM ends it, after a checkpoint
+    where a stage was being trained.
     """
     console = console or terminal.console()
     require_trainable(config)
     for warning in window_warnings(config):
         console.print(warning, style="bold yellow", markup=False, highlight=False, soft_wrap=True)
     mirror = mirror_of(config)
-    checkpoint = _starting_point(config, resume, restart_data, mirror)
+    places: dict[str, Path | Uri] = {f"out={config.out}": config.out}
+    if mirror is not None:
+        places[f"checkpoint.mirror={mirror.root}"] = mirror.root
+
+    def tell(line: str) -> None:
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    with (
+        stop_on_signals(lambda stop: stopped_message(config, stop)) as stop,
+        hold_all(places, "vans train", wait_s=QUEUED_WAIT_S if resume == "if_any" else 0.0, tell=tell) as require_owned,
+    ):
+        return _run_held(config, mirror, resume, restart_data, evaluate, console, stop, require_owned)
+
+
+def _run_held(
+    config: RunConfig,
+    mirror: Mirror | None,
+    resume: Resume,
+    restart_data: bool,
+    evaluate: bool,
+    console: Console,
+    stop: StopRequest,
+    require_owned: Callable[[], None],
+) -> RunReport:
+    """Run ``config`` in a folder that is this process's own."""
+    going_on = has_checkpoint(config) if resume == "if_any" else bool(resume)
+    checkpoint = _starting_point(config, going_on, restart_data, mirror)
     source = training_source(config)
     inputs, told = run_inputs(config, source), []
     if checkpoint is not None:
@@ -118,16 +152,27 @@ def run_training(
         console.print("this machine has not the MLflow store of the run: its curves begin anew", style="yellow")
         run_ids = {}
     with (
-        stop_on_signals(lambda stop: stopped_message(config, stop)) as stop,
         cluster_session(config),
         Tracker.start(config, resume_run_id=run_ids.get("parent")) as tracker,
-        uploads_to(mirror, config.checkpoint.max_failures, config.checkpoint.mirror_timeout_s, console) as uploads,
+        uploads_to(
+            mirror, config.checkpoint.max_failures, config.checkpoint.mirror_timeout_s, console, require_owned
+        ) as uploads,
     ):
         tracker.log_dataset(config.data.train, source.digest, source.count)
         if inputs.restarts:
             tracker.log_tags({"vans.data_restarts": "\n".join(inputs.restarts)})
         feed = SampleFeed(source, batch_size=1)
-        run = _Run(config, tracker, console, feed, checkpoint, stop=stop, uploads=uploads, inputs=inputs)
+        run = _Run(
+            config,
+            tracker,
+            console,
+            feed,
+            checkpoint,
+            stop=stop,
+            uploads=uploads,
+            inputs=inputs,
+            require_owned=require_owned,
+        )
         try:
             return stop.run(run.go(evaluate))
         except KeyboardInterrupt:
@@ -215,10 +260,11 @@ class _Run:
     stop: StopRequest = field(default_factory=StopRequest)
     uploads: Uploads = field(default_factory=Uploads)
     inputs: Inputs = field(default_factory=Inputs)
+    require_owned: Callable[[], None] = lambda: None  # raises where another process has taken the run's folder over
 
     def __post_init__(self) -> None:
         root = self.config.out / "checkpoints"
-        self.store = CheckpointStore(root, self.config.checkpoint.keep, self.uploads.in_use)
+        self.store = CheckpointStore(root, self.config.checkpoint.keep, self.uploads.in_use, self.require_owned)
         self.failures = WriteFailures(self.store, self.config.checkpoint.max_failures)
 
     async def go(self, evaluate: bool) -> RunReport:
@@ -345,6 +391,7 @@ class _Run:
                     raise asyncio.CancelledError from None
             for policy in stage.policies:
                 folder = self.config.out / export_name(self.config, policy)
+                self.require_owned()
                 async with at_rest(fleet):
                     await learners[policy].export(str(folder))
                 self.tracker.log_checkpoint(folder)

@@ -4,7 +4,7 @@ A store has no rename that makes a folder visible at once. So the manifest is wh
 files and removed before the first of them, and a folder without one is not there. Names are those of the run's own folder
 (``checkpoints/<stage>-step<n>/``, ``vlm_adapter/`` …). Nothing is restored that differs from its manifest.
 
-One run at a time writes to a mirror. When to send what is ``uploads``'.
+One run at a time writes to a mirror (``pipeline.lock``). When to send what is ``uploads``'.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A checkpoint is written into a hidden folder beside its place, every file and fo
 rename makes it visible. Its ``manifest.json`` holds size and SHA-256 of every file, so damage after the rename (a disk,
 a copy cut short) is found too; reading then falls back to the one before it, and says so.
 
-This module knows nothing of what the files mean. One process at a time writes to a root.
+This module knows nothing of what the files mean. One process at a time writes to a root: ``pipeline.lock`` sees to that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -48,14 +48,24 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, under ``root``; ``keep`` of each stage are kept, and those that are ``in_use``."""
+    """The checkpoints of one run, under ``root``; ``keep`` of each stage are kept, and those that are ``in_use``.
 
-    def __init__(self, root: str | Path, keep: int = 3, in_use: Collection[Path] = ()) -> None:
+    ``require_owned`` raises where the root is not this process's any more; then nothing in it is touched.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        keep: int = 3,
+        in_use: Collection[Path] = (),
+        require_owned: Callable[[], None] = lambda: None,
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint per stage has to be kept")
         self.root = Path(root)
         self.keep = keep
         self.in_use = in_use
+        self._require_owned = require_owned
 
     @contextmanager
     def write(self, stage: str, step: int, state: TrainState | None = None) -> Iterator[Path]:
@@ -63,6 +73,7 @@ class CheckpointStore:
 
         ``state`` is written too where given. An earlier checkpoint of the same stage and step is replaced.
         """
+        self._require_owned()
         self._recover()
         final = self.root / f"{stage}-step{step:06d}"
         folder = self.root / f"{WRITING}{_PROCESS}-{final.name}"
@@ -72,6 +83,7 @@ class CheckpointStore:
             yield folder
             if state is not None:
                 state.save(folder)
+            self._require_owned()
             self._commit(folder, final, stage, step)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from cluster.errors import CheckpointWriteError, StorageError, VansError
 from pipeline.checkpoint.mirror import ChangedError, Mirror
+from pipeline.lock import LockLostError
 
 PAUSES_S = (2.0, 15.0)  # before an upload that failed is tried again; a store's client has tried for seconds each time
 
@@ -31,11 +32,19 @@ class DeadlineError(StorageError):
 class Uploads:
     """The uploads of one run to ``mirror`` (None: nothing is sent); ``limit`` failures in a row end it (checkpoint.max_failures).
 
-    ``timeout_s`` bounds one checkpoint's upload. The thread is a daemon, so that a store that never answers does not keep the
+    ``timeout_s`` bounds one checkpoint's upload. ``require_owned`` raises LockLostError where another run has taken the folder
+    or the mirror over; then nothing more is sent. The thread is a daemon, so that a store that never answers does not keep the
     process for ever: at its end S3's client may still wait for its own time-outs, some minutes at most.
     """
 
-    def __init__(self, mirror: Mirror | None = None, limit: int = 3, timeout_s: float = 900.0) -> None:
+    def __init__(
+        self,
+        mirror: Mirror | None = None,
+        limit: int = 3,
+        timeout_s: float = 900.0,
+        require_owned: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._require_owned = require_owned
         self.mirror, self.limit, self.timeout_s = mirror, limit, timeout_s
         self.total = 0  # uploads that failed, since the start
         self.in_a_row = 0
@@ -155,7 +164,7 @@ class Uploads:
             try:
                 self._send(exports, checkpoint, deadline)
                 return None
-            except (ChangedError, DeadlineError) as found:
+            except (ChangedError, DeadlineError, LockLostError) as found:
                 return found
             except VansError as found:
                 error = found
@@ -175,18 +184,26 @@ class Uploads:
                 raise DeadlineError(f"it took longer than checkpoint.mirror_timeout_s={self.timeout_s:g}")
 
         for folder in exports.values():
+            self._require_owned()
             self.mirror.send_export(folder, check)
         if checkpoint is not None:
+            self._require_owned()
             self.mirror.send(checkpoint, check)
 
 
 @contextmanager
-def uploads_to(mirror: Mirror | None, limit: int, timeout_s: float, console: Console) -> Iterator[Uploads]:
+def uploads_to(
+    mirror: Mirror | None,
+    limit: int,
+    timeout_s: float,
+    console: Console,
+    require_owned: Callable[[], None] = lambda: None,
+) -> Iterator[Uploads]:
     """Yield the uploads of a run, and wait for the last ones when the block ends, whatever ended it.
 
     Raises CheckpointWriteError where the block ends well and something could not be sent; after an error that is only told.
     """
-    uploads = Uploads(mirror, limit, timeout_s)
+    uploads = Uploads(mirror, limit, timeout_s, require_owned)
     failed = True
     try:
         yield uploads

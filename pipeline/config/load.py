@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from cluster.errors import ConfigError
 from pipeline.config.schema import RunConfig
+from pipeline.config.yaml12 import as_value, dump_yaml, parse_value, parse_yaml
 from pipeline.text import short
 
 BUNDLED = Path(__file__).parent / "runs"
-# PyYAML lets through what Python says of a date like 2026-13-45, and of text nested a thousand levels deep.
-_DEEPEST = 100
-_NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the run described by ``source`` with ``overrides`` such as ``stage1.rollout.group_size=4``.
 
     ``source`` is a YAML file, or the name of a bundled run (``toy``). Its key ``base`` may name another, a path being
-    relative to the file itself: the file then says what it changes of that run. Values of overrides are YAML.
-    Raises ConfigError with one line per mistake.
+    relative to the file itself: the file then says what it changes of that run. Values of overrides are YAML; of two for one
+    key the later counts. Raises ConfigError with one line per mistake.
     """
     values = _read(find_config(source))
     for override in overrides:
@@ -37,11 +35,12 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the values of ``path`` over those of its base; ``below`` are the files that name it as theirs."""
     chain = (*below, path.resolve())
     try:
-        values = _parsed(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except _NOT_YAML as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not YAML: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    values = parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a run is a mapping of sections, found {type(values).__name__}")
     if "base" not in values:
@@ -70,17 +69,6 @@ def merge(base: dict[str, Any], changes: dict[str, Any], location: tuple[str, ..
         else:
             merged[key] = value
     return merged
-
-
-def _parsed(text: str) -> Any:
-    """Return the values of YAML ``text``; raises what ``_NOT_YAML`` names."""
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "[{") - (character in "]}")
-        deepest = max(deepest, depth)
-    if deepest > _DEEPEST:  # PyYAML's time grows with the square of it
-        raise ValueError(f"more than {_DEEPEST} brackets are open at once")
-    return yaml.safe_load(text)
 
 
 def find_config(source: str | Path) -> Path:
@@ -112,10 +100,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
         raise ConfigError(f"override {override!r}: expected section.key=value, e.g. stage1.rollout.group_size=4")
-    try:
-        value = _parsed(text) if text else None
-    except _NOT_YAML as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+    value = parse_value(text, f"override {override!r}")
     *parents, leaf = key.strip().split(".")
     node = values
     for name in parents:
@@ -125,6 +110,16 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {name} is a value, not a section")
         node = child
     node[leaf] = value
+
+
+def override_of(key: str, text: object) -> str:
+    """Return the override that sets ``key`` to ``text``, whatever characters it has; a path is text."""
+    return f"{key}={as_value(str(text))}"
+
+
+def run_name(text: str) -> str:
+    """Return ``text``, such as a folder's name, as a run may be called: ASCII, and no more than that."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).lstrip("-_.") or "run"
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
@@ -140,7 +135,7 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 
 def to_yaml(config: RunConfig) -> str:
     """Return the resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _explain(detail: Any) -> str:
@@ -154,7 +149,22 @@ def _explain(detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key + ': ' if key else ''}{message}"
-    return f"{key}={short(detail['input'])}: {message}"
+    return f"{key}={short(detail['input'])}: {message}{_cure(detail)}"
+
+
+def _cure(detail: Any) -> str:
+    """Return what would be right where a value has another type than it looks as if it had."""
+    value, wanted = detail["input"], detail["type"].partition("_")[0]
+    if wanted in ("int", "float") and isinstance(value, bool | str):
+        what = "text" if isinstance(value, str) else "true or false"
+        return f"; this is {what}. Numbers are written without quotes, and in decimal: 1000, 0.5, 1e-5"
+    if wanted == "int" and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if wanted == "bool":
+        return "; write true or false"
+    if wanted == "string" and not isinstance(value, dict | list) and value is not None:
+        return "; write it between quotes"
+    return ""
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

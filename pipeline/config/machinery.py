@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from actors.settings import FREE, Fraction, Positive, Section
+from actors.settings import FREE, Fraction, Pair, Positive, Section
 from cluster.labels import check_selector
 from pipeline.location import Location
 from pipeline.text import redacted
@@ -335,7 +335,7 @@ class AlarmsSection(Section):
         _ALARMS.copy_above,
         description="CLIP similarity to the last input frame beyond ground truth's own, above which clips are copies.",
     )
-    sharpness_range: tuple[float, float] | None = Field(
+    sharpness_range: Pair | None = Field(
         _ALARMS.sharpness_range, description="Sharpness as a multiple of the run's first steps'."
     )
     saturation_beyond: float | None = Field(
@@ -350,10 +350,10 @@ class AlarmsSection(Section):
     format_below: Fraction | None = Field(
         _ALARMS.format_below, description="Share of completions in the asked form (stage 1)."
     )
-    length_range: tuple[float, float] | None = Field(
+    length_range: Pair | None = Field(
         _ALARMS.length_range, description="Length of the completions as a multiple of the run's first steps' (stage 1)."
     )
-    entropy_range: tuple[float, float] | None = Field(
+    entropy_range: Pair | None = Field(
         _ALARMS.entropy_range, description="Token entropy as a multiple of the run's first steps' (stage 1)."
     )
     anchors_below: Fraction | None = Field(

@@ -69,6 +69,12 @@ def reference() -> str:
         "whole. A base may have a base.",
         "",
         "A key marked ↻ may have another value when a run is resumed; any other change is refused (`docs/faults.md`).",
+        "",
+        "Scalars are those of YAML 1.2: `true` and `false` are the only booleans (`yes` and `on` are text), `010` is ten, `1e-5` is a",
+        "number, `1_000`, `1:30` and dates are text. A key that stands twice in a mapping is an error, in a file and in an override;",
+        "so is text, `true` or `5.0` where a whole number is meant. Of two overrides for one key the later counts. A value with",
+        "characters that mean something in YAML (`#` after a space, `: `, a leading `%` or `{`) goes between quotes:",
+        "`vans train toy 'out=\"runs/a #1\"'`.",
     ]
     for part in parts():
         if not part.keys:

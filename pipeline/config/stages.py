@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -110,7 +110,7 @@ class SdeSection(Section):
         description="Stochastic, trained steps per trajectory; the other steps follow the ODE.",
         json_schema_extra=cite("MixGRPO"),
     )
-    window_range: tuple[int, int] | None = Field(
+    window_range: Annotated[tuple[int, int], Field(strict=False)] | None = Field(
         None,
         description="Steps [first, last) within which the window moves; default: all whose noise the steps after them can "
         "remove, by the sigma grid (flow_sde.removable_steps).",

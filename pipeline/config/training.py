@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from actors.settings import Positive, Section, cite
+from actors.settings import Pair, Positive, Section, cite
 from pipeline.location import LocalPath, Location
 
 
@@ -30,7 +30,7 @@ class OptimSection(Section):
     """AdamW and what surrounds it."""
 
     lr: float = Field(5e-5, gt=0, description="Peak learning rate. Paper: 5e-5.", json_schema_extra=cite("VANS"))
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas.", json_schema_extra=cite("AdamW"))
+    betas: Pair = Field((0.9, 0.999), description="AdamW betas.", json_schema_extra=cite("AdamW"))
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.", json_schema_extra=cite("AdamW"))
     warmup_steps: int = Field(
         0,

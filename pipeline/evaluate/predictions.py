@@ -16,7 +16,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from pipeline.data.video import VideoLimits, decode_video, encode_mp4
-from pipeline.text import file_slug, short
+from pipeline.text import file_slug, parse_json, short
 
 FILE = "predictions.jsonl"
 _KEYS = {"id", "index", "caption", "text", "video"}
@@ -135,7 +135,7 @@ def check_cover(name: str, predictions: Sequence[Prediction], ids: Sequence[str]
 
 def _parse(line: str, folder: Path, where: str) -> Prediction:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested too deeply
         raise DataError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict) or not {"id", "caption", "video"} <= set(row):

@@ -22,6 +22,7 @@ from pipeline.evaluate.score import score_predictions
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable, check_compared
 from pipeline.fleet import Fleet, cluster_session, open_fleet
+from pipeline.lock import hold
 from pipeline.progress import bar
 from pipeline.sources import evaluation_source, video_limits
 
@@ -50,9 +51,8 @@ def run_evaluation(
     if fvd_extractor is not None:
         name, file = named(fvd_extractor)
         video = TorchScriptExtractor(file, name)
-    out.mkdir(parents=True, exist_ok=True)
-    terminal.keep_log_in(out)
-    with cluster_session(config):
+    with hold(out, "vans evaluate", name=f"--out {out}"), cluster_session(config):
+        terminal.keep_log_in(out)
         table = asyncio.run(_evaluate(config, out, read, video, compare, console))
     console.print(Markdown(table.markdown()))
     console.print(f"table, JSON and contact sheet are in {out}", highlight=False, markup=False)

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from cluster.errors import TrainingError
 from pipeline import terminal
+from pipeline.lock import hold
 from pipeline.progress import Bar, bar, bars, waiting
 
 SFT = "sft"
@@ -64,8 +65,12 @@ def pretrain(
     """
     console = console or terminal.console()
     effort = effort or Effort()
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    with hold(Path(out_dir), "vans pretrain", name=f"--out {out_dir}"):
+        return _pretrain(Path(out_dir), seed, effort, parts, console)
+
+
+def _pretrain(out: Path, seed: int, effort: Effort, parts: tuple[str, ...], console: Console) -> dict[str, Any]:
+    """Train in a folder that is this process's own."""
     terminal.keep_log_in(out)
     started = time.monotonic()
     quality: dict[str, Any] = _read(out / "quality.json")

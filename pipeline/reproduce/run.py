@@ -23,6 +23,7 @@ from cluster.session import connect
 from pipeline import terminal
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import RunConfig, config_digest, load_config
+from pipeline.config.load import override_of
 from pipeline.data.toy.shards import ensure_toy
 from pipeline.evaluate.predictions import FILE, read_predictions, write_predictions
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
@@ -30,6 +31,7 @@ from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable
 from pipeline.fleet import Fleet, open_fleet, serve_trained
 from pipeline.interrupt import RunStopped, stop_on_signals
+from pipeline.lock import hold
 from pipeline.models import resolve_model
 from pipeline.progress import waiting
 from pipeline.reproduce.report import write_report
@@ -84,16 +86,19 @@ def reproduce(
     """
     console = console or terminal.console()
     keys, out = experiment.needed(list(rows)), out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    terminal.keep_log_in(out)
-    _claim(out, experiment)
-    with waiting(console, "making the toy world"):
-        size = experiment.sft_samples
-        ensure_toy(out / "data", experiment.train_samples, experiment.test_samples, sft=size, artist=size)
-    started, done, todo = time.monotonic(), 0, len(keys) * len(seeds)
     failed: list[str] = []
     again = f"the same command continues{': ' + command if command else ''}"
-    with stop_on_signals(lambda stop: f"stopped by {stop.name}; {again}"), connect():
+    started, done, todo = time.monotonic(), 0, len(keys) * len(seeds)
+    with (
+        stop_on_signals(lambda stop: f"stopped by {stop.name}; {again}"),
+        hold(out, "vans reproduce"),
+        connect(),
+    ):
+        terminal.keep_log_in(out)
+        _claim(out, experiment)
+        with waiting(console, "making the toy world"):
+            size = experiment.sft_samples
+            ensure_toy(out / "data", experiment.train_samples, experiment.test_samples, sft=size, artist=size)
         for seed in seeds:
             one = _Seed(experiment, out, seed, split, console)
             one.remember()
@@ -107,11 +112,13 @@ def reproduce(
                 console.print(f"{done} of {todo} rows, {spent:.0f} min so far", highlight=False)
             if one.results:
                 one.judge()
-    # Rows of earlier calls stand in the report too, where every seed has them.
-    whole = [k for k in experiment.rows if all((out / f"seed{s}" / k / MARKER).is_file() for s in seeds)]
-    report = (
-        write_report(experiment, out, seeds=list(seeds), keys=whole, split=split, command=command) if whole else None
-    )
+        # Rows of earlier calls stand in the report too, where every seed has them.
+        whole = [k for k in experiment.rows if all((out / f"seed{s}" / k / MARKER).is_file() for s in seeds)]
+        report = (
+            write_report(experiment, out, seeds=list(seeds), keys=whole, split=split, command=command)
+            if whole
+            else None
+        )
     if failed or report is None:
         raise TrainingError(
             f"{len(failed)} of {todo} rows failed; {report or 'there is no report'} has those that every seed has; {again}\n"
@@ -203,19 +210,19 @@ class _Seed:
     def config(self, row: Row, folder: Path, split: str) -> RunConfig:
         """Return the run of ``row``: the base run, the experiment's and the row's overrides, and other rows' adapters."""
         overrides = [
-            f"name={json.dumps(folder.name)}",
-            f"out={json.dumps(str(folder))}",
+            override_of("name", folder.name),
+            override_of("out", folder),
             f"seed={self.seed}",
             f"data.seed={self.seed}",
-            f"data.train={json.dumps(str(self.out / 'data' / 'train'))}",
-            f"data.eval={json.dumps(str(self.out / 'data' / split))}",
+            override_of("data.train", self.out / "data" / "train"),
+            override_of("data.eval", self.out / "data" / split),
             f"evaluate.samples={self.experiment.test_samples}",
             *self.experiment.set,
             *(row.set or ()),
         ]
         for role, other in (("vlm", row.vlm), ("vdm", row.vdm)):
             if other is not None and (adapter := getattr(self.results[other], role)) is not None:
-                overrides.append(f"models.{role}_adapter={json.dumps(adapter)}")
+                overrides.append(override_of(f"models.{role}_adapter", adapter))
         return load_config(self.experiment.base, overrides)
 
     def _train(self, key: str, folder: Path) -> RowResult:

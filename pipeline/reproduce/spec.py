@@ -10,26 +10,27 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from actors.settings import Positive, Section
 from cluster.errors import ConfigError
 from pipeline.config.load import BUNDLED
+from pipeline.config.yaml12 import parse_yaml
 
 EXPERIMENTS = BUNDLED.parent / "experiments"
 Metric = Literal["rouge_l", "clip_v", "clip_t", "frechet", "follow", "faithful", "drawable", "event", "motion_ratio"]
+Printed = Annotated[tuple[float | None, float | None], Field(strict=False)]
 
 
 class PaperFigures(Section):
     """Figures of the paper for a row (arXiv 2511.16669, tables 1 and 2), procedural then predictive; null: not printed."""
 
-    rouge_l: tuple[float | None, float | None] = Field((None, None), description="ROUGE-L.")
-    clip_v: tuple[float | None, float | None] = Field((None, None), description="CLIP-V.")
-    clip_t: tuple[float | None, float | None] = Field((None, None), description="CLIP-T.")
-    frechet: tuple[float | None, float | None] = Field((None, None), description="FVD.")
+    rouge_l: Printed = Field((None, None), description="ROUGE-L.")
+    clip_v: Printed = Field((None, None), description="CLIP-V.")
+    clip_t: Printed = Field((None, None), description="CLIP-T.")
+    frechet: Printed = Field((None, None), description="FVD.")
 
 
 class Row(Section):
@@ -143,13 +144,13 @@ def load_experiment(source: str | Path = "table") -> Experiment:
         names = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("*.yaml")))
         raise ConfigError(f"no experiment {str(source)!r}: not a file, and not one of the bundled ones ({names})")
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values: Any = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
         return Experiment.model_validate(values)
     except ValidationError as error:
         lines = [f"{'.'.join(str(part) for part in d['loc'])}: {d['msg']}" for d in error.errors()]
         raise ConfigError(f"{path}: " + "; ".join(lines)) from error
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def quickened(experiment: Experiment) -> Experiment:

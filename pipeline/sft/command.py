@@ -15,6 +15,7 @@ from pipeline.config.machinery import TrackingSection
 from pipeline.config.training import SftModelSection
 from pipeline.fleet import cluster_session
 from pipeline.location import Uri
+from pipeline.lock import hold
 from pipeline.models import resolve_adapter, resolve_model
 from pipeline.progress import bar
 from pipeline.sft.run import SftJob, carry_out, check_room, prepare
@@ -44,9 +45,8 @@ def run_configured_sft(
         out or section.out or config.out / f"sft-{kind}",
         replace(settings, adapter=resolve_adapter(settings.adapter, kind)),
     )
-    job.out.mkdir(parents=True, exist_ok=True)
-    terminal.keep_log_in(job.out)
-    with cluster_session(config):
+    with hold(job.out, f"vans sft {kind}"), cluster_session(config):
+        terminal.keep_log_in(job.out)
         return run_tracked_sft(job, tracking=config.tracking, console=console)
 
 
@@ -58,7 +58,7 @@ def run_tracked_sft(
     params = {"sft.kind": job.kind, "sft.model": job.model, "sft.data": str(job.source.folder)}
     params |= {f"sft.{name}": str(value) for name, value in asdict(job.settings).items()}
     total = job.total_steps if job.total_steps < sys.maxsize else None
-    with connect():
+    with hold(job.out, f"vans sft {job.kind}"), connect():
         check_room(job)  # before there is a run to be seen in MLflow
         with Tracker.open(f"sft-{job.kind}", job.out, tracking or TrackingSection(), params) as tracker:
             tracker.log_dataset(job.source.folder, job.source.digest, job.source.count)

@@ -31,6 +31,7 @@ from actors.learner.spec import OptimSpec, learning_rate
 from actors.learner.trainable import LoraSpec, set_compute_dtype, torch_dtype, trainable_parameters
 from actors.records import derive_seed
 from cluster.errors import TrainingError
+from pipeline.lock import require_token
 from pipeline.sft.captions import frozen_captions
 from pipeline.sft.items import Items, refusal
 from pipeline.sft.settings import SftSettings
@@ -67,6 +68,7 @@ class Loop:
         self.kind, self.model, self.out = config["kind"], config["model"], config["out"]
         self.settings: SftSettings = config["settings"]
         self.total, self.samples = config["total_steps"], config["samples"]
+        self.lock: str | None = config["lock"]
         settings, context = self.settings, ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
@@ -161,8 +163,11 @@ class Loop:
     def save(self) -> None:
         """Report a distributed checkpoint and its counters; Ray Train merges the ranks' files into one folder.
 
-        The clock stops until the next step: writing is not training.
+        The clock stops until the next step: writing is not training. Raises LockLostError where another run has taken the
+        folder over.
         """
+        if self.rank == 0 and self.lock is not None:
+            require_token(Path(self.out), self.lock)
         with tempfile.TemporaryDirectory() as folder:
             counters = {"step": self.step, "skipped": self.skipped, "train_s": self.train_s()}
             self.trained_before, self.began = counters["train_s"], None

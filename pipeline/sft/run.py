@@ -27,6 +27,7 @@ from cluster.resources import Ask, PlacementPlan, check, view
 from cluster.session import connect, environment
 from pipeline.data.source import SampleSource
 from pipeline.location import Uri, local_path
+from pipeline.lock import held, hold
 from pipeline.sft.loop import train_loop
 from pipeline.sft.rendezvous import RendezvousConfig
 from pipeline.sft.settings import Kind, SftResult, SftSettings
@@ -97,7 +98,7 @@ def run_sft(
         TrainingError: training failed; the message has the rank's error.
     """
     job = prepare(kind, model, data, out, settings or SftSettings())
-    with connect():
+    with hold(job.out, f"sft {kind}"), connect():
         check_room(job)
         return carry_out(job, on_metrics)
 
@@ -179,6 +180,7 @@ def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float
         "shards": [str(path) for path in source.shards],
         "captions": str(job.out / "captions" / name),
         "mailbox": mailbox,
+        "lock": lock.owner.token if (lock := held(job.out)) else None,
     }
     dataset = source.dataset()
     options = copy.deepcopy(dataset.context.execution_options)

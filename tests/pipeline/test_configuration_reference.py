@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from actors.settings import PAPERS
 from pipeline.config import RunConfig, flatten, parse_config
 from pipeline.config.reference import parts, reference
+from pipeline.config.yaml12 import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {key.path: key for part in parts() for key in part.keys}
@@ -73,5 +73,5 @@ def test_a_printed_default_is_the_default() -> None:
         node = values
         for name in parents:
             node = node.setdefault(name, {})
-        node[leaf] = yaml.safe_load(key.default)
+        node[leaf] = parse_yaml(key.default, path)
         assert parse_config(values) == base, path

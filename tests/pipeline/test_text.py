@@ -13,15 +13,17 @@ from rich.console import Console
 from rich.markdown import Markdown
 from typer.testing import CliRunner
 
-from cluster.errors import VansError
+from cluster.errors import DataError, VansError
 from pipeline.checkpoint import TrainState
 from pipeline.config import load_config, to_yaml
-from pipeline.data.importers.jsonl import import_jsonl
+from pipeline.data.importers.cut import read_cuts
+from pipeline.data.importers.jsonl import import_jsonl, read_entries
+from pipeline.data.importers.run import Rejected
 from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.predictions import Prediction, read_predictions, write_predictions
 from pipeline.evaluate.table import markdown_grid
-from pipeline.text import file_slug, in_markup, printable, redacted, short
+from pipeline.text import file_slug, in_markup, parse_json, printable, redacted, short
 from pipeline.tracking import Tracker, TrackingError
 
 NASTY = [
@@ -144,3 +146,19 @@ def test_a_password_in_a_tracking_address_is_refused_or_hidden(tmp_path: Path, m
     with pytest.raises(TrackingError) as unreachable:
         Tracker.start(load_config("toy", [f"out={tmp_path / 'run'}"]))
     assert "me:***@127.0.0.1" in str(unreachable.value) and "s3cret" not in str(unreachable.value)
+
+
+def test_a_key_that_stands_twice_in_a_person_s_json_is_named(tmp_path: Path) -> None:
+    twice = '{"id": "a", "caption": "x", "video": null, "caption": "y"}'
+    assert parse_json('{"a": [{"b": 1}, {"b": 1}]}') == {"a": [{"b": 1}, {"b": 1}]}
+    with pytest.raises(ValueError, match="the key 'caption' stands twice"):
+        parse_json(twice)
+    (tmp_path / "predictions.jsonl").write_text(f"{twice}\n")
+    with pytest.raises(DataError, match=r"line 1: not JSON \(the key 'caption' stands twice"):
+        read_predictions(tmp_path)
+    (entry,) = read_entries(tmp_path / "predictions.jsonl")
+    assert isinstance(entry, Rejected)
+    assert "the key 'caption' stands twice" in entry.reason
+    (tmp_path / "cuts.json").write_text(f"[{twice}]")
+    with pytest.raises(DataError, match="the key 'caption' stands twice"):
+        read_cuts(tmp_path / "cuts.json")

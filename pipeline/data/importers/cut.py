@@ -16,6 +16,7 @@ from actors.records import SampleKind
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, composed, copy_clip
 from pipeline.data.importers.vans_csv import COLUMNS
+from pipeline.text import parse_json
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -47,13 +48,15 @@ class PairCut(BaseModel):
 def read_cuts(path: Path) -> list[PairCut]:
     """Return the pairs of a JSON list; raises DataError naming the entry and the key."""
     try:
-        cuts = TypeAdapter(list[PairCut]).validate_json(path.read_bytes())
+        cuts = TypeAdapter(list[PairCut]).validate_python(parse_json(path.read_bytes()))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path}: entry {where}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a JSON list: {error}") from error
     names = [cut.name for cut in cuts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{path}: the name {twice[0]!r} stands there twice")

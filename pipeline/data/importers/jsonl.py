@@ -18,6 +18,7 @@ from actors.records import SampleKind
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span
 from pipeline.data.importers.run import Candidate, ImportReport, Rejected, manifest_plan, run_import
+from pipeline.text import parse_json
 from pipeline.location import Uri
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
@@ -87,7 +88,7 @@ def read_entries(path: Path) -> Iterator[Candidate | Rejected]:
 
 def _entry(text: bytes, source: str, line: int) -> Candidate | Rejected:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         entry = Entry.model_validate(value)
         meta = json.dumps(entry.meta, ensure_ascii=False, allow_nan=False)
         for words in (entry.id or "", entry.question, entry.caption, entry.answer or "", meta):
