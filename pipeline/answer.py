@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from rich.console import Console
 from actors.records import Clip, Completion, CompletionRequest, Sample, derive_seed
 from cluster.errors import DataError, VansError
 from pipeline.config import RunConfig
+from pipeline.data.decoder import shown_rate
 from pipeline.data.video import decode_timed, decode_video, encode_mp4
 from pipeline.evaluate.sheets import Strip, contact_sheet
 from pipeline.models import resolve_adapter, resolve_model
@@ -79,8 +80,21 @@ def load_video(config: RunConfig, video: Path) -> Sample:
         context = decode_video(video, shape.input_frames, shape.height, shape.width, limits)
     except DataError as error:
         raise DataError(f"--video {video}: {error}") from error
-    fps = round((len(seen) - 1) / seconds, 4) if seconds > 0 else shape.fps  # as training data is read
+    fps = shown_rate(len(seen), seconds, shape.fps)
     return Sample(video.stem, "predictive", "", "", seen, context, fps=fps, context_frames=context)
+
+
+def completion_request(config: RunConfig, sample: Sample, question: str, seed: int) -> CompletionRequest:
+    """Return what the engine is asked: ``question`` about the video of ``sample``."""
+    text = config.evaluate.text
+    return CompletionRequest(
+        sample_id=sample.id,
+        asked=replace(sample, question=question).asked,
+        n=1,
+        seed=derive_seed(seed, sample.id, question),
+        temperature=text.temperature,
+        max_tokens=text.max_tokens,
+    )
 
 
 async def _answer(
@@ -114,21 +128,7 @@ async def _answer(
     await engine.start()
     try:
         texts: list[list[Completion]] = await asyncio.gather(
-            *(
-                engine.generate(
-                    CompletionRequest(
-                        sample_id=sample.id,
-                        question=question,
-                        frames=sample.input_frames,
-                        n=1,
-                        seed=derive_seed(seed, sample.id, question),
-                        temperature=section.text.temperature,
-                        max_tokens=section.text.max_tokens,
-                        fps=sample.fps,
-                    )
-                )
-                for question in questions
-            )
+            *(engine.generate(completion_request(config, sample, question, seed)) for question in questions)
         )
     finally:
         await asyncio.to_thread(engine.close)
