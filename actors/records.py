@@ -25,6 +25,19 @@ def derive_seed(*parts: Any) -> int:
 
 
 @dataclass(frozen=True, eq=False)
+class VideoQuestion:
+    """What the thinker is asked: ``question`` about ``frames`` that are shown at ``fps`` frames per second.
+
+    ``fps`` is the rate of these very frames, not that of the file they were taken from, nor that of the answers. It has
+    no default: the model reads it as time.
+    """
+
+    question: str
+    frames: np.ndarray  # uint8 (T, H, W, 3)
+    fps: float
+
+
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One VNEP question: what is asked about which video, and the true next event."""
 
@@ -34,12 +47,17 @@ class Sample:
     caption: str
     input_frames: np.ndarray  # uint8 (T_in, H, W, 3)
     target_frames: np.ndarray  # uint8 (T_out, H, W, 3)
-    fps: float = 8.0
+    fps: float = 8.0  # of input_frames
     meta: str = ""  # JSON of whatever the dataset's maker wants back at evaluation
     context_frames: np.ndarray | None = (
         None  # uint8 (T_in, H', W', 3), input at the render size; None: input_frames are
     )
     answer: str | None = None  # <think>…</think><ans>…</ans> for SFT, where the dataset has one
+
+    @property
+    def asked(self) -> VideoQuestion:
+        """What the thinker is asked about this sample, in training and in use alike."""
+        return VideoQuestion(self.question, self.input_frames, self.fps)
 
     @property
     def context(self) -> np.ndarray:
@@ -55,13 +73,11 @@ class CompletionRequest:
     """Ask the VLM for ``n`` completions about one video."""
 
     sample_id: str
-    question: str
-    frames: np.ndarray  # uint8 (T, H, W, 3)
+    asked: VideoQuestion
     n: int
     seed: int
     temperature: float = 1.0  # 0 is greedy
     max_tokens: int = 64
-    fps: float = 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,9 +236,7 @@ class VlmExperience:
 
     sample_id: str
     index: int
-    question: str
-    frames: np.ndarray  # uint8 (T, H, W, 3)
-    fps: float
+    asked: VideoQuestion
     token_ids: np.ndarray  # int32 (L,)
     rollout_logprobs: np.ndarray  # float32 (L,)
     advantage: float

@@ -9,7 +9,7 @@ import asyncio
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from cluster.errors import DataError, StorageError, TrainingError, VansError
 from cluster.session import require_loopback
 from pipeline import terminal
 from pipeline.config import RunConfig
+from pipeline.data.decoder import shown_rate
 from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.video import decode_timed, decode_video, encode_mp4
 from pipeline.models import resolve_adapter, resolve_model
@@ -149,8 +150,21 @@ def load_video(config: RunConfig, video: Path) -> Sample:
         context = decode_video(video, shape.input_frames, shape.height, shape.width, limits)
     except DataError as error:
         raise DataError(f"--video {video}: {error}") from error
-    fps = round((len(seen) - 1) / seconds, 4) if seconds > 0 else shape.fps  # as training data is read
+    fps = shown_rate(len(seen), seconds, shape.fps)
     return Sample(video.stem, "predictive", "", "", seen, context, fps=fps, context_frames=context)
+
+
+def completion_request(config: RunConfig, sample: Sample, question: str, seed: int) -> CompletionRequest:
+    """Return what the engine is asked: ``question`` about the video of ``sample``."""
+    text = config.evaluate.text
+    return CompletionRequest(
+        sample_id=sample.id,
+        asked=replace(sample, question=question).asked,
+        n=1,
+        seed=derive_seed(seed, sample.id, question),
+        temperature=text.temperature,
+        max_tokens=text.max_tokens,
+    )
 
 
 def split_model(config: RunConfig, role: str, given: str | None) -> tuple[str, str | None]:
@@ -213,7 +227,7 @@ async def ask(
     found = [refused(question) for question in questions]
     if all(found):
         return [item for item in found if item is not None]
-    section, pool = config.evaluate, config.pools.vlm
+    pool = config.pools.vlm
     spec = EngineSpec(
         model,
         dtype=pool.dtype,
@@ -229,18 +243,8 @@ async def ask(
     engine = VlmEngine(spec)
 
     async def said_to(question: str) -> Said | Unanswered:
-        request = CompletionRequest(
-            sample_id=sample.id,
-            question=question,
-            frames=sample.input_frames,
-            n=1,
-            seed=derive_seed(seed, sample.id, question),
-            temperature=section.text.temperature,
-            max_tokens=section.text.max_tokens,
-            fps=sample.fps,
-        )
         try:
-            completions: list[Completion] = await engine.generate(request)
+            completions: list[Completion] = await engine.generate(completion_request(config, sample, question, seed))
         except (BadSampleError, InfrastructureError) as error:
             return Unanswered(question, str(error))
         return captioned(question, completions[0].text)

@@ -573,7 +573,11 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
     lora = section.lora
     longest = section.text.max_tokens if isinstance(section, Stage1Section) else section.sde.window_size
     seed = derive_seed(config.seed, stage.name, policy, "learner")
-    options: dict[str, Any] = {"temperature": section.text.temperature, "shared_prompts": learner.shared_prompts}
+    options: dict[str, Any] = {
+        "temperature": section.text.temperature,
+        "shared_prompts": learner.shared_prompts,
+        "engine_dtype": config.pools.vlm.dtype,
+    }
     if policy == "vdm":  # every trajectory comes with what it was conditioned on
         options = {"shift": models.flow_shift, "shared_times": models.shared_times, "components": ("transformer",)}
     return LearnerSpec(

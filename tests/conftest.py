@@ -119,6 +119,14 @@ def tiny_vlm_dir(models_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_qwen25_dir(models_dir: Path) -> Path:
+    """Transformers folder of a tiny Qwen2.5-VL, random weights."""
+    from tests.actors.vlm.qwen25 import build_tiny_qwen25
+
+    return build_tiny_qwen25(models_dir / "qwen25", seed=0)
+
+
+@pytest.fixture(scope="session")
 def tiny_vdm_dir(models_dir: Path) -> Path:
     """Diffusers WanPipeline folder of the tiny artist, random weights."""
     from pipeline.pretrain.architectures import build_tiny_vdm

@@ -25,7 +25,7 @@ How the learner uses a policy, which is what an implementation must allow for:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,20 @@ class PolicyOutput:
     entropy: Tensor | None = None  # (B, T) float32, detached; 0 where the mask is False
 
 
+@dataclass
+class SupervisedLoss:
+    """The supervised loss of a part of a batch, as a sum, so that the parts of a batch add up however it is cut."""
+
+    total: Tensor  # scalar, differentiable: the sum over what is counted
+    count: int  # answer tokens (VLM) or clips (VDM)
+    metrics: dict[str, float]  # means over this part
+
+    @property
+    def mean(self) -> Tensor:
+        """The loss per token or clip of this part alone."""
+        return self.total / self.count
+
+
 @runtime_checkable
 class Trainable(Protocol):
     """A policy that the learner can train. See the module's text for the order of calls."""
@@ -91,10 +105,10 @@ class Trainable(Protocol):
     def rollout_logprobs(self, items: Sequence[Experience]) -> Tensor:
         """Return the sampler's log-probabilities, (B, T) float32, padded as ``collate`` pads, 0 in the padding."""
 
-    def sft_loss(self, batch: Sequence[tuple[Any, ...]]) -> tuple[Tensor, dict[str, float]]:
-        """Return the supervised loss (mean over the batch, scalar) of decoded samples, and detached metrics.
+    def sft_loss(self, batch: Sequence[tuple[Any, ...]]) -> SupervisedLoss:
+        """Return the supervised loss of decoded samples, summed, and what it is to be divided by.
 
-        VLM: (frames uint8 (T,H,W,3), question, answer text).
+        VLM: (:class:`VideoQuestion`, answer text).
         VDM: (reference frames uint8 (n,H,W,3), caption, target frames uint8 (T,H,W,3)).
         """
 
@@ -106,6 +120,18 @@ class Trainable(Protocol):
         tensors under ``module``'s own names; only the trained ones with LoRA); None takes it from ``module``, which
         then must not be sharded.
         """
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], scale: float) -> None:
+    """Multiply the gradients by ``scale``.
+
+    A batch's loss is a sum over ranks and micro-batches, divided by a count that is known after the last of them. Gradients
+    are linear in it, so the division is done on them. ``fully_shard`` has averaged them over ranks, so the scale of a
+    mean over the whole batch is ranks / count.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(scale)
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -31,7 +31,14 @@ from actors.learner.objectives.base import Prepared, RankReport, Step
 from actors.learner.objectives.table import make_objective
 from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
 from actors.learner.spec import LearnerSpec, learning_rate
-from actors.learner.trainable import PolicyOutput, Trainable, set_compute_dtype, torch_dtype, trainable_parameters
+from actors.learner.trainable import (
+    PolicyOutput,
+    Trainable,
+    scale_gradients,
+    set_compute_dtype,
+    torch_dtype,
+    trainable_parameters,
+)
 from actors.offload import Offloader, module_tensors
 from actors.records import Experience, VdmExperience, Weights
 from actors.weights import pack
@@ -246,10 +253,7 @@ class Trainer:
         sum_total, sum_count = self._reduce([total, count], dist.ReduceOp.SUM)
         if sum_count == 0:
             raise TrainingError(f"{self.spec.name}: no item of the batch has a step that counts (all masks are empty)")
-        scale = self.world / sum_count  # fully_shard averages over ranks; the loss is a sum
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+        scale_gradients(self.parameters, self.world / sum_count)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, optim.max_grad_norm, foreach=True)
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         lr = learning_rate(optim, self.steps, self.spec.total_steps)

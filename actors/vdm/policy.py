@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from actors.failures import BadSampleError
 from actors.learner.lora import adapter_config, adapters_disabled, inject_lora, load_adapter_tensors, peft_names
-from actors.learner.trainable import LoraSpec, PolicyOutput, torch_dtype
+from actors.learner.trainable import LoraSpec, PolicyOutput, SupervisedLoss, torch_dtype
 from actors.records import (
     Clip,
     Experience,
@@ -477,29 +477,37 @@ class VdmPolicy:
         *,
         generator: torch.Generator | None = None,
         spec: FlowMatchingSpec | None = None,
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Return the flow-matching loss mean((v - (eps - x0))^2) over the target latents, and metrics.
+    ) -> SupervisedLoss:
+        """Return the flow-matching loss mean((v - (eps - x0))^2) over each clip's target latents, summed over the clips.
 
         batch: (reference frames uint8 (n, H, W, 3), caption, target frames uint8 (T, H, W, 3)), equal sizes.
-        ``generator`` (CPU) draws sigma, noise and dropped captions; None is torch's global one.
+        ``generator`` (CPU) draws sigma, noise and dropped captions, clip by clip: they are the same however a batch is
+        cut. None is torch's global one.
         """
         spec = spec or FlowMatchingSpec()
         references = [reference for reference, _, _ in batch]
         clean = self.encode_targets([target for _, _, target in batch], len(references[0]))
-        dropped = (torch.rand(len(batch), generator=generator) < spec.caption_dropout).tolist()
+        draws = [
+            (
+                float(torch.rand((), generator=generator)) < spec.caption_dropout,
+                conditioning.sample_sigmas(1, spec, self.shift, generator),
+                torch.randn(clean.shape[1:], generator=generator),
+            )
+            for _ in batch
+        ]
+        dropped = [drop for drop, _, _ in draws]
         captions = [self.negative_prompt if drop else caption for (_, caption, _), drop in zip(batch, dropped)]
-        sigma = conditioning.sample_sigmas(len(batch), spec, self.shift, generator).to(self.device)
-        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        sigma = torch.cat([sigma for _, sigma, _ in draws]).to(self.device)
+        noise = torch.stack([noise for _, _, noise in draws]).to(self.device)
         noisy, target = conditioning.noisy_pair(clean, noise, sigma)
         condition = self.condition(captions, references, [1.0] * len(batch))
         per_clip = ((self.velocity(noisy, sigma, condition) - target) ** 2).flatten(1).mean(dim=1)
-        loss = per_clip.mean()
         metrics = {
-            "loss": float(loss.detach()),
+            "loss": float(per_clip.detach().mean()),
             "sigma_mean": float(sigma.mean()),
             "caption_dropped": float(np.mean(dropped)),
         }
-        return loss, metrics
+        return SupervisedLoss(per_clip.sum(), len(batch), metrics)
 
     def drop_text_encoder(self) -> None:
         """Free the text encoder's memory; captions that were embedded stay known."""

@@ -22,10 +22,10 @@ import numpy as np
 import psutil
 
 from actors.failures import BadSampleError, InfrastructureError
-from actors.records import Completion, CompletionRequest, Weights
+from actors.records import Completion, CompletionRequest, VideoQuestion, Weights
 from actors.vlm.backends import AsyncBackend, Backend, InProcessBackend
-from actors.vlm.inputs import check_frames, video_metadata, writable
-from actors.vlm.prompt import BAN_BIAS, PROCESSOR_OPTIONS, banned_token_ids, load_processor, render_prompt
+from actors.vlm.inputs import video_prompt
+from actors.vlm.prompt import BAN_BIAS, PROCESSOR_OPTIONS, banned_token_ids, load_processor
 
 if TYPE_CHECKING:
     from actors.weights import Offer
@@ -121,16 +121,7 @@ class VlmEngine:
             BadSampleError: frames or question cannot be used, or the prompt leaves no room in the context.
             InfrastructureError: the engine died.
         """
-        check_frames(request.frames)
-        prompt = {
-            "prompt": render_prompt(self.processor, request.question),
-            "multi_modal_data": {
-                "video": (
-                    writable(request.frames),
-                    {**video_metadata(request.frames, request.fps), "do_sample_frames": False},
-                )
-            },
-        }
+        prompt = engine_prompt(self.processor, request.asked)
         while self._resting or not self._open.is_set():  # it may be closed again before a waiter runs
             await (self.wake() if self._resting else self._open.wait())
         # Nothing is awaited between here and the count: what is served and what is stamped cannot come apart.
@@ -380,6 +371,18 @@ class VlmEngine:
         # The tokenizer's own decoding, without clean-up of spaces. Of a character that was cut off, nothing is shown.
         decoded: str = self.processor.tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return decoded.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def engine_prompt(processor: Any, asked: VideoQuestion) -> dict[str, Any]:
+    """Return ``asked`` as vLLM takes it. Raises BadSampleError where it cannot be used."""
+    shown = video_prompt(processor, asked)
+    video = (shown.frames, {**shown.metadata, "do_sample_frames": False})
+    return {
+        "prompt": shown.text,
+        "multi_modal_data": {"video": video},
+        # Of Qwen2.5-VL, vLLM does not read it from the video's own facts: a folder that samples would drop frames.
+        "mm_processor_kwargs": {"do_sample_frames": False},
+    }
 
 
 def _client_error() -> type[Exception]:

@@ -1,12 +1,14 @@
 """From a question and frames to what the VLM's forward takes: token ids, patches, and three-axis rotary positions.
 
-Responsible for: one encoded prompt per (question, frames, fps), cached, and its positions as vLLM computes them. Not
-responsible for: the prompt's wording (``actors.vlm.prompt``), completions, batching or the model (``actors.vlm.policy``).
+Responsible for: what of a :class:`VideoQuestion` the model gets, for the engine and the learner alike; one encoded prompt
+per question, cached; and its positions as vLLM computes them. Not responsible for: the prompt's wording
+(``actors.vlm.prompt``), completions, batching or the model (``actors.vlm.policy``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,16 +20,38 @@ import torch
 from torch import Tensor
 
 from actors.failures import BadSampleError
+from actors.learner.trainable import torch_dtype
+from actors.records import VideoQuestion
 from actors.vlm.prompt import render_prompt
 
 
 @dataclass(frozen=True, eq=False)
-class VideoQuestion:
-    """What the VLM is asked: ``question`` about ``frames`` (uint8 (T, H, W, 3)) shown at ``fps`` frames per second."""
+class VideoPrompt:
+    """A :class:`VideoQuestion` as processor and vLLM take it: every frame is shown, none is sampled away."""
 
-    question: str
-    frames: np.ndarray
-    fps: float
+    text: str  # chat text with one video placeholder
+    frames: np.ndarray  # uint8 (T, H, W, 3), writable
+    metadata: dict[str, Any]  # fields of transformers' VideoMetadata
+
+
+def video_prompt(processor: Any, asked: VideoQuestion) -> VideoPrompt:
+    """Return what the model gets of ``asked``. SFT, learner and engine have their input from here alone.
+
+    Raises:
+        BadSampleError: frames, rate or question cannot be used.
+    """
+    check_frames(asked.frames)
+    if not (math.isfinite(asked.fps) and asked.fps > 0):
+        raise BadSampleError(f"the input video has fps={asked.fps}; it must be a number of frames per second above 0")
+    count = len(asked.frames)
+    metadata = {
+        "fps": float(asked.fps),
+        "duration": count / asked.fps,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
+        "video_backend": "opencv",
+    }
+    return VideoPrompt(render_prompt(processor, asked.question), writable(asked.frames), metadata)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,18 +64,6 @@ class EncodedPrompt:
     next_position: int  # rotary position of the first completion token, on all three axes
     pixel_values: Tensor  # (patches, values per patch) float32
     grid_thw: Tensor  # (1, 3) int64
-
-
-def video_metadata(frames: np.ndarray, fps: float) -> dict[str, Any]:
-    """Return what processor and vLLM are told about ``frames``: every frame is shown, none is sampled away."""
-    count = len(frames)
-    return {
-        "fps": float(fps),
-        "duration": count / fps,
-        "total_num_frames": count,
-        "frames_indices": list(range(count)),
-        "video_backend": "opencv",
-    }
 
 
 def check_frames(frames: np.ndarray) -> None:
@@ -67,6 +79,18 @@ def check_frames(frames: np.ndarray) -> None:
 def writable(frames: np.ndarray) -> np.ndarray:
     """Return ``frames``, copied if they lie read-only in Ray's object store (torch warns of sharing such memory)."""
     return frames if frames.flags.writeable else frames.copy()
+
+
+def time_interval(seconds: float | None, tokens_per_second: float, engine_dtype: torch.dtype) -> float:
+    """Return the rotary positions per time step of Qwen2.5-VL, as vLLM has them (``qwen2_5_vl.iter_mm_grid_thw``).
+
+    vLLM casts whatever floats a processor returns to the model's dtype, seconds per step among them. Positions are
+    floored afterwards, so in bfloat16 many clips have others than the exact seconds give.
+
+    ``seconds``: duration of a time step; None is 1, as in vLLM.
+    """
+    rounded = torch.tensor(1.0 if seconds is None else seconds, dtype=torch.float32).to(engine_dtype).item()
+    return rounded * tokens_per_second
 
 
 def mrope_positions(token_types: Tensor, grids: Tensor, merge: int, time_interval: float | None) -> tuple[Tensor, int]:
@@ -108,11 +132,13 @@ def mrope_positions(token_types: Tensor, grids: Tensor, merge: int, time_interva
 class PromptEncoder:
     """Encodes prompts through the model's own processor; what is in the cache is not processed again."""
 
-    def __init__(self, processor: Any, config: Any, cache_size: int = 64):
+    def __init__(self, processor: Any, config: Any, cache_size: int = 64, engine_dtype: str = "float32"):
+        """``config`` is the model's. ``engine_dtype`` is what vLLM serves it in: its positions depend on it."""
         self.processor = processor
         self._merge = int(config.vision_config.spatial_merge_size)
         # Qwen2.5-VL spaces time by seconds; Qwen3-VL writes timestamps, with a run of tokens per time step between.
         self._tokens_per_second = getattr(config.vision_config, "tokens_per_second", None)
+        self._engine_dtype = torch_dtype(engine_dtype)
         self._cache: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
         self._cache_size = cache_size
         self.made = self.asked = 0  # prompts processed, and prompts asked for
@@ -137,12 +163,11 @@ class PromptEncoder:
         return [found[key] for key in keys]
 
     def _process(self, prompts: list[VideoQuestion]) -> list[EncodedPrompt]:
-        for prompt in prompts:
-            check_frames(prompt.frames)
+        shown = [video_prompt(self.processor, prompt) for prompt in prompts]
         data = self.processor(
-            text=[render_prompt(self.processor, p.question) for p in prompts],
-            videos=[writable(p.frames) for p in prompts],
-            video_metadata=[video_metadata(p.frames, p.fps) for p in prompts],
+            text=[p.text for p in shown],
+            videos=[p.frames for p in shown],
+            video_metadata=[p.metadata for p in shown],
             do_sample_frames=False,
         )
         grids = torch.as_tensor(data["video_grid_thw"]).long()
@@ -160,7 +185,7 @@ class PromptEncoder:
         if self._tokens_per_second is None:
             runs, interval = torch.tensor([[1, grid[1], grid[2]]]).repeat(int(grid[0]), 1), None
         else:
-            runs, interval = grid[None], float(self._tokens_per_second) * float(1.0 if seconds is None else seconds)
+            runs, interval = grid[None], time_interval(seconds, self._tokens_per_second, self._engine_dtype)
         positions, following = mrope_positions(token_types, runs, self._merge, interval)
         return EncodedPrompt(
             input_ids=torch.tensor(ids, dtype=torch.long),

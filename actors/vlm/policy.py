@@ -21,10 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from actors.failures import BadSampleError
 from actors.learner.lora import adapter_config, adapters_disabled, has_lora, peft_names
 from actors.learner.objectives.grpo import kl_estimate
-from actors.learner.trainable import LoraSpec, PolicyOutput, torch_dtype
+from actors.learner.trainable import LoraSpec, PolicyOutput, SupervisedLoss, torch_dtype
 from actors.records import Experience, VlmExperience
 from actors.vlm.adapter import inject
-from actors.vlm.inputs import EncodedPrompt, PromptEncoder, VideoQuestion
+from actors.vlm.inputs import EncodedPrompt, PromptEncoder
 from actors.vlm.prompt import BAN_BIAS, banned_token_ids, check_text, load_processor
 from actors.vlm.rows import VlmBatch, join
 from cluster.errors import CheckpointError
@@ -35,8 +35,9 @@ class VlmPolicy:
     """A Qwen2.5-VL or Qwen3-VL model as a policy over answer tokens (``actors.learner.trainable.Trainable``).
 
     ``temperature`` divides the logits of :meth:`forward`, as it does in the sampler: the policy that is optimised is the
-    one that was sampled from. ``fps`` is what :meth:`sft_loss` tells the model, whose batches carry none. With
-    ``shared_prompts`` a batch reads a prompt once for all its completions (``actors.vlm.rows``).
+    one that was sampled from. ``engine_dtype`` is the sampler's dtype, on which the prompt's positions depend, whatever
+    this policy computes in. With ``shared_prompts`` a batch reads a prompt once for all its completions
+    (``actors.vlm.rows``).
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class VlmPolicy:
         processor: Any,
         *,
         temperature: float = 1.0,
-        fps: float = 8.0,
+        engine_dtype: str = "float32",
         cache_size: int = 64,
         shared_prompts: bool = True,
         device: str = "cpu",
@@ -55,7 +56,6 @@ class VlmPolicy:
         self.module = model
         self.processor = processor
         self.temperature = temperature
-        self.fps = fps
         self.device = torch.device(device)
         inner: Any = model
         self.fsdp_units = model_units(inner)
@@ -67,7 +67,7 @@ class VlmPolicy:
         self.banned_ids = banned_token_ids(processor.tokenizer, vocab_size)
         self._bias = torch.zeros(vocab_size, device=self.device)
         self._bias[self.banned_ids] = BAN_BIAS
-        self._prompts = PromptEncoder(processor, inner.config, cache_size)
+        self._prompts = PromptEncoder(processor, inner.config, cache_size, engine_dtype)
 
     @classmethod
     def load(
@@ -79,7 +79,7 @@ class VlmPolicy:
         adapter: str | Path | None = None,
         device: str = "cpu",
         temperature: float = 1.0,
-        fps: float = 8.0,
+        engine_dtype: str = "float32",
         cache_size: int = 64,
         shared_prompts: bool = True,
     ) -> VlmPolicy:
@@ -98,7 +98,7 @@ class VlmPolicy:
             model,
             processor,
             temperature=temperature,
-            fps=fps,
+            engine_dtype=engine_dtype,
             cache_size=cache_size,
             shared_prompts=shared_prompts,
             device=device,
@@ -118,7 +118,7 @@ class VlmPolicy:
                 raise TypeError(f"VlmPolicy reads VlmExperience, got {type(item).__name__}")
             if len(item.token_ids) == 0:
                 raise BadSampleError(f"completion {item.index} of sample {item.sample_id!r} is empty")
-            prompts.append(VideoQuestion(item.question, item.frames, item.fps))
+            prompts.append(item.asked)
             completions.append(torch.from_numpy(np.asarray(item.token_ids, dtype=np.int64)))
         return self._join(self._prompts.encode(prompts), completions)
 
@@ -170,26 +170,27 @@ class VlmPolicy:
 
     # --- supervised ---
 
-    def sft_loss(self, batch: Sequence[tuple[Any, ...]]) -> tuple[Tensor, dict[str, float]]:
-        """Return the mean negative log-likelihood per token of the answers (EOS included) and detached metrics.
+    def sft_loss(self, batch: Sequence[tuple[Any, ...]]) -> SupervisedLoss:
+        """Return the negative log-likelihood of the answers (EOS included), summed over their tokens, at temperature 1.
 
         Args:
-            batch: (frames uint8 (T, H, W, 3), question, answer text) triples.
+            batch: (:class:`VideoQuestion`, answer text) pairs.
 
         Returns:
-            Scalar loss in nats per token, and metrics: ``loss``, ``tokens`` (their number), ``entropy`` (nats).
+            The sum in nats, the number of tokens, and metrics: ``loss`` and ``entropy`` in nats per token, ``tokens``.
         """
-        prompts = self._prompts.encode([VideoQuestion(question, frames, self.fps) for frames, question, _ in batch])
-        joined = self._join(prompts, [self.answer_tokens(answer) for _, _, answer in batch])
+        prompts = self._prompts.encode([asked for asked, _ in batch])
+        joined = self._join(prompts, [self.answer_tokens(answer) for _, answer in batch])
         out = self._logprobs(joined, 1.0)
-        tokens = joined.mask.sum()
-        loss = -out.logprobs.sum() / tokens
+        tokens = int(joined.mask.sum())
+        total = -out.logprobs.sum()
         assert out.entropy is not None
-        return loss, {
-            "loss": float(loss.detach()),
+        metrics = {
+            "loss": float(total.detach()) / tokens,
             "tokens": float(tokens),
-            "entropy": float(out.entropy.sum() / tokens),
+            "entropy": float(out.entropy.sum()) / tokens,
         }
+        return SupervisedLoss(total, tokens, metrics)
 
     def check_example(self, question: str, answer: str) -> None:
         """Raise BadSampleError where :meth:`sft_loss` cannot take the pair, or would teach what no reward accepts.

@@ -171,13 +171,21 @@ def _decode_row(
             out["context_frames"][index] = frames
     except DataError as error:
         raise DataError(f"input video: {error}") from error
-    if seconds > 0 and shape.input_frames > 1:
-        out["fps"][index] = round((shape.input_frames - 1) / seconds, 4)
+    out["fps"][index] = shown_rate(len(out["input_frames"][index]), seconds, shape.fps)
     try:
         video = row["target_video"]
         out["target_frames"][index] = decode_video(video, shape.num_frames, shape.height, shape.width, limits)
     except DataError as error:
         raise DataError(f"target video: {error}") from error
+
+
+def shown_rate(count: int, seconds: float, otherwise: float) -> float:
+    """Return the frames per second of ``count`` frames whose first and last are ``seconds`` apart.
+
+    That is the rate that the VLM is given of its input. Frames that have no time between them get ``otherwise``.
+    """
+    # Six digits: far more than the time stamps of containers are good for.
+    return float(f"{(count - 1) / seconds:.6g}") if seconds > 0 and count > 1 else otherwise
 
 
 def block_items(

@@ -37,13 +37,11 @@ async def answer_one(config: RunConfig, fleet: Fleet, sample: Sample) -> Predict
     section = config.evaluate
     request = CompletionRequest(
         sample_id=sample.id,
-        question=sample.question,
-        frames=sample.input_frames,
+        asked=sample.asked,
         n=1,
         seed=derive_seed(section.seed, sample.id, "text"),
         temperature=section.text.temperature,
         max_tokens=section.text.max_tokens,
-        fps=sample.fps,
     )
     try:
         completions: list[Completion] = await fleet.vlm.submit(request)

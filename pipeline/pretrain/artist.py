@@ -70,7 +70,7 @@ def train_artist(
     for step in range(steps):
         chosen = [items[i] for i in rng.integers(len(items), size=batch)]
         rows = [(item.references, item.caption, item.target) for item in chosen]
-        loss, _ = policy.sft_loss(rows, generator=generator, spec=spec)
+        loss = policy.sft_loss(rows, generator=generator, spec=spec).mean
         loss.backward()
         optimizer.step(cosine(step, steps))
         average.update()

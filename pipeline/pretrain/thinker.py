@@ -6,14 +6,15 @@ Responsible for the loop that takes a Qwen3-VL from nothing to answers, and for 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from transformers.video_utils import VideoMetadata
 
 from actors.records import derive_seed
-from actors.vlm.inputs import video_metadata
+from actors.vlm.inputs import video_prompt
 from actors.vlm.policy import VlmPolicy
-from actors.vlm.prompt import render_prompt
 from pipeline.data.toy.language import drawable, parse_caption
 from pipeline.data.toy.world import ToySample, make_sample
 from rewards.format import parse_answer
@@ -40,7 +41,7 @@ def train_thinker(
     average = Average(module)
     for step in range(steps):
         chosen = [samples[i] for i in rng.integers(len(samples), size=batch)]
-        loss, _ = policy.sft_loss([(s.input_frames, s.question, s.answer_text) for s in chosen])
+        loss = policy.sft_loss([(s.asked, s.answer_text) for s in chosen]).mean
         loss.backward()
         optimizer.step(cosine(step, steps))
         average.update()
@@ -54,10 +55,15 @@ def answer(policy: VlmPolicy, samples: list[ToySample], videos: list[np.ndarray]
     """Answers of the model to the samples' questions about ``videos``, by transformers' generate, greedy or at temperature 1."""
     processor = policy.processor
     tokenizer = processor.tokenizer
-    texts = [render_prompt(processor, s.question) for s in samples]
-    metadata = [VideoMetadata(**video_metadata(v, policy.fps)) for v in videos]
+    shown = [video_prompt(processor, replace(s.asked, frames=v)) for s, v in zip(samples, videos, strict=True)]
     inputs = processor(
-        text=texts, videos=videos, video_metadata=metadata, return_tensors="pt", padding=True, padding_side="left"
+        text=[p.text for p in shown],
+        videos=[p.frames for p in shown],
+        video_metadata=[VideoMetadata(**p.metadata) for p in shown],
+        do_sample_frames=False,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
     )
     generated = policy.module.generate(
         **inputs,

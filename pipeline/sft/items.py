@@ -29,7 +29,7 @@ def answer_text(sample: Sample) -> str:
 def training_item(kind: str, sample: Sample, reference_frames: int) -> tuple[Any, ...]:
     """Return what the policy's ``sft_loss`` takes of one sample."""
     if kind == "vlm":
-        return sample.input_frames, sample.question, answer_text(sample)
+        return sample.asked, answer_text(sample)
     return select_reference_frames(sample.context, reference_frames), sample.caption, sample.target_frames
 
 

@@ -26,8 +26,9 @@ from torch.distributed.tensor import DTensor
 from actors.learner.average import Average
 from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_facts, save_tensors
 from actors.learner.rank import POLICIES
-from actors.learner.sharding import gather_state, shard, sync_gradients
+from actors.learner.sharding import gather_state, shard
 from actors.learner.spec import OptimSpec, learning_rate
+from actors.learner.supervised import accumulate
 from actors.learner.trainable import LoraSpec, set_compute_dtype, torch_dtype, trainable_parameters
 from actors.records import derive_seed
 from cluster.errors import TrainingError
@@ -50,7 +51,7 @@ def load_policy(kind: str, model: str, settings: SftSettings, samples: int, devi
     options: dict[str, Any] = {"cache_bytes": settings.cache_mib * 2**20, "reference_frames": settings.reference_frames}
     if kind == "vlm":
         fits = samples * settings.shape.row_bytes <= settings.cache_mib * 2**20
-        options = {"fps": settings.shape.fps, "cache_size": samples if fits else 64}
+        options = {"cache_size": samples if fits else 64}
     return getattr(importlib.import_module(target), name).load(
         model,
         dtype="float32",
@@ -101,22 +102,15 @@ class Loop:
         self.step = self.skipped = 0
         self.began: float | None = None  # when the steps since the last checkpoint began, on this rank's clock
         self.trained_before = 0.0  # seconds of training up to the last checkpoint, earlier starts included
-        torch.manual_seed(derive_seed("sft", settings.seed, self.rank))
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
     def train_step(self, batch: list[tuple[Any, ...]]) -> tuple[float, float]:
-        """Run one optimizer step; returns this rank's loss and the global gradient norm."""
-        settings, total = self.settings, 0.0
-        size = settings.micro_batch or len(batch)
-        parts = [batch[i : i + size] for i in range(0, len(batch), size)]
-        for k, part in enumerate(parts):
-            for net in self.nets.values():
-                sync_gradients(net, k == len(parts) - 1)
-            loss, _ = self.policy.sft_loss(part)
-            share = len(part) / len(batch)
-            (loss * share).backward()
-            total += float(loss.detach()) * share
+        """Run one optimizer step; returns the batch's loss, over all ranks, and the global gradient norm."""
+        settings = self.settings
+        # Of the step, so that a run that was cut short draws the noise that it would have drawn.
+        torch.manual_seed(derive_seed("sft", settings.seed, self.rank, self.step))
+        total = accumulate(self.policy, self.nets.values(), batch, settings.micro_batch, self.parameters, self.world)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm, foreach=True)
         norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # equal on all ranks
         if math.isfinite(norm_value):
@@ -233,15 +227,15 @@ def train_loop(config: dict[str, Any]) -> None:
         losses.append(loss)
         last = loop.done()
         if len(losses) == settings.log_every or last:
-            mean = torch.tensor([sum(losses) / len(losses), float(len(items.quarantined))], device=loop.device)
-            torch.distributed.all_reduce(mean)
+            quarantined = torch.tensor(float(len(items.quarantined)), device=loop.device)
+            torch.distributed.all_reduce(quarantined)
             metrics = {
                 "step": float(loop.step),
-                "loss": float(mean[0]) / loop.world,
+                "loss": sum(losses) / len(losses),
                 "grad_norm": norm,
                 "lr": loop.optimizer.param_groups[0]["lr"],
                 "skipped": float(loop.skipped),
-                "quarantined": float(mean[1]),
+                "quarantined": float(quarantined),
                 "samples_per_s": settings.batch * len(losses) / max(time.monotonic() - started, 1e-9),
             }
             losses, started = [], time.monotonic()

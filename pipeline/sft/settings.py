@@ -137,7 +137,7 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
             "vae_tiling": config.video.vae_tiling,
         }
         if kind == "vdm"
-        else {},
+        else {"engine_dtype": config.pools.vlm.dtype},
     )
 
 

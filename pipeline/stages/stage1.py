@@ -112,13 +112,11 @@ class Stage1:
     def _completion_request(self, sample: Sample, step: str) -> CompletionRequest:
         return CompletionRequest(
             sample_id=sample.id,
-            question=sample.question,
-            frames=sample.input_frames,
+            asked=sample.asked,
             n=self.section.rollout.group_size,
             seed=derive_seed(self.config.seed, self.name, step, sample.id, "text"),
             temperature=self.section.text.temperature,
             max_tokens=self.section.text.max_tokens,
-            fps=sample.fps,
         )
 
     def _render(self, sample: Sample, caption: str, index: int, step: str):
@@ -138,9 +136,7 @@ def completion_experiences(batch: RolloutBatch) -> list[Experience]:
                 VlmExperience(
                     sample_id=group.sample.id,
                     index=member.index,
-                    question=group.sample.question,
-                    frames=group.sample.input_frames,
-                    fps=group.sample.fps,
+                    asked=group.sample.asked,
                     token_ids=c.token_ids,
                     rollout_logprobs=c.logprobs,
                     advantage=float(advantage),

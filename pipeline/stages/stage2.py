@@ -160,13 +160,11 @@ class Stage2:
         if text is None:
             request = CompletionRequest(
                 sample_id=sample.id,
-                question=sample.question,
-                frames=sample.input_frames,
+                asked=sample.asked,
                 n=1,
                 seed=derive_seed(self.config.seed, "stage2", step, sample.id, "anchor"),
                 temperature=self.section.text.temperature,
                 max_tokens=self.section.text.max_tokens,
-                fps=sample.fps,
             )
             try:
                 completions: list[Completion] = await self.fleet.vlm.submit(request)

@@ -37,7 +37,7 @@ from actors.learner.sharding import checkpoint_units, unit_names  # noqa: E402
 from actors.learner.spec import LearnerSpec  # noqa: E402
 from actors.learner.trainable import LoraSpec, trainable_parameters  # noqa: E402
 from actors.learner.trainer import Trainer  # noqa: E402
-from actors.records import RenderRequest, SdeSpec, VdmExperience, VlmExperience  # noqa: E402
+from actors.records import RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience  # noqa: E402
 from actors.vdm.loading import Parts  # noqa: E402
 from actors.vdm.policy import VdmPolicy  # noqa: E402
 from actors.vdm.text import CaptionEmbedder  # noqa: E402
@@ -403,7 +403,7 @@ def stage1(size: Size, meter: Meter) -> None:
     words = np.array([i for i in range(len(policy.processor.tokenizer)) if i not in banned], dtype=np.int32)
     items = [
         VlmExperience(
-            "s", i, "What comes next?", frames, 8.0, rng.choice(words, size.completion),
+            "s", i, VideoQuestion("What comes next?", frames, 8.0), rng.choice(words, size.completion),
             np.zeros(size.completion, np.float32), (-1.0) ** i,
         )
         for i in range(size.group)

@@ -144,7 +144,7 @@ def one_pass(groups: int) -> tuple[Callable[[], float], Callable[[], float]]:
             s = make_sample(i, "train")
             answer = policy.answer_tokens(f"<think> </think><ans>{s.caption}</ans>").numpy().astype(np.int32)
             none = np.zeros(len(answer), np.float32)
-            items += [VlmExperience(s.id, k, s.question, s.input_frames, 8.0, answer, none, 1.0) for k in range(GROUP)]
+            items += [VlmExperience(s.id, k, s.asked, answer, none, 1.0) for k in range(GROUP)]
         batch = policy.collate(items)
         return lambda: seconds(lambda: policy.forward(batch).logprobs.sum().backward())
 

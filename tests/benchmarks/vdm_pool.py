@@ -101,10 +101,7 @@ async def completed(samples: list[Sample]) -> list[list[str]]:
     engine = VlmEngine(EngineSpec(str(resolve_model("tiny", "vlm")), kv_cache_mib=256))
     await engine.start()
     try:
-        asked = [
-            CompletionRequest(s.id, s.question, s.input_frames, GROUP, seed=i, max_tokens=40)
-            for i, s in enumerate(samples)
-        ]
+        asked = [CompletionRequest(s.id, s.asked, GROUP, seed=i, max_tokens=40) for i, s in enumerate(samples)]
         found = await asyncio.gather(*(engine.generate(r) for r in asked))
     finally:
         await asyncio.to_thread(engine.close)

@@ -30,9 +30,7 @@ def requests(count: int, turn: int) -> list[CompletionRequest]:
     found = []
     for i in range(count):
         s = make_sample(turn * count + i, "train")
-        found.append(
-            CompletionRequest(s.id, s.question, s.input_frames, GROUP, seed=1000 * turn + i, max_tokens=MAX_TOKENS)
-        )
+        found.append(CompletionRequest(s.id, s.asked, GROUP, seed=1000 * turn + i, max_tokens=MAX_TOKENS))
     return found
 
 

@@ -81,10 +81,7 @@ def same_scores(a: Any, b: Any) -> bool:
 
 def completions(count: int) -> list[CompletionRequest]:
     samples = [make_sample(i, "test") for i in range(count)]
-    return [
-        CompletionRequest(s.id, s.question, s.input_frames, n=4, seed=derive_seed(i), max_tokens=48)
-        for i, s in enumerate(samples)
-    ]
+    return [CompletionRequest(s.id, s.asked, n=4, seed=derive_seed(i), max_tokens=48) for i, s in enumerate(samples)]
 
 
 def renders(count: int, **changes: Any) -> list[RenderRequest]:

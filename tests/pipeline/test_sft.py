@@ -99,7 +99,7 @@ def test_a_run_without_a_length_is_asked_for_one_and_other_sections_are_heeded()
     with pytest.raises(ConfigError, match="batch=64 must be a multiple of ranks=3"):
         sft_settings(load_config("toy", ["learner.ranks=3"]), "vlm")
     assert sft_settings(load_config("toy", ["sft.vdm.train_text_encoder=true"]), "vdm").train_text_encoder
-    assert sft_settings(load_config("toy"), "vlm").policy_kwargs == {}
+    assert sft_settings(load_config("toy"), "vlm").policy_kwargs == {"engine_dtype": "float32"}
 
 
 def test_the_command_refuses_before_it_writes(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from actors.records import VideoQuestion
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.text import CaptionEmbedder
 from actors.vlm.policy import VlmPolicy
@@ -37,9 +38,14 @@ def test_vlm_sft_lowers_the_loss_and_exports_a_model_that_has_it(
     assert result.loss_last < 0.6 * result.loss_first
     assert json.loads((out / "sft.json").read_text())["loss_last"] == result.loss_last
     frames = np.zeros((9, 32, 32, 3), np.uint8)
-    batch = [(frames, "what comes next?", "<think> the circle rises </think> <ans> the circle rises </ans>")]
+    batch = [
+        (
+            VideoQuestion("what comes next?", frames, 8.0),
+            "<think> the circle rises </think> <ans> the circle rises </ans>",
+        )
+    ]
     with torch.no_grad():
-        before, after = (float(VlmPolicy.load(p).sft_loss(batch)[0]) for p in (tiny_vlm_dir, out))
+        before, after = (float(VlmPolicy.load(p).sft_loss(batch).mean) for p in (tiny_vlm_dir, out))
     assert after < 0.8 * before
 
 

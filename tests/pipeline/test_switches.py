@@ -10,6 +10,7 @@ import pytest
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.spec import OptimSpec
 from pipeline.config import RunConfig, load_config
+from pipeline.sft.settings import sft_settings
 from pipeline.stages.stage1 import Stage1
 from pipeline.stages.stage2 import Stage2
 from pipeline.train import learner_spec
@@ -59,6 +60,15 @@ def test_completions_have_a_micro_batch_of_their_own_and_share_prompts() -> None
     assert one.policy_kwargs["shared_prompts"] is False and "shared_prompts" not in two.policy_kwargs
     assert spec("stage1").policy_kwargs["shared_prompts"] is True
     assert spec("stage1").micro_batch == spec("stage2").micro_batch == load_config("toy").learner.micro_batch
+
+
+def test_the_thinkers_positions_are_those_of_the_engines_dtype() -> None:
+    """The learner computes in another dtype than the engine here."""
+    dtypes = ["pools.vlm.dtype=bfloat16", "learner.dtype=float32"]
+    config = load_config("toy", [*dtypes, "sft.vlm.steps=1"])
+    stage = STAGES["stage1"](config, None)  # type: ignore[arg-type]
+    assert learner_spec(config, stage, "vlm").policy_kwargs["engine_dtype"] == "bfloat16"
+    assert sft_settings(config, "vlm").policy_kwargs["engine_dtype"] == "bfloat16"
 
 
 def test_every_key_of_the_loss_and_the_optimizer_is_in_this_test() -> None:

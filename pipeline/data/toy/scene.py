@@ -13,6 +13,7 @@ import numpy as np
 from .language import VERBS, Event
 
 FRAMES = 9
+FPS = 8.0
 SIZE = 32
 
 _RGB: dict[str, tuple[int, int, int]] = {

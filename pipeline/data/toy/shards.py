@@ -15,9 +15,8 @@ from pipeline.data.schema import Row, ShardWriter
 from pipeline.data.video import encode_mp4
 from pipeline.location import Uri, parse_location
 
+from .scene import FPS
 from .world import ToySample, make_sample
-
-FPS = 8.0
 
 
 def toy_row(sample: ToySample) -> Row:

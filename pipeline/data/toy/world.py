@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from actors.records import VideoQuestion
+
 from .language import (
     COLOURS,
     DRAWN_WORDINGS,
@@ -31,7 +33,7 @@ from .language import (
     parse_caption,
     uniform_caption,
 )
-from .scene import BACKGROUNDS, SLOTS, Scene, Thing, all_events, render, render_there_and_back
+from .scene import BACKGROUNDS, FPS, SLOTS, Scene, Thing, all_events, render, render_there_and_back
 
 SPLITS = ("train", "val", "test", "sft", "artist")
 """``train`` (RL), ``val`` (choosing), ``test`` (reporting), ``sft`` (the VLM's SFT), ``artist`` (the VDM's SFT)."""
@@ -60,6 +62,11 @@ class ToySample:
     scene: Scene
     event: Event
     noisy: bool = False
+
+    @property
+    def asked(self) -> VideoQuestion:
+        """What the VLM is asked."""
+        return VideoQuestion(self.question, self.input_frames, FPS)
 
     @property
     def answer_text(self) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
 from actors.learner.objectives.settings import GrpoSection
-from actors.records import Experience, RenderRequest, SdeSpec, VdmExperience, VlmExperience
+from actors.records import Experience, RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience
 from actors.vdm.policy import VdmPolicy
 from actors.vlm.policy import VlmPolicy
 from actors.weights import read_adapter, receive
@@ -26,7 +26,7 @@ def vlm_items() -> list[Experience]:
     for i in range(GROUP):
         ids = rng.integers(20, 100, size=5 + i).astype(np.int32)
         logprobs = np.full(len(ids), -5.0, np.float32)
-        items.append(VlmExperience("s", i, "what comes next?", frames, 8.0, ids, logprobs, (-1.0) ** i))
+        items.append(VlmExperience("s", i, VideoQuestion("what comes next?", frames, 8.0), ids, logprobs, (-1.0) ** i))
     return items
 
 

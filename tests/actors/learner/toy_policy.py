@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from actors.learner import lora as lora_tools
 from actors.learner.objectives.grpo import kl_estimate
 from actors.learner.trainable import LoraSpec, PolicyOutput
-from actors.records import VlmExperience
+from actors.records import VideoQuestion, VlmExperience
 from actors.weights import as_tensors, pack, read_adapter, write_adapter
 
 VOCAB, WIDTH, BLOCKS = 12, 16, 2
@@ -122,9 +122,7 @@ def experiences(groups: int, size: int, seed: int = 0, token: int | None = None)
                 VlmExperience(
                     sample_id=f"s{g}",
                     index=i,
-                    question="?",
-                    frames=np.zeros((1, 2, 2, 3), np.uint8),
-                    fps=8.0,
+                    asked=VideoQuestion("?", np.zeros((1, 2, 2, 3), np.uint8), 8.0),
                     token_ids=ids,
                     rollout_logprobs=rng.normal(-2.0, 0.3, len(ids)).astype(np.float32),
                     advantage=float(rng.normal()),

@@ -225,17 +225,21 @@ def clips(n: int):
 
 def test_sft_loss_is_the_flow_matching_error_on_target_latents(policy):
     batch, spec = clips(3), FlowMatchingSpec(caption_dropout=0.0)
-    loss, metrics = policy.sft_loss(batch, generator=torch.Generator().manual_seed(5), spec=spec)
+    loss = policy.sft_loss(batch, generator=torch.Generator().manual_seed(5), spec=spec)
     generator = torch.Generator().manual_seed(5)
-    torch.rand(3, generator=generator)
-    sigma = flow_sde.shift_sigma(torch.sigmoid(torch.randn(3, generator=generator)), 3.0)
-    noise = torch.randn((3, 16, 3, 4, 4), generator=generator)
+    draws = []
+    for _ in batch:
+        torch.rand((), generator=generator)
+        time = torch.randn(1, generator=generator)
+        draws.append((time, torch.randn((16, 3, 4, 4), generator=generator)))
+    sigma = flow_sde.shift_sigma(torch.sigmoid(torch.cat([time for time, _ in draws])), 3.0)
+    noise = torch.stack([noise for _, noise in draws])
     clean = policy.encode_targets([target for _, _, target in batch])
     noisy = torch.stack([(1 - s) * c + s * e for s, c, e in zip(sigma, clean, noise)])
     condition = policy.condition([c for _, c, _ in batch], [r for r, _, _ in batch], [1.0] * 3)
     expected = torch.nn.functional.mse_loss(policy.velocity(noisy, sigma, condition), noise - clean)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert metrics["loss"] == pytest.approx(loss.item()) and 0 < metrics["sigma_mean"] < 1
+    assert loss.mean.item() == pytest.approx(expected.item(), rel=1e-5) and loss.count == 3
+    assert loss.metrics["loss"] == pytest.approx(loss.mean.item()) and 0 < loss.metrics["sigma_mean"] < 1
 
 
 def test_dropped_captions_train_the_negative_branch(policy):
@@ -247,7 +251,7 @@ def test_dropped_captions_train_the_negative_branch(policy):
         )
         for caption in ("the red circle", "blue square")
     ]
-    assert losses[0][0].item() == losses[1][0].item() and losses[0][1]["caption_dropped"] == 1.0
+    assert losses[0].total.item() == losses[1].total.item() and losses[0].metrics["caption_dropped"] == 1.0
 
 
 def test_sft_learns_and_may_train_the_text_encoder(tiny):
@@ -258,7 +262,7 @@ def test_sft_learns_and_may_train_the_text_encoder(tiny):
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     losses = []
     for step in range(8):
-        loss, _ = policy.sft_loss(clips(2), generator=torch.Generator().manual_seed(step % 2))
+        loss = policy.sft_loss(clips(2), generator=torch.Generator().manual_seed(step % 2)).mean
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -16,14 +16,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen25_dir(models_dir: Path) -> Path:
-    """Transformers folder of a tiny Qwen2.5-VL, random weights."""
-    from qwen25 import build_tiny_qwen25
-
-    return build_tiny_qwen25(models_dir / "qwen25", seed=0)
-
-
-@pytest.fixture(scope="session")
 def start_vlm(_ray_session: None) -> Callable[[Path], Any]:
     """Starts the real Ray actor with a real vLLM engine, which takes some 15 seconds; whoever starts one ends it."""
     import ray

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.records import VlmExperience
+from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.inputs import mrope_positions
 from actors.vlm.rows import VlmBatch
 
@@ -27,7 +27,7 @@ def experience(seed: int, length: int, eos: int, count: int = 9) -> VlmExperienc
     tokens = np.append(rng.integers(0, 500, length - 1), eos).astype(np.int32)
     question = QUESTIONS[seed % len(QUESTIONS)]
     logprobs = rng.normal(-3, 1, length).astype(np.float32)
-    return VlmExperience(f"s{seed}", seed, question, frames(seed, count), 8.0, tokens, logprobs, 1.0)
+    return VlmExperience(f"s{seed}", seed, VideoQuestion(question, frames(seed, count), 8.0), tokens, logprobs, 1.0)
 
 
 def perturb_adapter(module: Any, seed: int, scale: float = 0.05) -> None:

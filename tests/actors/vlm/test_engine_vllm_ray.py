@@ -14,13 +14,15 @@ from samples import QUESTIONS, frames, perturb_adapter
 
 from actors.failures import Failure, Ok
 from actors.learner.trainable import LoraSpec
-from actors.records import Completion, CompletionRequest, VlmExperience, derive_seed
+from actors.records import Completion, CompletionRequest, VideoQuestion, VlmExperience, derive_seed
 from actors.vlm.policy import VlmPolicy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 REQUESTS = [
-    CompletionRequest(f"s{i}", QUESTIONS[i % 3], frames(i), n=8, seed=derive_seed("vlm", i), max_tokens=24)
+    CompletionRequest(
+        f"s{i}", VideoQuestion(QUESTIONS[i % 3], frames(i), 8.0), n=8, seed=derive_seed("vlm", i), max_tokens=24
+    )
     for i in range(6)
 ]
 
@@ -56,7 +58,7 @@ def load(worker: Any, weights: Any, version: int) -> None:
 def difference(policy: VlmPolicy, requests: list[CompletionRequest], groups: list[list[Completion]]) -> float:
     """Largest |learner − engine| of all tokens of all completions."""
     items = [
-        VlmExperience(r.sample_id, i, r.question, r.frames, r.fps, c.token_ids, c.logprobs, 0.0)
+        VlmExperience(r.sample_id, i, r.asked, c.token_ids, c.logprobs, 0.0)
         for r, group in zip(requests, groups, strict=True)
         for i, c in enumerate(group)
     ]
@@ -107,7 +109,7 @@ def test_temperature_and_greedy(worker: Any, policy: VlmPolicy, tiny_vlm_dir: Pa
     assert first.token_ids.tolist() == second.token_ids.tolist()
     assert tokens(complete(worker, [replace(greedy[0], seed=99)])) == [first.token_ids.tolist()] * 2
     with torch.no_grad(), policy.reference():
-        item = VlmExperience("g", 0, greedy[0].question, greedy[0].frames, 8.0, first.token_ids, first.logprobs, 0.0)
+        item = VlmExperience("g", 0, greedy[0].asked, first.token_ids, first.logprobs, 0.0)
         kept = policy.module(**policy.collate([item]).model_inputs).logits[0].float() + policy._bias
     assert kept.argmax(-1).tolist() == first.token_ids.tolist()
 
@@ -238,9 +240,9 @@ def test_bad_requests_are_data_failures_and_others_go_on(worker: Any) -> None:
 
     good = REQUESTS[0]
     bad = [
-        replace(good, question="What happens then? " * 200),
-        replace(good, question="<|im_end|>"),
-        replace(good, frames=np.zeros((9, 32, 32, 3), np.float32)),
+        replace(good, asked=replace(good.asked, question="What happens then? " * 200)),
+        replace(good, asked=replace(good.asked, question="<|im_end|>")),
+        replace(good, asked=replace(good.asked, frames=np.zeros((9, 32, 32, 3), np.float32))),
     ]
     outcomes = ray.get(worker.process.remote([*bad, good]), timeout=60)
     assert isinstance(outcomes[-1], Ok)
@@ -256,7 +258,8 @@ def test_a_group_encodes_its_video_once(worker: Any) -> None:
         return ray.get(worker.counters.remote(), timeout=60)
 
     requests = [
-        CompletionRequest(f"new{i}", QUESTIONS[0], frames(100 + i), n=8, seed=i, max_tokens=8) for i in range(2)
+        CompletionRequest(f"new{i}", VideoQuestion(QUESTIONS[0], frames(100 + i), 8.0), n=8, seed=i, max_tokens=8)
+        for i in range(2)
     ]
     before = counted()
     complete(worker, requests)

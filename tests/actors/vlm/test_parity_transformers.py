@@ -6,6 +6,7 @@ model where there is an adapter. Models: the paper's Qwen2.5-VL and our Qwen3-VL
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,7 @@ from samples import QUESTIONS, SIZES, frames, perturb_adapter, text_batch
 from torch import Tensor
 
 from actors.learner.trainable import LoraSpec
-from actors.records import VlmExperience
-from actors.vlm.inputs import VideoQuestion
+from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.policy import VlmPolicy
 from pipeline.models import resolve_model
 
@@ -61,8 +61,13 @@ def items_of(policy: VlmPolicy) -> list[VlmExperience]:
         video = np.random.default_rng(i).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
         tokens = completion(policy, i, length)
         zeros = np.zeros(length, np.float32)
-        items.append(VlmExperience(f"s{i}", i, QUESTIONS[i % 3], video, fps, tokens, zeros, 1.0))
+        items.append(VlmExperience(f"s{i}", i, VideoQuestion(QUESTIONS[i % 3], video, fps), tokens, zeros, 1.0))
     return items
+
+
+def about(item: VlmExperience) -> tuple[str, np.ndarray, float]:
+    """Return the question, frames and rate of ``item``, as the plain model takes them."""
+    return item.asked.question, item.asked.frames, item.asked.fps
 
 
 def ours(policy: VlmPolicy, items: list[VlmExperience]) -> list[Tensor]:
@@ -79,7 +84,7 @@ def test_video_logprobs_equal_plain_transformers_alone_and_padded(load, name: st
     together = ours(policy, items)
     error = 0.0
     for item, row in zip(items, together, strict=True):
-        expected = plain.logprobs(item.question, item.frames, item.fps, item.token_ids, vllm_positions=name == QWEN25)
+        expected = plain.logprobs(*about(item), item.token_ids, vllm_positions=name == QWEN25)
         (alone,) = ours(policy, [item])
         assert alone.shape == row.shape == expected.shape
         error = max(error, float((alone - expected).abs().max()), float((row - expected).abs().max()))
@@ -111,8 +116,8 @@ def test_prompt_tokens_pixels_and_positions_are_plain_transformers(load, name: s
     policy, plain = load(name, False)
     parted = []
     for item in items_of(policy):
-        encoded = policy._prompts.encode([VideoQuestion(item.question, item.frames, item.fps)])[0]
-        stock = plain.prompt(item.question, item.frames, item.fps)
+        encoded = policy._prompts.encode([item.asked])[0]
+        stock = plain.prompt(*about(item))
         assert torch.equal(encoded.input_ids, stock["input_ids"][0])
         assert torch.equal(encoded.pixel_values, stock["pixel_values_videos"])
         assert torch.equal(encoded.grid_thw, stock["video_grid_thw"])
@@ -131,7 +136,7 @@ def test_qwen25_stock_positions_would_be_seen(load) -> None:
     """The correction matters: with transformers' positions the log-probabilities are off by orders of magnitude more."""
     policy, plain = load(QWEN25, False)
     item = items_of(policy)[2]
-    stock = plain.logprobs(item.question, item.frames, item.fps, item.token_ids)
+    stock = plain.logprobs(*about(item), item.token_ids)
     assert (ours(policy, [item])[0] - stock).abs().max() > 100 * TOLERANCE
 
 
@@ -139,7 +144,7 @@ def test_qwen25_stock_positions_would_be_seen(load) -> None:
 def test_temperature_divides_plain_logits(folders: dict[str, str], temperature: float) -> None:
     policy, plain = VlmPolicy.load(folders["qwen3-vl"], temperature=temperature), PlainModel(folders["qwen3-vl"])
     item = items_of(policy)[0]
-    expected = plain.logprobs(item.question, item.frames, item.fps, item.token_ids, temperature)
+    expected = plain.logprobs(*about(item), item.token_ids, temperature)
     assert (ours(policy, [item])[0] - expected).abs().max() <= TOLERANCE
 
 
@@ -184,5 +189,5 @@ def test_frames_of_the_samples_reach_the_model(load) -> None:
     """The video is no decoration: another one changes every log-probability."""
     policy, _ = load("shipped", False)
     item = items_of(policy)[0]
-    other = VlmExperience("o", 0, item.question, frames(99), item.fps, item.token_ids, item.rollout_logprobs, 0.0)
+    other = replace(item, asked=replace(item.asked, frames=frames(99)))
     assert (ours(policy, [item])[0] - ours(policy, [other])[0]).abs().max() > 1e-3

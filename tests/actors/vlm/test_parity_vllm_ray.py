@@ -16,8 +16,7 @@ from samples import QUESTIONS, SIZES, perturb_adapter, text_batch
 
 from actors.failures import Ok
 from actors.learner.trainable import LoraSpec
-from actors.records import CompletionRequest, VlmExperience, derive_seed
-from actors.vlm.inputs import VideoQuestion
+from actors.records import CompletionRequest, VideoQuestion, VlmExperience, derive_seed
 from actors.vlm.policy import VlmPolicy
 from actors.weights import pack, send
 
@@ -30,7 +29,9 @@ def request_of(i: int, temperature: float) -> CompletionRequest:
     count, height, width, fps = SIZES[i]
     video = np.random.default_rng(50 + i).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
     seed = derive_seed("parity", i)
-    return CompletionRequest(f"s{i}", QUESTIONS[i % 3], video, 3, seed, temperature, max_tokens=6 + 9 * i, fps=fps)
+    return CompletionRequest(
+        f"s{i}", VideoQuestion(QUESTIONS[i % 3], video, fps), 3, seed, temperature, max_tokens=6 + 9 * i
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,7 @@ def test_video_logprobs_equal_vllms_alone_and_padded(start: Any, name: str, lora
     for request, (outcome,) in zip(requests, outcomes, strict=True):
         assert isinstance(outcome, Ok), outcome
         for i, c in enumerate(outcome.value):
-            about = (request.sample_id, i, request.question, request.frames, request.fps)
-            items.append(VlmExperience(*about, c.token_ids, c.logprobs, 0.0))
+            items.append(VlmExperience(request.sample_id, i, request.asked, c.token_ids, c.logprobs, 0.0))
     engine = policy.rollout_logprobs(items)
     with torch.no_grad():
         out = policy.forward(policy.collate(items))
@@ -114,7 +114,7 @@ def test_qwen25_video_positions_are_vllms(start: Any) -> None:
         (outcome,) = ray.get(worker.process.remote([request]), timeout=60)
         assert isinstance(outcome, Ok)
         tokens, positions = ray.get(worker.positions.remote(), timeout=60)[-1]
-        encoded = policy._prompts.encode([VideoQuestion(request.question, request.frames, request.fps)])[0]
+        encoded = policy._prompts.encode([request.asked])[0]
         length = len(encoded.input_ids)
         assert tokens[:length] == encoded.input_ids.tolist()
         assert np.array_equal(positions[:, :length], encoded.positions.numpy())
@@ -128,7 +128,8 @@ def test_qwen25_stock_positions_would_be_seen(start: Any) -> None:
     request = request_of(2, 1.0)
     (outcome,) = ray.get(worker.process.remote([request]), timeout=60)
     for completion in outcome.value:
-        about = (request.question, request.frames, request.fps, completion.token_ids)
+        asked = request.asked
+        about = (asked.question, asked.frames, asked.fps, completion.token_ids)
         engine = torch.from_numpy(np.array(completion.logprobs))
         assert (plain.logprobs(*about, vllm_positions=True) - engine).abs().max() <= TOLERANCE
         assert (plain.logprobs(*about) - engine).abs().max() > 100 * TOLERANCE

@@ -15,7 +15,7 @@ from samples import QUESTIONS, experience, frames, perturb_adapter
 
 from actors.failures import BadSampleError
 from actors.learner.trainable import LoraSpec, Trainable, trainable_parameters
-from actors.records import VlmExperience
+from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.inputs import mrope_positions
 from actors.vlm.policy import VlmPolicy
 from actors.vlm.prompt import VIDEO_PLACEHOLDER, parse_caption, render_prompt
@@ -82,7 +82,7 @@ def test_export_is_an_adapter_that_peft_and_we_load(
     policy.export(tmp_path / "adapter")
     peft, item = PlainModel(tiny_vlm_dir, tmp_path / "adapter"), items[0]
     ours, _ = padded(policy, [item])
-    expected = peft.logprobs(item.question, item.frames, item.fps, item.token_ids)
+    expected = peft.logprobs(item.asked.question, item.asked.frames, item.asked.fps, item.token_ids)
     assert (expected - ours[0]).abs().max() <= 1e-5
     again = VlmPolicy.load(tiny_vlm_dir, adapter=tmp_path / "adapter", lora=LORA)
     assert torch.equal(padded(again, items)[0], padded(policy, items)[0])
@@ -100,15 +100,16 @@ def test_full_export_loads_as_a_model(tmp_path: Path, tiny_vlm_dir: Path, items:
 def test_sft_loss_falls(tiny_vlm_dir: Path) -> None:
     policy = VlmPolicy.load(tiny_vlm_dir)
     answer = "<think> the ball fell </think><ans> the ball rises </ans>"
-    batch = [(frames(0), QUESTIONS[0], answer), (frames(1), QUESTIONS[1], answer.replace("rises", "fades"))]
+    asked = [VideoQuestion(QUESTIONS[i], frames(i), 8.0) for i in range(2)]
+    batch = list(zip(asked, (answer, answer.replace("rises", "fades")), strict=True))
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=3e-3)
     losses = []
     for _ in range(6):
-        loss, metrics = policy.sft_loss(batch)
+        loss = policy.sft_loss(batch)
         optimizer.zero_grad()
-        loss.backward()
+        loss.mean.backward()
         optimizer.step()
-        losses.append(metrics["loss"])
+        losses.append(loss.metrics["loss"])
     assert losses[-1] < 0.7 * losses[0]
     tokens = policy.answer_tokens(answer)
     assert tokens[-1] == policy.eos_token_id
@@ -150,7 +151,7 @@ def test_unusable_frames_settings_and_folders_are_named(
 ) -> None:
     for bad in (frames(0)[:1], frames(0).astype(np.float32), frames(0)[:, :0]):
         with pytest.raises(BadSampleError, match="frame"):
-            policy.collate([replace(items[0], frames=bad)])
+            policy.collate([replace(items[0], asked=replace(items[0].asked, frames=bad))])
     with pytest.raises(BadSampleError, match="empty"):
         policy.collate([replace(items[0], token_ids=np.array([], np.int32))])
     with pytest.raises(ValueError, match="temperature"):

@@ -11,7 +11,7 @@ import torch
 from samples import QUESTIONS, experience, frames, perturb_adapter
 
 from actors.learner.trainable import LoraSpec
-from actors.records import VlmExperience
+from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.policy import VlmPolicy
 
 LENGTHS = ((5, 12, 1), (8,), (3, 7))  # completions of three prompts, of other sizes
@@ -28,7 +28,9 @@ def groups(eos: int) -> list[VlmExperience]:
                 (
                     i,
                     replace(
-                        item, sample_id=f"p{prompt}", question=QUESTIONS[prompt], frames=frames(prompt, *VIDEOS[prompt])
+                        item,
+                        sample_id=f"p{prompt}",
+                        asked=VideoQuestion(QUESTIONS[prompt], frames(prompt, *VIDEOS[prompt]), 8.0),
                     ),
                 )
             )
