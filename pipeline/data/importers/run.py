@@ -122,7 +122,7 @@ def run_import(
     if not clips.is_dir():
         raise DataError(f"clips folder {clips} does not exist")
     progress = _Progress(ImportReport(out))
-    report, used, console = progress.report, progress.used, Console()
+    report, used, console = progress.report, progress.used, terminal.console()
     whole = None if plan is None else import_plan(plan, clips, spec)
     with ShardWriter(out, plan=whole, progress=progress.take) as writer:
         rest = iter(items)
