@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -407,7 +407,7 @@ def _check_complete(container: av.container.InputContainer, stream: av.VideoStre
 
 def frames_of(
     container: av.container.InputContainer, stream: av.VideoStream, part: Part, limits: VideoLimits
-) -> Iterator[tuple[av.VideoFrame, float]]:
+) -> Generator[tuple[av.VideoFrame, float], None, None]:
     """Yield the frames of ``part`` in the order in which they are shown, and when (s); raises DataError at a damaged one.
 
     The stream was just opened. What stands before the first key frame cannot be decoded, and is passed over.
