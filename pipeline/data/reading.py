@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ TIME_TOLERANCE_S = 1e-3  # containers that count in milliseconds round their tim
 COMPLETE = 0.9  # of what a file says it holds; with less, it is cut off
 STEPS_BACK_S = (0.0, 5.0, 30.0)  # before the wanted time, where a seek for it went too far
 
+_FAR_S = 1e9  # later than any picture
 _NO_INDEX = {"mpegts", "mpeg"}  # after a seek, some of their times are guesses
 _STATES_DURATION = {
     "avi",
@@ -144,9 +145,10 @@ def _rank(
     """
     packets = dict.fromkeys((stream.index for stream in films), 0)
     clock = _Clock(limits)
-    for packet in container.demux(films):
+    for packet in _packets(container):
         clock.check()
-        packets[packet.stream.index] += bool(packet.size)
+        if packet.stream.index in packets:
+            packets[packet.stream.index] += bool(packet.size)
         if min(packets.values()) > 1:
             break
 
@@ -159,6 +161,14 @@ def _rank(
         return (1, packets[stream.index] > 1, moving, default, context.width * context.height)
 
     return rank
+
+
+def _packets(container: av.container.InputContainer) -> Iterator[av.Packet]:
+    """Yield the packets of the streams that were there when the file was opened, those that flush decoders last."""
+    try:
+        yield from container.demux()
+    except IndexError:  # PyAV may want to flush a stream that appeared on the way; it comes behind all others
+        return
 
 
 def _ready(stream: av.VideoStream, guard: dict[str, str], limits: VideoLimits) -> av.VideoStream:
@@ -242,12 +252,16 @@ def _guesses(source: Source, limits: VideoLimits, before: list[float]) -> list[P
             return [Part(seek=second) for second in before]
         keys: list[tuple[int, float]] = []
         clock = _Clock(limits)
-        for number, packet in enumerate(container.demux(stream) if before else ()):
+        number = 0
+        for packet in _packets(container) if before else ():
             clock.check()
+            if packet.stream.index != stream.index:
+                continue
             if packet.is_keyframe and packet.pts is not None:
                 keys.append((number, float(packet.pts * stream.time_base)))
                 if keys[-1][1] > before[0] + 1.0:
                     break
+            number += 1
     last = [max((number for number, shown in keys if shown <= second), default=0) for second in before]
     return [Part(skip=number) for number in last if number]
 
@@ -255,9 +269,10 @@ def _guesses(source: Source, limits: VideoLimits, before: list[float]) -> list[P
 def _enter(container: av.container.InputContainer, stream: av.VideoStream, part: Part) -> Iterator[av.Packet]:
     """Yield the packets of all streams from where reading begins; the container was just opened."""
     if part.seek is not None:
-        container.seek(math.floor(part.seek / stream.time_base), stream=stream, backward=True)
+        place = math.floor(min(part.seek, _FAR_S) / stream.time_base)  # ffmpeg counts in 64 bits
+        container.seek(place, stream=stream, backward=True)
     skip = part.skip
-    for packet in container.demux():
+    for packet in _packets(container):
         if packet.stream.index == stream.index and skip:
             skip -= 1
             continue
@@ -392,7 +407,7 @@ def _check_complete(container: av.container.InputContainer, stream: av.VideoStre
 
 def frames_of(
     container: av.container.InputContainer, stream: av.VideoStream, part: Part, limits: VideoLimits
-) -> Iterator[tuple[av.VideoFrame, float]]:
+) -> Generator[tuple[av.VideoFrame, float], None, None]:
     """Yield the frames of ``part`` in the order in which they are shown, and when (s); raises DataError at a damaged one.
 
     The stream was just opened. What stands before the first key frame cannot be decoded, and is passed over.

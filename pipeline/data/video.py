@@ -50,6 +50,7 @@ class VideoInfo:
     container: str
     rotation: int  # degrees counterclockwise that a player turns the coded picture
     mirrored: bool = False  # whether it is mirrored, left to right, after that
+    pace: float = 0.0  # frames per second where one follows another, pauses left out; ``fps`` where there are none
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -213,4 +214,13 @@ def probe(
     # N frames show N intervals; the last one's length is taken to be the mean of the others.
     seconds = span * len(times) / (len(times) - 1) if len(times) > 1 else 0.0
     fps = len(times) / seconds if seconds > 0 else 0.0
-    return VideoInfo(width, height, len(times), seconds, fps, codec, form, laid.rotation, laid.mirrored)
+    return VideoInfo(width, height, len(times), seconds, fps, codec, form, laid.rotation, laid.mirrored, _pace(times))
+
+
+def _pace(times: np.ndarray) -> float:
+    """Return frames per second over the intervals that are no pauses: at most one and a half times the median."""
+    intervals = np.diff(times)
+    intervals = intervals[intervals > 0]
+    if not len(intervals):
+        return 0.0
+    return 1 / float(intervals[intervals <= 1.5 * np.median(intervals)].mean())

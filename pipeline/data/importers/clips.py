@@ -113,9 +113,10 @@ def copy_clip(path: Path, start: float | None, end: float | None, spec: ClipSpec
     scale = min(1.0, spec.max_side / max(info.width, info.height))
     # Even sizes, because copies are yuv420p: small, and played everywhere.
     width, height = (max(2, 2 * round(side * scale / 2)) for side in (info.width, info.height))
+    # A clip with pauses is copied at the pace of its other frames, or these would be thinned out by the pauses' length.
     # Frames are spread from the first to the last one, so that n of them show n - 1 intervals.
     span = info.seconds * (info.frames - 1) / info.frames
-    count = min(spec.max_frames, round(span * min(spec.max_fps, info.fps)) + 1)
+    count = min(spec.max_frames, round(span * min(spec.max_fps, info.pace)) + 1)
     frames, seconds = decode_timed(path, count, height, width, spec.limits, start=start, end=end)
     fps = (count - 1) / seconds if count > 1 and seconds > 0 else 1.0
     return encode_mp4(frames, fps, near_lossless=False)

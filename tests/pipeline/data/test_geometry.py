@@ -148,8 +148,12 @@ def test_a_stream_may_say_itself_how_it_is_laid_down_and_goes_before_its_contain
 
 
 def test_the_scaled_picture_covers_every_size_to_the_last_pixel() -> None:
-    data = encode_mp4(np.full((1, 31, 47, 3), 200, np.uint8), 8.0)
-    for height, width in ((1, 1), (1, 97), (89, 1), (7, 11), (31, 47), (33, 50), (61, 93), (64, 97), (30, 46)):
+    """Some n are more than 49 · (n / 49) in floating point: the product is rounded, and not cut off."""
+    inexact = [size for size in range(2, 60) if int(49 * (size / 49)) < size]
+    assert inexact
+    data = encode_mp4(np.full((1, 49, 49, 3), 200, np.uint8), 8.0)
+    sizes = [(size, size) for size in inexact] + [(size, 2) for size in inexact] + [(2, size) for size in inexact]
+    for height, width in [*sizes, (1, 1), (1, 97), (89, 1), (49, 49), (50, 48), (98, 147)]:
         frame = decode_video(data, 1, height, width)[0]
         assert frame.shape == (height, width, 3)
         assert frame.min() > 190, "no edge is left empty"

@@ -139,6 +139,16 @@ def test_a_copy_lasts_as_long_as_its_part_whatever_the_rate(tmp_path: Path) -> N
         assert (probe(copy).frames, probe(copy).fps) == (30, pytest.approx(25, rel=1e-3))
 
 
+def test_a_copy_of_a_clip_that_pauses_keeps_every_picture(tmp_path: Path) -> None:
+    path = tmp_path / "screen.mkv"
+    path.write_bytes(encoded(6, "matroska", times=[0, 0.1, 0.2, 0.3, 3.0, 3.1], options={"crf": "1"}))
+    copy = copy_clip(path, None, None, ClipSpec())
+    assert (probe(copy).frames, probe(copy).fps) == (32, pytest.approx(10))
+    assert numbers(decode_video(copy, 32, 32, 64)) == [0, 1, 2] + [3] * 27 + [4, 5]
+    path.write_bytes(encoded(60, "matroska", times=[k / 30 for k in range(60)], options={"crf": "1"}))
+    assert probe(copy_clip(path, None, None, ClipSpec())).frames == 60, "milliseconds that are rounded are no pauses"
+
+
 @pytest.mark.parametrize(("told", "disk"), [("NFC", "NFD"), ("NFD", "NFC")])
 def test_names_are_found_in_another_unicode_form(told: str, disk: str, tmp_path: Path) -> None:
     """Macs write "é" as two code points, most other programs as one; a folder and its manifest often come from two."""

@@ -137,6 +137,37 @@ def test_times_that_go_back_are_refused() -> None:
         decode_video(data + data, 4, HEIGHT, WIDTH)
 
 
+def test_segments_whose_times_go_on_are_one_film_also_where_sound_begins_later() -> None:
+    """As a live stream's segments are joined; PyAV stumbles behind the last packet over a stream that appears on the way."""
+    quick = {**GOP, "bf": "0"}
+    second = io.BytesIO()
+    with (
+        av.open(io.BytesIO(encoded(30, "mpegts", options=quick, first=30))) as given,
+        av.open(second, "w", format="mpegts") as out,
+    ):
+        source = given.streams.video[0]
+        film, sound = out.add_stream_from_template(source), out.add_stream("mp2", rate=48_000)
+        for packet in (item for item in given.demux(source) if item.dts is not None):
+            packet.stream = film
+            out.mux(packet)
+        for index in range(50):
+            noise = av.AudioFrame.from_ndarray(np.zeros((1, 2 * 1152), np.int16), format="s16", layout="stereo")
+            noise.sample_rate, noise.pts = 48_000, 57_600 + 1152 * index
+            out.mux(sound.encode(noise))
+        out.mux(sound.encode(None))
+    joined = encoded(30, "mpegts", options=quick) + second.getvalue()
+    assert read(joined, 60) == [*range(30), *range(30)]
+    assert read(joined, 10, 1.6, 2.0) == list(range(10, 20))
+
+
+@pytest.mark.parametrize("name", ["mp4", "mkv", "mpegts", "avi mpeg4", "bare h264"])
+@pytest.mark.parametrize("start", [3.0, 1e9, 1e18, 1e300])
+def test_a_part_behind_the_end_is_refused(name: str, start: float) -> None:
+    for attempt in (lambda data: probe(data, start=start), lambda data: decode_video(data, 2, 8, 8, start=start)):
+        with pytest.raises(DataError, match="no frames between start and end"):
+            attempt(FILES[name]())
+
+
 def test_what_an_edit_list_leaves_out_is_neither_shown_nor_missed() -> None:
     """An mp4 trimmed in a player keeps its frames: here 43 of 60 are left out, and the index still counts them."""
     data = encoded(options=GOP)
