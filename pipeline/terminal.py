@@ -26,14 +26,12 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from pipeline.text import printable
-
-ROOMS = ("actors", "cluster", "pipeline", "rewards")
-"""The packages whose words are ours."""
+from cluster.session import PACKAGES
+from pipeline.text import printable, redacted
 
 SHOW_ALL = "VANS_SHOW_LIBRARIES"
 FILE = "libraries.log"
-TAIL_LINES = 20
+TAIL_LINES, TAIL_BYTES = 20, 1 << 16
 
 
 class _LogFile(io.FileIO):
@@ -79,11 +77,11 @@ class LibraryLog:
         self.path, self._temporary, self._begin = folder / FILE, False, begin
 
     def said(self) -> list[str]:
-        """Return the lines that libraries printed during this command."""
+        """Return the last lines that libraries printed during this command."""
         self.stream.flush()
         try:
             with self.path.open("rb") as file:
-                file.seek(self._begin)
+                file.seek(max(self._begin, file.seek(0, os.SEEK_END) - TAIL_BYTES))
                 return file.read().decode("utf-8", "backslashreplace").splitlines()
         except OSError:
             return []
@@ -95,7 +93,9 @@ class LibraryLog:
             self._wanted = True
             note = f"other libraries' output is in {self.path}"
             if tail:
-                note += "; its last lines:\n" + "\n".join(f"  {printable(line)}" for line in lines[-TAIL_LINES:])
+                note += "; its last lines:\n" + "\n".join(
+                    f"  {redacted(printable(line))}" for line in lines[-TAIL_LINES:]
+                )
             error.add_note(note)
 
     def close(self) -> None:
@@ -208,7 +208,7 @@ def _redirected(log: LibraryLog, stream: TextIO, handle: int) -> TextIO:
 def _foreign(log: LibraryLog) -> logging.Handler:
     handler = logging.StreamHandler(log.stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler.addFilter(lambda record: record.name.split(".")[0] not in ROOMS)
+    handler.addFilter(lambda record: record.name.split(".")[0] not in PACKAGES)
     return handler
 
 
@@ -219,7 +219,7 @@ class _OurWarnings(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.split(".")[0] not in ROOMS and not (record.exc_info and _is_ours(record.exc_info[2])):
+        if record.name.split(".")[0] not in PACKAGES and not (record.exc_info and _is_ours(record.exc_info[2])):
             return
         try:
             _show(self.format(record))
@@ -245,4 +245,4 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 def _is_ours(found: TracebackType | None) -> bool:
     names = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(found))
-    return any(str(name).split(".")[0] in ROOMS for name in names)
+    return any(str(name).split(".")[0] in PACKAGES for name in names)
