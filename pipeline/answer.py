@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from actors.records import Clip, Completion, CompletionRequest, Sample, derive_seed
 from cluster.errors import DataError, VansError
+from pipeline import terminal
 from pipeline.config import RunConfig
 from pipeline.data.video import decode_timed, decode_video, encode_mp4
 from pipeline.evaluate.sheets import Strip, contact_sheet
@@ -47,7 +47,7 @@ def run_answer(
     seed: int = 0,
 ) -> list[VideoAnswer]:
     """Answer ``questions`` about ``video``; writes mp4 files and a contact sheet beside ``out`` and prints the captions."""
-    console = Console()
+    console = terminal.console()
     sample = load_video(config, video)
     answers = asyncio.run(_answer(config, sample, list(questions), answer_paths(out, len(questions)), vlm, vdm, seed))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from cluster.errors import VansError
 from cluster.manifests.run import Site
+from pipeline import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _SITE = Site()  # the defaults of `vans manifests`
 
@@ -31,20 +34,43 @@ class _Group(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            Console(stderr=True).print("stopped by Ctrl-C", highlight=False)
+            terminal.console(stderr=True).print("stopped by Ctrl-C", highlight=False)
             raise SystemExit(EXIT_CTRL_C) from None
         except RunStopped as stopped:
-            Console(stderr=True).print(str(stopped), highlight=False, markup=False, soft_wrap=True)
+            terminal.console(stderr=True).print(str(stopped), highlight=False, markup=False, soft_wrap=True)
             raise SystemExit(stopped.exit_code) from None
         except VansError as error:
             from pipeline.text import in_markup, redacted
 
-            told = in_markup(redacted(str(error)))
-            Console(stderr=True).print(f"[bold red]error:[/] {told}", highlight=False, soft_wrap=True)
+            told, screen = in_markup(redacted(str(error))), terminal.console(stderr=True)
+            screen.print(f"[bold red]error:[/] {told}", highlight=False, soft_wrap=True)
+            for note in getattr(error, "__notes__", ()):
+                screen.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
             raise SystemExit(EXIT_USER_ERROR) from None
 
 
-app = typer.Typer(
+class _Command(typer.core.TyperCommand):
+    """Send what other libraries print to a log file, which an error names; usage and help are printed outside of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        name = f"vans{ctx.command_path.removeprefix(ctx.find_root().command_path)}"
+        with terminal.library_log(name) as log:
+            try:
+                return super().invoke(ctx)
+            except typer.Exit:
+                raise
+            except Exception as error:
+                if log is not None:
+                    log.explain(error, tail=not isinstance(error, VansError))
+                raise
+
+
+class _Program(typer.Typer):
+    def command(self, *args: Any, **options: Any) -> Any:
+        return super().command(*args, cls=_Command, **options)
+
+
+app = _Program(
     name="vans",
     cls=_Group,
     no_args_is_help=True,
@@ -54,13 +80,24 @@ app = typer.Typer(
     help="Answer questions about a video with a video: align a vision-language model and a video diffusion model by "
     "Joint-GRPO, on Ray.\n\nStart with `vans doctor`, then `vans demo`.",
 )
-data = typer.Typer(
+data = _Program(
     cls=_Group,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Make, import and inspect datasets of Parquet shards.",
 )
 app.add_typer(data, name="data")
+
+
+def _print(text: str) -> None:
+    """Print ``text`` as it is: nothing is wrapped or coloured."""
+    terminal.console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _console(width: int) -> Console:
+    """Return the console of standard output, ``width`` columns wide where that is no terminal."""
+    console = terminal.console()
+    return console if console.is_terminal else terminal.console(width=width)
 
 
 def _local(text: str) -> Path:
@@ -186,9 +223,9 @@ def plan(
     rates = rates_of(hardware, card, tflops=tflops)
     found = make_plan(run, hardware, rates, load_models(run), read_run(measured, run) if measured else None)
     if as_json:
-        print(json.dumps(values(found), indent=1))
+        _print(json.dumps(values(found), indent=1))
     else:
-        show(found, Console() if sys.stdout.isatty() else Console(width=PLAN_WIDTH))
+        show(found, _console(PLAN_WIDTH))
     raise typer.Exit(0 if found.fits else 1)
 
 
@@ -215,14 +252,14 @@ def status(
     from pipeline.control.show import tables
     from pipeline.control.show import watch as watch_run
 
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = _console(120)
     with open_run(run, address) as client:
         if watch and not as_json:
             watch_run(client, console)
             return
         view, age_s = client.view()
         if as_json:
-            print(json.dumps(json.loads(view.to_json()) | {"age_s": round(age_s, 1)}))
+            _print(json.dumps(json.loads(view.to_json()) | {"age_s": round(age_s, 1)}))
         else:
             console.print(tables(view, age_s))
 
@@ -245,9 +282,9 @@ def profile(
 
     profiles = read_profiles(run, last)
     if as_json:
-        print(json.dumps([found.as_json() for found in profiles]))
+        _print(json.dumps([found.as_json() for found in profiles]))
     else:
-        (Console() if sys.stdout.isatty() else Console(width=120)).print(tables(profiles))
+        _console(120).print(tables(profiles))
 
 
 @app.command()
@@ -266,7 +303,7 @@ def scale(
     wanted = parse_sizes(sizes)
     with open_run(run, address) as client:
         for line in client.scale(wanted, timeout).lines():
-            Console(soft_wrap=True).print(line, highlight=False, markup=False)
+            _print(line)
 
 
 @app.command()
@@ -308,7 +345,7 @@ def manifests(
         time_limit=time_limit,
     )
     for path in write_manifests(config, overrides or [], kind, out, site):  # type: ignore[arg-type]
-        Console(soft_wrap=True).print(f"wrote {path}", highlight=False, markup=False)
+        _print(f"wrote {path}")
 
 
 @app.command()
@@ -433,7 +470,7 @@ def reproduce(
     words = ["vans reproduce", f"--seeds {seeds}", f"--out {out}", *(f"--row {key}" for key in row or ())]
     words += [f"--experiment {experiment}"] * (experiment != "table") + [f"--split {split}"] * (split != "test")
     words += ["--quick"] * quick
-    console = Console()
+    console = terminal.console()
     report = run_table(
         quickened(chosen) if quick else chosen,
         out,
@@ -486,7 +523,7 @@ def data_toy(
     from pipeline.location import parse_location
 
     counts = write_toy(out, train=train, test=test, seed=seed, sft=sft, artist=sft)
-    Console().print(
+    terminal.console().print(
         f"wrote {', '.join(f'{count} {split}' for split, count in counts.items())} samples to {out}\n"
         f"look at them with: vans data inspect {parse_location(out) / 'train'}",
         highlight=False,

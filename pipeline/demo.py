@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import VansError
+from pipeline import terminal
 from pipeline.config import RunConfig, load_config
 from pipeline.data.toy.shards import ensure_toy
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.run import write_report
 from pipeline.evaluate.table import METRICS
 from pipeline.models import ASSETS
+from pipeline.progress import waiting
 from pipeline.setup import install_seconds
 from pipeline.text import file_slug, redacted
 from pipeline.train import SYSTEMS, RunReport, run_training
@@ -34,13 +36,13 @@ HEADLINES = ("rouge_l", "clip_v", "clip_t", "follow", "faithful", "event", "draw
 
 def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """Run the demo into ``out`` and return its summary. Raises VansError when a promise of the demo did not come true."""
-    console = Console()
+    console = terminal.console()
     started = time.monotonic()
     config = demo_config(out, seed, quick)
     if earlier := set_aside(out):
         console.print(f"the earlier demo is now in {earlier}", highlight=False, markup=False)
     console.rule("[bold]VANS on Ray: answering questions about a video with a video")
-    with console.status("making the toy world"):
+    with waiting(console, "making the toy world"):
         ensure_toy(out / "data", train=TRAIN_SAMPLES, test=TEST_SAMPLES, seed=seed)
     console.print(
         f"toy world: {TRAIN_SAMPLES} questions to learn from, {TEST_SAMPLES} held out ({out / 'data'})",

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline import terminal
+
 Status = Literal["works", "weak", "broken"]
 GIB = 2**30
 REINSTALL = "run `make setup`; if that changes nothing, `make clean` first"
@@ -117,7 +119,7 @@ def run_doctor(runs: Path = Path("runs"), probes: tuple[Probe, ...] = PROBES) ->
 
 def print_report(checks: list[Check], console: Console | None = None) -> bool:
     """Print the checks as a table with a cure under each that needs one; returns False where something is broken."""
-    console = console or Console()
+    console = console or terminal.console()
     table = Table(title="vans doctor", title_justify="left", show_header=False, pad_edge=False, box=None)
     for check in checks:
         detail = escape(check.detail)

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from cluster.errors import VansError
+from pipeline import terminal
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -122,7 +123,7 @@ def stop_on_signals(told: Callable[[StopRequest], str]) -> Iterator[StopRequest]
         if request:
             os._exit(128 + number)  # a local Ray ends with this process, a joined one ends its actors
         heard = f"\n{signal.Signals(number).name}: stopping; a second signal ends the run at once\n"
-        os.write(2, heard.encode())  # not print: the signal may have come in the middle of one
+        terminal.alert(heard)  # not print: the signal may have come in the middle of one
         request.ask(signal.Signals(number))
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +17,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.spinner import Spinner
+
+from pipeline import terminal
 
 LOG_EVERY_S = 10.0
 
@@ -63,15 +67,38 @@ def bars(console: Console) -> Iterator[Callable[..., Bar]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    shown = Progress(*columns, console=console) if console.is_terminal else None
-    with shown or nullcontext():
+    with terminal.drawing(console) as redirect:
+        shown = (
+            Progress(*columns, console=console, redirect_stdout=redirect, redirect_stderr=redirect)
+            if console.is_terminal
+            else None
+        )
+        with shown or nullcontext():
 
-        def new(title: str, total: int | None, done: int = 0) -> Bar:
-            item = Bar(console, shown, title, total)
-            item._done = done
-            return item
+            def new(title: str, total: int | None, done: int = 0) -> Bar:
+                item = Bar(console, shown, title, total)
+                item._done = done
+                return item
 
-        yield new
+            yield new
+
+
+@contextmanager
+def waiting(console: Console, text: str) -> Iterator[None]:
+    """Show ``text`` in a terminal for as long as the block takes."""
+    spinner = Spinner("dots", text=text, style="status.spinner")
+    with (
+        terminal.drawing(console) as redirect,
+        Live(
+            spinner,
+            console=console,
+            refresh_per_second=12.5,
+            transient=True,
+            redirect_stdout=redirect,
+            redirect_stderr=redirect,
+        ),
+    ):
+        yield
 
 
 @contextmanager

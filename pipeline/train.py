@@ -20,6 +20,7 @@ from actors.learner.trainable import LoraSpec
 from actors.records import Sample, derive_seed
 from actors.weights import BroadcastSpec
 from cluster.errors import CheckpointError, ConfigError, TrainingError
+from pipeline import terminal
 from pipeline.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -40,7 +41,7 @@ from pipeline.evaluate.table import EvaluationTable
 from pipeline.fleet import LEARNER, Fleet, at_rest, cluster_session, placement_plan, serve_trained
 from pipeline.interrupt import StopRequest, stop_on_signals
 from pipeline.models import resolve_adapter, resolve_model
-from pipeline.progress import bar, step_note
+from pipeline.progress import bar, step_note, waiting
 from pipeline.sources import training_source
 from pipeline.stages.alarms import AlarmWatch, alarm_lines, alarm_tags
 from pipeline.stages.all_in_one import AllInOne
@@ -83,7 +84,7 @@ def run_training(
     Raises ConfigError, DataError, StorageError, CheckpointError or PlacementError before anything is trained, TrainingError or
     CheckpointWriteError later; RunStopped where SIGINT or SIGTERM ends it, after a checkpoint where a stage was being trained.
     """
-    console = console or Console()
+    console = console or terminal.console()
     require_trainable(config)
     mirror = mirror_of(config)
     checkpoint = _starting_point(config, resume, mirror)
@@ -91,6 +92,7 @@ def run_training(
     for role in ("vlm", "vdm", "clip"):
         resolve_model(getattr(config.models, role), role)  # type: ignore[arg-type]
     config.out.mkdir(parents=True, exist_ok=True)
+    terminal.keep_log_in(config.out)
     (config.out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     if mirror is not None:
         mirror.describe(to_yaml(config))
@@ -137,7 +139,7 @@ def has_checkpoint(config: RunConfig) -> bool:
 
 def print_plan(config: RunConfig) -> None:
     """Print the resolved configuration and what it asks of the cluster."""
-    console = Console()
+    console = terminal.console()
     console.print(to_yaml(config), highlight=False, markup=False)
     plan = placement_plan(config)
     console.print(plan.table(), highlight=False, markup=False)
@@ -206,7 +208,7 @@ class _Run:
             if state.mlflow_run_ids.get("parent") == self.tracker.run_id:
                 self.run_ids |= state.mlflow_run_ids
             self._offer_earlier(state)
-        with self.console.status("starting the pools (vLLM engine, artist, scorers)"):
+        with waiting(self.console, "starting the pools (vLLM engine, artist, scorers)"):
             samples = asyncio.create_task(asyncio.to_thread(load_samples, self.config)) if evaluate else None
             fleet_context = supervised_fleet(self.config)
             fleet = await fleet_context.__aenter__()
@@ -370,7 +372,7 @@ class _Run:
             for i, policy in enumerate(stage.policies)
         }
         try:
-            with self.console.status(f"starting the {' and the '.join(learners)} learner ({ranks} ranks)"):
+            with waiting(self.console, f"starting the {' and the '.join(learners)} learner ({ranks} ranks)"):
                 async with at_rest(fleet):
                     await asyncio.gather(*(learner.start() for learner in learners.values()))
             yield learners

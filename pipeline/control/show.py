@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import terminal
 from pipeline.control.client import FRESH_S, RunClient
 from pipeline.control.snapshot import NO_ROOM, PoolView, Resize, RunView
 
@@ -27,7 +28,10 @@ STYLES = {
 
 def watch(client: RunClient, console: Console) -> None:
     """Show the pools until Ctrl-C; the run's end is a ControlError."""
-    with Live(console=console, auto_refresh=False) as live:
+    with (
+        terminal.drawing(console) as redirect,
+        Live(console=console, auto_refresh=False, redirect_stdout=redirect, redirect_stderr=redirect) as live,
+    ):
         try:
             while True:
                 live.update(tables(*client.view()), refresh=True)

@@ -13,6 +13,7 @@ from rich.markdown import Markdown
 from actors.records import Sample
 from actors.scoring.video import TorchScriptExtractor, VideoExtractor
 from cluster.errors import ConfigError
+from pipeline import terminal
 from pipeline.config import RunConfig
 from pipeline.data.source import SampleSource
 from pipeline.evaluate.predict import answer_samples
@@ -41,7 +42,7 @@ def run_evaluation(
     baseline and system, by name; by default the first and the last. What can be wrong with them is found before
     anything is started.
     """
-    console = Console()
+    console = terminal.console()
     read = read_systems(predictions)
     if compare is not None:
         check_compared(compare, list(read) or [PAIR])
@@ -49,6 +50,8 @@ def run_evaluation(
     if fvd_extractor is not None:
         name, file = named(fvd_extractor)
         video = TorchScriptExtractor(file, name)
+    out.mkdir(parents=True, exist_ok=True)
+    terminal.keep_log_in(out)
     with cluster_session(config):
         table = asyncio.run(_evaluate(config, out, read, video, compare, console))
     console.print(Markdown(table.markdown()))

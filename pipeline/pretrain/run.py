@@ -24,7 +24,8 @@ from typing import Any
 from rich.console import Console
 
 from cluster.errors import TrainingError
-from pipeline.progress import Bar, bar, bars
+from pipeline import terminal
+from pipeline.progress import Bar, bar, bars, waiting
 
 SFT = "sft"
 LANES: tuple[tuple[str, ...], ...] = (("vae", "artist"), ("clip", "thinker"))
@@ -61,10 +62,11 @@ def pretrain(
     """Trains ``parts`` (a part needs the one before it in its lane, trained now or before) and writes vlm/, vdm/, clip/ and
     quality.json into ``out_dir``. Returns what quality.json holds. Raises TrainingError with the traceback of a part that failed.
     """
-    console = console or Console()
+    console = console or terminal.console()
     effort = effort or Effort()
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    terminal.keep_log_in(out)
     started = time.monotonic()
     quality: dict[str, Any] = _read(out / "quality.json")
     context = multiprocessing.get_context("spawn")
@@ -157,7 +159,7 @@ def _fine_tune(out: Path, seed: int, effort: Effort, quality: dict[str, Any], co
     )
     with tempfile.TemporaryDirectory(prefix="vans-pretrain-") as scratch, connect():
         data = Path(scratch) / "data"
-        with console.status("writing the fine-tuning data as Parquet shards"):
+        with waiting(console, "writing the fine-tuning data as Parquet shards"):
             write_toy(data, train=1, test=0, seed=seed, sft=effort.sft_samples, artist=effort.sft_samples)
         for part, kind, split in (("thinker", "vlm", "sft"), ("artist", "vdm", "artist")):
             tuned = Path(scratch) / kind

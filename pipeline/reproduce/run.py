@@ -20,6 +20,7 @@ from rich.console import Console
 from actors.records import Sample
 from cluster.errors import ConfigError, TrainingError
 from cluster.session import connect
+from pipeline import terminal
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import RunConfig, config_digest, load_config
 from pipeline.data.toy.shards import ensure_toy
@@ -30,6 +31,7 @@ from pipeline.evaluate.table import EvaluationTable
 from pipeline.fleet import Fleet, open_fleet, serve_trained
 from pipeline.interrupt import stop_on_signals
 from pipeline.models import resolve_model
+from pipeline.progress import waiting
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.spec import Experiment, Row
 from pipeline.tracking.history import Series, read_stages
@@ -79,11 +81,12 @@ def reproduce(
     ``split`` is what the rows are judged on: ``val`` while an experiment is being designed, ``test`` for its report. Raises
     ConfigError where ``out`` holds another experiment's rows.
     """
-    console = console or Console()
+    console = console or terminal.console()
     keys, out = experiment.needed(list(rows)), out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    terminal.keep_log_in(out)
     _claim(out, experiment)
-    with console.status("making the toy world"):
+    with waiting(console, "making the toy world"):
         size = experiment.sft_samples
         ensure_toy(out / "data", experiment.train_samples, experiment.test_samples, sft=size, artist=size)
     started, done, todo = time.monotonic(), 0, len(keys) * len(seeds)

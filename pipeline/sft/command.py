@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.session import connect
+from pipeline import terminal
 from pipeline.config import RunConfig
 from pipeline.config.machinery import TrackingSection
 from pipeline.config.training import SftModelSection
@@ -43,6 +44,8 @@ def run_configured_sft(
         out or section.out or config.out / f"sft-{kind}",
         replace(settings, adapter=resolve_adapter(settings.adapter, kind)),
     )
+    job.out.mkdir(parents=True, exist_ok=True)
+    terminal.keep_log_in(job.out)
     with cluster_session(config):
         return run_tracked_sft(job, tracking=config.tracking, console=console)
 
@@ -51,7 +54,7 @@ def run_tracked_sft(
     job: SftJob, *, tracking: TrackingSection | None = None, console: Console | None = None
 ) -> SftResult:
     """As :func:`pipeline.sft.run_sft`, shown on the console and logged to MLflow (by default a sqlite file in ``out``)."""
-    console = console or Console()
+    console = console or terminal.console()
     params = {"sft.kind": job.kind, "sft.model": job.model, "sft.data": str(job.source.folder)}
     params |= {f"sft.{name}": str(value) for name, value in asdict(job.settings).items()}
     total = job.total_steps if job.total_steps < sys.maxsize else None

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import DataError
+from pipeline import terminal
 from pipeline.data.schema import open_shard, shard_bytes, shard_digest, shard_metadata, shard_paths
 from pipeline.data.video import decode_video, probe
 from pipeline.evaluate.sheets import Strip, contact_sheet
@@ -137,4 +137,4 @@ def print_report(report: DatasetReport) -> None:
     table = Table(title=in_markup(str(report.folder)), show_header=False, title_justify="left")
     for name, value in lines.items():
         table.add_row(name, printable(value))
-    Console().print(table, markup=False)
+    terminal.console().print(table, markup=False)

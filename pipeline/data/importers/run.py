@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from rich.console import Console
 
 from cluster.errors import DataError
+from pipeline import terminal
 from pipeline.data.importers.clips import ClipSpec, Span, load_clip
 from pipeline.data.schema import Row, ShardWriter
 from pipeline.location import Uri, local_path, parse_location, write_bytes
@@ -139,7 +139,7 @@ def run_import(
     if not report.accepted:
         raise DataError(f"nothing could be imported.\n{report.summary()}")
     if not quiet:
-        Console().print(printable(report.summary()), highlight=False, markup=False)
+        terminal.console().print(printable(report.summary()), highlight=False, markup=False)
     return report
 
 
