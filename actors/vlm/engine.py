@@ -25,7 +25,7 @@ from actors.failures import BadSampleError, InfrastructureError
 from actors.records import Completion, CompletionRequest, Weights
 from actors.vlm.backends import AsyncBackend, Backend, InProcessBackend
 from actors.vlm.inputs import check_frames, video_metadata, writable
-from actors.vlm.prompt import BAN_BIAS, banned_token_ids, render_prompt
+from actors.vlm.prompt import BAN_BIAS, PROCESSOR_OPTIONS, banned_token_ids, load_processor, render_prompt
 
 if TYPE_CHECKING:
     from actors.weights import Offer
@@ -92,9 +92,9 @@ class VlmEngine:
         """Load the model. Raises InfrastructureError where another attempt may succeed; see the message otherwise."""
         self.spec = _with_adapter_rank(self.spec)
         _prepare_environment(self.spec)
-        from transformers import AutoConfig, AutoProcessor
+        from transformers import AutoConfig
 
-        self.processor = AutoProcessor.from_pretrained(self.spec.model_path)
+        self.processor = load_processor(self.spec.model_path)
         config: Any = AutoConfig.from_pretrained(self.spec.model_path)
         banned = banned_token_ids(self.processor.tokenizer, int(config.text_config.vocab_size))
         self._bias = dict.fromkeys(banned, BAN_BIAS)
@@ -400,6 +400,7 @@ def _engine_args(spec: EngineSpec) -> dict[str, Any]:
         "max_num_seqs": 1 if spec.alone else spec.max_num_seqs,
         "limit_mm_per_prompt": {"video": 1, "image": 0},
         "skip_mm_profiling": True,
+        "mm_processor_kwargs": dict(PROCESSOR_OPTIONS),
         "mm_processor_cache_gb": 1.0,
         # The log-probabilities of the distribution that was sampled from: after the ban and the temperature.
         "logprobs_mode": "processed_logprobs",

@@ -25,9 +25,10 @@ from actors.learner.trainable import LoraSpec, PolicyOutput, torch_dtype
 from actors.records import Experience, VlmExperience
 from actors.vlm.adapter import inject
 from actors.vlm.inputs import EncodedPrompt, PromptEncoder, VideoQuestion
-from actors.vlm.prompt import BAN_BIAS, banned_token_ids
+from actors.vlm.prompt import BAN_BIAS, banned_token_ids, check_text, load_processor
 from actors.vlm.rows import VlmBatch, join
 from cluster.errors import CheckpointError
+from rewards.format import parse_answer
 
 
 class VlmPolicy:
@@ -62,6 +63,7 @@ class VlmPolicy:
         self.shared_prompts = shared_prompts and not getattr(inner.model.language_model, "has_sliding_layers", False)
         self.eos_token_id = int(processor.tokenizer.eos_token_id)
         vocab_size = int(inner.config.text_config.vocab_size)
+        self.max_positions = int(inner.config.text_config.max_position_embeddings)
         self.banned_ids = banned_token_ids(processor.tokenizer, vocab_size)
         self._bias = torch.zeros(vocab_size, device=self.device)
         self._bias[self.banned_ids] = BAN_BIAS
@@ -189,6 +191,22 @@ class VlmPolicy:
             "entropy": float(out.entropy.sum() / tokens),
         }
 
+    def check_example(self, question: str, answer: str) -> None:
+        """Raise BadSampleError where :meth:`sft_loss` cannot take the pair, or would teach what no reward accepts.
+
+        That is text that spells a special token, an answer that is not <think>…</think><ans>…</ans>, and more tokens than
+        the model has positions.
+        """
+        tokenizer = self.processor.tokenizer
+        check_text(tokenizer, question, "question")
+        if parse_answer(answer) is None:
+            raise BadSampleError(f"the answer is not <think>…</think><ans>…</ans>: {answer[:120]!r}")
+        length = len(self.answer_tokens(answer)) + len(tokenizer(question)["input_ids"])
+        if length > self.max_positions:
+            raise BadSampleError(
+                f"question and answer have {length} tokens; the model has {self.max_positions} positions"
+            )
+
     def answer_tokens(self, answer: str) -> Tensor:
         """Return the token ids (L,) of an answer text and the EOS that ends it."""
         ids = self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -234,10 +252,10 @@ def model_units(model: Any) -> list[nn.Module]:
 
 def load_model(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
     """Return (model, processor) of a transformers folder; all parameters are trainable, dropout is off."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     try:
-        processor = AutoProcessor.from_pretrained(str(path))
+        processor = load_processor(path)
         model = AutoModelForImageTextToText.from_pretrained(
             str(path), dtype=torch_dtype(dtype), attn_implementation="sdpa"
         )

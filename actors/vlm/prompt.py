@@ -6,6 +6,7 @@ Not responsible for: tokens and pixels (``actors.vlm.inputs``), sampling (``acto
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from actors.failures import BadSampleError
@@ -29,6 +30,39 @@ def build_messages(question: str) -> list[dict[str, Any]]:
     ]
 
 
+PROCESSOR_OPTIONS = {"cap_pixels_per_frame": False}
+"""What transformers 5.22 is going to change by itself, and transformers 5.19 warns of until it is said: a video has its pixels
+as the processor's ``size`` says, whatever the number of its frames. vLLM is told the same."""
+
+
+def load_processor(folder: str | Path) -> Any:
+    """Return the model's processor, which engine and learner both take from here."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(str(folder), **PROCESSOR_OPTIONS)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Return the model's tokenizer alone, for :func:`check_text`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def check_text(tokenizer: Any, text: str, what: str) -> None:
+    """Raise BadSampleError where ``text``, called ``what`` in the message, is empty, no Unicode, or spells a special token.
+
+    The tokenizer would read the characters ``<|im_end|>`` as the token itself.
+    """
+    if not text.strip():
+        raise BadSampleError(f"the {what} is empty")
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise BadSampleError(f"the {what} is not Unicode text: {text[:120]!r}")
+    for token in special_tokens(tokenizer):
+        if token in text:
+            raise BadSampleError(f"the {what} contains the special token {token!r}: {text[:120]!r}")
+
+
 def render_prompt(processor: Any, question: str) -> str:
     """Return the chat text up to where the assistant begins, with exactly one :data:`VIDEO_PLACEHOLDER`.
 
@@ -36,11 +70,7 @@ def render_prompt(processor: Any, question: str) -> str:
         BadSampleError: the question is empty, or spells a special token (it would be read as one).
         ValueError: the model's chat template doesn't write one video placeholder.
     """
-    if not question.strip():
-        raise BadSampleError("the question is empty")
-    for token in special_tokens(processor.tokenizer):
-        if token in question:
-            raise BadSampleError(f"the question contains the special token {token!r}: {question[:120]!r}")
+    check_text(processor.tokenizer, question, "question")
     text = processor.apply_chat_template(build_messages(question), tokenize=False, add_generation_prompt=True)
     if text.count(VIDEO_PLACEHOLDER) != 1 or text.count("<|video_pad|>") != 1:
         raise ValueError(
