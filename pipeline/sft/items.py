@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from actors.failures import BadSampleError
 from actors.records import Sample, derive_seed
 from actors.vdm.conditioning import select_reference_frames
 from cluster.errors import DataError
 from pipeline.data.decoder import QuarantinedRow, block_items
 from pipeline.location import parse_location
 from pipeline.sft.settings import SftSettings
+
+log = logging.getLogger(__name__)
 
 
 def answer_text(sample: Sample) -> str:
@@ -29,13 +33,34 @@ def training_item(kind: str, sample: Sample, reference_frames: int) -> tuple[Any
     return select_reference_frames(sample.context, reference_frames), sample.caption, sample.target_frames
 
 
+def refusal(kind: str, policy: Any, sample: Sample) -> str | None:
+    """Return why ``policy`` cannot learn from ``sample``, None where it can."""
+    if kind == "vlm":
+        try:
+            policy.check_example(sample.question, answer_text(sample))
+        except BadSampleError as error:
+            return str(error)
+    return None
+
+
 class Items:
     """An endless, seeded stream of a rank's batches over its shard of the dataset."""
 
     def __init__(
-        self, dataset: Any, kind: str, settings: SftSettings, shards: list[str], rank: int, samples: int
+        self,
+        dataset: Any,
+        kind: str,
+        settings: SftSettings,
+        shards: list[str],
+        rank: int,
+        samples: int,
+        refused: Callable[[Sample], str | None] = lambda _: None,
     ) -> None:
-        """``dataset`` is Ray Train's iterator over this rank's shard; ``samples`` is the size of the whole dataset."""
+        """``dataset`` is Ray Train's iterator over this rank's shard; ``samples`` is the size of the whole dataset.
+
+        ``refused`` says why a sample cannot be learnt from; such a row is quarantined like one that cannot be decoded.
+        """
+        self.refused = refused
         self.dataset, self.kind, self.settings, self.rank = dataset, kind, settings, rank
         self.shards = [parse_location(path) for path in shards]
         self.quarantined: set[tuple[str, int]] = set()
@@ -51,22 +76,29 @@ class Items:
         return self._from_memory(start) if self.cached else self._streamed()
 
     def _read(self) -> Iterator[tuple[Any, ...]]:
-        found = 0
+        found, last = 0, ""
         for block in self.dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-            for item in block_items(block, self.settings.shape, self.shards):
-                if isinstance(item, QuarantinedRow):
-                    self.quarantined.add((item.shard, item.row))
+            for index, item in enumerate(block_items(block, self.settings.shape, self.shards)):
+                reason = item.reason if isinstance(item, QuarantinedRow) else self.refused(item)
+                if reason is None:
+                    assert isinstance(item, Sample)
+                    found += 1
+                    yield training_item(self.kind, item, self.settings.reference_frames)
                     continue
-                found += 1
-                yield training_item(self.kind, item, self.settings.reference_frames)
+                place = self.shards[int(block["shard"][index])].name, int(block["row"][index])
+                last = f"{place[0]}, row {place[1]} ({item.id}): {reason}"
+                if place not in self.quarantined:
+                    log.warning("left out: %s", last)
+                    self.quarantined.add(place)
             broken = len(self.quarantined)
             if broken > max(self.settings.max_quarantine_ratio * (found + broken), 1) and found + broken >= 20:
                 raise DataError(
                     f"{broken} of {found + broken} rows cannot be used, more than "
-                    f"max_quarantine_ratio={self.settings.max_quarantine_ratio:g}; `vans data inspect` lists why"
+                    f"max_quarantine_ratio={self.settings.max_quarantine_ratio:g}; the last is {last}"
                 )
         if not found:
-            raise DataError(f"rank {self.rank} got no usable sample; use fewer ranks or more data")
+            why = f"; the last row is {last}" if last else "; use fewer ranks or more data"
+            raise DataError(f"rank {self.rank} got no usable sample{why}")
 
     def _from_memory(self, start: int) -> Iterator[list[tuple[Any, ...]]]:
         items = list(self._read())

@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from actors.learner.trainable import LoraSpec, set_compute_dtype, torch_dtype, t
 from actors.records import derive_seed
 from cluster.errors import TrainingError
 from pipeline.sft.captions import frozen_captions
-from pipeline.sft.items import Items
+from pipeline.sft.items import Items, refusal
 from pipeline.sft.settings import SftSettings
 
 COUNTERS = "counters.json"
@@ -206,7 +207,15 @@ def train_loop(config: dict[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         loop.restore(checkpoint)
-    items = Items(ray.train.get_dataset_shard("train"), loop.kind, settings, config["shards"], loop.rank, loop.samples)
+    items = Items(
+        ray.train.get_dataset_shard("train"),
+        loop.kind,
+        settings,
+        config["shards"],
+        loop.rank,
+        loop.samples,
+        partial(refusal, loop.kind, loop.policy),
+    )
     losses: list[float] = []
     metrics: dict[str, float] = {}
     started = time.monotonic()
