@@ -152,6 +152,21 @@ def join(address: str, *, token: bool = False) -> Iterator[Session]:
         ray.shutdown()
 
 
+def require_loopback() -> None:
+    """Raise ClusterError where this machine cannot talk to itself, as the processes of Ray, torch and vLLM do.
+
+    They would try for minutes. A container without any network has its loopback interface down.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    except OSError as error:
+        raise ClusterError(
+            f"127.0.0.1 does not answer ({error}), and the processes of a run talk over it: bring the loopback interface up "
+            "(`ip link set lo up`)"
+        ) from error
+
+
 def resolve_address(address: str | None, environ: Mapping[str, str]) -> str | None:
     """Return the address to join, or None to start an embedded cluster.
 
@@ -199,6 +214,7 @@ def runtime_env(environ: Mapping[str, str], env: Mapping[str, str], *, embedded:
 def _start_embedded(cpus: int | None, gpus: int | None, object_store_mib: int, options: dict[str, Any]) -> None:
     import ray
 
+    require_loopback()
     slots = cpus if cpus is not None else 4 * (os.cpu_count() or 1)
     # Ray's +15 would leave the workers what anything else on this machine does not want: a set-up of 20 s takes minutes.
     niceness = os.environ.get("RAY_worker_niceness", "0")  # noqa: SIM112 - Ray spells it so

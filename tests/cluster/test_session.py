@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from cluster.session import PACKAGES, ROOT, ClusterError, connect, resolve_address, runtime_env
+from cluster.session import PACKAGES, ROOT, ClusterError, connect, require_loopback, resolve_address, runtime_env
 
 
 def test_ray_address_wins_and_local_is_embedded() -> None:
@@ -52,3 +56,13 @@ def test_a_joined_cluster_gets_the_packages_unless_a_job_brings_them() -> None:
     job = {"runtime_env": {"working_dir": "gcs://x.zip", "env_vars": {"OMP_NUM_THREADS": "8"}}}
     env = runtime_env({"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)}, {}, embedded=False)
     assert "py_modules" not in env and "OMP_NUM_THREADS" not in env["env_vars"]  # Ray refuses to be told twice
+
+
+def test_a_machine_that_cannot_talk_to_itself_is_told_before_ray_tries(tmp_path: Path) -> None:
+    inside = ["unshare", "--map-root-user", "--net", "--"]
+    if not shutil.which("unshare") or subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine gives no network namespaces")
+    words = [sys.executable, "-c", "from cluster.session import require_loopback; require_loopback()"]
+    done = subprocess.run([*inside, *words], capture_output=True, text=True, timeout=60, check=False)
+    assert "ClusterError: 127.0.0.1 does not answer" in done.stderr and "ip link set lo up" in done.stderr
+    require_loopback()
