@@ -6,23 +6,30 @@ Runs both models in this process, without Ray: the same engine and the same samp
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from actors.records import Clip, Completion, CompletionRequest, Sample, derive_seed
-from cluster.errors import DataError, VansError
+from actors.failures import BadSampleError, InfrastructureError
+from actors.records import Clip, Completion, CompletionRequest, RenderRequest, Sample, derive_seed
+from cluster.errors import DataError, StorageError, TrainingError, VansError
+from cluster.session import require_loopback
 from pipeline import terminal
 from pipeline.config import RunConfig
 from pipeline.data.video import decode_timed, decode_video, encode_mp4
 from pipeline.evaluate.sheets import Strip, contact_sheet
 from pipeline.models import resolve_adapter, resolve_model
+from pipeline.progress import Bar, bar
 from pipeline.sources import video_limits
 from pipeline.stages.rendering import render_request
-from pipeline.text import in_markup
+from pipeline.text import in_markup, short
 from rewards.format import parse_answer
+
+PHASES = ("starting the thinker", "asking", "loading the artist", "drawing")
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,41 @@ class VideoAnswer:
     path: Path
 
 
+@dataclass(frozen=True)
+class Said:
+    """The thinker's answer to ``question``: the whole ``text``, and the ``caption`` in it."""
+
+    question: str
+    text: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was said, and the clip that the artist drew of it."""
+
+    said: Said
+    frames: np.ndarray  # uint8 (T, H, W, 3)
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A question that has no future, and why."""
+
+    question: str
+    reason: str
+
+
+class AnswerError(VansError):
+    """Questions without an answer. ``answers`` are those of the other questions, which are written."""
+
+    def __init__(self, unanswered: Sequence[Unanswered], answers: Sequence[VideoAnswer]) -> None:
+        self.unanswered, self.answers = list(unanswered), list(answers)
+        count = len(self.unanswered) + len(self.answers)
+        head = f"{len(self.unanswered)} of {count} questions got no answer\n" if count > 1 else ""
+        super().__init__(head + "\n".join(f"--question {short(item.question)}: {item.reason}" for item in unanswered))
+
+
 def run_answer(
     config: RunConfig,
     video: Path,
@@ -46,20 +88,48 @@ def run_answer(
     vdm: str | None = None,
     seed: int = 0,
 ) -> list[VideoAnswer]:
-    """Answer ``questions`` about ``video``; writes mp4 files and a contact sheet beside ``out`` and prints the captions."""
-    console = terminal.console()
+    """Answer ``questions`` about ``video``; writes mp4 files and a contact sheet beside ``out`` and prints the captions.
+
+    Raises AnswerError for questions that got no answer, after those of the others are written; DataError for the video,
+    StorageError where ``out`` cannot be written to.
+    """
+    paths = answer_paths(out, len(questions))
     sample = load_video(config, video)
-    answers = asyncio.run(_answer(config, sample, list(questions), answer_paths(out, len(questions)), vlm, vdm, seed))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for item in answers:
-        item.path.write_bytes(encode_mp4(item.frames, config.video.fps, near_lossless=False))
-        told = f"[bold]{in_markup(item.question)}[/]\n  {in_markup(item.caption)}\n  {in_markup(str(item.path))}"
+    require_writable(out.parent)
+    console = terminal.console()
+    with bar(console, "answering", len(PHASES)) as progress:
+        progress.advance(PHASES[0], by=0)
+        said = asyncio.run(ask(config, sample, questions, vlm, seed, progress))
+        drawn = draw(config, sample, said, vdm, seed, progress)
+    answers = write_answers(config, drawn, paths)
+    if answers:
+        sheet = out.with_suffix(".png")
+        with _storing(sheet):
+            contact_sheet([(video.name, [Strip("input", sample.context), *map(_strip, drawn)])], sheet)
+    for answer in answers:
+        told = f"[bold]{in_markup(answer.question)}[/]\n  {in_markup(answer.caption)}\n  {in_markup(str(answer.path))}"
         console.print(told, highlight=False)
-    sheet = out.with_suffix(".png")
-    strips = [Strip("input", sample.context), *(Strip(f"{a.question}\n{a.caption}", a.frames) for a in answers)]
-    contact_sheet([(video.name, strips)], sheet)
-    console.print(f"contact sheet: {sheet}", highlight=False, markup=False)
+    if answers:
+        console.print(f"contact sheet: {sheet}", highlight=False, markup=False)
+    if unanswered := [item for item in drawn if isinstance(item, Unanswered)]:
+        raise AnswerError(unanswered, answers)
     return answers
+
+
+def write_answers(config: RunConfig, drawn: Sequence[Drawn | Unanswered], paths: Sequence[Path]) -> list[VideoAnswer]:
+    """Write the mp4 of each answer to its place in ``paths``; an unanswered question's place stays empty."""
+    answers = []
+    for item, path in zip(drawn, paths, strict=True):
+        if isinstance(item, Drawn):
+            _store(path, encode_mp4(item.frames, config.video.fps, near_lossless=False))
+            answers.append(VideoAnswer(item.said.question, item.said.text, item.said.caption, item.frames, path))
+    return answers
+
+
+def _strip(item: Drawn | Unanswered) -> Strip:
+    if isinstance(item, Unanswered):
+        return Strip(f"{item.question}\n(no answer)", None, item.reason)
+    return Strip(f"{item.said.question}\n{item.said.caption}", item.frames)
 
 
 def answer_paths(out: Path, count: int) -> list[Path]:
@@ -83,83 +153,6 @@ def load_video(config: RunConfig, video: Path) -> Sample:
     return Sample(video.stem, "predictive", "", "", seen, context, fps=fps, context_frames=context)
 
 
-async def _answer(
-    config: RunConfig,
-    sample: Sample,
-    questions: list[str],
-    paths: list[Path],
-    vlm: str | None,
-    vdm: str | None,
-    seed: int,
-) -> list[VideoAnswer]:
-    from actors.vdm.policy import VdmPolicy
-    from actors.vlm.engine import EngineSpec, VlmEngine
-
-    vlm_model, vlm_adapter = split_model(config, "vlm", vlm)
-    vdm_model, vdm_adapter = split_model(config, "vdm", vdm)
-    section, pool = config.evaluate, config.pools.vlm
-    spec = EngineSpec(
-        vlm_model,
-        dtype=pool.dtype,
-        max_model_len=pool.max_model_len,
-        kv_cache_mib=pool.kv_cache_mib,
-        gpu_memory_utilization=pool.gpu_memory_utilization,
-        tensor_parallel=pool.tensor_parallel,
-        enforce_eager=pool.enforce_eager,
-        grouped_lora=pool.grouped_lora,
-        text_at_end=pool.text_at_end,
-        adapter=vlm_adapter,
-    )
-    engine = VlmEngine(spec)
-    await engine.start()
-    try:
-        texts: list[list[Completion]] = await asyncio.gather(
-            *(
-                engine.generate(
-                    CompletionRequest(
-                        sample_id=sample.id,
-                        question=question,
-                        frames=sample.input_frames,
-                        n=1,
-                        seed=derive_seed(seed, sample.id, question),
-                        temperature=section.text.temperature,
-                        max_tokens=section.text.max_tokens,
-                        fps=sample.fps,
-                    )
-                )
-                for question in questions
-            )
-        )
-    finally:
-        await asyncio.to_thread(engine.close)
-    captions = [
-        caption_of(question, completions[0].text) for question, completions in zip(questions, texts, strict=True)
-    ]
-    artist = VdmPolicy.load(
-        vdm_model,
-        dtype=config.pools.vdm.dtype,
-        adapter=vdm_adapter,
-        shift=config.models.flow_shift,
-        shared_times=config.models.shared_times,
-        decode_batch=config.pools.vdm.max_decode,
-        vae_tiling=config.video.vae_tiling,
-    )
-    guided = section.render.guidance != 1.0
-    artist.embed([*captions, *([artist.negative_prompt] if guided else [])])
-    artist.drop_text_encoder()  # the largest of the models, and done
-    noise = derive_seed(seed, sample.id, "noise")
-    clips: list[Clip] = artist.sample(
-        [
-            render_request(config, sample, caption, i, section.render, noise_seed=noise)
-            for i, caption in enumerate(captions)
-        ]
-    )
-    return [
-        VideoAnswer(question, completions[0].text, caption, clip.frames, path)
-        for question, completions, caption, clip, path in zip(questions, texts, captions, clips, paths, strict=True)
-    ]
-
-
 def split_model(config: RunConfig, role: str, given: str | None) -> tuple[str, str | None]:
     """Return (model folder, adapter folder or None): ``given`` may be a whole model or a PEFT adapter of the configured one."""
     assert role in ("vlm", "vdm")
@@ -172,11 +165,156 @@ def split_model(config: RunConfig, role: str, given: str | None) -> tuple[str, s
     return resolve_model(given, role), None  # type: ignore[arg-type]
 
 
-def caption_of(question: str, text: str) -> str:
-    """Return the caption inside ``text``; raises VansError when the model did not keep the format."""
+def require_writable(folder: Path) -> None:
+    """Make ``folder``; raises StorageError where nothing can be written there, before minutes are spent on what is to be written."""
+    with _storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}; choose another --out") from error
+
+
+def _store(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with _storing(path):
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+async def ask(
+    config: RunConfig, sample: Sample, questions: Sequence[str], vlm: str | None, seed: int, progress: Bar
+) -> list[Said | Unanswered]:
+    """Return what the thinker says to each question. The engine is started only where there is a question for it."""
+    from actors.vlm.engine import EngineSpec, VlmEngine
+    from actors.vlm.prompt import check_text, load_tokenizer
+
+    model, adapter = split_model(config, "vlm", vlm)
+    tokenizer = load_tokenizer(model)
+
+    def refused(question: str) -> Unanswered | None:
+        try:
+            check_text(tokenizer, question, "question")
+        except BadSampleError as error:
+            return Unanswered(question, str(error))
+        return None
+
+    found = [refused(question) for question in questions]
+    if all(found):
+        return [item for item in found if item is not None]
+    section, pool = config.evaluate, config.pools.vlm
+    spec = EngineSpec(
+        model,
+        dtype=pool.dtype,
+        max_model_len=pool.max_model_len,
+        kv_cache_mib=pool.kv_cache_mib,
+        gpu_memory_utilization=pool.gpu_memory_utilization,
+        tensor_parallel=pool.tensor_parallel,
+        enforce_eager=pool.enforce_eager,
+        grouped_lora=pool.grouped_lora,
+        text_at_end=pool.text_at_end,
+        adapter=adapter,
+    )
+    engine = VlmEngine(spec)
+
+    async def said_to(question: str) -> Said | Unanswered:
+        request = CompletionRequest(
+            sample_id=sample.id,
+            question=question,
+            frames=sample.input_frames,
+            n=1,
+            seed=derive_seed(seed, sample.id, question),
+            temperature=section.text.temperature,
+            max_tokens=section.text.max_tokens,
+            fps=sample.fps,
+        )
+        try:
+            completions: list[Completion] = await engine.generate(request)
+        except (BadSampleError, InfrastructureError) as error:
+            return Unanswered(question, str(error))
+        return captioned(question, completions[0].text)
+
+    try:
+        require_loopback()
+        await engine.start()
+        progress.advance(PHASES[1])
+        said = await asyncio.gather(*(said_to(q) for q, bad in zip(questions, found, strict=True) if bad is None))
+    except InfrastructureError as error:
+        raise VansError(f"the thinker {model} did not start: {error}") from error
+    finally:
+        await asyncio.to_thread(engine.close)
+    progress.advance(PHASES[2])
+    rest = iter(said)
+    return [next(rest) if bad is None else bad for bad in found]
+
+
+def captioned(question: str, text: str) -> Said | Unanswered:
+    """Return the thinker's ``text`` with its caption; where it has none there is nothing to draw."""
     answer = parse_answer(text)
     if answer is None:
-        raise VansError(
-            f"the model's answer to {question!r} is not <think>…</think><ans>…</ans>, so there is nothing to draw: {text!r}"
+        return Unanswered(
+            question, f"the model's answer is not <think>…</think><ans>…</ans>, so there is nothing to draw: {text!r}"
         )
-    return answer.caption
+    return Said(question, text, answer.caption)
+
+
+def draw(
+    config: RunConfig, sample: Sample, said: Sequence[Said | Unanswered], vdm: str | None, seed: int, progress: Bar
+) -> list[Drawn | Unanswered]:
+    """Draw every caption in ``said``. The artist is loaded only where there is one."""
+    from actors.vdm.policy import VdmPolicy
+
+    captions = {i: item.caption for i, item in enumerate(said) if isinstance(item, Said)}
+    clips: dict[int, Clip | str] = {}
+    if captions:
+        model, adapter = split_model(config, "vdm", vdm)
+        artist = VdmPolicy.load(
+            model,
+            dtype=config.pools.vdm.dtype,
+            adapter=adapter,
+            shift=config.models.flow_shift,
+            shared_times=config.models.shared_times,
+            decode_batch=config.pools.vdm.max_decode,
+            vae_tiling=config.video.vae_tiling,
+        )
+        render = config.evaluate.render
+        artist.embed([*captions.values(), *([artist.negative_prompt] if render.guidance != 1.0 else [])])
+        artist.drop_text_encoder()  # the largest of the models, and done
+        progress.advance(PHASES[3])
+        noise = derive_seed(seed, sample.id, "noise")
+        requests = [
+            render_request(config, sample, caption, i, render, noise_seed=noise) for i, caption in captions.items()
+        ]
+        clips = dict(zip(captions, sample_each(artist.sample, requests), strict=True))
+        progress.advance()
+    found: list[Drawn | Unanswered] = []
+    for i, item in enumerate(said):
+        if isinstance(item, Unanswered):
+            found.append(item)
+        else:
+            clip = clips[i]
+            found.append(Unanswered(item.question, clip) if isinstance(clip, str) else Drawn(item, clip.frames))
+    return found
+
+
+def sample_each(
+    sample: Callable[[Sequence[RenderRequest]], list[Clip]], requests: Sequence[RenderRequest]
+) -> list[Clip | str]:
+    """Return the clip of each request, or why it has none: together, and one by one where one of them fails."""
+    try:
+        return list(sample(requests))
+    except (BadSampleError, TrainingError) as error:
+        if len(requests) == 1:
+            return [f"the caption {requests[0].caption!r} could not be drawn: {error}"]
+        return [clip for request in requests for clip in sample_each(sample, [request])]

@@ -125,14 +125,18 @@ def main() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    out: Annotated[
+        Path, typer.Option("--out", parser=_local, metavar="PATH", help="Folder that runs are to be written to.")
+    ] = Path("runs"),
+) -> None:
     """Say in one screen what works on this machine, and how to cure what does not.
 
-    Example: `vans doctor`
+    Examples: `vans doctor`, `vans doctor --out /scratch/runs`
     """
     from pipeline.doctor import print_report, run_doctor
 
-    raise typer.Exit(0 if print_report(run_doctor()) else 1)
+    raise typer.Exit(0 if print_report(run_doctor(out)) else 1)
 
 
 @app.command()
@@ -488,9 +492,11 @@ def reproduce(
 
 @app.command()
 def answer(
-    video: Annotated[Path, typer.Option(help="The input video.")],
+    video: Annotated[Path, typer.Option(parser=_local, metavar="PATH", help="The input video.")],
     question: Annotated[list[str], typer.Option(help="A question; repeat it for several futures.")],
-    out: Annotated[Path, typer.Option(help="The mp4 to write; several questions number it.")],
+    out: Annotated[
+        Path, typer.Option(parser=_local, metavar="PATH", help="The mp4 to write; several questions number it.")
+    ],
     config: Annotated[str, typer.Option(help="Run whose video shape and sampling are used.")] = "toy",
     vlm: Annotated[str | None, typer.Option(help="VLM folder, or a PEFT adapter of the configuration's VLM.")] = None,
     vdm: Annotated[str | None, typer.Option(help="VDM folder, or a PEFT adapter of the configuration's VDM.")] = None,

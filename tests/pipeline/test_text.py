@@ -102,7 +102,7 @@ def test_reasons_of_an_import_carry_no_escapes(tmp_path: Path, capsys: pytest.Ca
 def test_errors_of_the_command_line_are_plain_and_without_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline import cli, doctor
 
-    def fail() -> None:
+    def fail(_: object) -> None:
         raise VansError("[/] \x1b[31m at postgresql://me:s3cret@db/x")
 
     monkeypatch.setattr(doctor, "run_doctor", fail)

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from actors.records import RenderRequest
-from pipeline.answer import run_answer
+from pipeline.answer import AnswerError, run_answer
 from pipeline.config import RunConfig, load_config
 from pipeline.data.video import decode_video, probe
 from pipeline.demo import summarise, tell, write_answers
@@ -220,18 +220,24 @@ def test_the_demo_tells_what_happened(run: tuple[RunConfig, RunReport], tmp_path
     assert "8 held-out questions" in text and "vans answer --vlm" in text
 
 
-def test_the_tuned_pair_answers_two_questions_about_one_video(run: tuple[RunConfig, RunReport], tmp_path: Path) -> None:
+def test_the_tuned_pair_answers_two_questions_about_one_video_although_a_third_cannot_be_asked(
+    run: tuple[RunConfig, RunReport], tmp_path: Path
+) -> None:
     from pipeline.data.video import encode_mp4
 
     config, report = run
     video = tmp_path / "in.mp4"
     video.write_bytes(encode_mp4(report.samples[0].context, 8.0))
-    questions = ["what if it were reversed ?", "what happens if it is done again ?"]
-    out = tmp_path / "answer.mp4"
-    answers = run_answer(
-        config, video, questions, out, vlm=str(config.out / "vlm_adapter"), vdm=str(config.out / "vdm_adapter")
-    )
-    assert [a.path.name for a in answers] == ["answer-1.mp4", "answer-2.mp4"]
+    questions = ["what if it were reversed ?", "next " * 1000, "what happens if it is done again ?"]
+    out, adapters = tmp_path / "answer.mp4", {name: str(config.out / f"{name}_adapter") for name in ("vlm", "vdm")}
+    with pytest.raises(
+        AnswerError, match=r"^1 of 3 questions got no answer\n.* cannot be completed: .*512 tokens"
+    ) as caught:
+        run_answer(config, video, questions, out, **adapters)
+    answers = caught.value.answers
+    assert [a.path.name for a in answers] == ["answer-1.mp4", "answer-3.mp4"] and not (
+        tmp_path / "answer-2.mp4"
+    ).exists()
     for item in answers:
         assert item.caption
         assert probe(item.path).frames == 9
