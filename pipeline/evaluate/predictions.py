@@ -49,6 +49,13 @@ class Prediction:
         except DataError as error:
             raise DataError(f"prediction {self.id!r}: {self.video}: {error}") from error
 
+    def watched(self, like: np.ndarray, limits: VideoLimits | None = None) -> tuple[Prediction, str | None]:
+        """As :meth:`load`; a video that cannot be decoded is none, and the second value says why."""
+        try:
+            return self.load(like, limits), None
+        except DataError as error:
+            return replace(self, video=None), str(error)
+
 
 def write_predictions(folder: Path, predictions: Iterable[Prediction], fps: float) -> Path:
     """Write ``predictions`` as ``folder``/predictions.jsonl and ``folder``/videos/*.mp4; returns the jsonl's path.

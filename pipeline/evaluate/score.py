@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -27,6 +28,8 @@ from rewards.alarms import AlarmSettings
 
 Score = Callable[[ScoreRequest], Awaitable[Scores]]
 """Scores one request or raises; a reward pool's ``submit`` is one."""
+
+log = logging.getLogger(__name__)
 
 TEXT_METRICS = ("rouge_l",)
 CLIP_METRICS = ("clip_v", "clip_t_truth", VIDEO_FEATURES)
@@ -50,8 +53,9 @@ async def score_predictions(
 
     ``extractor`` names the Fréchet features that ``score`` gives (``Scorer.fvd_extractor``); with ``video`` the
     features are that extractor's instead. ``compare`` and ``settings``: see ``table.build_table``. ``on_done`` is
-    called after each answer. At most 32 answers are decoded and in flight. Raises DataError when a system leaves out a
-    sample or a video cannot be decoded; an error of ``score`` is raised as it is, never counted as a bad answer.
+    called after each answer. At most 32 answers are decoded and in flight. An answer whose video cannot be decoded is one
+    without a video, and a warning says so. Raises DataError when a system leaves out a sample or none of its videos can be
+    decoded; an error of ``score`` is raised as it is, never counted as a bad answer.
     """
     ids = [sample.id for sample in samples]
     if not ids or len(set(ids)) != len(ids):
@@ -62,20 +66,28 @@ async def score_predictions(
     room = asyncio.Semaphore(IN_FLIGHT)
     videos = None if video is None else _VideoFeatures(video)
 
-    async def one(sample: Sample, prediction: Prediction) -> Answered:
+    async def one(sample: Sample, prediction: Prediction, broken: list[str]) -> Answered:
         async with room:
-            loaded = await asyncio.to_thread(prediction.load, sample.target_frames, limits)
+            loaded, problem = await asyncio.to_thread(prediction.watched, sample.target_frames, limits)
+            if problem is not None:
+                broken.append(problem)
             answered = await _answer(sample, loaded, score, videos)
         on_done()
         return answered
 
     found: dict[str, list[Answered]] = {}
     for name, by_id in covered.items():
+        broken: list[str] = []
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(s, p)) for s in samples for p in by_id[s.id]]
+                tasks = [group.create_task(one(s, p, broken)) for s in samples for p in by_id[s.id]]
         except ExceptionGroup as errors:
             raise _first(errors) from None
+        if broken:
+            told = f"{len(broken)} of {len(tasks)} answers of {name!r} have a video that cannot be decoded: {broken[0]}"
+            if len(broken) == len(tasks):
+                raise DataError(told)
+            log.warning("%s. They are scored as answers without a video", told)
         found[name] = [task.result() for task in tasks]
     return build_table(found, video.name if video else extractor, seed=seed, compare=compare, settings=settings)
 

@@ -93,8 +93,9 @@ def evaluation_sheet(
             if prediction is None:
                 continue
             said = prediction.caption or "(no caption)"
-            note = _note(answers.get((name, sample.id, prediction.index)))
-            strips.append(Strip(f"{name}\n{said}", prediction.load(sample.target_frames).frames, note))
+            watched, problem = prediction.watched(sample.target_frames)
+            note = problem or _note(answers.get((name, sample.id, prediction.index)))
+            strips.append(Strip(f"{name}\n{said}", watched.frames, note))
         rows.append((f"{sample.question}   · {sample.kind}", strips))
     return contact_sheet(rows, path, title=title)
 

@@ -18,7 +18,7 @@ from typing import Literal
 from rich.console import Console
 
 from actors.records import Sample
-from cluster.errors import ConfigError, TrainingError
+from cluster.errors import ConfigError, PlacementError, StorageError, TrainingError, VansError
 from cluster.session import connect
 from pipeline import terminal
 from pipeline.checkpoint import CheckpointStore
@@ -29,11 +29,12 @@ from pipeline.evaluate.run import answer_with_progress, load_samples, score_syst
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable
 from pipeline.fleet import Fleet, open_fleet, serve_trained
-from pipeline.interrupt import stop_on_signals
+from pipeline.interrupt import RunStopped, stop_on_signals
 from pipeline.models import resolve_model
 from pipeline.progress import waiting
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.spec import Experiment, Row
+from pipeline.text import redacted
 from pipeline.tracking.history import Series, read_stages
 
 KEPT_METRICS = ("reward/", "alarm/", "rollout/format_rate", "rollout/unique_caption_ratio", "anchor/", "time/step_s")
@@ -79,7 +80,7 @@ def reproduce(
     """Run ``rows`` (all by default, with those that they are made of) for ``seeds`` into ``out``; returns the report's path.
 
     ``split`` is what the rows are judged on: ``val`` while an experiment is being designed, ``test`` for its report. Raises
-    ConfigError where ``out`` holds another experiment's rows.
+    ConfigError where ``out`` holds another experiment's rows, and TrainingError where rows failed, after the others are done.
     """
     console = console or terminal.console()
     keys, out = experiment.needed(list(rows)), out.resolve()
@@ -90,6 +91,7 @@ def reproduce(
         size = experiment.sft_samples
         ensure_toy(out / "data", experiment.train_samples, experiment.test_samples, sft=size, artist=size)
     started, done, todo = time.monotonic(), 0, len(keys) * len(seeds)
+    failed: list[str] = []
     again = f"the same command continues{': ' + command if command else ''}"
     with stop_on_signals(lambda stop: f"stopped by {stop.name}; {again}"), connect():
         for seed in seeds:
@@ -97,14 +99,25 @@ def reproduce(
             one.remember()
             for key in keys:
                 console.rule(f"seed {seed} · {experiment.rows[key].title}")
-                one.run(key)
+                if problem := one.attempt(key):
+                    failed.append(f"seed {seed}, {key}: {problem}")
+                    console.print(failed[-1], style="bold red", highlight=False, markup=False, soft_wrap=True)
                 done += 1
                 spent = (time.monotonic() - started) / 60
                 console.print(f"{done} of {todo} rows, {spent:.0f} min so far", highlight=False)
-            one.judge()
+            if one.results:
+                one.judge()
     # Rows of earlier calls stand in the report too, where every seed has them.
     whole = [k for k in experiment.rows if all((out / f"seed{s}" / k / MARKER).is_file() for s in seeds)]
-    return write_report(experiment, out, seeds=list(seeds), keys=whole, split=split, command=command)
+    report = (
+        write_report(experiment, out, seeds=list(seeds), keys=whole, split=split, command=command) if whole else None
+    )
+    if failed or report is None:
+        raise TrainingError(
+            f"{len(failed)} of {todo} rows failed; {report or 'there is no report'} has those that every seed has; {again}\n"
+            + "\n".join(failed)
+        )
+    return report
 
 
 def _claim(out: Path, experiment: Experiment) -> None:
@@ -154,6 +167,19 @@ class _Seed:
         for key in self.experiment.rows:
             if (marker := self.folder / key / MARKER).is_file():
                 self.results[key] = RowResult.read(marker)
+
+    def attempt(self, key: str) -> str | None:
+        """Run row ``key``; returns why there is no result, after which the other rows can go on."""
+        row = self.experiment.rows[key]
+        if lost := [other for other in (row.vlm, row.vdm, *row.sft_like) if other and other not in self.results]:
+            return f"it is made of {' and '.join(lost)}, which failed"
+        try:
+            self.run(key)
+        except (RunStopped, StorageError, PlacementError):
+            raise  # of no row: the next one would not go better
+        except VansError as error:
+            return redacted(str(error))
+        return None
 
     def run(self, key: str) -> None:
         """Make sure that row ``key`` is done."""

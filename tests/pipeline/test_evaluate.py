@@ -252,12 +252,25 @@ def test_a_bad_folder_is_refused_with_its_line(tmp_path: Path, text: str, messag
         read_predictions(folder)
 
 
-def test_a_video_that_cannot_be_decoded_is_named(samples: list[Sample], clip: ClipScorer, tmp_path: Path) -> None:
-    (tmp_path / "a.mp4").write_bytes(b"this is no video")
-    row = {"id": samples[0].id, "caption": "c", "video": "a.mp4"}
-    (tmp_path / "predictions.jsonl").write_text(json.dumps(row))
-    with pytest.raises(DataError, match=r"a\.mp4"):
-        evaluate_predictions({"x": read_predictions(tmp_path)}, samples[:1], clip)
+def test_a_video_that_cannot_be_decoded_is_named_and_costs_the_other_answers_nothing(
+    samples: list[Sample], clip: ClipScorer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = samples[:2]
+    write_predictions(tmp_path, truth_as_predictions(asked), 8.0)
+    whole = evaluate_predictions({"x": read_predictions(tmp_path)}, asked, clip)
+    predictions = read_predictions(tmp_path)
+    first, second = (prediction.video for prediction in predictions)
+    assert first is not None and second is not None
+    first.write_bytes(b"this is no video")
+    table = evaluate_predictions({"x": predictions}, asked, clip)
+    assert "1 of 2 answers of 'x'" in caplog.text and first.name in caplog.text
+    broken, good = table.systems["x"].answers
+    assert broken.values["answered"] == 0 and "clip_v" not in broken.values
+    assert good.values == whole.systems["x"].answers[1].values
+    assert evaluation_sheet(asked, {"x": predictions}, tmp_path / "s.png", table=table).is_file()
+    second.write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 of 2 answers of 'x' .*\.mp4"):
+        evaluate_predictions({"x": predictions}, asked, clip)
     with pytest.raises(DataError, match="holds no predictions"):
         read_predictions(tmp_path / "elsewhere")
 

@@ -62,25 +62,29 @@ def read_cuts(path: Path) -> list[PairCut]:
 
 def cut_pairs(
     cuts: Sequence[PairCut], videos: Mapping[str, Path], clips: Path, table: Path, spec: ClipSpec | None = None
-) -> None:
+) -> list[str]:
     """Write two mp4s per pair to ``clips`` and the CSV that names them, as VANS-Data-100K's do, to ``table``.
 
-    ``videos``: file name of a cut → where that video lies. Raises DataError for a missing or unreadable one.
+    ``videos``: file name of a cut → where that video lies. Returns why pairs could not be cut; the others are written.
     """
-    spec = spec or ClipSpec()
+    spec, failed = spec or ClipSpec(), []
     clips.mkdir(parents=True, exist_ok=True)
     with table.open("w", newline="", encoding="utf-8-sig") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for cut in cuts:
             if cut.file not in videos:
-                raise DataError(f"pair {cut.name!r} is cut from {cut.file!r}, which is not among the videos given")
-            names = []
+                failed.append(f"pair {cut.name!r} is cut from {cut.file!r}, which is not among the videos given")
+                continue
+            names: list[str] = []
             for part, (start, end) in (("input", cut.input), ("output", cut.target)):
                 try:
                     data = copy_clip(videos[cut.file], start, end, spec)
                 except DataError as error:
-                    raise DataError(f"pair {cut.name!r}, {part}, {start}–{end} s of {cut.file}: {error}") from error
+                    failed.append(f"pair {cut.name!r}, {part}, {start}–{end} s of {cut.file}: {error}")
+                    break
                 names.append(f"{cut.name}_{part}.mp4")
                 (clips / names[-1]).write_bytes(data)
-            writer.writerow([cut.name, *names, cut.question, cut.caption])
+            else:
+                writer.writerow([cut.name, *names, cut.question, cut.caption])
+    return failed

