@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def run_doctor(runs: Path = Path("runs"), probes: tuple[Probe, ...] = PROBES) ->
     """Try everything and return one check per line of the report; takes as long as importing the libraries does."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         libraries = list(pool.map(_probe, probes))
-    return [_python(), *libraries, _gpu(), _cores(), _memory(), _shared_memory(), _folder(runs)]
+    return [_python(), *libraries, _gpu(), _cores(), _memory(), _shared_memory(), _files(), _folder(runs)]
 
 
 def print_report(checks: list[Check], console: Console | None = None) -> bool:
@@ -209,6 +210,19 @@ def _shared_memory() -> Check:
     return _enough("shared memory", free, GIB, f"{folder} has {free / GIB:.1f} GiB free", cure)
 
 
+def _files(wanted: int = 4096) -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    detail = f"{_limit(soft)} at once, {_limit(hard)} where a process raises its limit"
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        cure = f"`ulimit -Hn {wanted}` as root, or LimitNOFILE= of the service: Ray opens some files for each worker"
+        return Check("open files", "weak", detail, cure)
+    return Check("open files", "works", detail)
+
+
+def _limit(value: int) -> str:
+    return "any number" if value == resource.RLIM_INFINITY else str(value)
+
+
 def _folder(runs: Path) -> Check:
     existed = runs.is_dir()
     try:
@@ -218,9 +232,8 @@ def _folder(runs: Path) -> Check:
         if not existed:
             runs.rmdir()
     except OSError as error:
-        return Check(
-            "runs folder", "broken", f"{runs}: {error.strerror}", "write to another folder with --out or out=…"
-        )
+        cure = "write to another folder with --out or out=…; `vans doctor --out FOLDER` tries it"
+        return Check("runs folder", "broken", f"{runs}: {error.strerror}", cure)
     cure = "a run writes checkpoints and an MLflow store: make room, or write elsewhere (out=…)"
     return _enough("runs folder", free, 2 * GIB, f"{runs.resolve()} is writable, {free / GIB:.1f} GiB free", cure)
 

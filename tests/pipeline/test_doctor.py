@@ -1,11 +1,16 @@
 """The doctor reports what is broken with a cure, and one broken library does not hide the others."""
 
 import io
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from pipeline import cli, doctor
 from pipeline.doctor import PROBES, Probe, print_report, run_doctor
 
 REAL = tuple(probe for probe in PROBES if probe.name in ("torchvision", "video (PyAV)"))
@@ -50,3 +55,21 @@ def test_folder_that_cannot_be_written_is_broken(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = run_doctor(tmp_path / "file" / "runs", ())[-1]
     assert folder.status == "broken" and "--out" in folder.cure
+
+
+def test_how_many_files_may_be_open_is_told_with_a_cure_where_it_is_few(tmp_path: Path) -> None:
+    script = (
+        "import resource; from pathlib import Path; from pipeline.doctor import run_doctor\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+        f"print([c for c in run_doctor(Path({str(tmp_path)!r}), ()) if c.name == 'open files'])"
+    )
+    few = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "status='weak'" in few and "256 at once" in few and "ulimit -Hn" in few
+
+
+def test_another_folder_can_be_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.run_doctor, "__defaults__", (Path("runs"), ()))
+    (tmp_path / "file").write_text("")
+    bad = CliRunner().invoke(cli.app, ["doctor", "--out", str(tmp_path / "file" / "runs")])
+    assert bad.exit_code == 1 and "vans doctor --out" in " ".join(bad.output.split())
+    assert CliRunner().invoke(cli.app, ["doctor", "--out", str(tmp_path / "runs")]).exit_code == 0
