@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ class VlmEngine:
     async def start(self) -> None:
         """Load the model. Raises InfrastructureError where another attempt may succeed; see the message otherwise."""
         self.spec = _with_adapter_rank(self.spec)
-        _prepare_environment(self.spec)
+        prepare_environment(self.spec)
         from transformers import AutoConfig
 
         self.processor = load_processor(self.spec.model_path)
@@ -454,8 +455,8 @@ def _on_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def _prepare_environment(spec: EngineSpec) -> None:
-    """Set what vLLM and torch read when they are imported; a value that is already set wins, ``spec.env`` over both."""
+def prepare_environment(spec: EngineSpec) -> None:
+    """Set what vLLM and torch read at import, also where torch has been; a value that is set wins, ``spec.env`` over both."""
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -469,6 +470,8 @@ def _prepare_environment(spec: EngineSpec) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ.update(spec.env)
+    if dynamo := sys.modules.get("torch._dynamo.config"):  # imported already, so it has read the variable
+        dynamo.disable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"  # type: ignore[attr-defined]
 
 
 def _private_folder() -> Path:
