@@ -48,6 +48,9 @@ _AUTHENTICATE = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TO
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 
 
+_START_ERRORS = (RuntimeError, ValueError, ConnectionError, OSError)
+
+
 class ClusterError(VansError):
     """The Ray cluster could not be joined or started."""
 
@@ -219,18 +222,28 @@ def _start_embedded(cpus: int | None, gpus: int | None, object_store_mib: int, o
     # Ray's +15 would leave the workers what anything else on this machine does not want: a set-up of 20 s takes minutes.
     niceness = os.environ.get("RAY_worker_niceness", "0")  # noqa: SIM112 - Ray spells it so
     with _loopback(), environment({"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": niceness}):
-        try:
-            _private_token()
-            ray.init(
-                address="local",
-                num_cpus=slots,
-                num_gpus=gpus,
-                object_store_memory=object_store_mib * 2**20,
-                include_dashboard=False,
-                **options,
-            )
-        except (RuntimeError, ValueError, ConnectionError, OSError) as error:
-            raise ClusterError(f"The embedded Ray cluster ({slots} CPU slots) did not start: {error}") from error
+        _private_token()
+        for again in (True, False):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=slots,
+                    num_gpus=gpus,
+                    object_store_memory=object_store_mib * 2**20,
+                    include_dashboard=False,
+                    **options,
+                )
+                return
+            except Exception as error:
+                # Ray's agents have 15 s and its node 30 s to come up, which cannot be set; one busy core needs longer, but
+                # not twice: by then the files are in memory. What Ray raises then is no class of its own.
+                if type(error) is Exception and again:
+                    log.warning("Ray did not come up in the time that it gives itself; it is started once more")
+                    ray.shutdown()
+                    continue
+                if type(error) is not Exception and not isinstance(error, _START_ERRORS):
+                    raise
+                raise ClusterError(f"The embedded Ray cluster ({slots} CPU slots) did not start: {error}") from error
 
 
 def _private_token() -> None:

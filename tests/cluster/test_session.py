@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster.session import PACKAGES, ROOT, ClusterError, connect, require_loopback, resolve_address, runtime_env
+from cluster.session import (
+    PACKAGES,
+    ROOT,
+    ClusterError,
+    _start_embedded,
+    connect,
+    require_loopback,
+    resolve_address,
+    runtime_env,
+)
 
 
 def test_ray_address_wins_and_local_is_embedded() -> None:
@@ -66,3 +75,26 @@ def test_a_machine_that_cannot_talk_to_itself_is_told_before_ray_tries(tmp_path:
     done = subprocess.run([*inside, *words], capture_output=True, text=True, timeout=60, check=False)
     assert "ClusterError: 127.0.0.1 does not answer" in done.stderr and "ip link set lo up" in done.stderr
     require_loopback()
+
+
+@pytest.mark.parametrize(("slow_starts", "starts"), [(1, 2), (2, 2)])
+def test_ray_that_does_not_come_up_in_its_own_time_is_started_once_more(
+    slow_starts: int, starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray raises a bare Exception then; no machine of a test is slow enough for it."""
+    import ray
+
+    tried: list[str] = []
+
+    def init(**options: object) -> None:
+        tried.append(str(options["address"]))
+        if len(tried) <= slow_starts:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    if slow_starts < 2:
+        _start_embedded(1, 0, 64, {})
+    else:
+        with pytest.raises(ClusterError, match=r"1 CPU slots\) did not start: The current node timed out"):
+            _start_embedded(1, 0, 64, {})
+    assert tried == ["local"] * starts
