@@ -189,6 +189,9 @@ def test_which_steps_may_be_stochastic():
     assert flow_sde.removable_steps(10, 3.0, "cps", 1.0) == range(9)
     assert flow_sde.removable_steps(10, 3.0, "dance", 1e-6) == range(9)
     assert flow_sde.removable_steps(10, 3.0, "flow", 1.3) == range(2, 7)  # the longest run, where early steps drown too
+    # A surplus of .997 and of 1.008 sigma', of .652, 1.002, .856 and 1.3: of two runs of one step the first.
+    assert [flow_sde.removable_steps(4, 3.0, "flow", level) for level in (0.665, 0.67)] == [range(2), range(1)]
+    assert flow_sde.removable_steps(6, 3.0, "flow", 1.03) == range(1)
     assert flow_sde.removable_steps(10, 3.0, "flow", 9.0) == flow_sde.removable_steps(1, 3.0, "flow", 0.7) == range(0)
 
 
