@@ -255,13 +255,15 @@ class Scorer:
         arguments = _arguments(request)
         if math.isinf(self.custom_timeout_s):
             return self._tried(path, function, arguments)
-        found: list[float | BaseException] = []
+        found: list[float | Exception] = []
 
         def call() -> None:
             try:
                 found.append(self._tried(path, function, arguments))
-            except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
+            except Exception as error:  # noqa: BLE001 - raised below, in the thread that waits
                 found.append(error)
+            except BaseException as error:  # noqa: BLE001 - what would end a process ends no worker
+                found.append(BadSampleError(f"reward {path!r} raised {type(error).__name__}: {error}"))
 
         # A thread cannot be ended: one that is late goes on by itself, and what it finds is not waited for.
         thread = threading.Thread(target=call, name=f"reward {path}", daemon=True)
@@ -273,7 +275,7 @@ class Scorer:
                 "pools.reward.request_timeout_s)"
             )
         value = found[0]
-        if isinstance(value, BaseException):
+        if isinstance(value, Exception):
             raise value
         return value
 

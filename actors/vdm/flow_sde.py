@@ -176,8 +176,8 @@ def removable_steps(steps: int, shift: float, schedule: NoiseSchedule, level: fl
     """Return the steps that may be stochastic, as far as the steps after them can remove the noise; empty if none can.
 
     A step may where its surplus (:func:`surplus_noise`) is at most the target sigma itself: the latents then end at most
-    sqrt(2) times as wide as the ODE's. The last step never may. Steps that may are the late ones' predecessors, all but
-    for extreme levels; the longest run of them is returned, the first one of equals.
+    sqrt(2) times as wide as the ODE's. The last step never may. Those that may not are late ones, and early ones too at
+    extreme levels: the longest run of steps that may is returned, the first one of equals.
     """
     may = (surplus_noise(sigma_grid(steps, shift), schedule, level) <= 1.0).tolist()
     best = range(0)

@@ -158,7 +158,8 @@ class _VideoFeatures:
 
 
 async def _answer(sample: Sample, prediction: Prediction, score: Score, videos: _VideoFeatures | None) -> Answered:
-    request, lost = _request(sample, prediction), {}
+    request = _request(sample, prediction)
+    lost: dict[str, str] = {}
     try:
         scores = await score(request)
     except (SampleFailed, DataError):
@@ -176,7 +177,8 @@ async def _answer(sample: Sample, prediction: Prediction, score: Score, videos: 
 
 async def _one_by_one(request: ScoreRequest, score: Score) -> tuple[Scores, dict[str, str]]:
     """Return the components of ``request`` that can be computed, and why the others cannot."""
-    found, lost = Scores(request.sample_id, request.index, {}), {}
+    found = Scores(request.sample_id, request.index, {})
+    lost: dict[str, str] = {}
     for name in request.components:
         try:
             one = await score(replace(request, components=(name,)))

@@ -149,3 +149,14 @@ def test_an_alarm_lasts_from_the_step_that_completes_its_row() -> None:
         state = watched.state
         lasting.append(list(watched.lasting))
     assert lasting == [[], ["motion"], ["motion"]] and state.on == {"motion": 0}
+
+
+def test_a_quiet_step_breaks_the_row_that_stops_a_run_though_the_alarm_stands() -> None:
+    settings = replace(OFF, patience=2, stop_after=3)
+    frozen, state, lasting = {"motion_ratio": 0.0}, AlarmState(), []
+    for step, signs in enumerate([frozen, frozen, HEALTHY, frozen, frozen, frozen]):
+        watched = watch(state, step, signs, settings)
+        state = watched.state
+        lasting.append(bool(watched.lasting))
+        assert not watched.ended
+    assert lasting == [False] * 5 + [True] and state.on == {"motion": 1}

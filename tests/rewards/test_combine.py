@@ -61,6 +61,8 @@ def test_normalised_components_by_hand() -> None:
             combine_rewards({"x": [0.0, 0.0]}, {"x": weight})
     with pytest.raises(RewardError, match="one value per member"):
         combine_rewards({"x": 0.5}, {"x": 1.0})
+    with pytest.raises(RewardError, match="one value per member"):
+        combine_rewards({"x": [[0.5, 0.1]], "y": [[0.5, 0.1]]}, {"x": 1.0, "y": 1.0})
 
 
 @pytest.fixture

@@ -49,6 +49,11 @@ def test_colour_and_texture_have_known_values() -> None:
 
 def test_copying_is_measured_against_the_truth_s_own() -> None:
     assert signs.copying([X, X], [X, Y], X) == (pytest.approx(1.0), pytest.approx(0.5))
+    assert signs.copying([X, Y], [X, X], 3 * X) == (
+        pytest.approx(0.5),
+        pytest.approx(-0.5),
+    )  # farther away than the truth
+    assert signs.copying([-X], [Y], X) == (pytest.approx(-1.0), pytest.approx(-1.0))
 
 
 def test_correlations_equal_numpy_and_constants_have_none() -> None:

@@ -33,7 +33,9 @@ def test_clip_t_and_clip_score() -> None:
     assert clip_score([X, Y], X) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((2, 2)), np.full((2, 2), np.nan), np.zeros((0, 2))])
+@pytest.mark.parametrize(
+    "bad", [np.zeros((2, 2)), np.array([[1.0, 0.0], [0.0, 0.0]]), np.full((2, 2), np.nan), np.zeros((0, 2))]
+)
 def test_features_without_a_direction_are_an_error_not_a_zero(bad: np.ndarray) -> None:
     with pytest.raises(RewardError):
         clip_v(bad, [X, Y])
@@ -59,6 +61,13 @@ def test_a_distance_of_repeated_clips_is_that_of_the_repeated_rows(n: int, dim: 
     expected = [frechet_distance(x.repeat(t, axis=0), y.repeat(t, axis=0), "test").value for t in times]
     assert repeated_frechet(x, y, times) == pytest.approx(expected, rel=1e-6)
     assert repeated_frechet(x, x, times) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_rounding_never_makes_a_distance_negative() -> None:
+    for seed in range(60):
+        x = np.random.default_rng(seed).normal(size=(3 + seed % 7, 6))
+        assert frechet_distance(x, x, "x").value >= 0.0
+        assert repeated_frechet(x, x, np.ones((1, len(x))))[0] >= 0.0
 
 
 def test_a_distance_is_well_posed_with_more_clips_than_features() -> None:

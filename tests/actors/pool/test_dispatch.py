@@ -279,7 +279,12 @@ def test_wrong_number_of_answers_is_a_bug() -> None:
     submit(core, 2)
     core.step(0.0)
     core.answered(1, [Ok(1)], 1.0)
-    assert all("1 of 2" in str(reject.error) for reject in only(core.step(1.0), Reject))
+    rejected = only(core.step(1.0), Reject)
+    assert len(rejected) == 2 and all("1 of 2" in str(reject.error) for reject in rejected)
+    submit(core, 2, now=2.0)
+    core.step(2.0)
+    core.answered(2, [Ok(1)] * 3, 3.0)
+    assert all("3 of 2" in str(reject.error) for reject in only(core.step(3.0), Reject))
 
 
 def test_deadly_request_fails_alone() -> None:
@@ -318,7 +323,8 @@ def test_restarts_back_off_and_end_in_an_error_with_reasons() -> None:
                 text = str(command.error)
         now += 0.25
     assert starts == [0.0, 0.25, 1.25, 2.75]
-    assert "workers died 4 times" in text and "p-0.4: no CUDA device" in text
+    assert "workers died 4 times" in text
+    assert all(f"{name}: no CUDA device" in text for name in ("p-0", "p-0.2", "p-0.3", "p-0.4"))
     with pytest.raises(PoolFailed, match="max_restarts=3"):
         core.submit(now)
 
@@ -346,6 +352,72 @@ def test_idle_workers_are_probed_busy_ones_are_not() -> None:
     assert core.step(10.0) == []  # nothing is sent to a worker whose pulse is being taken
     core.died("p-1", "no answer to ping", 40.0)
     assert End("p-1", healthy=False) in core.step(40.0)
+
+
+def test_a_worker_is_probed_so_long_after_it_was_last_heard_of() -> None:
+    """Whatever it was heard of by: its start, its weights, an answer, a ping."""
+    core = make(1, probe_every_s=5.0, max_wait_s=0.0)
+    core.step(0.0)
+    core.started("p-0", 10.0)
+    assert core.step(10.0) == [Load("p-0", 0)]
+    core.loaded("p-0", 0, 20.0)
+    assert core.step(20.0) == [] and core.wake_at(20.0) == 25.0
+    submit(core, 1, now=24.0)
+    core.step(24.0)
+    core.answered(1, [Ok(1)], 30.0)
+    core.step(30.0)
+    assert core.step(34.9) == [] and core.wake_at(34.9) == 35.0
+    assert core.step(35.0) == [Probe("p-0")]
+    core.probed("p-0", 36.0)
+    assert core.step(36.0) == [] and core.wake_at(36.0) == 41.0
+    resting = make(1, probe_every_s=5.0)
+    resting.step(0.0)
+    resting.resting = True
+    resting.started("p-0", 10.0)
+    assert resting.step(10.0) == [] and resting.wake_at(10.0) == 15.0  # its weights wait, and so do we
+
+
+def test_reports_that_come_late_change_no_state() -> None:
+    """A start that is reported twice, and weights that were loaded by a worker which is suspected meanwhile."""
+    core = serving(1)
+    core.started("p-0", 1.0)
+    core.loaded("p-0", 0, 1.0)
+    assert states(core) == {"p-0": S.READY} and core.step(1.0) == []
+    core.publish(1)
+    assert core.step(2.0) == [Load("p-0", 1)]
+    core.struck("p-0", "connection lost", 3.0)
+    core.loaded("p-0", 1, 4.0)
+    assert states(core) == {"p-0": S.SUSPECT} and core.step(4.0) == [Probe("p-0")]
+    core.probed("p-0", 5.0)
+    core.probed("p-0", 5.0)
+    assert states(core) == {"p-0": S.STALE} and core.step(5.0) == [Load("p-0", 1)]
+
+
+def test_calls_beside_requests_are_never_fewer_than_none() -> None:
+    core = serving(1, probe_every_s=5.0)
+    core.hold("p-0", -1)
+    core.hold("p-0", 1)
+    core.hold("p-0", -1)
+    assert core.step(50.0) == [Probe("p-0")]
+
+
+def test_no_two_processes_of_a_slot_have_one_name() -> None:
+    """A slot that was restarted, retired and filled again: reports about the old processes find nobody."""
+    core = serving(2)
+    core.died("p-1", "killed", 1.0)
+    obey(core, 1.0)
+    core.resize(1)
+    assert only(core.step(2.0), End) == [End("p-1.2", healthy=True)]
+    core.resize(2)
+    assert set(states(core)) == {"p-0", "p-1.3"}
+
+
+def test_a_worker_counts_its_good_answers() -> None:
+    core = serving(1, max_batch=3)
+    submit(core, 3)
+    core.step(0.0)
+    core.answered(1, [Ok(1), Failure("data", "no frames"), Ok(2)], 1.0)
+    assert [worker.requests_done for worker in core.stats(1.0).workers] == [2] and core.stats(1.0).done == 2
 
 
 def test_pool_waits_for_room_while_it_can_work_and_fails_when_it_cannot() -> None:

@@ -87,3 +87,12 @@ def test_serving_forgives_failed_starts_and_old_weights_do_not() -> None:
     assert worker.failed_starts == 3
     worker.loaded(2, current=2)
     assert worker.state is S.READY and worker.failed_starts == 0
+
+
+def test_weights_of_any_other_version_do_not_serve() -> None:
+    """Not older ones, and not newer ones either: what is current is the pool's word."""
+    worker = Worker("vdm", 0)
+    worker.started()
+    for version in (4, 6):
+        worker.loaded(version, current=5)
+        assert worker.state is S.STALE and worker.version == version

@@ -240,6 +240,18 @@ def test_a_custom_reward_that_hangs_on_one_answer_loses_that_answer_alone(
     assert first.value.values == last.value.values == {"hung": 0.5, "slow": 0.5}
 
 
+def test_not_even_an_interrupt_of_a_custom_reward_ends_its_worker(clip: ClipScorer, request_for, odd_rewards) -> None:
+    def interrupting(**_: Any) -> float:
+        raise KeyboardInterrupt("mine")
+
+    odd_rewards.interrupting = interrupting
+    scorer = Scorer(clip, custom={"odd": "odd_test_rewards:interrupting"}, custom_timeout_s=30.0)
+    (outcome,) = scorer.score([request_for(0, ("odd",))])
+    assert (
+        isinstance(outcome, Failure) and outcome.kind == "data" and "raised KeyboardInterrupt: mine" in outcome.message
+    )
+
+
 def test_a_text_that_no_tokenizer_takes_leaves_its_neighbours_alone(
     clip: ClipScorer, request_for, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,8 @@ def test_a_clip_of_exactly_the_most_tokens_fits_and_one_more_does_not(
 
 
 @pytest.mark.parametrize(
-    ("temporal", "fits", "told"), [(4, (1, 5, 9), "5 or 9"), (2, (1, 5, 9), "5 or 9"), (8, (1, 9, 17), "1 or 9")]
+    ("temporal", "fits", "told"),
+    [(4, (1, 5, 9), "5 or 9"), (2, (1, 5, 9), "5 or 9"), (1, (1, 5, 9), "5 or 9"), (8, (1, 9, 17), "1 or 9")],
 )
 def test_frames_are_a_multiple_of_the_chunk_and_of_the_compression(
     temporal: int, fits: tuple[int, ...], told: str
@@ -55,11 +56,17 @@ def test_frames_are_a_multiple_of_the_chunk_and_of_the_compression(
     geometry = replace(WAN, temporal=temporal)
     for count in fits:
         assert geometry.latent_shape(count, 32, 32, 0)[1] == (count - 1) // temporal + 1
-    for count in (0, 2, 3, 4, 6, 7, 8):
+    for count in (-7, 0, 2, 3, 4, 6, 7, 8):
         with pytest.raises(BadSampleError, match=f"num_frames={count}:"):
             geometry.latent_shape(count, 32, 32, 0)
     with pytest.raises(BadSampleError, match=f"use {told}"):
         geometry.latent_shape(7, 32, 32, 0)
+
+
+def test_a_wrong_number_of_frames_names_the_nearest_right_ones() -> None:
+    for count, told in ((-3, "1 or 5"), (0, "1 or 5"), (2, "1 or 5"), (4, "1 or 5"), (6, "5 or 9"), (8, "5 or 9")):
+        with pytest.raises(BadSampleError, match=f"num_frames={count}: .*use {told}$"):
+            WAN.latent_shape(count, 32, 32, 0)
 
 
 def test_the_vae_takes_four_frames_at_a_time_whatever_its_compression() -> None:
@@ -108,9 +115,18 @@ def test_temporal_patches_hold_two_frames_of_clean_tokens() -> None:
 
 def test_reference_frames_are_spread_evenly_and_end_with_the_last() -> None:
     frames = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
-    for n, picks in {0: [], 1: [8], 2: [0, 8], 3: [0, 4, 8], 5: [0, 2, 4, 6, 8], 9: list(range(9))}.items():
+    for n, picks in {
+        0: [],
+        1: [8],
+        2: [0, 8],
+        3: [0, 4, 8],
+        4: [0, 3, 5, 8],
+        5: [0, 2, 4, 6, 8],
+        9: list(range(9)),
+    }.items():
         assert select_reference_frames(frames, n)[:, 0, 0, 0].tolist() == picks
     assert select_reference_frames(frames[:2], 3)[:, 0, 0, 0].tolist() == [0, 0, 1]
+    assert len(select_reference_frames(frames[:0], 0)) == 0  # none are asked of a video that has none
     with pytest.raises(BadSampleError, match="without frames has no 2 reference frames"):
         select_reference_frames(frames[:0], 2)
 

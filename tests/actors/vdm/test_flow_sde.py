@@ -4,6 +4,7 @@ The step against simulations, torch.distributions and the ODE: test_parity_sde.p
 
 from __future__ import annotations
 
+import math
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -44,6 +45,38 @@ def test_flow_schedule_by_hand():
     step = flow_sde.transition(x, v, *sigmas, "flow", 0.5)
     assert step.std.item() == pytest.approx(0.2**0.5, rel=1e-5)
     assert step.mean.item() == pytest.approx(2.0 - 0.2 * (-1.0 + 1.8 / 1.6), rel=1e-5)
+
+
+def test_cps_by_hand():
+    """sigma .8 -> .6 at level 1/3: std = .6 sin 30° = .3; x0 = 2.8, x1 = 1.8; mean = .4 * 2.8 + sqrt(.27) * 1.8."""
+    x, v = torch.tensor([[2.0]]), torch.tensor([[-1.0]])
+    step = flow_sde.transition(x, v, torch.tensor([0.8]), torch.tensor([0.6]), torch.tensor(0.9), "cps", 1 / 3)
+    assert step.std.item() == pytest.approx(0.3) and step.mean.item() == pytest.approx(0.4 * 2.8 + 0.27**0.5 * 1.8)
+
+
+@pytest.mark.parametrize("schedule", ["flow", "wan", "dance", "cps"])
+def test_level_0_is_the_ode_to_the_bit(point, schedule):
+    x, v, sigma, following, second = point
+    step = flow_sde.transition(x, v, sigma, following, second, schedule, 0.0)
+    assert torch.equal(step.mean, flow_sde.ode_step(x, v, sigma, following)) and step.std.tolist() == [0.0] * 3
+
+
+def test_log_density_by_hand():
+    """Two values .3 and .1 off a mean, std .2: the mean of -.5 (z^2) - ln .2 - ln(2 pi)/2 with z = 1.5 and .5."""
+    step = Transition(torch.tensor([[1.0, 2.0]]), torch.tensor([0.2]))
+    found = flow_sde.step_logprob(torch.tensor([[1.3, 1.9]]), step)
+    assert found.tolist() == pytest.approx([-(2.25 + 0.25) / 4 - math.log(0.2) - 0.5 * math.log(2 * math.pi)], rel=1e-5)
+    kl = flow_sde.kl_gaussian(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.3, 1.9]]), torch.tensor([0.2]))
+    assert kl.tolist() == pytest.approx([(0.09 + 0.01) / 2 / (2 * 0.04)], rel=1e-5)
+
+
+def test_a_grid_of_no_steps_is_refused():
+    with pytest.raises(ValueError, match="at least 1 denoising step"):
+        flow_sde.sigma_grid(0)
+
+
+def test_shifted_sigmas_by_hand():
+    assert flow_sde.shift_sigma(torch.tensor([0.0, 0.5, 1.0]), 3.0).tolist() == [0.0, 0.75, 1.0]
 
 
 def test_noise_scales_by_hand():
@@ -88,7 +121,7 @@ def test_a_window_follows_from_the_steps_number_alone(kind):
 # --- whose noise the rest can remove --------------------------------------------------------------------------------
 
 
-def width(steps, shift, schedule, level, start, size, spread=1e-4, draws=4000):
+def width(steps, shift, schedule, level, start, size, spread=1e-4, draws=2000):
     """Std of the final latents over the ODE's, for data of std ``spread`` about 0 and its exact velocity."""
     grid, generator = flow_sde.sigma_grid(steps, shift), torch.Generator().manual_seed(0)
 
@@ -109,7 +142,7 @@ def width(steps, shift, schedule, level, start, size, spread=1e-4, draws=4000):
     return float(x.std() / ode.std())
 
 
-GRIDS = [(steps, shift) for steps in (8, 10, 25) for shift in (1.0, 3.0, 5.0)]
+GRIDS = [(8, 3.0), (10, 1.0), (10, 3.0), (10, 5.0), (25, 3.0)]
 LEVELS = [("flow", 0.7), ("flow", 0.35), ("wan", 1.0), ("dance", 0.3), ("cps", 0.5)]
 
 
@@ -118,12 +151,12 @@ LEVELS = [("flow", 0.7), ("flow", 0.35), ("wan", 1.0), ("dance", 0.3), ("cps", 0
 def test_a_window_at_any_place_of_the_default_range_leaves_no_noise(steps, shift, schedule, level):
     may = flow_sde.removable_steps(steps, shift, schedule, level)
     assert may.start == 0 and len(may) >= steps - 3
-    for start in may:
+    for start in {0, len(may) // 2, *may[-3:]}:
         surplus = flow_sde.surplus_noise(flow_sde.sigma_grid(steps, shift), schedule, level)[start].item()
         ratio = width(steps, shift, schedule, level, start, 1)
         assert ratio <= 2**0.5 * 1.02
-        assert ratio == pytest.approx((1 + surplus**2) ** 0.5, rel=0.03)
-    for start in range(len(may) - 1):
+        assert ratio == pytest.approx((1 + surplus**2) ** 0.5, rel=0.05)
+    for start in {0, *range(len(may) - 3, len(may) - 1)}:
         assert width(steps, shift, schedule, level, start, 2) <= 1.5
 
 
@@ -156,6 +189,9 @@ def test_which_steps_may_be_stochastic():
     assert flow_sde.removable_steps(10, 3.0, "cps", 1.0) == range(9)
     assert flow_sde.removable_steps(10, 3.0, "dance", 1e-6) == range(9)
     assert flow_sde.removable_steps(10, 3.0, "flow", 1.3) == range(2, 7)  # the longest run, where early steps drown too
+    # A surplus of .997 and of 1.008 sigma', of .652, 1.002, .856 and 1.3: of two runs of one step the first.
+    assert [flow_sde.removable_steps(4, 3.0, "flow", level) for level in (0.665, 0.67)] == [range(2), range(1)]
+    assert flow_sde.removable_steps(6, 3.0, "flow", 1.03) == range(1)
     assert flow_sde.removable_steps(10, 3.0, "flow", 9.0) == flow_sde.removable_steps(1, 3.0, "flow", 0.7) == range(0)
 
 
