@@ -99,7 +99,8 @@ def run_training(
     mirror = mirror_of(config)
     checkpoint = _starting_point(config, resume, restart_data, mirror)
     source = training_source(config)
-    inputs, told = run_inputs(config, source), []
+    inputs = run_inputs(config, source)
+    told: list[str] = []
     if checkpoint is not None:
         state, where = checkpoint.state, str(checkpoint.path)
         earlier = Inputs.from_json(state.inputs)
