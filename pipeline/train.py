@@ -135,7 +135,8 @@ def _run_held(
     going_on = has_checkpoint(config) if resume == "if_any" else bool(resume)
     checkpoint = _starting_point(config, going_on, restart_data, mirror)
     source = training_source(config)
-    inputs, told = run_inputs(config, source), list[str]()
+    inputs = run_inputs(config, source)
+    told: list[str] = []
     if checkpoint is not None:
         state, where = checkpoint.state, str(checkpoint.path)
         earlier = Inputs.from_json(state.inputs)

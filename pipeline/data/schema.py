@@ -200,9 +200,9 @@ class ShardWriter:
     def _take_up(self, earlier: Sequence[Path | Uri]) -> None:
         """Keep the shards of an interrupted write that are as their notes say, in order; remove the others."""
         if isinstance(self.folder, Path):
-            for path in self.folder.glob(".*.tmp"):
-                if _LEFT_BEHIND.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
+            for temporary in self.folder.glob(".*.tmp"):
+                if _LEFT_BEHIND.fullmatch(temporary.name):
+                    temporary.unlink(missing_ok=True)
         left = {path.name: path for path in earlier if _OURS.fullmatch(path.name)}
         while (path := left.get(self._name())) is not None and (found := self._journal.noted(path.name)) is not None:
             note, progress = found
@@ -214,8 +214,8 @@ class ShardWriter:
             self.count += note.rows
             self.kept.append(progress)
             self._shards += 1
-        for path in left.values():
-            remove(path)
+        for rejected in left.values():
+            remove(rejected)
 
     def close(self) -> None:
         """Write what is pending, and the marker that says that this is all; a folder without rows gets none."""

@@ -146,7 +146,7 @@ class _VideoFeatures:
     def __init__(self, extractor: VideoExtractor) -> None:
         self._extractor = extractor
         self._one = asyncio.Lock()
-        self._truth: dict[str, np.ndarray] = {}
+        self._truth: dict[bytes, np.ndarray] = {}  # by the frames
 
     async def of(self, sample: Sample, frames: np.ndarray) -> dict[str, np.ndarray]:
         """Return the features of an answer to ``sample`` and of its true clip."""

@@ -24,6 +24,7 @@ from pipeline import terminal
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import RunConfig, config_digest, load_config
 from pipeline.config.load import override_of
+from pipeline.data.folder import open_dataset
 from pipeline.data.toy.shards import ensure_toy
 from pipeline.evaluate.predictions import FILE, read_predictions, write_predictions
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
@@ -82,7 +83,8 @@ def reproduce(
     """Run ``rows`` (all by default, with those that they are made of) for ``seeds`` into ``out``; returns the report's path.
 
     ``split`` is what the rows are judged on: ``val`` while an experiment is being designed, ``test`` for its report. Raises
-    ConfigError where ``out`` holds another experiment's rows, and TrainingError where rows failed, after the others are done.
+    ConfigError where ``out`` holds another experiment's rows or rows that were made of other data, and TrainingError where rows
+    failed, after the others are done.
     """
     console = console or terminal.console()
     keys, out = experiment.needed(list(rows)), out.resolve()
@@ -99,6 +101,7 @@ def reproduce(
         with waiting(console, "making the toy world"):
             size = experiment.sft_samples
             ensure_toy(out / "data", experiment.train_samples, experiment.test_samples, sft=size, artist=size)
+        _claim_data(out)
         for seed in seeds:
             one = _Seed(experiment, out, seed, split, console)
             one.remember()
@@ -139,6 +142,15 @@ def _claim(out: Path, experiment: Experiment) -> None:
             f"{out} holds rows of another experiment, base run or models ({path} differs); choose another --out"
         )
     path.write_text(mine, encoding="utf-8")
+
+
+def _claim_data(out: Path) -> None:
+    """Note the digests of the datasets that the rows in ``out`` are made of, or refuse to mix two."""
+    splits = sorted(path for path in (out / "data").iterdir() if path.is_dir())
+    path, mine = out / "data.json", {split.name: open_dataset(split).digest for split in splits}
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != mine:
+        raise ConfigError(f"{out} holds rows that were made of other data ({path} differs); choose another --out")
+    path.write_text(json.dumps(mine, indent=1), encoding="utf-8")
 
 
 def _digest(model: str) -> str:

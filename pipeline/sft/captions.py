@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,6 +23,8 @@ from actors.learner.trainable import torch_dtype
 from actors.vdm.loading import load_text_encoder, parameter_hash, pipeline_folder
 from actors.vdm.text import CaptionEmbedder
 from cluster.errors import DataError
+from pipeline.data.schema import open_shard
+from pipeline.location import parse_location
 from pipeline.sft.settings import SftSettings
 
 PER_FILE = 1024
@@ -56,7 +57,7 @@ def distinct_captions(shards: Sequence[str]) -> set[str]:
     """Return the captions in Parquet ``shards``; a damaged row group has none, and its rows are quarantined later."""
     found: set[str] = set()
     for path in shards:
-        with pq.ParquetFile(path) as file:
+        with open_shard(parse_location(path)) as file:
             for group in range(file.num_row_groups):
                 try:
                     column = file.read_row_group(group, columns=["caption"])["caption"]

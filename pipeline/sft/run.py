@@ -25,12 +25,15 @@ from ray.train.torch import TorchTrainer
 from cluster.errors import ConfigError, TrainingError, VansError, WorkerTimeoutError
 from cluster.resources import Ask, PlacementPlan, check, view
 from cluster.session import connect, environment
+from pipeline.checkpoint import model_digests
 from pipeline.data.source import SampleSource
 from pipeline.location import Uri, local_path
 from pipeline.lock import held, hold
 from pipeline.sft.loop import train_loop
 from pipeline.sft.rendezvous import RendezvousConfig
 from pipeline.sft.settings import Kind, SftResult, SftSettings
+
+log = logging.getLogger(__name__)
 
 OnMetrics = Callable[[int, dict[str, float]], None]
 _MAILBOX_S = 120.0
@@ -162,13 +165,27 @@ def check_room(job: SftJob) -> None:
     check(PlacementPlan((ranks, Ask("decoders", settings.decoders, source.cpus_per_decoder))), view())
 
 
+def run_name(job: SftJob) -> str:
+    """Return the name by which Ray Train resumes a run: another one for other rows, settings, or files of model and adapter."""
+    where = ("placement", "labels", "placement_timeout_s", "step_timeout_s")  # a run may go on elsewhere
+    told = {key: value for key, value in asdict(job.settings).items() if key not in where}
+    models = model_digests({"model": job.model, "adapter": job.settings.adapter})
+    facts = json.dumps([job.kind, job.model, models, job.source.digest, told], sort_keys=True, default=str)
+    return f"sft-{job.kind}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+
+
+def other_runs(job: SftJob) -> list[Path]:
+    """Return the checkpoints of earlier runs in the folder of ``job``, where none of them is one that it continues."""
+    found = sorted((job.out / "checkpoints").glob(f"sft-{job.kind}-*"))
+    return [] if run_name(job) in {path.name for path in found} else found
+
+
 def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Run Ray Train; returns the rows logged by this call, and the counters of the last checkpoint."""
-    settings, source = job.settings, job.source
-    where = ("placement", "labels", "placement_timeout_s", "step_timeout_s")  # a run may go on elsewhere
-    told = {key: value for key, value in asdict(settings).items() if key not in where}
-    facts = json.dumps([job.kind, job.model, source.digest, told], sort_keys=True, default=str)
-    name = f"sft-{job.kind}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"  # Ray Train resumes a run by its name
+    settings, source, name = job.settings, job.source, run_name(job)
+    if earlier := other_runs(job):
+        told = "sft %s begins anew: %s was trained with other settings, data or files of the model"
+        log.warning(told, job.kind, earlier[-1])
     mailbox = start_mailbox()
     config: dict[str, Any] = {
         "kind": job.kind,

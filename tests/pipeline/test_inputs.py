@@ -17,6 +17,8 @@ from pipeline.checkpoint import CheckpointStore, Inputs, TrainState
 from pipeline.checkpoint.inputs import SAMPLE_BYTES, WHOLE_BYTES, model_digest
 from pipeline.config import RunConfig, parse_config
 from pipeline.data.source import Cursor
+from pipeline.sft.run import SftJob, other_runs, prepare, run_name
+from pipeline.sft.settings import SftSettings
 from pipeline.sources import run_inputs, training_source
 from pipeline.stages.feed import FeedCursor
 from pipeline.train import _Run, run_training
@@ -226,3 +228,24 @@ def test_a_large_file_is_told_apart_by_pieces_of_it(tmp_path: Path) -> None:
         file.seek(-4, 2)
         file.write(b"\0\0\0\0")
     assert model_digest(tmp_path / "m") != before
+
+
+@pytest.mark.parametrize("what", ["data", "model", "adapter", "lr", "placement"])
+def test_a_supervised_run_continues_only_what_it_was_begun_with(tmp_path: Path, what: str) -> None:
+    dataset(tmp_path / "data", 40)
+    folder, adapter = model(tmp_path / "vlm", 1.0), model(tmp_path / "adapter", 1.0)
+
+    def job(**more: object) -> SftJob:
+        settings = SftSettings(adapter=str(adapter), lora_rank=8, **more)  # type: ignore[arg-type]
+        return prepare("vlm", folder, tmp_path / "data", tmp_path / "out", settings)
+
+    before, name = job(), run_name(job())
+    (before.out / "checkpoints" / name).mkdir(parents=True)
+    assert run_name(before) == name and other_runs(before) == []
+    if what in ("lr", "placement"):
+        after = job(**{"lr": 0.5} if what == "lr" else {"placement": "SPREAD", "step_timeout_s": 9.0})
+    else:
+        dataset(tmp_path / "data", 41) if what == "data" else model(folder if what == "model" else adapter, 2.0)
+        after = job()
+    assert (run_name(after) == name) == (what == "placement")
+    assert [path.name for path in other_runs(after)] == ([] if what == "placement" else [name])

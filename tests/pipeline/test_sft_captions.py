@@ -41,6 +41,11 @@ def test_the_frozen_encoder_is_asked_once_and_then_gone(
         frozen.row("a caption that nobody wrote")
 
 
+def test_captions_are_read_from_a_store_too(toy_shards: Path) -> None:
+    paths = sorted((toy_shards / "train").glob("*.parquet"))
+    assert distinct_captions([f"file://{path}" for path in paths]) == distinct_captions([str(path) for path in paths])
+
+
 def test_a_policy_with_stored_captions_has_the_same_loss(toy_shards: Path, tiny_vdm_dir: Path, tmp_path: Path) -> None:
     from pipeline.data.toy import make_sample
 

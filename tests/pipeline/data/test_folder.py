@@ -168,3 +168,18 @@ def test_a_digest_is_of_the_rows_in_their_order(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "renamed").digest == before  # the same rows at the same places
     (tmp_path / "renamed" / "a.parquet").rename(tmp_path / "renamed" / "z.parquet")
     assert open_dataset(tmp_path / "renamed").digest != before
+
+
+def test_a_folder_that_changes_while_it_is_read_ends_the_reading(tmp_path: Path, place: Any) -> None:
+    write(tmp_path / "set", "abcdef", rows_per_shard=3)
+    source, shard = SampleSource(place), tmp_path / "set" / "part-00001.parquet"
+    before = source._unchanged()
+    shard.touch()
+    assert source._unchanged()[0] == before[0], "another time, and the same rows"
+    table = pq.read_table(shard)
+    pq.write_table(table.take([1, 0, 2]), shard)
+    with pytest.raises(DataError, match="holds other rows than when it was opened"):
+        source._unchanged()
+    shard.unlink()
+    with pytest.raises(DataError, match=r"gone since the folder was opened|is not whole|holds other rows"):
+        source._unchanged()

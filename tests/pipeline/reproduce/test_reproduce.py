@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from rich.console import Console
 
 from cluster.errors import ConfigError
 from pipeline.config import load_config
+from pipeline.data.toy.shards import ensure_toy
 from pipeline.reproduce import Experiment, load_experiment, quickened
 from pipeline.reproduce.report import write_report
-from pipeline.reproduce.run import RowResult, _claim, _Seed
+from pipeline.reproduce.run import RowResult, _claim, _claim_data, _Seed
 from pipeline.reproduce.spec import Ordering
 from pipeline.reproduce.statistics import Figures, links, over_seeds, verdict
 
@@ -95,6 +97,16 @@ def test_spread_is_the_sample_standard_deviation() -> None:
     assert found is not None and found.mean == pytest.approx(0.7) and found.std == pytest.approx(0.2)
     assert found.text() == "0.700 ± 0.200"
     assert over_seeds(seeds(joint=[0.5]), "joint", "all", "rouge_l") is None
+
+
+def test_a_folder_keeps_to_one_dataset(tmp_path: Path) -> None:
+    ensure_toy(tmp_path / "data", 3, 2)
+    _claim_data(tmp_path)
+    _claim_data(tmp_path)
+    shutil.rmtree(tmp_path / "data")
+    ensure_toy(tmp_path / "data", 3, 2, seed=1)
+    with pytest.raises(ConfigError, match="made of other data"):
+        _claim_data(tmp_path)
 
 
 def test_a_folder_keeps_to_one_experiment(tmp_path: Path) -> None:
