@@ -41,7 +41,7 @@ class DuplicateKeyError(ValueError):
 class _Loader(yaml.SafeLoader):
     """The core schema, and each key once. A tag of another schema is an error."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}
     yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
