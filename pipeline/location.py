@@ -83,7 +83,7 @@ def parse_location(value: object) -> Path | Uri:
     found = _SCHEME.match(text)
     scheme, slashes = (found[1].lower(), len(found[2])) if found else ("", 0)
     if slashes < 2 and scheme not in SCHEMES:
-        return Path(value)
+        return _expanded(Path(value))
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise LocationError(
@@ -94,6 +94,18 @@ def parse_location(value: object) -> Path | Uri:
         what = "names no bucket" if slashes > 2 else "is no URI"
         raise LocationError(f"{short(text)} {what}: write {short(f'{scheme}://{rest}')}")
     return _uri(text, scheme)
+
+
+def _expanded(path: Path) -> Path:
+    """Return ``path`` with the home in place of a leading ``~``; the name of a user that there is not stays a name."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        if path.parts[:1] == ("~",):
+            raise LocationError(
+                f"{path}: there is no home to put in place of ~; set HOME, or write the whole path"
+            ) from error
+        return path
 
 
 def _uri(text: str, scheme: str) -> Uri:

@@ -12,10 +12,13 @@ function raises or returns ``float("nan")`` leaves its group; too many of them s
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import re
 import reprlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,12 +50,11 @@ def load_reward(path: str) -> CustomReward:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise RewardError(
-            f"reward {path!r}: cannot import {module_name!r} ({error}); is it on the workers' PYTHONPATH?"
-        ) from error
+        cure = _hidden(path) or "; is it on the workers' PYTHONPATH?"
+        raise RewardError(f"reward {path!r}: cannot import {module_name!r} ({error}){cure}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise RewardError(f"reward {path!r}: {module_name} has no function {function_name!r}")
+        raise RewardError(f"reward {path!r}: {module_name} has no function {function_name!r}{_hidden(path)}")
     try:
         inspect.signature(function).bind(**dict.fromkeys(ARGUMENTS))
     except TypeError as error:
@@ -61,6 +63,21 @@ def load_reward(path: str) -> CustomReward:
             f"name those it needs after a * and take the rest as **_"
         ) from error
     return function
+
+
+def _hidden(path: str) -> str:
+    """Return the cure where a user's file or folder has the name of a module that is found before it; else nothing."""
+    top = re.split(r"[.:]", path, maxsplit=1)[0]
+    found = importlib.util.find_spec(top) if top not in sys.modules else sys.modules[top].__spec__
+    origin = Path(found.origin) if found is not None and found.origin else None
+    for entry in dict.fromkeys(Path(each or ".") for each in sys.path):
+        for user in (entry / f"{top}.py", entry / top / "__init__.py"):
+            if user.is_file() and (origin is None or not (origin.exists() and user.samefile(origin))):
+                return (
+                    f". {user} is not what is imported as {top!r}: {origin or 'a built-in module'} has that name and comes first. "
+                    f"Rename yours, for example to my_{top}, and write my_{path}"
+                )
+    return ""
 
 
 def call_reward(path: str, function: CustomReward, arguments: dict[str, Any]) -> float:

@@ -184,6 +184,7 @@ def _template(run: RunShape, site: Site, container: dict[str, Any], *, gpus: int
         mounts.append({"name": "config", "mountPath": folder})
     spec: dict[str, Any] = {
         "restartPolicy": "Never",
+        "enableServiceLinks": False,  # a Service called vllm would set VLLM_PORT
         "securityContext": {"runAsNonRoot": True, "runAsUser": _USER, "runAsGroup": _USER, "fsGroup": _USER},
         "containers": [
             {

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from cluster.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.config.yaml12 import as_value, dump_yaml, parse_value, parse_yaml
+from pipeline.location import local_path
 from pipeline.text import short
 
 BUNDLED = Path(__file__).parent / "runs"
@@ -73,7 +74,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any], location: tuple[str, ..
 
 def find_config(source: str | Path) -> Path:
     """Return the YAML file that ``source`` names: a path, or a bundled run without its suffix."""
-    path = Path(source)
+    path = local_path(source)
     bundled = BUNDLED / f"{source}.yaml"
     try:
         if path.is_file():

@@ -10,7 +10,7 @@ Every YAML that this project reads goes through :func:`parse_yaml`, and what it 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -42,9 +42,9 @@ class _Loader(yaml.SafeLoader):
     """The core schema, and each key once. A tag of another schema is an error."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
-    yaml_constructors: dict[Any, Any] = {}
+    yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: dict[tuple[str, str], Any] = {}
         for key, _ in node.value:
@@ -74,14 +74,12 @@ class _Dumper(yaml.SafeDumper):
 for _name, _pattern, _first in _CORE:
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), [c.replace("\0", "") for c in _first])
     _Dumper.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), [c.replace("\0", "") for c in _first])
-_Loader.add_constructor(_TAG + "null", yaml.SafeLoader.construct_yaml_null)
-_Loader.add_constructor(_TAG + "str", yaml.SafeLoader.construct_yaml_str)
-_Loader.add_constructor(_TAG + "seq", yaml.SafeLoader.construct_yaml_seq)
-_Loader.add_constructor(_TAG + "map", yaml.SafeLoader.construct_yaml_map)
+for _name in ("null", "str", "seq", "map"):
+    _Loader.add_constructor(_TAG + _name, getattr(_Loader, f"construct_yaml_{_name}"))
 _Loader.add_constructor(_TAG + "bool", _Loader.construct_bool)
 _Loader.add_constructor(_TAG + "int", _Loader.construct_int)
 _Loader.add_constructor(_TAG + "float", _Loader.construct_float)
-_Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+_Loader.yaml_constructors[None] = _Loader.construct_undefined
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -23,6 +23,7 @@ from cluster.errors import VansError
 from cluster.session import ClusterError, join
 from pipeline.control.record import FILE, RunRecord
 from pipeline.control.snapshot import RunView
+from pipeline.location import local_path
 
 READ_TIMEOUT_S = 15.0
 MOST_WORKERS = 4096
@@ -135,12 +136,13 @@ def open_run(run: str, address: str | None = None) -> Iterator[RunClient]:
 
     ``address`` is Ray's; without it the folder's own counts, and for a name RAY_ADDRESS. Raises ControlError.
     """
-    if (Path(run) / FILE).is_file():
-        record = _read(Path(run))
+    folder = local_path(run)
+    if (folder / FILE).is_file():
+        record = _read(folder)
         where, name, board, token = address or record.address, record.run, record.board, record.token
     else:
         where, name, board, token = address or os.environ.get("RAY_ADDRESS", ""), run, "", False
-        if Path(run).is_dir():
+        if folder.is_dir():
             raise ControlError(
                 f"{run} holds no {FILE}: no run was started there, or it has not begun to start its pools"
             )

@@ -22,6 +22,7 @@ from pipeline.evaluate.score import score_predictions
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable, check_compared
 from pipeline.fleet import Fleet, cluster_session, open_fleet
+from pipeline.location import local_path
 from pipeline.lock import hold
 from pipeline.progress import bar
 from pipeline.sources import evaluation_source, video_limits
@@ -63,11 +64,11 @@ def named(text: str) -> tuple[str, Path]:
     """Return name and path of ``name=path``; without a name it is the folder's, or the file's without its suffix."""
     name, sign, path = text.partition("=")
     if not sign or Path(text).exists():
-        whole = Path(text).resolve()
-        return whole.stem if whole.is_file() else whole.name, Path(text)
+        whole = local_path(text).resolve()
+        return whole.stem if whole.is_file() else whole.name, local_path(text)
     if not name.strip() or not path:
         raise ConfigError(f"{text!r}: expected a path, or name=path")
-    return name.strip(), Path(path)
+    return name.strip(), local_path(path)
 
 
 def read_systems(predictions: Sequence[str]) -> dict[str, list[Prediction]]:

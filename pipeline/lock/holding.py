@@ -140,7 +140,7 @@ def hold(
                 except OSError as error:
                     raise _unwritable(name, error) from error
                 except StorageError as error:
-                    raise StorageError(f"{name}: {error}") from error
+                    raise StorageError(f"{name.partition('=')[0]}: {error}") from error
             _HELD[key] = lock, count + 1
         try:
             with _released_by_sigterm(lock):

@@ -62,7 +62,7 @@ def read_run(folder: str | Path, config: RunConfig) -> Measured:
     (the message names the keys).
     """
     from pipeline.tracking.history import newest_parent, read_stages, stage_windows
-    from pipeline.tracking.tracker import location
+    from pipeline.tracking.tracker import has_store, location
 
     root = Path(folder)
     if not (root / "config.yaml").is_file():
@@ -74,8 +74,7 @@ def read_run(folder: str | Path, config: RunConfig) -> Measured:
             f"--measured {folder}: that run differs in {', '.join(different)}, so its times say nothing of this one"
         )
     uri, _ = location(root, its.tracking)
-    database = uri.partition("sqlite:///")[2]
-    absent = bool(database) and not Path(database).is_file()  # asking would make it
+    absent = not has_store(root, its.tracking)  # asking would make it
     parent = None if absent else newest_parent(uri, its.tracking.experiment, its.name)
     stages = read_stages(uri, parent, _PREFIXES) if parent else {}
     windows = stage_windows(uri, parent) if parent else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def run_tracked_sft(
     console.print(
         f"loss {result.loss_first:.4f} → {result.loss_last:.4f} in {result.steps} steps, {result.train_s:.0f} s; "
         f"{result.quarantined} of {result.samples} rows could not be used\n"
-        f"model     {job.out}\ncurves    mlflow ui --backend-store-uri {redacted(tracker.uri)}",
+        f"model     {job.out}\ncurves    mlflow ui --backend-store-uri {shlex.quote(redacted(tracker.uri))}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from cluster.errors import ConfigError
 from pipeline.config import load_config
+from pipeline.location import local_path
 from pipeline.tracking.history import Series, newest_parent, read_stages
 from pipeline.tracking.tracker import has_store, location
 
@@ -111,7 +112,7 @@ def read_profiles(folder: str | Path, last: int | None = None) -> list[StageProf
 
     Raises ConfigError where it is no run's folder, or the run has not logged a step yet.
     """
-    root = Path(folder)
+    root = local_path(folder)
     if not (root / "config.yaml").is_file():
         raise ConfigError(
             f"{folder}: not a run's folder, there is no config.yaml in it (a run's is its `out`, such as runs/toy)"

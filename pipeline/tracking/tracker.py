@@ -12,12 +12,14 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -32,6 +34,9 @@ from pipeline.tracking.store import PARENT, MlflowStore, TrackingError, merge_me
 
 STRICT_VARIABLE = "VANS_STRICT_METRICS"
 FOLDER = "tracking"  # under the run's folder: spool, and files on their way to the store
+
+_UNQUOTED = "".join(chr(c) for c in range(33, 127) if chr(c) not in "%?#") + " "
+"""What stands in a URI of SQLite as it is; SQLAlchemy decodes the rest."""
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +84,11 @@ class Tracker:
     ) -> Tracker:
         """Open a parent run of any kind of job that writes to the folder ``out``; see :meth:`start`."""
         uri, artifacts = location(out, section)
-        if artifacts is not None:
-            artifacts.parent.mkdir(parents=True, exist_ok=True)
-        store = MlflowStore(uri, section.experiment, artifacts)
+        database = database_file(uri)
+        if database is not None:
+            _require_usable(database)
+        with _no_stray_folder(uri, database):
+            store = MlflowStore(uri, section.experiment, artifacts)
         known: dict[str, str] = {}
         if resume_run_id is None:
             run_id = store.start(name, {**(tags or {}), **lineage.git_tags()})
@@ -281,16 +288,46 @@ class Tracker:
 
 def location(out: Path, section: TrackingSection) -> tuple[str, Path | None]:
     """Return the tracking URI of a job, and where artifacts of a local store go (None: the server decides)."""
-    local = f"sqlite:///{(out / 'mlflow.db').resolve()}"
+    local = "sqlite:///" + quote(str((out / "mlflow.db").resolve()), safe=_UNQUOTED)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or section.uri or local
+    database = database_file(uri)
+    return uri, database.parent / "mlartifacts" if database else None
+
+
+def database_file(uri: str) -> Path | None:
+    """Return the file of a ``sqlite:///`` URI, None for a store of another kind."""
     scheme, _, database = uri.partition(":///")
-    return uri, Path(database).parent / "mlartifacts" if scheme == "sqlite" else None
+    return Path(unquote(database.partition("?")[0])) if scheme == "sqlite" else None
+
+
+@contextmanager
+def _no_stray_folder(uri: str, database: Path | None) -> Iterator[None]:
+    """Remove the empty folder that MLflow makes where a URI of SQLite has encoded characters: it takes them for the folder's name."""
+    written = Path(uri.partition(":///")[2]).parent
+    made = [path for path in (written, *written.parents) if not path.exists()] if database else []
+    yield
+    with suppress(OSError):
+        for path in made:
+            path.rmdir()
+
+
+def _require_usable(database: Path) -> None:
+    """Raise TrackingError where ``database`` cannot be opened: MLflow would try for minutes, and then tell less."""
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(database, timeout=10.0)) as connection:
+            connection.execute("PRAGMA schema_version").fetchall()
+    except (OSError, sqlite3.Error) as error:
+        raise TrackingError(
+            f"the MLflow store {database} cannot be used: {error}. Make room, correct its rights, name another one "
+            "(tracking.uri=…, MLFLOW_TRACKING_URI), or move a damaged one away"
+        ) from error
 
 
 def has_store(out: Path, section: TrackingSection) -> bool:
     """Return whether the tracking store of a job is there, as far as that can be told without asking a server."""
-    scheme, _, database = location(out, section)[0].partition(":///")
-    return scheme != "sqlite" or Path(database).is_file()
+    database = database_file(location(out, section)[0])
+    return database is None or database.is_file()
 
 
 def _strict() -> bool:

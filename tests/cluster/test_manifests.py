@@ -61,6 +61,7 @@ class Container(Exact):
 class PodSpec(Exact):
     containers: list[Container] = Field(min_length=1, max_length=1)
     restartPolicy: Literal["Never"]  # the autoscaler v2 takes no other
+    enableServiceLinks: Literal[False]  # a Service called vllm would set VLLM_PORT
     securityContext: dict[str, Any]
     tolerations: list[dict[str, str]] = []
     volumes: list[dict[str, Any]]

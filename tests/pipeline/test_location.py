@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,12 +15,15 @@ from typer.testing import CliRunner
 
 from cluster.errors import ConfigError, DataError, StorageError
 from pipeline.cli import app
+from pipeline.cli import data as data_commands
 from pipeline.config import load_config, parse_config, to_yaml
+from pipeline.config.yaml12 import parse_yaml
 from pipeline.data.importers.inspect import inspect
 from pipeline.data.importers.jsonl import import_jsonl
 from pipeline.data.schema import Row, ShardWriter, shard_digest, shard_metadata, shard_paths
 from pipeline.data.video import encode_mp4
-from pipeline.location import Uri, listing, opened, parse_location, storage_errors
+from pipeline.evaluate.run import named
+from pipeline.location import LocationError, Uri, listing, local_path, opened, parse_location, storage_errors
 
 
 def test_paths_are_paths_and_uris_keep_their_slashes() -> None:
@@ -149,3 +153,33 @@ def test_an_error_of_a_store_is_one_line_that_names_the_place() -> None:
     with pytest.raises(StorageError, match=r"refuses the credentials of this environment"):
         with storage_errors("s3://b/x"):
             raise OSError("AWS Error ACCESS_DENIED during …\nmore")
+
+
+def test_a_tilde_is_the_home_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("base: toy\nout: ~/runs/x\ndata: {train: ~/data}\n")
+    run = load_config("~/run.yaml", ["checkpoint.mirror=~/mirror", "sft.vlm.out=~/sft"])
+    assert (run.out, run.data.train) == (tmp_path / "runs" / "x", tmp_path / "data")
+    assert (run.checkpoint.mirror, run.sft.vlm.out) == (tmp_path / "mirror", tmp_path / "sft")
+    assert local_path("~") == tmp_path
+    assert local_path("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+    assert named("a=~/answers") == ("a", tmp_path / "answers")
+    assert parse_config(parse_yaml(to_yaml(run), "here")) == run
+
+
+def test_every_path_of_the_command_line_takes_a_tilde() -> None:
+    """A shell leaves the tilde of ``--out=~/x`` alone; each option that takes a path goes through the one place."""
+    for command in [*app.registered_commands, *data_commands.registered_commands]:
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            if "pathlib" in str(hint):
+                (option,) = hint.__metadata__
+                assert option.parser is not None, (command.callback, name)
+
+
+def test_no_home_for_a_tilde_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    with pytest.raises(LocationError, match="set HOME, or write the whole path"):
+        local_path("~/x")

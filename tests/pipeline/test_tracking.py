@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.config import RunConfig, flatten, parse_config
+from pipeline.config.machinery import TrackingSection
 from pipeline.data.source import Cursor
 from pipeline.data.video import decode_video
 from pipeline.stages.alarms import AlarmWatch
@@ -19,7 +20,7 @@ from pipeline.stages.feed import FeedCursor
 from pipeline.stages.recovery import Restarts
 from pipeline.tracking import Tracker, TrackingError
 from pipeline.tracking.store import MlflowStore
-from pipeline.tracking.tracker import location
+from pipeline.tracking.tracker import database_file, has_store, location
 from pipeline.train import _StepHook
 
 
@@ -231,3 +232,21 @@ def test_a_checkpoint_comes_after_the_figures_of_its_steps(config: RunConfig, mo
             tracker.log_metrics({"reward/total_mean": 0.5}, 1)
             asyncio.run(hook.save(2, FeedCursor(Cursor(0, 0)), last=False))
     assert found == [[(1, 0.5)]]
+
+
+def test_a_folder_s_name_may_have_characters_that_mean_something_in_a_uri(tmp_path: Path) -> None:
+    out = tmp_path / "100%41 ?a=b #c ü'\""
+    with Tracker.open("run", out, TrackingSection(), {"a": 1}) as tracker:
+        assert database_file(tracker.uri) == out / "mlflow.db"
+    assert has_store(out, TrackingSection())
+    client = MlflowClient(tracker.uri)
+    assert client.get_run(tracker.run_id).data.params == {"a": "1"}
+    assert [path.name for path in tmp_path.iterdir() if any(path.iterdir())] == [out.name]
+
+
+@pytest.mark.parametrize("damage", ["file", "folder"])
+def test_a_store_that_cannot_be_opened_is_told_at_once(tmp_path: Path, damage: str) -> None:
+    database = tmp_path / "mlflow.db"
+    database.write_bytes(b"no database" * 100) if damage == "file" else database.mkdir()
+    with pytest.raises(TrackingError, match=r"mlflow\.db cannot be used: .*tracking\.uri"):
+        Tracker.open("run", tmp_path, TrackingSection(), {})
