@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -160,16 +161,16 @@ async def _answer(
     ]
 
 
-def split_model(config: RunConfig, role: str, given: str | None) -> tuple[str, str | None]:
+def split_model(config: RunConfig, role: Literal["vlm", "vdm"], given: str | None) -> tuple[str, str | None]:
     """Return (model folder, adapter folder or None): ``given`` may be a whole model or a PEFT adapter of the configured one."""
-    assert role in ("vlm", "vdm")
     base = getattr(config.models, role)
     adapter = getattr(config.models, f"{role}_adapter")
     if given is None:
-        return resolve_model(base, role), resolve_adapter(adapter, role)  # type: ignore[arg-type]
-    if (Path(given) / "adapter_config.json").is_file():
-        return resolve_model(base, role), resolve_adapter(given, role)  # type: ignore[arg-type]
-    return resolve_model(given, role), None  # type: ignore[arg-type]
+        given = adapter
+    elif not (Path(given).expanduser() / "adapter_config.json").is_file():
+        return resolve_model(given, role), None
+    model = resolve_model(base, role)
+    return model, resolve_adapter(given, role, model)
 
 
 def caption_of(question: str, text: str) -> str:

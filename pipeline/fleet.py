@@ -185,8 +185,8 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
         for pool, role in roles.items()
     )
     vlm_adapter, vdm_adapter = (
-        resolve_adapter(getattr(models, f"{role}_adapter"), role) if role in started else None  # type: ignore[arg-type]
-        for role in ("vlm", "vdm")
+        resolve_adapter(getattr(models, f"{role}_adapter"), role, path) if role in started else None
+        for role, path in (("vlm", vlm_path), ("vdm", vdm_path))
     )
     components = sorted({*config.stage1.rewards.weights, *config.stage2.rewards.weights})
 

@@ -39,17 +39,25 @@ def resolve_model(name: str, role: Role) -> str:
     return name
 
 
-def resolve_adapter(name: str | None, role: Role) -> str | None:
-    """Return the adapter folder ``name`` if it is a PEFT adapter; raises CheckpointError otherwise."""
+def resolve_adapter(name: str | None, role: Literal["vlm", "vdm"], model: str) -> str | None:
+    """Return the adapter folder ``name``, which is of ``model`` (as :func:`resolve_model` returned it).
+
+    Its tensors are compared with the model's layers. Raises CheckpointError where it is not a PEFT adapter, or not of this
+    model: the message says what does not fit.
+    """
     if name is None:
         return None
-    folder = Path(name).expanduser()
-    missing = [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder / f).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"models.{role}_adapter={name!r}: not a PEFT adapter folder, {' and '.join(missing)} not found in it"
-        )
-    return str(folder.resolve())
+    folder = Path(name).expanduser().resolve()
+    from actors.learner.adapters import fit, model_layers  # torch and peft take seconds to import
+    from actors.learner.peft_folder import read_folder
+
+    where = f"models.{role}_adapter={name!r}"
+    try:
+        config, tensors = read_folder(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    fit(tensors, config, model_layers(model, role), role, where)
+    return str(folder)
 
 
 def _expected(role: Role) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from actors.pool import PoolSpec, WorkerPool
 from actors.records import CompletionRequest
-from actors.vlm.engine import EngineSpec, _engine_args, _prepare_environment
+from actors.vlm.engine_args import EngineSpec, engine_args, prepare_environment
 from actors.vlm.inputs import video_metadata
 from actors.vlm.policy import load_model
 from actors.vlm.prompt import BAN_BIAS, banned_token_ids, render_prompt
@@ -69,12 +69,12 @@ def measure(size: Size) -> Result:
     """Row 1."""
     start_ray()
     spec = EngineSpec(str(resolve_model("tiny", "vlm")), kv_cache_mib=256)
-    _prepare_environment(spec)
+    prepare_environment(spec)
     torch.set_num_threads(1)
     from transformers import AutoProcessor
     from vllm import LLM, SamplingParams
 
-    args = {name: value for name, value in _engine_args(spec).items() if name not in ("worker_extension_cls",)}
+    args = {name: value for name, value in engine_args(spec).items() if name not in ("worker_extension_cls",)}
     llm = LLM(**args)
     processor = AutoProcessor.from_pretrained(spec.model_path)
     vocabulary = int(llm.llm_engine.model_config.hf_config.text_config.vocab_size)

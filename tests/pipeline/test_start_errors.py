@@ -56,7 +56,7 @@ def test_folder_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no model_index\.json"):
         resolve_model(str(tmp_path), "vdm")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json and adapter_model\.safetensors not found"):
-        resolve_adapter(str(tmp_path), "vlm")
+        resolve_adapter(str(tmp_path), "vlm", resolve_model("tiny", "vlm"))
 
 
 def test_resume_without_a_checkpoint(toy_shards: Path, tmp_path: Path) -> None:
