@@ -47,6 +47,7 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
     args: dict[str, Any] = {
         "model": spec.model_path,
         "dtype": spec.dtype,
+        "load_format": "safetensors",  # nothing is unpickled
         "max_model_len": spec.max_model_len,
         "gpu_memory_utilization": spec.gpu_memory_utilization,
         "tensor_parallel_size": spec.tensor_parallel,
