@@ -169,11 +169,11 @@ def fit(tensors: Mapping[str, Any], adapter_config: Mapping[str, Any], layers: L
     for name in tensors:
         key = _place_of(name, layers, place)
         if key is None:
-            problems.note(f"name no layer of {place.title}", name)
+            problems.note(f"tensors name no layer of {place.title}", name)
         elif key[0] not in reached:
-            problems.note(f"are outside of {place.title}, where no adapter is trained or served", name)
+            problems.note(f"tensors are outside of {place.title}, where no adapter is trained or served", name)
         elif key in found:
-            problems.note(f"name what another one names too ({found[key]})", name)
+            problems.note(f"tensors name what another one names too ({found[key]})", name)
         else:
             found[key] = name
     targets = {name for name in reached if _targeted(config, name, place)}
@@ -183,19 +183,22 @@ def fit(tensors: Mapping[str, Any], adapter_config: Mapping[str, Any], layers: L
             wanted = (config.r, layers[module][1]) if letter == "A" else (layers[module][0], config.r)
             given = found.get((module, letter))
             if given is None:
-                problems.note("are missing", f"{_PREFIX}{module}.lora_{letter}.weight {wanted}")
+                problems.note("tensors are missing", f"{_PREFIX}{module}.lora_{letter}.weight {wanted}")
             elif module not in targets:
-                problems.note("belong to modules that target_modules in adapter_config.json leaves out", given)
+                problems.note("tensors belong to modules that target_modules in adapter_config.json leaves out", given)
             elif (shape := tuple(tensors[given].shape)) != wanted:
                 told = f"{given} {shape}, which should be {wanted}"
                 rank = shape[0 if letter == "A" else 1] if len(shape) == 2 else config.r
                 problems.note(
-                    f"have rank {rank} instead of r={config.r}" if rank != config.r else "have another shape", told
+                    f"tensors have rank {rank} instead of r={config.r}"
+                    if rank != config.r
+                    else "tensors have another shape",
+                    told,
                 )
     for target in _idle(config, reached, present, place):
-        problems.note("would belong to target_modules that the model does not have", target)
+        problems.note("of its target_modules name no layer of the model", target)
     if not tensors:
-        problems.note("are missing: the file is empty", _FORM)
+        problems.note("kinds of tensors are missing, since the file is empty", _FORM)
     if problems:
         base = adapter_config.get("base_model_name_or_path")
         of = f" It says that it is of {base!r}." if base else ""
@@ -225,8 +228,8 @@ class _Problems:
         parts = []
         for kind, names in self._kinds.items():
             more = ", …" if len(names) > 2 else ""
-            parts.append(f"{len(names)} tensors {kind}: {', '.join(names[:2])}{more}")
-        return f"Of its file's {self._tensors} tensors and those that it should have, " + "; ".join(parts)
+            parts.append(f"{len(names)} {kind}: {', '.join(names[:2])}{more}")
+        return f"Its file has {self._tensors} tensors; " + "; ".join(parts)
 
 
 def _right(reached: Layers, place: _Place) -> str:
@@ -258,10 +261,11 @@ def _targeted(config: LoraConfig, module: str, place: _Place) -> bool:
     if config.target_modules == "all-linear":
         return True
     rest = module.removeprefix(place.trunk)
-    answers = [
-        check_target_module_exists(config, name) for name in (module, *(alias + rest for alias in place.aliases))
-    ]
-    return any(answer is True or isinstance(answer, re.Match) for answer in answers)
+    names = (module, *(alias + rest for alias in place.aliases))
+    return any(
+        answer is True or isinstance(answer, re.Match)
+        for answer in (check_target_module_exists(config, name) for name in names)
+    )
 
 
 def _idle(config: LoraConfig, reached: Layers, present: set[str], place: _Place) -> list[str]:

@@ -137,7 +137,7 @@ def whole(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
 CHANGES: dict[str, tuple[Change, str]] = {
     "half of the tensors": (half, r"\d+ tensors are missing: base_model.model.*\(\d+, \d+\)"),
     "A without B": (every_other, r"\d+ tensors are missing: .*lora_B"),
-    "none": (lambda c, t: (c, {}), "the file is empty"),
+    "none": (lambda c, t: (c, {}), "since the file is empty"),
     "another rank": (lambda c, t: ({**c, "r": 8}, t), "have rank 4 instead of r=8"),
     "another shape": (wider, r"have another shape: .*which should be \(4, "),
     "tensors that target_modules leave out": (extra, "target_modules in adapter_config.json leaves out"),
