@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from actors.failures import BadSampleError, InfrastructureError
-from actors.learner.adapters import Layers, fit, model_layers
+from actors.learner.adapters import Layers, fit, linear_layers
 from actors.records import Completion, CompletionRequest, VideoQuestion, Weights
 from actors.vlm.backends import AsyncBackend, Backend, InProcessBackend
 from actors.vlm.engine_args import (
@@ -73,17 +73,17 @@ class VlmEngine:
         self._layers: Layers = {}  # of the model, for adapters to fit in
 
     async def start(self) -> None:
-        """Load the model. Raises InfrastructureError where another attempt may succeed; see the message otherwise."""
+        """Load the model. Raises CheckpointError for a folder that is no VLM, or not whole; InfrastructureError where another
+        attempt may succeed.
+        """
         self.spec = with_adapter_rank(self.spec)
         prepare_environment(self.spec)
-        from transformers import AutoConfig, AutoProcessor
+        from actors.vlm.policy import load_model
 
-        if self.spec.lora_rank:
-            self._layers = model_layers(self.spec.model_path, "vlm")
-
-        self.processor = AutoProcessor.from_pretrained(self.spec.model_path)
-        config: Any = AutoConfig.from_pretrained(self.spec.model_path)
-        banned = banned_token_ids(self.processor.tokenizer, int(config.text_config.vocab_size))
+        # Before vLLM has it: its errors are not for people. The layers are for adapters to fit in.
+        model, self.processor = load_model(self.spec.model_path, empty=True)
+        self._layers = linear_layers(model)
+        banned = banned_token_ids(self.processor.tokenizer, int(model.config.text_config.vocab_size))
         self._bias = dict.fromkeys(banned, BAN_BIAS)
         self._folder = private_folder()
         backend = InProcessBackend if in_process(self.spec) else AsyncBackend

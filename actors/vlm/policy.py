@@ -232,8 +232,12 @@ def model_units(model: Any) -> list[nn.Module]:
     return [*model.model.language_model.layers, *model.model.visual.blocks]
 
 
-def load_model(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
-    """Return (model, processor) of a transformers folder; all parameters are trainable, dropout is off."""
+def load_model(path: str | Path, dtype: str = "float32", *, empty: bool = False) -> tuple[Any, Any]:
+    """Return (model, processor) of a transformers folder; all parameters are trainable, dropout is off.
+
+    With ``empty`` the parameters are on the meta device: the folder is checked, and no memory is taken. Raises
+    CheckpointError for a folder that is no such model, or not whole.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     try:
@@ -246,7 +250,13 @@ def load_model(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
         ) from error
     if kind not in MODEL_TYPES:  # Qwen2-VL has modules of the same names, and lays out time in another way
         raise CheckpointError(f"{str(path)!r} has model_type={kind!r}; the VLM must be one of {', '.join(MODEL_TYPES)}")
+    options: dict[str, Any] = {"device_map": "meta"} if empty else {}
     model = load_whole(
-        AutoModelForImageTextToText, str(path), "a VLM", dtype=torch_dtype(dtype), attn_implementation="sdpa"
+        AutoModelForImageTextToText,
+        str(path),
+        "a VLM",
+        dtype=torch_dtype(dtype),
+        attn_implementation="sdpa",
+        **options,
     )
     return model.eval(), processor

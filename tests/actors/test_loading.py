@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.models import resolve_model
 WAN = "diffusion_pytorch_model.safetensors"
 MODELS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "thinker": ("vlm", "model.safetensors", load_model),
+    "thinker, as the engine checks it": ("vlm", "model.safetensors", lambda f: load_model(f, empty=True)),
     "transformer": ("vdm", f"transformer/{WAN}", lambda f: load_parts(f, torch.float32, ["transformer"])),
     "VAE": ("vdm", f"vae/{WAN}", load_vae),
     "text encoder": ("vdm", "text_encoder/model.safetensors", lambda f: load_text_encoder(f, torch.float32)),
@@ -70,3 +72,17 @@ def test_pickled_weights_are_not_read(name: str, tmp_path: Path) -> None:
     torch.save(weights, (folder / file).with_name(pickled))
     with pytest.raises(CheckpointError, match="safetensors"):
         load(folder)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "glm4v"])
+def test_an_architecture_whose_prompts_are_not_known_is_refused(kind: str, tmp_path: Path) -> None:
+    """Qwen2-VL's modules have the names of Qwen2.5-VL's, but its positions are others."""
+    folder = shutil.copytree(resolve_model("tiny", "vlm"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(
+            {"model_type": kind, "vision_config": {}, "text_config": {}} | {"architectures": config["architectures"]}
+        )
+    )
+    with pytest.raises(CheckpointError, match=f"model_type='{kind}'"):
+        load_model(folder)
