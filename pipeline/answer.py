@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -167,16 +168,16 @@ def completion_request(config: RunConfig, sample: Sample, question: str, seed: i
     )
 
 
-def split_model(config: RunConfig, role: str, given: str | None) -> tuple[str, str | None]:
+def split_model(config: RunConfig, role: Literal["vlm", "vdm"], given: str | None) -> tuple[str, str | None]:
     """Return (model folder, adapter folder or None): ``given`` may be a whole model or a PEFT adapter of the configured one."""
-    assert role in ("vlm", "vdm")
     base = getattr(config.models, role)
     adapter = getattr(config.models, f"{role}_adapter")
     if given is None:
-        return resolve_model(base, role), resolve_adapter(adapter, role)  # type: ignore[arg-type]
-    if (Path(given) / "adapter_config.json").is_file():
-        return resolve_model(base, role), resolve_adapter(given, role)  # type: ignore[arg-type]
-    return resolve_model(given, role), None  # type: ignore[arg-type]
+        given = adapter
+    elif not (Path(given).expanduser() / "adapter_config.json").is_file():
+        return resolve_model(given, role), None
+    model = resolve_model(base, role)
+    return model, resolve_adapter(given, role, model)
 
 
 def require_writable(folder: Path) -> None:

@@ -184,10 +184,8 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
         resolve_model(getattr(models, role), role) if pool in started else ""  # type: ignore[arg-type]
         for pool, role in roles.items()
     )
-    vlm_adapter, vdm_adapter = (
-        resolve_adapter(getattr(models, f"{role}_adapter"), role) if role in started else None  # type: ignore[arg-type]
-        for role in ("vlm", "vdm")
-    )
+    vlm_adapter = resolve_adapter(models.vlm_adapter, "vlm", vlm_path) if "vlm" in started else None
+    vdm_adapter = resolve_adapter(models.vdm_adapter, "vdm", vdm_path) if "vdm" in started else None
     components = sorted({*config.stage1.rewards.weights, *config.stage2.rewards.weights})
 
     def make_vlm(placement: Placement) -> Callable[[str], Any]:

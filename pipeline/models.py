@@ -30,6 +30,7 @@ def resolve_model(name: str, role: Role) -> str:
         if not (folder / _MARKER[role]).is_file():
             raise CheckpointError(
                 f"models.{role}={name!r}: this folder has no {_MARKER[role]}, so it is not a {_expected(role)} folder"
+                + _adapter_hint(folder, role)
             )
         return str(folder.resolve())
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
@@ -39,17 +40,38 @@ def resolve_model(name: str, role: Role) -> str:
     return name
 
 
-def resolve_adapter(name: str | None, role: Role) -> str | None:
-    """Return the adapter folder ``name`` if it is a PEFT adapter; raises CheckpointError otherwise."""
+def resolve_adapter(name: str | None, role: Literal["vlm", "vdm"], model: str) -> str | None:
+    """Return the adapter folder ``name``, which is of ``model`` (as :func:`resolve_model` returned it).
+
+    Its tensors are compared with the model's layers. Raises CheckpointError where it is not a PEFT adapter, or not of this
+    model: the message says what does not fit.
+    """
     if name is None:
         return None
-    folder = Path(name).expanduser()
+    folder = Path(name).expanduser().resolve()
+    from actors.learner.adapters import fit, model_layers  # torch and peft take seconds to import
+    from actors.learner.peft_folder import read_folder
+
+    where = f"models.{role}_adapter={name!r}"
+    try:
+        config, tensors = read_folder(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    fit(tensors, config, model_layers(model, role), role, where)
+    return str(folder)
+
+
+def _adapter_hint(folder: Path, role: Role) -> str:
+    """Return what to do with a folder that holds an adapter alone; empty for others."""
     missing = [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder / f).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"models.{role}_adapter={name!r}: not a PEFT adapter folder, {' and '.join(missing)} not found in it"
+    if not missing:
+        return f". It is an adapter: give it as models.{role}_adapter, and the model that it was trained on as models.{role}"
+    if len(missing) == 1 or (folder / "pytorch_lora_weights.safetensors").is_file():
+        return (
+            f". It holds LoRA weights without a base model, and {' and '.join(missing)} is not there: an adapter needs "
+            f"adapter_config.json and adapter_model.safetensors, and goes into models.{role}_adapter"
         )
-    return str(folder.resolve())
+    return ""
 
 
 def _expected(role: Role) -> str:

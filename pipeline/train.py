@@ -581,10 +581,11 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
     }
     if policy == "vdm":  # every trajectory comes with what it was conditioned on
         options = {"shift": models.flow_shift, "shared_times": models.shared_times, "components": ("transformer",)}
+    model = resolve_model(getattr(models, policy), policy)  # type: ignore[arg-type]
     return LearnerSpec(
         kind=policy,
-        model_path=resolve_model(getattr(models, policy), policy),  # type: ignore[arg-type]
-        adapter_path=resolve_adapter(getattr(models, f"{policy}_adapter"), policy),  # type: ignore[arg-type]
+        model_path=model,
+        adapter_path=resolve_adapter(getattr(models, f"{policy}_adapter"), policy, model),  # type: ignore[arg-type]
         lora=LoraSpec(lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, seed=seed % 2**31)
         if lora.rank
         else None,

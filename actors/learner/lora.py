@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from actors.learner.trainable import LoraSpec
 from actors.records import derive_seed
+from cluster.errors import CheckpointError
 
 ADAPTER = "default"
 _PREFIX = "base_model.model."
@@ -104,20 +105,20 @@ def module_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_adapter_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy PEFT-named tensors into ``module``'s injected adapter; ValueError names what is missing, extra or
-    misshapen.
+    """Copy PEFT-named tensors into ``module``'s injected adapter; CheckpointError names what is missing, extra
+    or misshapen.
     """
     own = {name: p for name, p in module.named_parameters() if ".lora_A." in name or ".lora_B." in name}
     given = module_names(tensors)
     if own.keys() != given.keys():
         missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-        raise ValueError(
+        raise CheckpointError(
             f"the adapter does not fit: {len(missing)} tensors missing {missing[:3]}, {len(extra)} extra {extra[:3]}"
         )
     with torch.no_grad():
         for name, parameter in own.items():
             if parameter.shape != given[name].shape:
-                raise ValueError(
+                raise CheckpointError(
                     f"adapter tensor {name} has shape {tuple(given[name].shape)}, the model needs "
                     f"{tuple(parameter.shape)}; is its rank another?"
                 )

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
+from actors.loading import load_whole
 from cluster.errors import CheckpointError
 
 ROW_MULTIPLE = 8
@@ -34,7 +35,7 @@ class ClipScorer:
         self, path: str | Path, *, device: str = "cpu", dtype: str = "float32", batch: int = 64, name: str | None = None
     ) -> None:
         try:
-            self.model = CLIPModel.from_pretrained(str(path), dtype=getattr(torch, dtype), use_safetensors=True)
+            self.model: Any = load_whole(CLIPModel, str(path), "a CLIP model", dtype=getattr(torch, dtype))
             self.images: Any = CLIPImageProcessor.from_pretrained(str(path))
             self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
         except (OSError, ValueError, KeyError) as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from actors.loading import load_whole
 from cluster.errors import CheckpointError, ConfigError
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
@@ -48,7 +49,7 @@ def pipeline_folder(path: str | Path) -> Path:
 
 def load_vae(folder: Path, *, encoder: bool = True, decoder: bool = True) -> Any:
     """Return the AutoencoderKLWan of a pipeline folder, float32, without the half that is not asked for."""
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    vae = load_whole(AutoencoderKLWan, folder / "vae", "an AutoencoderKLWan", torch_dtype=torch.float32)
     if not decoder:
         vae.decoder = vae.post_quant_conv = None
     if not encoder:
@@ -58,7 +59,7 @@ def load_vae(folder: Path, *, encoder: bool = True, decoder: bool = True) -> Any
 
 def load_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return the UMT5 encoder of a pipeline folder and its tokenizer."""
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+    encoder = load_whole(UMT5EncoderModel, folder / "text_encoder", "a UMT5 encoder", dtype=dtype)
     return encoder, AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
@@ -70,7 +71,9 @@ def load_parts(path: str | Path, dtype: torch.dtype, components: Sequence[str] =
             f"components {sorted(components)}: choose from {', '.join(COMPONENTS)}, 'transformer' always among them"
         )
     folder = pipeline_folder(path)
-    transformer = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+    transformer = load_whole(
+        WanTransformer3DModel, folder / "transformer", "a WanTransformer3DModel", torch_dtype=dtype
+    )
     vae = text_encoder = tokenizer = None
     if {"vae_encoder", "vae_decoder"} & set(components):
         vae = load_vae(folder, encoder="vae_encoder" in components, decoder="vae_decoder" in components)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from actors.failures import BadSampleError
+from actors.learner.adapters import fit, linear_layers
 from actors.learner.lora import adapter_config, adapters_disabled, inject_lora, load_adapter_tensors, peft_names
+from actors.learner.peft_folder import read_folder
 from actors.learner.trainable import LoraSpec, PolicyOutput, SupervisedLoss, torch_dtype
 from actors.records import (
     Clip,
@@ -84,7 +86,8 @@ class VdmPolicy:
         self.decode_batch = decode_batch
         self.folder = parts.folder
         self.version = 0
-        self.adapter: LoraSpec | None = None
+        self.adapter: LoraSpec | None = None  # its targets are the modules' full names
+        self._layers = linear_layers(parts.transformer)
         self._times = ExactTimes(parts.transformer, shared_times)
         if compile_blocks:
             parts.transformer.compile_repeated_blocks()
@@ -126,11 +129,11 @@ class VdmPolicy:
     def inject(self, spec: LoraSpec) -> None:
         """Put a fresh adapter into the transformer; everything else is frozen."""
         inject_lora(self.module, spec, lora.DEFAULT_TARGETS)
-        self.adapter = spec
+        self.adapter = lora.resolved(spec, self._layers)
 
     def add_adapter(self, folder: str | Path, spec: LoraSpec | None = None) -> None:
         """Put the PEFT adapter of ``folder`` into the transformer; ``spec``, where given, must have its shape."""
-        saved, tensors = lora.read_adapter(folder)
+        config, tensors = read_folder(folder)
         foreign = sorted(name for name in tensors if "text_encoder" in name.split("."))
         if foreign:
             raise CheckpointError(
@@ -138,19 +141,30 @@ class VdmPolicy:
                 "and whose embeddings are shared by samplers and learners; merge them into the model folder's "
                 "text_encoder, or train an adapter of the transformer alone"
             )
-        if spec is not None and not lora.same_shape(saved, spec):
+        saved = self.put_adapter(tensors, config, str(folder))
+        if spec is not None and not lora.same_shape(saved, lora.resolved(spec, self._layers)):
             raise CheckpointError(
-                f"the adapter in {folder} is {saved}, but the configuration asks for {spec}; set them equal"
+                f"the adapter in {folder} has rank {saved.rank}, alpha {saved.alpha:g} and {len(saved.targets or ())} modules, but "
+                f"the configuration asks for {spec}; set them equal"
             )
-        self.inject(saved)
-        self.load_adapter_state(tensors)
+
+    def put_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> LoraSpec:
+        """Put an adapter with PEFT's names and configuration into the transformer, and return its shape.
+
+        ``where`` it is from begins the message of a CheckpointError: it does not fit the transformer, or another one of
+        another shape has been put in before.
+        """
+        fitted = fit(tensors, config, self._layers, "vdm", where)
+        if self.adapter is None:
+            self.inject(fitted.spec)
+        elif not lora.same_shape(self.adapter, fitted.spec):
+            raise CheckpointError(f"{where}: the adapter {fitted.spec} does not fit the injected one {self.adapter}")
+        self.load_adapter_state(fitted.apply(tensors))
+        return fitted.spec
 
     def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy PEFT-named tensors into the injected adapter; CheckpointError where they do not fit."""
-        try:
-            load_adapter_tensors(self.module, tensors)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
+        load_adapter_tensors(self.module, tensors)
 
     def adapter_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the adapter under PEFT names, from ``state`` (the module's gathered state dict) or the module."""

@@ -19,7 +19,6 @@ from actors.failures import Failure, InfrastructureError, Ok, Outcome, attempt, 
 from actors.offload import Offloader, module_tensors
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import Clip, RenderRequest
-from actors.vdm import lora
 from actors.vdm.loading import parameter_hash
 from actors.vdm.policy import VdmPolicy
 from actors.weights import Delivery, fetch
@@ -163,15 +162,10 @@ class VdmWorker:
             return
         if self._full:  # an adapter belongs to the folder's own weights
             self._restore_base()
-        policy, spec = self.policy, lora.spec_of(weights.adapter_config)
-        if policy.adapter is None:
-            policy.inject(spec)
-            self._initial = _snapshot(policy)
-        elif not lora.same_shape(policy.adapter, spec):
-            raise CheckpointError(
-                f"{self.name}: published adapter {spec} does not fit the injected one {policy.adapter}"
-            )
-        policy.load_adapter_state(tensors)
+        policy, fresh = self.policy, self.policy.adapter is None
+        policy.put_adapter(tensors, weights.adapter_config, f"{self.name}: the published weights")
+        if fresh:  # without an adapter is what one with B = 0 computes
+            self._initial = {n: torch.zeros_like(t) if ".lora_B." in n else t for n, t in _snapshot(policy).items()}
 
     def _restore_base(self) -> None:
         if self._full:

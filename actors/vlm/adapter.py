@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peft import LoraConfig
-from safetensors.torch import load_file
 from torch import nn
 
+from actors.learner.adapters import fit, linear_layers
 from actors.learner.lora import inject_lora, load_adapter_tensors
+from actors.learner.peft_folder import read_folder
 from actors.learner.trainable import LoraSpec
 from cluster.errors import CheckpointError
 
@@ -54,24 +54,13 @@ def inject(model: nn.Module, lora: LoraSpec | None, adapter: str | Path | None) 
         assert lora is not None
         inject_lora(model, replace(lora, targets=language_model_targets(model, lora.targets or DEFAULT_TARGETS)), ())
         return
-    folder = Path(adapter)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is not a PEFT adapter folder: {name} is missing")
-    config = LoraConfig.from_pretrained(str(folder))
-    rank, alpha = int(config.r), float(config.lora_alpha)
-    if lora is not None and (rank, alpha) != (lora.rank, float(lora.alpha)):
+    config, tensors = read_folder(adapter)
+    fitted = fit(tensors, config, linear_layers(model), "vlm", str(adapter))
+    own = fitted.spec
+    if lora is not None and (own.rank, own.alpha) != (lora.rank, float(lora.alpha)):
         raise CheckpointError(
-            f"the adapter in {folder} has rank {rank} and alpha {alpha:g}, but the run asks for rank {lora.rank} and alpha "
-            f"{lora.alpha:g}; set lora.rank and lora.alpha to the adapter's"
+            f"the adapter in {adapter} has rank {own.rank} and alpha {own.alpha:g}, but the run asks for rank {lora.rank} and "
+            f"alpha {lora.alpha:g}; set lora.rank and lora.alpha to the adapter's"
         )
-    tensors = load_file(str(folder / "adapter_model.safetensors"))
-    # What the file holds decides, not target_modules, which may be a pattern.
-    adapted = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
-    if not adapted:
-        raise CheckpointError(f"{folder}/adapter_model.safetensors holds no LoRA weights")
-    try:
-        inject_lora(model, LoraSpec(rank, alpha, tuple(sorted(adapted))), ())
-        load_adapter_tensors(model, tensors)
-    except ValueError as error:
-        raise CheckpointError(f"the adapter in {folder} doesn't fit the model: {error}") from error
+    inject_lora(model, own, ())
+    load_adapter_tensors(model, fitted.apply(tensors))

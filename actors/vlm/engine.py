@@ -9,54 +9,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shutil
-import sys
-import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import psutil
 
 from actors.failures import BadSampleError, InfrastructureError
+from actors.learner.adapters import Layers, fit, linear_layers
 from actors.records import Completion, CompletionRequest, VideoQuestion, Weights
 from actors.vlm.backends import AsyncBackend, Backend, InProcessBackend
+from actors.vlm.engine_args import (
+    EngineSpec,
+    engine_args,
+    in_process,
+    on_gpu,
+    prepare_environment,
+    private_folder,
+    with_adapter_rank,
+)
 from actors.vlm.inputs import video_prompt
-from actors.vlm.prompt import BAN_BIAS, PROCESSOR_OPTIONS, banned_token_ids, load_processor
+from actors.vlm.prompt import BAN_BIAS, banned_token_ids
+from cluster.errors import CheckpointError
 
 if TYPE_CHECKING:
     from actors.weights import Offer
 
 log = logging.getLogger(__name__)
-
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """How to run vLLM. ``lora_rank``: the largest adapter rank that will be published; 0 switches LoRA off."""
-
-    model_path: str
-    dtype: str = "float32"
-    max_model_len: int = 512
-    kv_cache_mib: int | None = 256
-    gpu_memory_utilization: float = 0.85
-    tensor_parallel: int = 1
-    enforce_eager: bool = True
-    lora_rank: int = 0
-    adapter: str | None = None  # PEFT folder that is part of the base weights (version 0)
-    in_process: bool | None = None  # None: in this process without a GPU, in vLLM's own processes with one
-    max_num_seqs: int = 256
-    broadcast: bool = False  # full weights may come by broadcast, through vLLM's native weight transfer
-    sleep: bool = False  # :meth:`VlmEngine.rest` gives up the GPU's memory (on a CPU there is nothing to give)
-    grouped_lora: bool = True  # adapters on a CPU by whole matrix products: see ``actors.vlm.lora_cpu``
-    text_at_end: bool = True  # a completion's text is made once it has ended, not token by token
-    alone: bool = False  # one sequence at a time, nothing reused: no figure depends on what shares a batch
-    env: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -88,23 +70,27 @@ class VlmEngine:
         self._full = False  # the live model's weights are no longer the folder's
         self._resting = False
         self._folder: Path | None = None
+        self._layers: Layers = {}  # of the model, for adapters to fit in
 
     async def start(self) -> None:
-        """Load the model. Raises InfrastructureError where another attempt may succeed; see the message otherwise."""
-        self.spec = _with_adapter_rank(self.spec)
+        """Load the model. Raises CheckpointError for a folder that is no VLM, or not whole; InfrastructureError where another
+        attempt may succeed.
+        """
+        self.spec = with_adapter_rank(self.spec)
         prepare_environment(self.spec)
-        from transformers import AutoConfig
+        from actors.vlm.policy import load_model
 
-        self.processor = load_processor(self.spec.model_path)
-        config: Any = AutoConfig.from_pretrained(self.spec.model_path)
-        banned = banned_token_ids(self.processor.tokenizer, int(config.text_config.vocab_size))
+        # Before vLLM has it: its errors are not for people. The layers are for adapters to fit in.
+        model, self.processor = load_model(self.spec.model_path, empty=True)
+        self._layers = linear_layers(model)
+        banned = banned_token_ids(self.processor.tokenizer, int(model.config.text_config.vocab_size))
         self._bias = dict.fromkeys(banned, BAN_BIAS)
-        self._folder = _private_folder()
-        backend = InProcessBackend if _in_process(self.spec) else AsyncBackend
-        self._backend = backend(_engine_args(self.spec))
+        self._folder = private_folder()
+        backend = InProcessBackend if in_process(self.spec) else AsyncBackend
+        self._backend = backend(engine_args(self.spec))
         await self._backend.start()
         await self._backend.rpc("vans_count_videos")
-        if self.spec.grouped_lora and self.spec.lora_rank and not _on_gpu():
+        if self.spec.grouped_lora and self.spec.lora_rank and not on_gpu():
             await self._backend.rpc("vans_group_lora")
         await self._serve_base(0)
 
@@ -157,7 +143,7 @@ class VlmEngine:
             if weights is None:
                 await self._serve_base(new)
             elif weights.kind == "lora":
-                await self._serve_adapter(weights, new)
+                await self._serve_adapter(weights, new, f"the published weights of version {new}")
             else:
                 await self._serve_full(weights, new)
         return new
@@ -256,7 +242,7 @@ class VlmEngine:
         if self.spec.adapter is not None:
             from actors.weights import read_adapter
 
-            await self._serve_adapter(read_adapter(self.spec.adapter, 0), version)
+            await self._serve_adapter(read_adapter(self.spec.adapter, 0), version, self.spec.adapter)
         else:
             await self._on_base(None, version)
 
@@ -271,17 +257,25 @@ class VlmEngine:
         await self._reload(model.state_dict(), adapter, version)
         self._full = False
 
-    async def _serve_adapter(self, weights: Weights, version: int) -> None:
+    async def _serve_adapter(self, weights: Weights, version: int, where: str) -> None:
         from vllm.lora.request import LoRARequest
 
         from actors.weights import write_adapter
 
         rank = int(weights.adapter_config.get("r", 0))
         if rank > self.spec.lora_rank:
-            raise ValueError(
+            raise CheckpointError(
                 f"an adapter of rank {rank} was published to an engine started with lora_rank={self.spec.lora_rank}; "
                 "start the VLM pool with the rank of the run (stage1.lora.rank)"
             )
+        # vLLM serves a tensor whose name it does not find as if it were not there.
+        fitted = fit(weights.tensors, weights.adapter_config, self._layers, "vlm", where)
+        weights = replace(
+            weights,
+            tensors=fitted.apply(weights.tensors),
+            bf16=frozenset(fitted.names[name] for name in weights.bf16),
+            adapter_config=fitted.configured(weights.adapter_config),
+        )
         assert self._folder is not None
         # An id of its own for every load: vLLM keeps adapters and prefix caches by id and name.
         self._lora_ids += 1
@@ -391,98 +385,3 @@ def _client_error() -> type[Exception]:
     from vllm.exceptions import VLLMClientError
 
     return VLLMClientError
-
-
-def _engine_args(spec: EngineSpec) -> dict[str, Any]:
-    args: dict[str, Any] = {
-        "model": spec.model_path,
-        "dtype": spec.dtype,
-        "max_model_len": spec.max_model_len,
-        "gpu_memory_utilization": spec.gpu_memory_utilization,
-        "tensor_parallel_size": spec.tensor_parallel,
-        "enforce_eager": spec.enforce_eager,
-        "max_num_seqs": 1 if spec.alone else spec.max_num_seqs,
-        "limit_mm_per_prompt": {"video": 1, "image": 0},
-        "skip_mm_profiling": True,
-        "mm_processor_kwargs": dict(PROCESSOR_OPTIONS),
-        "mm_processor_cache_gb": 1.0,
-        # The log-probabilities of the distribution that was sampled from: after the ban and the temperature.
-        "logprobs_mode": "processed_logprobs",
-        # The folder's generation_config must not bend top_p or penalties behind our back.
-        "generation_config": "vllm",
-        "worker_extension_cls": "actors.vlm.extension.WeightsExtension",
-        "disable_log_stats": True,
-        "seed": 0,
-    }
-    if spec.alone:
-        args["enable_prefix_caching"] = False
-    if spec.kv_cache_mib is not None:
-        args["kv_cache_memory_bytes"] = spec.kv_cache_mib << 20
-    if not _on_gpu():
-        # On a CPU, vLLM 0.32 dies of a seeded request whose prompt is prefilled in chunks ("CPU Generator does not use
-        # offset"), so prompts are prefilled whole.
-        args["enable_chunked_prefill"] = False
-        args["max_num_batched_tokens"] = max(4096, spec.max_model_len)
-    if spec.sleep and _on_gpu():
-        args["enable_sleep_mode"] = True
-    if spec.broadcast:
-        from vllm.config import WeightTransferConfig
-
-        args["weight_transfer_config"] = WeightTransferConfig(backend="vans_broadcast")  # registered by the extension
-    if spec.lora_rank:
-        args["enable_lora"] = True
-        args["max_lora_rank"] = next(r for r in _LORA_RANKS if r >= spec.lora_rank)
-        args["max_loras"] = 2  # a new version is served while requests of the old one finish
-    return args
-
-
-def _with_adapter_rank(spec: EngineSpec) -> EngineSpec:
-    """Return ``spec`` with room for the adapter it starts from."""
-    if spec.adapter is None:
-        return spec
-    from actors.weights import read_adapter
-
-    rank = int(read_adapter(spec.adapter).adapter_config["r"])
-    return replace(spec, lora_rank=max(rank, spec.lora_rank))
-
-
-def _in_process(spec: EngineSpec) -> bool:
-    if spec.in_process is not None:
-        return spec.in_process
-    return spec.tensor_parallel == 1 and not _on_gpu()
-
-
-def _on_gpu() -> bool:
-    import torch
-
-    return bool(torch.cuda.is_available())
-
-
-def prepare_environment(spec: EngineSpec) -> None:
-    """Set what vLLM and torch read at import, also where torch has been; a value that is set wins, ``spec.env`` over both."""
-    defaults = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if spec.enforce_eager:
-        defaults["TORCH_COMPILE_DISABLE"] = "1"  # first batch 15 s → 0.5 s on a CPU
-    if _in_process(spec):
-        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    os.environ.update(spec.env)
-    if dynamo := sys.modules.get("torch._dynamo.config"):  # imported already, so it has read the variable
-        dynamo.disable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"  # type: ignore[attr-defined]
-
-
-def _private_folder() -> Path:
-    """Return a new folder for adapters, on tmpfs where there is one; folders of killed engines are removed."""
-    shared = Path("/dev/shm")  # noqa: S108 - the folder made in it is private
-    root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-    for folder in root.glob("vans-vlm-*-*"):
-        pid = folder.name.split("-")[2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)) and folder.stat().st_uid == os.getuid():
-            shutil.rmtree(folder, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"vans-vlm-{os.getpid()}-", dir=root))

@@ -6,7 +6,6 @@ sampler in ``actors.vlm.engine``). Not responsible for: sampling, optimisation o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from actors.failures import BadSampleError
 from actors.learner.lora import adapter_config, adapters_disabled, has_lora, peft_names
 from actors.learner.objectives.grpo import kl_estimate
+from actors.learner.peft_folder import write_folder
 from actors.learner.trainable import LoraSpec, PolicyOutput, SupervisedLoss, torch_dtype
+from actors.loading import load_whole
 from actors.records import Experience, VlmExperience
 from actors.vlm.adapter import inject
 from actors.vlm.inputs import EncodedPrompt, PromptEncoder
@@ -29,6 +29,9 @@ from actors.vlm.prompt import BAN_BIAS, banned_token_ids, check_text, load_proce
 from actors.vlm.rows import VlmBatch, join
 from cluster.errors import CheckpointError
 from rewards.format import parse_answer
+
+MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+"""The architectures whose prompts and positions ``actors.vlm.inputs`` knows."""
 
 
 class VlmPolicy:
@@ -235,11 +238,7 @@ class VlmPolicy:
         """Write a PEFT adapter folder (LoRA) or a whole model folder with its processor, safetensors only."""
         folder = Path(folder)
         if has_lora(self.module):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "adapter_config.json").write_text(
-                json.dumps(self.adapter_config, indent=2, sort_keys=True) + "\n"
-            )
-            save_file(self.adapter_state(state), str(folder / "adapter_model.safetensors"))
+            write_folder(folder, self.adapter_config, self.adapter_state(state))
             return
         module: Any = self.module
         module.save_pretrained(folder, state_dict=dict(module.state_dict() if state is None else state))
@@ -251,21 +250,31 @@ def model_units(model: Any) -> list[nn.Module]:
     return [*model.model.language_model.layers, *model.model.visual.blocks]
 
 
-def load_model(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
-    """Return (model, processor) of a transformers folder; all parameters are trainable, dropout is off."""
-    from transformers import AutoModelForImageTextToText
+def load_model(path: str | Path, dtype: str = "float32", *, empty: bool = False) -> tuple[Any, Any]:
+    """Return (model, processor) of a transformers folder; all parameters are trainable, dropout is off.
+
+    With ``empty`` the parameters are on the meta device: the folder is checked, and no memory is taken. Raises
+    CheckpointError for a folder that is no such model, or not whole.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
         processor = load_processor(path)
-        model = AutoModelForImageTextToText.from_pretrained(
-            str(path), dtype=torch_dtype(dtype), attn_implementation="sdpa"
-        )
+        kind = AutoConfig.from_pretrained(str(path)).model_type
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot load a VLM from {str(path)!r}: {error}. It must be a transformers folder (or hub name) "
             "of Qwen2.5-VL or Qwen3-VL with config, safetensors and processor files"
         ) from error
-    inner = getattr(model, "model", None)
-    if not hasattr(inner, "language_model") or not hasattr(inner, "visual"):
-        raise CheckpointError(f"{str(path)!r} is a {type(model).__name__}; this project knows Qwen2.5-VL and Qwen3-VL")
+    if kind not in MODEL_TYPES:  # Qwen2-VL has modules of the same names, and lays out time in another way
+        raise CheckpointError(f"{str(path)!r} has model_type={kind!r}; the VLM must be one of {', '.join(MODEL_TYPES)}")
+    options: dict[str, Any] = {"device_map": "meta"} if empty else {}
+    model = load_whole(
+        AutoModelForImageTextToText,
+        str(path),
+        "a VLM",
+        dtype=torch_dtype(dtype),
+        attn_implementation="sdpa",
+        **options,
+    )
     return model.eval(), processor

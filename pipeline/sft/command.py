@@ -39,12 +39,13 @@ def run_configured_sft(
     """
     section: SftModelSection = getattr(config.sft, kind)
     settings = sft_settings(config, kind)
+    model = resolve_model(getattr(config.models, kind), kind)
     job = prepare(
         kind,
-        resolve_model(getattr(config.models, kind), kind),
+        model,
         data or section.data or config.data.train,
         out or section.out or config.out / f"sft-{kind}",
-        replace(settings, adapter=resolve_adapter(settings.adapter, kind)),
+        replace(settings, adapter=resolve_adapter(settings.adapter, kind, model)),
     )
     with hold(job.out, f"vans sft {kind}"), cluster_session(config):
         terminal.keep_log_in(job.out)

@@ -12,7 +12,7 @@ import torch
 
 from actors.pool import PoolSpec, WorkerPool
 from actors.records import CompletionRequest
-from actors.vlm.engine import EngineSpec, _engine_args, prepare_environment
+from actors.vlm.engine_args import EngineSpec, engine_args, prepare_environment
 from actors.vlm.inputs import video_metadata
 from actors.vlm.policy import load_model
 from actors.vlm.prompt import BAN_BIAS, banned_token_ids, render_prompt
@@ -74,7 +74,7 @@ def measure(size: Size) -> Result:
     from transformers import AutoProcessor
     from vllm import LLM, SamplingParams
 
-    args = {name: value for name, value in _engine_args(spec).items() if name not in ("worker_extension_cls",)}
+    args = {name: value for name, value in engine_args(spec).items() if name not in ("worker_extension_cls",)}
     llm = LLM(**args)
     processor = AutoProcessor.from_pretrained(spec.model_path)
     vocabulary = int(llm.llm_engine.model_config.hf_config.text_config.vocab_size)

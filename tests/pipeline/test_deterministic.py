@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.vlm.engine import EngineSpec, _engine_args
+from actors.vlm.engine_args import EngineSpec, engine_args
 from cluster.errors import ConfigError
 from pipeline.config import load_config
 from pipeline.fleet import pool_spec
@@ -31,6 +31,6 @@ def test_no_request_shares_a_call_or_a_batch() -> None:
         config = load_config("toy", [f"deterministic={str(deterministic).lower()}"])
         shared = [pool_spec(config, name).max_batch > 1 for name in ("vdm", "reward")]
         assert shared == [not deterministic] * 2
-    together, alone = (_engine_args(EngineSpec("model", alone=alone)) for alone in (False, True))
+    together, alone = (engine_args(EngineSpec("model", alone=alone)) for alone in (False, True))
     assert alone["max_num_seqs"] == 1 < together["max_num_seqs"]
     assert alone["enable_prefix_caching"] is False and "enable_prefix_caching" not in together

@@ -56,7 +56,16 @@ def test_folder_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no model_index\.json"):
         resolve_model(str(tmp_path), "vdm")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json and adapter_model\.safetensors not found"):
-        resolve_adapter(str(tmp_path), "vlm")
+        resolve_adapter(str(tmp_path), "vlm", resolve_model("tiny", "vlm"))
+
+
+def test_an_adapter_in_the_place_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"without a base model, and adapter_config\.json is not there"):
+        resolve_model(str(tmp_path), "vlm")
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(CheckpointError, match=r"It is an adapter: give it as models\.vdm_adapter"):
+        resolve_model(str(tmp_path), "vdm")
 
 
 def test_resume_without_a_checkpoint(toy_shards: Path, tmp_path: Path) -> None:

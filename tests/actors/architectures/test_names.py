@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from actors.architectures import architecture, cost
+from actors.learner.adapters import fit, linear_layers
 from actors.learner.lora import adapter_config, inject_lora, peft_names
+from actors.learner.peft_folder import read_folder
 from actors.learner.sharding import shard, unit_names
 from actors.learner.trainable import LoraSpec, trainable_parameters
 from actors.vdm import lora as vdm_lora
@@ -132,9 +134,11 @@ def test_diffusers_and_peft_read_the_artists_adapter(name: str, tmp_path: Path) 
     names = {f"transformer.blocks.{i}.{p}" for i, p in product(range(WAN[name]), WAN_LAYERS)}
     assert {n.rpartition(".lora_")[0] for n in state} == names and len(state) == 2 * len(names)
     assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (8, 32)
-    spec, again = vdm_lora.read_adapter(tmp_path)
-    assert vdm_lora.same_shape(spec, SPEC) and again.keys() == tensors.keys()
+    config, again = read_folder(tmp_path)
     other: Any = architecture(name, "vdm").meta("transformer")
+    layers = linear_layers(other)
+    fitted = fit(again, config, layers, "vdm", "here")
+    assert vdm_lora.same_shape(fitted.spec, vdm_lora.resolved(SPEC, layers)) and again.keys() == tensors.keys()
     other.load_lora_adapter(state, prefix="transformer", metadata=None, low_cpu_mem_usage=True)
     loaded = {n.rpartition(".lora_A.")[0] for n, _ in other.named_parameters() if ".lora_A." in n}
     assert {f"transformer.{n}" for n in loaded} == names

@@ -66,7 +66,7 @@ def test_long_captions_are_cut_and_counted(clip: ClipScorer, request_for) -> Non
 
 
 def test_a_wrong_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a transformers CLIP folder"):
+    with pytest.raises(CheckpointError, match="not the folder of a CLIP model"):
         ClipScorer(tmp_path)
 
 

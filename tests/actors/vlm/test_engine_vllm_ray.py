@@ -133,6 +133,33 @@ def test_adapter_versions_are_served_stamped_and_left_again(worker: Any, policy:
     assert tokens(complete(worker, REQUESTS[:3])) == base
 
 
+def test_an_adapter_of_old_names_is_served_and_one_that_does_not_fit_is_refused(worker: Any, policy: VlmPolicy) -> None:
+    import ray
+
+    from actors.weights import pack
+
+    load(worker, None, 0)
+    base = tokens(complete(worker, REQUESTS[:3]))
+    perturb_adapter(policy.module, seed=5)
+
+    def old(name: str) -> str:
+        return name.replace("model.language_model.", "model.")
+
+    config = {**policy.adapter_config, "target_modules": [old(n) for n in policy.adapter_config["target_modules"]]}
+    state = {old(name): tensor for name, tensor in policy.adapter_state().items()}
+    load(worker, pack(1, "lora", state, config), 1)
+    groups = complete(worker, REQUESTS[:3])
+    assert difference(policy, REQUESTS[:3], groups) <= 1e-5 and tokens(groups) != base
+    half = dict(sorted(state.items())[: len(state) // 2])
+    with pytest.raises(
+        ray.exceptions.RayTaskError, match=f"published weights of version 2: .*{len(state) // 2} tensors are missing"
+    ):
+        load(worker, pack(2, "lora", half, config), 2)
+    again = complete(worker, REQUESTS[:3])
+    assert tokens(again) == tokens(groups) and {c.weights_version for g in again for c in g} == {1}
+    load(worker, None, 0)
+
+
 def test_full_weights_are_reloaded_without_mixing_versions(worker: Any, tiny_vlm_dir: Path, policy: VlmPolicy) -> None:
     import ray
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from actors.failures import BadSampleError
-from actors.vlm.engine import EngineSpec, _engine_args
+from actors.vlm.engine_args import EngineSpec, engine_args
 from actors.vlm.policy import VlmPolicy
 from actors.vlm.prompt import check_text, load_processor, load_tokenizer
 
@@ -55,4 +55,4 @@ def test_an_example_that_cannot_be_learnt_from_is_named(policy: VlmPolicy) -> No
 
 def test_processor_and_engine_are_told_how_many_pixels_a_frame_has(tiny_vlm_dir: Path) -> None:
     assert load_processor(tiny_vlm_dir).video_processor.cap_pixels_per_frame is False  # unset, transformers warns
-    assert _engine_args(EngineSpec(str(tiny_vlm_dir)))["mm_processor_kwargs"] == {"cap_pixels_per_frame": False}
+    assert engine_args(EngineSpec(str(tiny_vlm_dir)))["mm_processor_kwargs"] == {"cap_pixels_per_frame": False}

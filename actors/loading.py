@@ -1,0 +1,47 @@
+"""``from_pretrained`` that leaves nothing to chance: a model is what its folder says, whole, or it is not loaded.
+
+transformers and diffusers fill weights that a folder lacks with random numbers, or leave them without storage, drop those that the
+model does not know, and say so in a warning at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import CheckpointError
+
+
+def load_whole(model_class: Any, path: str | Path, what: str, **options: Any) -> Any:
+    """Return ``model_class.from_pretrained(path, **options)`` of transformers or diffusers, from safetensors alone.
+
+    Raises:
+        CheckpointError: the folder is not one of ``what`` (an artist's transformer, say); or weights are missing in it, left
+            over, or of another shape than its ``config.json`` says.
+    """
+    try:
+        model, found = model_class.from_pretrained(path, output_loading_info=True, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error)
+        if "ignore_mismatched_sizes" in reason:
+            reason = f"weights have another shape than config.json says ({reason.splitlines()[0]})"
+        raise CheckpointError(
+            f"{path} is not the folder of {what} with config.json and safetensors weights: {reason}"
+        ) from error
+    told = [
+        f"{len(names)} weights are {kind}: {_some(names)}"
+        for kind, key in (("missing", "missing_keys"), ("not the model's", "unexpected_keys"))
+        if (names := found[key])
+    ]
+    told += [f"loading failed: {error}" for error in found.get("error_msgs") or ()]
+    if told:
+        raise CheckpointError(
+            f"{path} is not the folder of {what} that its config.json describes. {'; '.join(told)}. "
+            "Copy the whole folder again, with all shards that its index names, or export it again"
+        )
+    return model
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
