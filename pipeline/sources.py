@@ -46,9 +46,9 @@ def run_inputs(config: RunConfig, source: SampleSource) -> Inputs:
     models: dict[str, str | None] = {}
     roles: tuple[Role, ...] = ("vlm", "vdm", "clip")
     for role in roles:
-        models[role] = resolve_model(getattr(config.models, role), role)
+        models[role] = model = resolve_model(getattr(config.models, role), role)
         if role != "clip":
-            models[f"{role}_adapter"] = resolve_adapter(getattr(config.models, f"{role}_adapter"), role)
+            models[f"{role}_adapter"] = resolve_adapter(getattr(config.models, f"{role}_adapter"), role, model)
     return Inputs(DataFacts(str(source.folder), source.count, source.digest), model_digests(models))
 
 

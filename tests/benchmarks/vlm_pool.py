@@ -13,9 +13,9 @@ import torch
 from actors.pool import PoolSpec, WorkerPool
 from actors.records import CompletionRequest
 from actors.vlm.engine_args import EngineSpec, engine_args, prepare_environment
-from actors.vlm.inputs import video_metadata
+from actors.vlm.inputs import video_prompt
 from actors.vlm.policy import load_model
-from actors.vlm.prompt import BAN_BIAS, banned_token_ids, render_prompt
+from actors.vlm.prompt import BAN_BIAS, banned_token_ids
 from actors.vlm.worker import VlmWorker
 from pipeline.data.toy.world import make_sample
 from pipeline.models import resolve_model
@@ -83,8 +83,9 @@ def measure(size: Size) -> Result:
     def bare(batch: list[CompletionRequest]) -> int:
         prompts, params = [], []
         for r in batch:
-            video = (r.frames, {**video_metadata(r.frames, r.fps), "do_sample_frames": False})
-            prompts.append({"prompt": render_prompt(processor, r.question), "multi_modal_data": {"video": video}})
+            asked = video_prompt(processor, r.asked)
+            video = (asked.frames, {**asked.metadata, "do_sample_frames": False})
+            prompts.append({"prompt": asked.text, "multi_modal_data": {"video": video}})
             params.append(
                 SamplingParams(
                     n=r.n,
@@ -122,10 +123,11 @@ def measure_transformers(size: Size) -> Result:
 
     @torch.inference_mode()
     def generate(batch: list[CompletionRequest]) -> int:
+        asked = [video_prompt(processor, r.asked) for r in batch]
         inputs = processor(
-            text=[render_prompt(processor, r.question) for r in batch],
-            videos=[torch.from_numpy(r.frames).permute(0, 3, 1, 2) for r in batch],
-            video_metadata=[video_metadata(r.frames, r.fps) for r in batch],
+            text=[p.text for p in asked],
+            videos=[torch.from_numpy(p.frames).permute(0, 3, 1, 2) for p in asked],
+            video_metadata=[p.metadata for p in asked],
             do_sample_frames=False,
             padding=True,
             padding_side="left",

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 SCRIPT = (
-    "import torch._dynamo; from actors.vlm.engine import EngineSpec, prepare_environment\n"
+    "import torch._dynamo; from actors.vlm.engine_args import EngineSpec, prepare_environment\n"
     "prepare_environment(EngineSpec('model', enforce_eager={eager})); print(torch._dynamo.config.disable)"
 )
 
