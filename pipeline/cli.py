@@ -201,7 +201,8 @@ def train(
     `ray job submit --working-dir . -- python -m pipeline train toy`
     """
     from pipeline.config import load_config
-    from pipeline.train import print_plan, run_training
+    from pipeline.run.start import print_plan
+    from pipeline.run.train import run_training
 
     run = load_config(config, overrides or [])
     if restart_data and not (resume or resume_if_any):

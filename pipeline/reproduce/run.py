@@ -238,7 +238,8 @@ class _Seed:
         return load_config(self.experiment.base, overrides)
 
     def _train(self, key: str, folder: Path) -> RowResult:
-        from pipeline.train import export_name, run_training
+        from pipeline.run.learners import export_name
+        from pipeline.run.train import run_training
 
         config = self.config(self.experiment.rows[key], folder, "train")
         resume = bool(CheckpointStore(folder / "checkpoints", config.checkpoint.keep).paths())

@@ -17,7 +17,7 @@ from actors.pool.remote import RayTransport
 from cluster.session import connect
 from pipeline.config import load_config
 from pipeline.data.toy.shards import write_toy
-from pipeline.train import run_training
+from pipeline.run.train import run_training
 from tests.benchmarks.bench import machine
 from tests.benchmarks.simulated import POOLS, RECORDED
 

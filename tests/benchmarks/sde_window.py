@@ -28,8 +28,8 @@ from actors.weights import as_tensors
 from pipeline.config import RunConfig, load_config
 from pipeline.data.toy.world import make_sample
 from pipeline.models import resolve_model
+from pipeline.run.learners import learner_spec
 from pipeline.stages.stage2 import Stage2
-from pipeline.train import learner_spec
 from rewards.combine import combine_rewards
 from tests.benchmarks.bench import Check, Result, Size, interleave, medians, ratios
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cluster.session import connect
 from pipeline.config import load_config
-from pipeline.train import run_training
+from pipeline.run.train import run_training
 
 
 def text_run(folder: Path, name: str, *overrides: str) -> list[dict[str, float]]:

@@ -19,13 +19,14 @@ from cluster.errors import TrainingError
 from pipeline.checkpoint import CheckpointStore, require_same_config
 from pipeline.config import RunConfig, load_config
 from pipeline.progress import bar
+from pipeline.run.after_step import StepHook
+from pipeline.run.recovery import Restarts
+from pipeline.run.train import _Run
 from pipeline.stages.alarms import AlarmWatch
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import Group, Member
 from pipeline.stages.loop import run_stage
-from pipeline.stages.recovery import Restarts
 from pipeline.tracking import Tracker
-from pipeline.train import _Run, _StepHook
 from rewards.alarms import AlarmState
 from tests.pipeline.stages.test_feed import Numbers
 from tests.pipeline.stages.test_loop import CountingStage, Learner
@@ -75,7 +76,7 @@ def go(config: RunConfig, resume: bool = False) -> str:
         with Tracker.start(config, resume_run_id=parent, strict=False) as tracker, tracker.stage("stage1"):
             run = _Run(config, tracker, paper, feed, checkpoint, run_ids={"parent": tracker.run_id})
             with bar(paper, "stage 1", len(MOTION), first) as progress:
-                hook = _StepHook(run, stage, {"vlm": learner}, alarms, progress, Restarts("stage1", 0, "vans train"))  # type: ignore[arg-type]
+                hook = StepHook(run, stage, {"vlm": learner}, alarms, progress, Restarts("stage1", 0, "vans train"))  # type: ignore[arg-type]
                 asyncio.run(run_stage(stage, feed, {"vlm": learner}, first_step=first, on_step=hook))  # type: ignore[arg-type]
     finally:
         paper.file.flush()

@@ -10,7 +10,7 @@ import pytest
 from actors.weights import read_weights
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import load_config
-from pipeline.train import run_training
+from pipeline.run.train import run_training
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 

@@ -7,8 +7,8 @@ import pytest
 from cluster.errors import ConfigError
 from pipeline.config import load_config
 from pipeline.fleet import placement_plan, pool_names, pool_spec
+from pipeline.run.learners import learner_spec
 from pipeline.stages.stage2 import Stage2
-from pipeline.train import learner_spec
 
 
 def test_there_is_no_such_pool_unless_it_has_workers() -> None:

@@ -20,9 +20,9 @@ from actors.vdm.worker import VdmWorker
 from pipeline.config import RunConfig, load_config
 from pipeline.data.toy import make_sample
 from pipeline.fleet import open_fleet
+from pipeline.run.learners import learner_spec
 from pipeline.stages.loop import StageResult, StepReport, run_stage
 from pipeline.stages.stage2 import Anchor, Stage2, sde_spec
-from pipeline.train import learner_spec
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 GROUP, STEPS, GUIDANCE = 3, 2, 2.0

@@ -13,8 +13,8 @@ from actors.weights import read_weights
 from pipeline.config import load_config
 from pipeline.evaluate.predictions import Prediction
 from pipeline.models import Role, resolve_model
+from pipeline.run.train import SYSTEMS, run_training
 from pipeline.stages.rendering import render_request
-from pipeline.train import SYSTEMS, run_training
 
 ROLES: tuple[Role, ...] = ("vlm", "vdm")
 

@@ -16,9 +16,11 @@ from actors.learner.spec import LearnerSpec
 from cluster.errors import ConfigError
 from pipeline.checkpoint import TrainState
 from pipeline.config import RunConfig, load_config
+from pipeline.run.learners import export_name, learner_spec, serve_averages
+from pipeline.run.start import require_trainable
+from pipeline.run.train import _Run
 from pipeline.stages.all_in_one import AllInOne
 from pipeline.stages.stage1 import Stage1
-from pipeline.train import _Run, export_name, learner_spec, require_trainable, serve_averages
 
 
 @dataclass

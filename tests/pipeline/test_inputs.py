@@ -17,11 +17,11 @@ from pipeline.checkpoint import CheckpointStore, Inputs, TrainState
 from pipeline.checkpoint.inputs import SAMPLE_BYTES, WHOLE_BYTES, model_digest
 from pipeline.config import RunConfig, parse_config
 from pipeline.data.source import Cursor
+from pipeline.run.train import _Run, run_training
 from pipeline.sft.run import SftJob, other_runs, prepare, run_name
 from pipeline.sft.settings import SftSettings
 from pipeline.sources import run_inputs, training_source
 from pipeline.stages.feed import FeedCursor
-from pipeline.train import _Run, run_training
 from tests.pipeline.data.test_schema import row, write
 
 AT = {"epoch": 0, "position": 29, "drawn": 1}
@@ -68,8 +68,8 @@ def resumed(monkeypatch: pytest.MonkeyPatch):
     def session(config: RunConfig) -> object:
         raise Reached
 
-    monkeypatch.setattr("pipeline.train.cluster_session", session)
-    monkeypatch.setattr("pipeline.train.run_inputs", reached)
+    monkeypatch.setattr("pipeline.run.train.cluster_session", session)
+    monkeypatch.setattr("pipeline.run.train.run_inputs", reached)
 
     def resume(config: RunConfig, **options: bool) -> str:
         told = io.StringIO()

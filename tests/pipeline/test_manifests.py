@@ -227,7 +227,7 @@ def test_paths_that_are_absolute_already_stay_where_they_are() -> None:
 
 
 def test_a_job_that_is_queued_again_resumes_only_where_there_is_something_to_resume(tmp_path: Path) -> None:
-    from pipeline.train import has_checkpoint
+    from pipeline.run.start import has_checkpoint
 
     run = load_config("toy", [f"out={tmp_path}"])
     assert not has_checkpoint(run)
@@ -239,7 +239,7 @@ def test_a_job_that_is_queued_again_resumes_only_where_there_is_something_to_res
 
 def test_a_job_on_a_new_machine_resumes_from_its_mirror(tmp_path: Path) -> None:
     from pipeline.checkpoint import CheckpointStore, Mirror
-    from pipeline.train import has_checkpoint
+    from pipeline.run.start import has_checkpoint
     from tests.pipeline.test_mirror import nothing, write
 
     run = load_config("toy", [f"out={tmp_path / 'out'}", f"checkpoint.mirror={tmp_path / 'mirror'}"])

@@ -30,10 +30,11 @@ from pipeline.data.schema import shard_digest, shard_metadata, shard_paths
 from pipeline.data.toy.shards import write_toy
 from pipeline.data.video import VideoLimits
 from pipeline.location import Uri, listing, open_store, opened, parse_location, read_bytes, remove
+from pipeline.run.start import mirror_of, starting_point
+from pipeline.run.train import run_training
 from pipeline.sources import training_source
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.tracking import Tracker
-from pipeline.train import _starting_point, mirror_of, run_training
 from tests.pipeline.stages.test_feed import Numbers
 from tests.pipeline.stages.test_loop import Fleet
 from tests.pipeline.test_recovery import STEPS, Run, ServedStage, ServingPool, World
@@ -104,7 +105,7 @@ def go(config: RunConfig, world: World, kind: type[ServedStage] = ServedStage, *
     """Train one stage as ``run_training`` does; returns the console's text."""
     paper = Console(file=io.StringIO(), width=500)
     mirror = mirror_of(config)
-    checkpoint = _starting_point(config, resume, mirror)
+    checkpoint = starting_point(config, resume, mirror)
     state = checkpoint.state if checkpoint else None
     feed = SampleFeed(Numbers(), 2, *([FeedCursor.from_json(state.cursor)] if state else []))  # type: ignore[arg-type]
     ids = state.mlflow_run_ids if state else {}

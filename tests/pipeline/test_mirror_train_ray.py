@@ -13,7 +13,8 @@ from pipeline.config import load_config
 from pipeline.data.source import SampleSource
 from pipeline.data.toy.shards import write_toy
 from pipeline.location import remove
-from pipeline.train import mirror_of, run_training
+from pipeline.run.start import mirror_of
+from pipeline.run.train import run_training
 from tests.conftest import stop_ray
 from tests.s3_server import S3Server
 

@@ -29,11 +29,12 @@ from cluster.errors import CheckpointWriteError, TrainingError
 from pipeline.checkpoint import Checkpoint, CheckpointStore
 from pipeline.config import RunConfig, load_config
 from pipeline.interrupt import RunStopped, stop_on_signals
+from pipeline.run.start import stopped_message
+from pipeline.run.train import _Run
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import Group
 from pipeline.tracking import Tracker
 from pipeline.tracking.history import read_stages
-from pipeline.train import _Run, stopped_message
 from tests.pipeline.stages.test_feed import Numbers
 from tests.pipeline.stages.test_loop import CountingStage, Fleet, Pool
 

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.session import connect
 from pipeline.config import load_config
-from pipeline.train import run_training
+from pipeline.run.train import run_training
 from tests.processes import command, kill, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]

@@ -10,10 +10,10 @@ import pytest
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.spec import OptimSpec
 from pipeline.config import RunConfig, load_config
+from pipeline.run.learners import learner_spec
 from pipeline.sft.settings import sft_settings
 from pipeline.stages.stage1 import Stage1
 from pipeline.stages.stage2 import Stage2
-from pipeline.train import learner_spec
 
 STAGES = {"stage1": Stage1, "stage2": Stage2}
 LEARNER = {  # another value than the default, for every key that the learner's loss and optimizer read

@@ -15,13 +15,13 @@ from pipeline.config import RunConfig, flatten, parse_config
 from pipeline.config.machinery import TrackingSection
 from pipeline.data.source import Cursor
 from pipeline.data.video import decode_video
+from pipeline.run.after_step import StepHook
+from pipeline.run.recovery import Restarts
 from pipeline.stages.alarms import AlarmWatch
 from pipeline.stages.feed import FeedCursor
-from pipeline.stages.recovery import Restarts
 from pipeline.tracking import Tracker, TrackingError
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import database_file, has_store, location
-from pipeline.train import _StepHook
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_a_checkpoint_comes_after_the_figures_of_its_steps(config: RunConfig, mo
         run = Run()
         run.tracker = tracker  # type: ignore[attr-defined]
         alarms = AlarmWatch(config.alarms, ())
-        hook = _StepHook(run, None, {}, alarms, None, Restarts("stage1", 0, ""))  # type: ignore[arg-type]
+        hook = StepHook(run, None, {}, alarms, None, Restarts("stage1", 0, ""))  # type: ignore[arg-type]
         with tracker.stage("stage1"):
             tracker.log_metrics({"reward/total_mean": 0.5}, 1)
             asyncio.run(hook.save(2, FeedCursor(Cursor(0, 0)), last=False))

@@ -26,7 +26,7 @@ from pipeline.data.video import decode_video, probe
 from pipeline.demo import summarise, tell, write_answers
 from pipeline.evaluate.run import write_report
 from pipeline.models import resolve_model
-from pipeline.train import SYSTEMS, RunReport, run_training
+from pipeline.run.train import SYSTEMS, RunReport, run_training
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 STEPS, GROUP, PROMPTS = 2, 4, 4
@@ -66,10 +66,10 @@ def kill_a_renderer() -> int:
 @pytest.fixture(scope="module")
 def run(ray_alone: None, toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunReport]:
     config = settings(tmp_path_factory.mktemp("e2e") / "run", toy_shards)
-    import pipeline.train as module
+    import pipeline.run.train as module
 
     killed: list[int] = []
-    hook = module._StepHook.__call__
+    hook = module.StepHook.__call__
 
     async def kill_once(self: Any, report: Any) -> None:
         await hook(self, report)
@@ -77,7 +77,7 @@ def run(ray_alone: None, toy_shards: Path, tmp_path_factory: pytest.TempPathFact
             killed.append(kill_a_renderer())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._StepHook, "__call__", kill_once)
+        patch.setattr(module.StepHook, "__call__", kill_once)
         report = run_training(config, evaluate=True)
     assert killed
     return config, report

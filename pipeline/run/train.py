@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shlex
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
-from actors.learner.group import LOST, LearnerGroup
-from actors.learner.spec import LearnerSpec, OptimSpec
-from actors.learner.trainable import LoraSpec
-from actors.records import Sample, derive_seed
-from actors.weights import BroadcastSpec
-from cluster.errors import CheckpointError, ConfigError, TrainingError
+from actors.learner.group import LearnerGroup
+from actors.records import Sample
 from pipeline import terminal
 from pipeline.checkpoint import (
     Checkpoint,
@@ -30,43 +25,43 @@ from pipeline.checkpoint import (
     Uploads,
     WriteFailures,
     compare_inputs,
-    free_besides,
-    newest_of_both,
-    require_same_config,
     uploads_to,
 )
 from pipeline.config import RunConfig, to_yaml
-from pipeline.config.stages import Stage1Section, Stage2Section
 from pipeline.control.monitor import supervised_fleet
 from pipeline.data.source import Cursor
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable
-from pipeline.fleet import LEARNER, Fleet, at_rest, cluster_session, placement_plan, serve_trained
+from pipeline.fleet import LEARNER, Fleet, at_rest, cluster_session, serve_trained
 from pipeline.interrupt import StopRequest, stop_on_signals
 from pipeline.location import Uri
 from pipeline.lock import hold_all
 from pipeline.lock.holding import QUEUED_WAIT_S
-from pipeline.models import resolve_adapter, resolve_model
-from pipeline.progress import bar, step_note, waiting
+from pipeline.progress import bar, waiting
+from pipeline.run.after_step import StepHook
+from pipeline.run.learners import export_name, learner_spec, serve_averages
+from pipeline.run.recovery import Restarts, serve_restarted, train_with_restarts
+from pipeline.run.start import (
+    has_checkpoint,
+    mirror_of,
+    require_trainable,
+    resume_command,
+    starting_point,
+    stopped_message,
+)
 from pipeline.sources import run_inputs, training_source
-from pipeline.stages.alarms import AlarmWatch, alarm_lines, alarm_tags
-from pipeline.stages.all_in_one import AllInOne
+from pipeline.stages.alarms import AlarmWatch
 from pipeline.stages.feed import FeedCursor, SampleFeed
-from pipeline.stages.loop import Learners, Stage, StageResult, StageStopped, StepReport, pool_of, run_stage
-from pipeline.stages.recovery import Restarts, serve_restarted, train_with_restarts
-from pipeline.stages.stage1 import Stage1
-from pipeline.stages.stage2 import Stage2, window_warnings
+from pipeline.stages.loop import Learners, StageResult, StageStopped, pool_of, run_stage
+from pipeline.stages.stage2 import window_warnings
+from pipeline.stages.table import STAGES, AnyStage
 from pipeline.tracking import Tracker, has_store
 from rewards.alarms import AlarmState
 
 log = logging.getLogger(__name__)
 
-AnyStage = Stage1 | Stage2 | AllInOne
-STAGES: dict[str, tuple[type[AnyStage], ...]] = {"two_stage": (Stage1, Stage2), "all_in_one": (AllInOne,)}
 FEED_CLOSE_S = 30.0
-FLUSH_S = 10.0
-"""Longest that a checkpoint waits for the figures of its steps to be in the tracking store or in the spool."""
 SYSTEMS = ("SFT", "Joint-GRPO")
 Resume = bool | Literal["if_any"]
 
@@ -133,7 +128,7 @@ def _run_held(
 ) -> RunReport:
     """Run ``config`` in a folder that is this process's own."""
     going_on = has_checkpoint(config) if resume == "if_any" else bool(resume)
-    checkpoint = _starting_point(config, going_on, restart_data, mirror)
+    checkpoint = starting_point(config, going_on, restart_data, mirror)
     source = training_source(config)
     inputs = run_inputs(config, source)
     told: list[str] = []
@@ -179,72 +174,6 @@ def _run_held(
         except KeyboardInterrupt:
             tracker.log_tags({"vans.stopped": stop.name})
             raise
-
-
-def resume_command(config: RunConfig) -> str:
-    """Return the command that continues the run of ``config``, whatever command started it."""
-    return f"vans train {shlex.quote(str(config.out / 'config.yaml'))} --resume"
-
-
-def stopped_message(config: RunConfig, stop: StopRequest) -> str:
-    """Return what a person is told when a signal has ended the run."""
-    newest = next(iter(CheckpointStore(config.out / "checkpoints", config.checkpoint.keep).paths()), None)
-    if newest is None:
-        return f"stopped by {stop.name}, and there is no checkpoint yet; the same command starts the run again"
-    return f"stopped by {stop.name}; {newest} is kept. Go on with: {resume_command(config)}"
-
-
-def has_checkpoint(config: RunConfig) -> bool:
-    """Return whether the folder of ``config`` holds a checkpoint, whole or not, or its mirror a whole one."""
-    if CheckpointStore(config.out / "checkpoints", config.checkpoint.keep).paths():
-        return True
-    mirror = mirror_of(config)
-    return mirror is not None and bool(mirror.checkpoints())
-
-
-def print_plan(config: RunConfig) -> None:
-    """Print the resolved configuration and what it asks of the cluster."""
-    console = terminal.console()
-    console.print(to_yaml(config), highlight=False, markup=False)
-    for warning in window_warnings(config):
-        console.print(warning, style="bold yellow", markup=False, highlight=False, soft_wrap=True)
-    plan = placement_plan(config)
-    console.print(plan.table(), highlight=False, markup=False)
-    if "GPU" in plan.total():
-        console.print(
-            "whether it fits into the GPUs' memory, and how long a step takes: vans plan CONFIG --gpus 8x80",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-def mirror_of(config: RunConfig) -> Mirror | None:
-    """Return the mirror that ``config`` copies its checkpoints to, None where it has none; nothing is opened."""
-    section = config.checkpoint
-    return None if section.mirror is None else Mirror(section.mirror, section.keep)
-
-
-def _starting_point(config: RunConfig, resume: bool, restart_data: bool, mirror: Mirror | None) -> Checkpoint | None:
-    store = CheckpointStore(config.out / "checkpoints", config.checkpoint.keep)
-    if not resume:
-        if store.paths():
-            raise ConfigError(
-                f"out={config.out} already holds a run; continue it with --resume, or choose another folder (out=…)"
-            )
-        if mirror is not None:
-            mirror.require_unused()
-        return None
-    if mirror is None:
-        checkpoint = store.latest()
-    else:
-        checkpoint = newest_of_both(store, mirror, [export_name(config, policy) for policy in ("vlm", "vdm")])
-    if checkpoint is None:
-        where = store.root if mirror is None else f"{store.root} or {mirror.root}"
-        raise CheckpointError(f"--resume: there is no checkpoint under {where}; start the run without --resume")
-    state = checkpoint.state
-    require_same_config(state, config, free_besides(state, restart_data=restart_data))
-    return checkpoint
 
 
 @dataclass
@@ -382,7 +311,7 @@ class _Run:
             if restarts.count:
                 await serve_restarted(stage, learners, restored=here is not None)
             with bar(self.console, stage.title, stage.section.steps, first) as progress, self.stop.deferred():
-                hook = _StepHook(self, stage, learners, alarms, progress, restarts)
+                hook = StepHook(self, stage, learners, alarms, progress, restarts)
                 try:
                     result = await run_stage(stage, self.feed, learners, first_step=first, on_step=hook, stop=self.stop)
                     if self.stop:  # asked for while the frozen models were compared
@@ -455,162 +384,3 @@ class _Run:
             yield learners
         finally:
             await asyncio.gather(*(learner.close() for learner in learners.values()))
-
-
-@dataclass
-class _StepHook:
-    """What happens after each step: figures to MLflow, a line to the person, alarms, a checkpoint now and then."""
-
-    run: _Run
-    stage: AnyStage
-    learners: Learners
-    alarms: AlarmWatch
-    progress: Any
-    restarts: Restarts
-    saved: int = -1  # the step of the last checkpoint
-    unsent: int = 0  # uploads to the mirror that have failed
-    sent: str = ""  # the newest checkpoint that is whole in the mirror
-
-    async def __call__(self, report: StepReport) -> None:
-        run, section, done = self.run, self.run.config, report.step + 1
-        self.progress.advance(step_note(report.metrics))
-        watched = self.alarms.see(report.step, report.metrics)
-        for line, style in alarm_lines(report.step, watched):
-            self.progress.say(line, style)
-        if tags := alarm_tags(report.step, watched):
-            run.tracker.log_tags(tags)
-        counts = {"alarm/on": float(len(watched.state.on)), "learner/restarts": float(self.restarts.count)}
-        run.tracker.log_metrics({**report.metrics, **counts}, report.step)
-        every = section.tracking.clips_every
-        if every and report.step % every == 0:
-            for clip in (g.members[0].clip for g in report.batch.groups[:2]):
-                if clip is not None:
-                    run.tracker.log_clip(clip.frames, clip.caption, report.step, fps=section.video.fps)
-        last = done == self.stage.section.steps or bool(watched.lasting)
-        if last or (section.checkpoint.every and done % section.checkpoint.every == 0):
-            await self.save(done, report.cursor, last=last)
-        self.tell_uploads(report.step)
-        if watched.lasting:
-            raise TrainingError(
-                f"{self.stage.name} stopped after {done} steps, because an alarm stood for {section.alarms.stop_after} steps in a "
-                f"row (alarms.stop_after): {'; '.join(watched.lasting.values())}. The checkpoint of this step is kept; to go on "
-                "all the same, resume with alarms.stop_after=0"
-            )
-
-    async def save(self, done: int, cursor: FeedCursor, *, last: bool) -> None:
-        """Write the checkpoint from which step ``done`` is next, or tell why there is none.
-
-        First the figures of the steps before it go to the store or the spool: a run that is killed afterwards does not
-        repeat those steps, so they would be missing for ever.
-        """
-        if not await asyncio.to_thread(self.run.tracker.flush, FLUSH_S):
-            log.warning(
-                "the tracking store has not answered for %.0f s; the checkpoint is written all the same", FLUSH_S
-            )
-        told = await self.run.save(self.stage, self.learners, done, cursor, self.alarms.state, last=last)
-        if told is None:
-            self.saved = done
-            return
-        self.progress.say(told, "bold yellow")
-        self.run.tracker.log_metrics({"checkpoint/failed": float(self.run.failures.total)}, done - 1)
-
-    def tell_uploads(self, step: int) -> None:
-        """Tell what could not be sent to the mirror; raises CheckpointWriteError where that was once too often in a row."""
-        run, uploads = self.run, self.run.uploads
-        failed, sent = uploads.total, uploads.newest
-        if failed != self.unsent:
-            run.tracker.log_metrics({"checkpoint/mirror_failed": float(failed)}, step)
-        if sent != self.sent:
-            run.tracker.log_tags({"checkpoint.mirrored": sent})
-        self.unsent, self.sent = failed, sent
-        for line in uploads.news():
-            self.progress.say(line, "bold yellow")
-
-    async def keep(self, stopped: StageStopped) -> None:
-        """Write the checkpoint of a stage that was asked to stop, unless this very step has one."""
-        if stopped.step == self.saved:
-            return
-        try:
-            await self.save(stopped.step, stopped.cursor, last=True)
-        except LOST as error:  # no time for a new group; the checkpoint before serves
-            self.progress.say(f"no checkpoint of step {stopped.step}: {error}", "bold yellow")
-
-
-async def serve_averages(stage: Stage, learners: Learners) -> None:
-    """Serve the moving average of each policy whose learner keeps one: it is the stage's result, which what comes next asks."""
-    for policy, learner in learners.items():
-        if learner.spec.optim.ema:
-            await pool_of(stage, policy).set_weights(learner.version + 1, await learner.publish(averaged=True))
-
-
-def section_of(config: RunConfig, policy: str) -> Stage1Section | Stage2Section:
-    """Return the section of the stage that is ``policy``'s own; in all-in-one too it says how the policy learns."""
-    return config.stage1 if policy == "vlm" else config.stage2
-
-
-def export_name(config: RunConfig, policy: str) -> str:
-    """Return what the trained ``policy`` is called in a run's folder: an adapter is no model, and the other way round."""
-    return f"{policy}_adapter" if section_of(config, policy).lora.rank else f"{policy}_model"
-
-
-def require_trainable(config: RunConfig) -> None:
-    """Raise ConfigError where a model that starts from an adapter is to be trained as full weights."""
-    for stage in STAGES[config.training]:
-        for policy in stage.policies:
-            steps = config.stage2.steps if stage is Stage2 else config.stage1.steps
-            adapter = getattr(config.models, f"{policy}_adapter")
-            if steps and adapter is not None and section_of(config, policy).lora.rank == 0:
-                key = "stage1" if policy == "vlm" else "stage2"
-                raise ConfigError(
-                    f"models.{policy}_adapter={adapter!r} with {key}.lora.rank=0: full weights cannot be trained through an "
-                    f"adapter; set {key}.lora.rank to the adapter's, or start from a whole model (models.{policy})"
-                )
-
-
-def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec:
-    """Return the learner group that ``stage`` trains ``policy`` with, as the policy's own stage says."""
-    learner, models = config.learner, config.models
-    section = section_of(config, policy)
-    lora = section.lora
-    longest = section.text.max_tokens if isinstance(section, Stage1Section) else section.sde.window_size
-    seed = derive_seed(config.seed, stage.name, policy, "learner")
-    options: dict[str, Any] = {
-        "temperature": section.text.temperature,
-        "shared_prompts": learner.shared_prompts,
-        "engine_dtype": config.pools.vlm.dtype,
-    }
-    if policy == "vdm":  # every trajectory comes with what it was conditioned on
-        options = {"shift": models.flow_shift, "shared_times": models.shared_times, "components": ("transformer",)}
-    model = resolve_model(getattr(models, policy), policy)  # type: ignore[arg-type]
-    return LearnerSpec(
-        kind=policy,
-        model_path=model,
-        adapter_path=resolve_adapter(getattr(models, f"{policy}_adapter"), policy, model),  # type: ignore[arg-type]
-        lora=LoraSpec(lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, seed=seed % 2**31)
-        if lora.rank
-        else None,
-        ranks=learner.ranks,
-        cpus=learner.cpus,
-        gpus=learner.gpus,
-        dtype=learner.dtype,
-        micro_batch=learner.at_once(policy),
-        micro_steps=learner.micro_steps,
-        activation_checkpointing=learner.activation_checkpointing,
-        reference_offload=learner.reference_offload,
-        broadcast=BroadcastSpec(config.weights.join_timeout_s, config.weights.transfer_timeout_s)
-        if config.weights.transport == "collective"
-        else None,
-        offload=learner.offload,
-        objective=section.objective,
-        learning=section.learning,
-        longest=longest,
-        optim=OptimSpec(**section.optim.model_dump()),
-        policy_kwargs=options,
-        seed=seed % 2**31,
-        start_timeout_s=learner.start_timeout_s,
-        step_timeout_s=learner.step_timeout_s,
-        name=f"{policy}-learner",
-        total_steps=stage.section.steps
-        * stage.section.learning.updates_per_batch
-        * stage.section.learning.epochs_per_batch,
-    )

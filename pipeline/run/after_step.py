@@ -1,0 +1,104 @@
+"""After each optimizer step of a stage: figures to MLflow, a line to the person, alarms, a checkpoint now and then."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from actors.learner.group import LOST
+from cluster.errors import TrainingError
+from pipeline.progress import step_note
+from pipeline.run.recovery import Restarts
+from pipeline.stages.alarms import AlarmWatch, alarm_lines, alarm_tags
+from pipeline.stages.feed import FeedCursor
+from pipeline.stages.loop import Learners, StageStopped, StepReport
+from pipeline.stages.table import AnyStage
+
+if TYPE_CHECKING:  # the run makes the hook
+    from pipeline.run.train import _Run
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 10.0
+"""Longest that a checkpoint waits for the figures of its steps to be in the tracking store or in the spool."""
+
+
+@dataclass
+class StepHook:
+    """What happens after each step: figures to MLflow, a line to the person, alarms, a checkpoint now and then."""
+
+    run: _Run
+    stage: AnyStage
+    learners: Learners
+    alarms: AlarmWatch
+    progress: Any
+    restarts: Restarts
+    saved: int = -1  # the step of the last checkpoint
+    unsent: int = 0  # uploads to the mirror that have failed
+    sent: str = ""  # the newest checkpoint that is whole in the mirror
+
+    async def __call__(self, report: StepReport) -> None:
+        run, section, done = self.run, self.run.config, report.step + 1
+        self.progress.advance(step_note(report.metrics))
+        watched = self.alarms.see(report.step, report.metrics)
+        for line, style in alarm_lines(report.step, watched):
+            self.progress.say(line, style)
+        if tags := alarm_tags(report.step, watched):
+            run.tracker.log_tags(tags)
+        counts = {"alarm/on": float(len(watched.state.on)), "learner/restarts": float(self.restarts.count)}
+        run.tracker.log_metrics({**report.metrics, **counts}, report.step)
+        every = section.tracking.clips_every
+        if every and report.step % every == 0:
+            for clip in (g.members[0].clip for g in report.batch.groups[:2]):
+                if clip is not None:
+                    run.tracker.log_clip(clip.frames, clip.caption, report.step, fps=section.video.fps)
+        last = done == self.stage.section.steps or bool(watched.lasting)
+        if last or (section.checkpoint.every and done % section.checkpoint.every == 0):
+            await self.save(done, report.cursor, last=last)
+        self.tell_uploads(report.step)
+        if watched.lasting:
+            raise TrainingError(
+                f"{self.stage.name} stopped after {done} steps, because an alarm stood for {section.alarms.stop_after} steps in a "
+                f"row (alarms.stop_after): {'; '.join(watched.lasting.values())}. The checkpoint of this step is kept; to go on "
+                "all the same, resume with alarms.stop_after=0"
+            )
+
+    async def save(self, done: int, cursor: FeedCursor, *, last: bool) -> None:
+        """Write the checkpoint from which step ``done`` is next, or tell why there is none.
+
+        First the figures of the steps before it go to the store or the spool: a run that is killed afterwards does not
+        repeat those steps, so they would be missing for ever.
+        """
+        if not await asyncio.to_thread(self.run.tracker.flush, FLUSH_S):
+            log.warning(
+                "the tracking store has not answered for %.0f s; the checkpoint is written all the same", FLUSH_S
+            )
+        told = await self.run.save(self.stage, self.learners, done, cursor, self.alarms.state, last=last)
+        if told is None:
+            self.saved = done
+            return
+        self.progress.say(told, "bold yellow")
+        self.run.tracker.log_metrics({"checkpoint/failed": float(self.run.failures.total)}, done - 1)
+
+    def tell_uploads(self, step: int) -> None:
+        """Tell what could not be sent to the mirror; raises CheckpointWriteError where that was once too often in a row."""
+        run, uploads = self.run, self.run.uploads
+        failed, sent = uploads.total, uploads.newest
+        if failed != self.unsent:
+            run.tracker.log_metrics({"checkpoint/mirror_failed": float(failed)}, step)
+        if sent != self.sent:
+            run.tracker.log_tags({"checkpoint.mirrored": sent})
+        self.unsent, self.sent = failed, sent
+        for line in uploads.news():
+            self.progress.say(line, "bold yellow")
+
+    async def keep(self, stopped: StageStopped) -> None:
+        """Write the checkpoint of a stage that was asked to stop, unless this very step has one."""
+        if stopped.step == self.saved:
+            return
+        try:
+            await self.save(stopped.step, stopped.cursor, last=True)
+        except LOST as error:  # no time for a new group; the checkpoint before serves
+            self.progress.say(f"no checkpoint of step {stopped.step}: {error}", "bold yellow")

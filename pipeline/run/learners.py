@@ -1,0 +1,81 @@
+"""The learner groups of a run, as its configuration wants them, and what becomes of what they have learnt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actors.learner.spec import LearnerSpec, OptimSpec
+from actors.learner.trainable import LoraSpec
+from actors.records import derive_seed
+from actors.weights import BroadcastSpec
+from pipeline.config import RunConfig
+from pipeline.config.stages import Stage1Section, Stage2Section
+from pipeline.models import resolve_adapter, resolve_model
+from pipeline.stages.loop import Learners, Stage, pool_of
+from pipeline.stages.table import AnyStage
+
+
+async def serve_averages(stage: Stage, learners: Learners) -> None:
+    """Serve the moving average of each policy whose learner keeps one: it is the stage's result, which what comes next asks."""
+    for policy, learner in learners.items():
+        if learner.spec.optim.ema:
+            await pool_of(stage, policy).set_weights(learner.version + 1, await learner.publish(averaged=True))
+
+
+def section_of(config: RunConfig, policy: str) -> Stage1Section | Stage2Section:
+    """Return the section of the stage that is ``policy``'s own; in all-in-one too it says how the policy learns."""
+    return config.stage1 if policy == "vlm" else config.stage2
+
+
+def export_name(config: RunConfig, policy: str) -> str:
+    """Return what the trained ``policy`` is called in a run's folder: an adapter is no model, and the other way round."""
+    return f"{policy}_adapter" if section_of(config, policy).lora.rank else f"{policy}_model"
+
+
+def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec:
+    """Return the learner group that ``stage`` trains ``policy`` with, as the policy's own stage says."""
+    learner, models = config.learner, config.models
+    section = section_of(config, policy)
+    lora = section.lora
+    longest = section.text.max_tokens if isinstance(section, Stage1Section) else section.sde.window_size
+    seed = derive_seed(config.seed, stage.name, policy, "learner")
+    options: dict[str, Any] = {
+        "temperature": section.text.temperature,
+        "shared_prompts": learner.shared_prompts,
+        "engine_dtype": config.pools.vlm.dtype,
+    }
+    if policy == "vdm":  # every trajectory comes with what it was conditioned on
+        options = {"shift": models.flow_shift, "shared_times": models.shared_times, "components": ("transformer",)}
+    model = resolve_model(getattr(models, policy), policy)  # type: ignore[arg-type]
+    return LearnerSpec(
+        kind=policy,
+        model_path=model,
+        adapter_path=resolve_adapter(getattr(models, f"{policy}_adapter"), policy, model),  # type: ignore[arg-type]
+        lora=LoraSpec(lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, seed=seed % 2**31)
+        if lora.rank
+        else None,
+        ranks=learner.ranks,
+        cpus=learner.cpus,
+        gpus=learner.gpus,
+        dtype=learner.dtype,
+        micro_batch=learner.at_once(policy),
+        micro_steps=learner.micro_steps,
+        activation_checkpointing=learner.activation_checkpointing,
+        reference_offload=learner.reference_offload,
+        broadcast=BroadcastSpec(config.weights.join_timeout_s, config.weights.transfer_timeout_s)
+        if config.weights.transport == "collective"
+        else None,
+        offload=learner.offload,
+        objective=section.objective,
+        learning=section.learning,
+        longest=longest,
+        optim=OptimSpec(**section.optim.model_dump()),
+        policy_kwargs=options,
+        seed=seed % 2**31,
+        start_timeout_s=learner.start_timeout_s,
+        step_timeout_s=learner.step_timeout_s,
+        name=f"{policy}-learner",
+        total_steps=stage.section.steps
+        * stage.section.learning.updates_per_batch
+        * stage.section.learning.epochs_per_batch,
+    )
