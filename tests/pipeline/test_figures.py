@@ -119,3 +119,10 @@ def test_an_interval_of_known_numbers() -> None:
     assert (one.low, one.high) == (None, None)
     with pytest.raises(ValueError, match="at least one sample"):
         estimate(first, 0, seed=0)
+
+
+@pytest.mark.parametrize(("how", "least"), [(Mean("clip_v"), 1), (Bleu(1), 1), (Frechet("x"), 2)])
+def test_a_metric_needs_so_many_samples_and_no_more(how: Measure, least: int) -> None:
+    enough, few = answers(1)[:least], answers(1)[: least - 1]
+    assert value_of(how, enough, 0) is not None and value_of(how, few, 0) is None
+    assert difference_of(how, enough, enough, 0) is not None and difference_of(how, enough, few, 0) is None
