@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pipeline.evaluate.bootstrap import estimate
 from pipeline.evaluate.figures import Answered, Bleu, Frechet, Mean, Measure, difference_of, measure, value_of
 from pipeline.evaluate.table import METRICS, SIGNS, build_table
 from rewards.frechet import frechet_distance
@@ -98,3 +99,30 @@ def test_a_table_compares_the_first_and_the_last_in_every_metric_and_kind() -> N
     for found in table.comparison.values():
         assert set(found) == {*METRICS, *SIGNS}
         assert all(d.low is not None and d.high is not None and d.low < d.high for d in found.values())
+
+
+def test_an_interval_of_known_numbers() -> None:
+    """The statistic is the number that was drawn first, even over 0 … 1000: 2.5% lie below 25, 2.5% above 975."""
+
+    def first(draws: np.ndarray) -> np.ndarray:
+        return draws[:, 0].astype(float)
+
+    found = estimate(first, 1001, seed=0, resamples=4000)
+    assert (found.value, found.n) == (0.0, 1001) and found.low is not None and found.high is not None
+    assert found.low == pytest.approx(25, abs=12) and found.high == pytest.approx(975, abs=12)
+    centred = estimate(first, 1001, seed=0, resamples=4000, centred=True)
+    assert centred.low == pytest.approx(25 - 500, abs=30) and centred.high == pytest.approx(975 - 500, abs=30)
+    seen: list[int] = []
+    estimate(lambda d: (seen.append(len(d)), first(d))[1], 7, seed=0, resamples=250)
+    assert sum(seen[1:]) == 250  # after the value itself
+    one = estimate(first, 1, seed=0)
+    assert (one.low, one.high) == (None, None)
+    with pytest.raises(ValueError, match="at least one sample"):
+        estimate(first, 0, seed=0)
+
+
+@pytest.mark.parametrize(("how", "least"), [(Mean("clip_v"), 1), (Bleu(1), 1), (Frechet("x"), 2)])
+def test_a_metric_needs_so_many_samples_and_no_more(how: Measure, least: int) -> None:
+    enough, few = answers(1)[:least], answers(1)[: least - 1]
+    assert value_of(how, enough, 0) is not None and value_of(how, few, 0) is None
+    assert difference_of(how, enough, enough, 0) is not None and difference_of(how, enough, few, 0) is None
