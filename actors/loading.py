@@ -6,7 +6,7 @@ model does not know, and say so in a warning at most.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,29 @@ def load_whole(model_class: Any, path: str | Path, what: str, **options: Any) ->
             "Copy the whole folder again, with all shards that its index names, or export it again"
         )
     return model
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight that a whole model must bring; one that is tied to another need not stand twice."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def require_whole(
+    tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str, tied: Collection[str] = ()
+) -> None:
+    """Raise CheckpointError unless ``tensors`` are all weights of a model with ``shapes``, and none besides but ``tied`` ones."""
+    told = [
+        f"{len(names)} weights are {kind}: {_some(names)}"
+        for kind, names in (
+            ("missing", set(shapes) - set(tensors)),
+            ("not the model's", set(tensors) - set(shapes) - set(tied)),
+            ("of another shape", {n for n, t in tensors.items() if n in shapes and tuple(t.shape) != shapes[n]}),
+        )
+        if names
+    ]
+    if told:
+        raise CheckpointError(f"{where} are not the weights of the model that is served: {'; '.join(told)}")
 
 
 def _some(names: Collection[str]) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 
 from actors.failures import BadSampleError, InfrastructureError
 from actors.learner.adapters import Layers, fit, linear_layers
+from actors.loading import require_whole, shapes_of
 from actors.records import Completion, CompletionRequest, VideoQuestion, Weights
 from actors.vlm.backends import AsyncBackend, Backend, InProcessBackend
 from actors.vlm.engine_args import (
@@ -71,6 +72,8 @@ class VlmEngine:
         self._resting = False
         self._folder: Path | None = None
         self._layers: Layers = {}  # of the model, for adapters to fit in
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of its weights, for whole models to fit
+        self._tied: set[str] = set()
 
     async def start(self) -> None:
         """Load the model. Raises CheckpointError for a folder that is no VLM, or not whole; InfrastructureError where another
@@ -82,7 +85,8 @@ class VlmEngine:
 
         # Before vLLM has it: its errors are not for people. The layers are for adapters to fit in.
         model, self.processor = load_model(self.spec.model_path, empty=True)
-        self._layers = linear_layers(model)
+        self._layers, self._shapes = linear_layers(model), shapes_of(model)
+        self._tied = set(model.state_dict()) - set(self._shapes)
         banned = banned_token_ids(self.processor.tokenizer, int(model.config.text_config.vocab_size))
         self._bias = dict.fromkeys(banned, BAN_BIAS)
         self._folder = private_folder()
@@ -286,6 +290,8 @@ class VlmEngine:
     async def _serve_full(self, weights: Weights, version: int) -> None:
         from actors.weights import as_tensors
 
+        # vLLM drops a tensor whose name it does not know, and keeps its old value for one that is missing.
+        require_whole(weights.tensors, self._shapes, f"the published weights of version {version}", self._tied)
         await self._reload(as_tensors(weights), None, version)
         self._full = True
 

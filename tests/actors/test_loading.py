@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from actors.loading import require_whole, shapes_of
 from actors.scoring.clip import ClipScorer
 from actors.vdm.loading import load_parts, load_text_encoder, load_vae
 from actors.vlm.policy import load_model
@@ -86,3 +87,20 @@ def test_an_architecture_whose_prompts_are_not_known_is_refused(kind: str, tmp_p
     )
     with pytest.raises(CheckpointError, match=f"model_type='{kind}'"):
         load_model(folder)
+
+
+def test_whole_weights_that_are_published_must_be_the_models() -> None:
+    """Embedding and head are tied: the head may come or not."""
+    model, _ = load_model(Path(resolve_model("tiny", "vlm")))
+    weights, shapes = model.state_dict(), shapes_of(model)
+    tied = set(weights) - set(shapes)
+    assert bool(tied) == bool(model.config.get_text_config().tie_word_embeddings)
+    require_whole(weights, shapes, "these", tied)
+    require_whole({name: weights[name] for name in shapes}, shapes, "these", tied)
+    name = last_matrix({n: weights[n] for n in shapes})
+    with pytest.raises(CheckpointError, match=r"these .* 1 weights are missing"):
+        require_whole({n: weights[n] for n in shapes if n != name}, shapes, "these", tied)
+    with pytest.raises(CheckpointError, match=r"not the model.s: model\.old\.name"):
+        require_whole({**weights, "model.old.name": weights[name]}, shapes, "these", tied)
+    with pytest.raises(CheckpointError, match="another shape"):
+        require_whole({**weights, name: weights[name][:1]}, shapes, "these", tied)
