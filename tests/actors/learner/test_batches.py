@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from actors.learner.batches import plan_batch, prompts_read, split_groups
-from actors.records import VlmExperience
+from actors.records import VideoQuestion, VlmExperience
 
 
 def items(*sizes: int) -> list[VlmExperience]:
     """Groups a, b, c … of these sizes, one behind the other."""
     frames, ids, logprobs = np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int32), np.zeros(1, np.float32)
     return [
-        VlmExperience(chr(97 + g), i, "?", frames, 8.0, ids, logprobs, 0.0)
+        VlmExperience(chr(97 + g), i, VideoQuestion("?", frames, 8.0), ids, logprobs, 0.0)
         for g, size in enumerate(sizes)
         for i in range(size)
     ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.records import SdeSpec, Trajectory, VdmExperience, VlmExperience
+from actors.records import SdeSpec, Trajectory, VdmExperience, VideoQuestion, VlmExperience
 from actors.vdm.trajectories import Condition, Encoded, collate, experience, window_parts
 
 GRID = np.array([1.0, 0.9, 0.7, 0.4, 0.1, 0.0], np.float32)
@@ -70,7 +70,7 @@ def test_what_cannot_share_a_batch_is_named(other: dict) -> None:
 
 def test_another_policys_experience_is_refused() -> None:
     frames = np.zeros((1, 2, 2, 3), np.uint8)
-    text = VlmExperience("s", 0, "?", frames, 8.0, np.zeros(1, np.int32), np.zeros(1, np.float32), 0.0)
+    text = VlmExperience("s", 0, VideoQuestion("?", frames, 8.0), np.zeros(1, np.int32), np.zeros(1, np.float32), 0.0)
     with pytest.raises(TypeError, match="reads VdmExperience, got VlmExperience"):
         experience(text)
     assert experience(item(0, 1)).sample_id == "s"

@@ -53,7 +53,7 @@ def test_an_update_far_from_its_reference_is_applied_and_says_what_was_cut(mesh:
     spec = LearnerSpec("toy", "3", lora=LORA, learning=GrpoSection(kl_beta=0.1, kl_estimator=estimator))
     trainer = Trainer(policy, spec, mesh, torch.device("cpu"))
     plan = plan_batch(items, ranks=1, micro_batch=32, updates=1)[0]
-    metrics = merge_reports([trainer.update(plan)], spec)
+    metrics = merge_reports([trainer.update(plan)])
     assert metrics["applied"] == 1 and metrics["skipped"] == 0
     cut = float((delta.abs() > LOG_RATIO_BOUND).float().mean()) if estimator == "k3" else 0.0  # k3 alone takes an exp
     assert metrics["bounded_frac"] == pytest.approx(cut)
@@ -66,6 +66,6 @@ def test_an_engine_far_away_is_counted_too(mesh: DeviceMesh) -> None:
     items[0] = replace(items[0], rollout_logprobs=items[0].rollout_logprobs - 90, advantage=0.0)
     spec = LearnerSpec("toy", "3", lora=LORA, learning=GrpoSection(old_logprobs="rollout"))
     trainer = Trainer(ToyPolicy.load("3", lora=LORA), spec, mesh, torch.device("cpu"))
-    metrics = merge_reports([trainer.update(plan_batch(items, ranks=1, micro_batch=32, updates=1)[0])], spec)
+    metrics = merge_reports([trainer.update(plan_batch(items, ranks=1, micro_batch=32, updates=1)[0])])
     tokens = sum(len(item.token_ids) for item in items)
     assert metrics["applied"] == 1 and metrics["bounded_frac"] == pytest.approx(len(items[0].token_ids) / tokens)
