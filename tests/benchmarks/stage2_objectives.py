@@ -27,29 +27,20 @@ SEARCHED: dict[str, tuple[tuple[str, ...], ...]] = {
         ("render.steps=8", "optim.lr=1e-3"),
         ("render.steps=6", "optim.lr=1e-3"),
         ("render.steps=6", "optim.lr=3e-3"),
-        ("render.steps=6", "optim.lr=1e-3", "grpo.epochs_per_batch=2"),
-        ("render.steps=6", "optim.lr=3e-3", "grpo.kl_beta=1.0"),
-        ("render.steps=6", "optim.lr=1e-3", "grpo.epochs_per_batch=4", "grpo.clip_low=1e-2", "grpo.clip_high=1e-2"),
     ),
     "nft": (
         ("render.steps=6", "optim.lr=1e-3"),
         ("render.steps=6", "optim.lr=3e-3"),
         ("render.steps=6", "optim.lr=3e-3", "nft.kl_beta=0.1"),
-        ("render.steps=6", "optim.lr=3e-3", "nft.beta=0.3"),
-        ("render.steps=6", "optim.lr=3e-3", "nft.epochs_per_batch=8"),
-        ("render.steps=4", "optim.lr=3e-3", "nft.epochs_per_batch=8", "nft.beta=1.0"),
     ),
     "awm": (
         ("render.steps=6", "optim.lr=1e-3"),
         ("render.steps=6", "optim.lr=1e-3", "awm.weight=10"),
         ("render.steps=6", "optim.lr=3e-3", "awm.weight=10"),
-        ("render.steps=6", "optim.lr=3e-3", "awm.weight=10", "awm.kl_beta=1.0"),
-        ("render.steps=6", "optim.lr=1e-3", "awm.weight=100", "awm.kl_beta=1.0"),
-        ("render.steps=6", "optim.lr=1e-3", "awm.epochs_per_batch=8", "awm.kl_beta=1.0"),
     ),
 }
 """Keys of ``stage2``; the others are the toy run's."""
-CHOSEN = {"grpo": 0, "nft": 2, "awm": 3}
+CHOSEN = {"grpo": 2, "nft": 0, "awm": 2}
 """Which of them was best on val, by the mean over its seeds."""
 UNIT = "of CLIP-V + CLIPScore"
 FIRST_TESTED, FIRST_VAL = 100_000, 200_000  # numbers of clips that no training draws
