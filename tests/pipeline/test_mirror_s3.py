@@ -105,7 +105,7 @@ def go(config: RunConfig, world: World, kind: type[ServedStage] = ServedStage, *
     """Train one stage as ``run_training`` does; returns the console's text."""
     paper = Console(file=io.StringIO(), width=500)
     mirror = mirror_of(config)
-    checkpoint = starting_point(config, resume, mirror)
+    checkpoint = starting_point(config, resume, False, mirror)
     state = checkpoint.state if checkpoint else None
     feed = SampleFeed(Numbers(), 2, *([FeedCursor.from_json(state.cursor)] if state else []))  # type: ignore[arg-type]
     ids = state.mlflow_run_ids if state else {}

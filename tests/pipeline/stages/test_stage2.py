@@ -244,8 +244,8 @@ class Thinker:
     asked: list[str] = field(default_factory=list)
 
     async def submit(self, request: CompletionRequest) -> list[Completion]:
-        self.asked.append(request.question)
-        caption = self.answers.get(request.question, "nobody knows")
+        self.asked.append(request.asked.question)
+        caption = self.answers.get(request.asked.question, "nobody knows")
         text = f"<think>x</think><ans>{caption}</ans>"
         return [Completion(text, np.zeros(1, np.int32), np.zeros(1, np.float32), "stop", 0)]
 
