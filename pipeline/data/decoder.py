@@ -24,7 +24,11 @@ from pipeline.data.schema import KINDS, SCHEMA, open_shard
 from pipeline.data.video import VideoLimits, decode_timed, decode_video
 from pipeline.location import Uri, opened, parse_location, storage_errors
 
-STORE_PAUSES_S = (2.0, 10.0, 30.0)  # before a store that failed is asked again; its client has tried for seconds each time
+STORE_PAUSES_S = (
+    2.0,
+    10.0,
+    30.0,
+)  # before a store that failed is asked again; its client has tried for seconds each time
 TEXT_COLUMNS = ("id", "kind", "question", "caption", "source", "meta", "answer")
 
 

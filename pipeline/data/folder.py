@@ -89,7 +89,9 @@ def seal(folder: str | Path | Uri) -> Dataset:
     notes = zip(found.footers, map(shard_bytes, found.shards), found.digests, strict=True)
     journal = Journal(found.folder, None)
     journal.take_over()
-    journal.complete({name: ShardNote(f.num_rows, size, digest) for name, (f, size, digest) in zip(names, notes, strict=True)})
+    journal.complete(
+        {name: ShardNote(f.num_rows, size, digest) for name, (f, size, digest) in zip(names, notes, strict=True)}
+    )
     return survey(folder)
 
 

@@ -235,6 +235,7 @@ class Journal:
             file.close()
             return
         self._lock = file
+
     def _release(self) -> None:
         self._claimed = False
         if self._lock is not None:

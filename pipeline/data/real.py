@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.errors import DataError
+from pipeline.data.folder import open_dataset
 from pipeline.data.importers.clips import ClipSpec, composed
 from pipeline.data.importers.cut import cut_pairs, read_cuts
-from pipeline.data.folder import open_dataset
 from pipeline.data.importers.run import ImportReport, import_plan
 from pipeline.data.importers.vans_csv import import_vans, vans_plan
 from pipeline.data.schema import ShardWriter
@@ -75,10 +75,14 @@ def make_real(
     whole = {split for split in splits if ShardWriter.wrote(out / split, plans[split])}
     reports = {}
     for split in splits:
-        if split in whole and len(whole) < len(splits):  # an interrupted call made it; where all are there, the import says so
+        if split in whole and len(whole) < len(
+            splits
+        ):  # an interrupted call made it; where all are there, the import says so
             reports[split] = ImportReport(out / split, accepted=open_dataset(out / split).rows)
         else:
             reports[split] = import_vans([out / f"{split}.csv"], out / "clips", out / split, spec=spec, quiet=quiet)
     if failed:
-        raise DataError(f"{len(failed)} of {len(cuts)} pairs could not be cut; the others are in {out}\n" + "\n".join(failed))
+        raise DataError(
+            f"{len(failed)} of {len(cuts)} pairs could not be cut; the others are in {out}\n" + "\n".join(failed)
+        )
     return reports

@@ -293,7 +293,8 @@ def _ids_of(path: Path | Uri, note: ShardNote) -> list[str] | None:
 def shard_paths(folder: str | Path | Uri, *, required: bool = True) -> Sequence[Path | Uri]:
     """Return the shards of ``folder`` in name order; raises DataError when there is none and one is ``required``.
 
-    What other programs leave in a folder is passed over (:func:`is_shard`). Raises StorageError where the store does not answer, or has no such bucket.
+    What other programs leave in a folder is passed over (:func:`is_shard`). Raises StorageError where the store does not
+    answer, or has no such bucket.
     """
     folder = parse_location(folder)
     if isinstance(folder, Uri):
@@ -323,7 +324,9 @@ def _stored_shards(folder: Uri, required: bool) -> list[Uri]:
         names = [info.base_name for info in found if not info.is_file]
         below = [name for name in names if any(is_shard(info.base_name) for info in listing(folder / name))]
         hint = f"; did you mean a folder in it: {', '.join(below)}?" if below else ""
-        raise DataError(f"dataset folder {folder} holds no .parquet shards{hint or '; `vans data toy --out URI` makes some'}")
+        raise DataError(
+            f"dataset folder {folder} holds no .parquet shards{hint or '; `vans data toy --out URI` makes some'}"
+        )
     return shards
 
 

@@ -42,7 +42,9 @@ __all__ = [
     "load_all",
 ]
 
-SEGMENT_ROWS = 1024  # rows of one Ray Data execution; starting one costs a second or two, and a millisecond for each task
+SEGMENT_ROWS = (
+    1024  # rows of one Ray Data execution; starting one costs a second or two, and a millisecond for each task
+)
 # A Ray Data execution that waits for its consumer polls (``patience``). Where rows are small, an execution is therefore
 # kept to what may lie decoded in memory, and runs to its end without waiting.
 WHOLE_BYTES = 32 << 20
@@ -241,7 +243,9 @@ class SampleSource:
         """
         cursor = Cursor.of(cursor)
         if cursor.position >= self.count:
-            raise DataError(f"{self.folder} has {self.count} rows, and reading was to go on at row {cursor.position} of an epoch")
+            raise DataError(
+                f"{self.folder} has {self.count} rows, and reading was to go on at row {cursor.position} of an epoch"
+            )
         import ray
         import ray.data
 
@@ -329,7 +333,9 @@ class SampleSource:
         return len(self._quarantine)
 
 
-def load_all(folder: str | Path | Uri, shape: VideoShape | None = None, limit: int | None = None, **options: Any) -> Batch:
+def load_all(
+    folder: str | Path | Uri, shape: VideoShape | None = None, limit: int | None = None, **options: Any
+) -> Batch:
     """Return the first ``limit`` samples of ``folder`` in stored order (see :meth:`SampleSource.load_all`)."""
     return SampleSource(folder, shape, shuffle=False, **options).load_all(limit)
 

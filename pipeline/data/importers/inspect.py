@@ -15,8 +15,8 @@ from cluster.errors import DataError
 from pipeline import terminal
 from pipeline.data.folder import survey
 from pipeline.data.schema import open_shard, shard_bytes
-from pipeline.data.video import decode_video, probe
 from pipeline.data.sheet import Strip, contact_sheet
+from pipeline.data.video import decode_video, probe
 from pipeline.location import Uri, parse_location
 from pipeline.text import in_markup, printable
 
@@ -143,4 +143,6 @@ def print_report(report: DatasetReport) -> None:
     console = terminal.console()
     console.print(table, markup=False)
     for problem in report.problems:
-        console.print(f"not usable: {printable(problem)}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"not usable: {printable(problem)}", style="bold red", markup=False, highlight=False, soft_wrap=True
+        )

@@ -18,8 +18,8 @@ from actors.records import SampleKind
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span
 from pipeline.data.importers.run import Candidate, ImportReport, Rejected, manifest_plan, run_import
-from pipeline.text import parse_json
 from pipeline.location import Uri
+from pipeline.text import parse_json
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -63,7 +63,7 @@ def import_jsonl(
     workers: int | None = None,
     quiet: bool = False,
 ) -> ImportReport:
-    """Write the entries of ``manifests`` (one, or several), with the clips that they name under ``clips``, as Parquet shards in ``out``.
+    """Write the entries of ``manifests`` (one, or several) with their clips, found under ``clips``, as Parquet shards in ``out``.
 
     Lines that fail are listed with their reasons in ``out/_rejected.csv``. An import that was interrupted is continued by the
     same call. Raises DataError when nothing could be imported.

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-
 from cluster.errors import DataError
 from pipeline import terminal
 from pipeline.data.importers.clips import ClipSpec, Span, load_clip

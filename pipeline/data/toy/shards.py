@@ -49,8 +49,8 @@ def write_toy(
 
     ``val`` (default: as many as ``test``) is for choosing, ``test`` for reporting. ``sft`` holds the VLM's SFT answers,
     30% of them wrong; ``artist`` the VDM's SFT pairs, 22% of them mismatched. Rows are a pure function of ``seed``.
-    ``progress(split, done, total)`` is called after every row. What an interrupted call has written is kept. Raises DataError for a negative count, for a run without
-    training rows, and when a folder already holds a dataset.
+    ``progress(split, done, total)`` is called after every row. What an interrupted call has written is kept. Raises
+    DataError for a negative count, for a run without training rows, and when a folder already holds a dataset.
     """
     counts = {"train": train, "val": test if val is None else val, "test": test, "sft": sft, "artist": artist}
     for split, count in counts.items():
@@ -58,7 +58,9 @@ def write_toy(
             raise DataError(f"{split}={count}: a toy dataset needs at least 1 training row and no negative count")
     out = parse_location(out_dir)
     plans = {
-        split: {"command": "toy", "split": split, "rows": count, "seed": seed} for split, count in counts.items() if count
+        split: {"command": "toy", "split": split, "rows": count, "seed": seed}
+        for split, count in counts.items()
+        if count
     }
     whole = {split for split, plan in plans.items() if ShardWriter.wrote(out / split, plan)}
     for split, plan in plans.items():

@@ -139,7 +139,9 @@ def test_edits_and_fragments_cannot_multiply_the_index() -> None:
 
     fragment = box(b"moof", box(b"traf", box(b"trun", struct.pack(">II", 0, 3_000_000_000))))
     edits = box(b"edts", box(b"elst", struct.pack(">II", 0, 900) + bytes(12 * 900)))
-    track = box(b"trak", box(b"mdia", box(b"minf", box(b"stbl", box(b"stsz", struct.pack(">III", 0, 1, 5000))))) + edits)
+    track = box(
+        b"trak", box(b"mdia", box(b"minf", box(b"stbl", box(b"stsz", struct.pack(">III", 0, 1, 5000))))) + edits
+    )
     for content in (fragment, box(b"moov", track)):
         data = box(b"ftyp", b"isom" * 4) + content
         with pytest.raises(DataError, match="index counts"):

@@ -129,7 +129,9 @@ def test_an_id_twice_in_one_shard_is_found_too(tmp_path: Path) -> None:
     path = tmp_path / "part-00000.parquet"
     table = pq.read_table(path)
     pq.write_table(pa.concat_tables([table, table]), path)
-    with pytest.raises(DataError, match=r"'a' stands in part-00000\.parquet row 0 and part-00000\.parquet row 2, as do 1"):
+    with pytest.raises(
+        DataError, match=r"'a' stands in part-00000\.parquet row 0 and part-00000\.parquet row 2, as do 1"
+    ):
         open_dataset(tmp_path)
 
 
@@ -151,7 +153,9 @@ def test_rows_without_an_id_and_damaged_groups_are_left_to_decoding(tmp_path: Pa
     path = tmp_path / "set" / "part-00000.parquet"
     footer, content = pq.read_metadata(path), bytearray(path.read_bytes())
     chunk = footer.row_group(1).column(0)
-    content[chunk.data_page_offset : chunk.data_page_offset + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+    content[chunk.data_page_offset : chunk.data_page_offset + chunk.total_compressed_size] = bytes(
+        chunk.total_compressed_size
+    )
     path.write_bytes(content)
     assert duplicate_ids(survey(place)) == ""
     empty = pa.table({f.name: pa.array([None, None], f.type) for f in SCHEMA})

@@ -121,7 +121,9 @@ def test_killed_at_any_point_an_import_is_a_part_and_the_same_call_finishes_it(w
     told = json.loads(done.stdout)
     assert len(told) >= 8 + 7 + 3, "8 rows, a note and a name for each of 3 shards, the marker, and the notes that go"
     marked = [point for point, taken, _, _ in told if taken == "yes"]
-    assert marked == list(range(told[-1][0] - len(marked) + 1, told[-1][0] + 1)) and len(marked) < 6, "the marker comes last"
+    assert marked == list(range(told[-1][0] - len(marked) + 1, told[-1][0] + 1)) and len(marked) < 6, (
+        "the marker comes last"
+    )
     for point, taken, again, names in told:
         assert taken in ("yes", "no") and again, (point, taken, names)
     kept = [sum(name.endswith(".parquet") for name in names if not name.startswith(".")) for *_, names in told]
@@ -184,9 +186,7 @@ def test_the_toy_world_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pyt
         write_toy(tmp_path / "cut", train=5, test=7, val=0)
 
 
-def test_the_real_demo_goes_on_where_it_stopped(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_real_demo_goes_on_where_it_stopped(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = {"file": "a.mp4", "input": [0.0, 0.25], "target": [0.25, 0.5], "kind": "predictive", "question": "q?"}
     pairs = [{**cut, "name": split, "caption": split, "split": split} for split in ("test", "train")]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))

@@ -77,7 +77,14 @@ def test_columns_that_may_be_missing_and_large_types_are_accepted() -> None:
 def test_files_of_other_programs_are_no_shards(tmp_path: Path, uri: bool) -> None:
     write(tmp_path / "set", "ab")
     apple = bytes.fromhex("00051607000200004d6163204f532058")
-    for name in ("._part-00000.parquet", ".part-00001.parquet.tmp", ".DS_Store", "_SUCCESS", "Thumbs.db", "_metadata.parquet"):
+    for name in (
+        "._part-00000.parquet",
+        ".part-00001.parquet.tmp",
+        ".DS_Store",
+        "_SUCCESS",
+        "Thumbs.db",
+        "_metadata.parquet",
+    ):
         (tmp_path / "set" / name).write_bytes(apple)
     (tmp_path / "set" / "sub.parquet").mkdir()
     folder = parse_location(f"file://{tmp_path}/set") if uri else tmp_path / "set"
