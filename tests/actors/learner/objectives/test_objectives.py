@@ -96,6 +96,16 @@ def test_sequence_corrections_weigh_the_whole_answer() -> None:
         importance_weights(old, rollout, mask, 1.3, "tis")
 
 
+@pytest.mark.parametrize(("correction", "cap", "cut"), [("token_tis", 0.5, 2.0), ("sequence_tis", 1.1, 2.0)])
+def test_padding_is_never_counted_as_truncated(correction: str, cap: float, cut: float) -> None:
+    """Ratios e^0.1 of two tokens: with cap 0.5 each is cut, with cap 1.1 their product; a third place is padding."""
+    settings = TokenGrpoSection(old_logprobs="rollout", rollout_correction=correction, importance_cap=cap)
+    old, rollout = torch.tensor([[-1.0, -1.0, 9.0]]), torch.tensor([[-1.1, -1.1, -9.0]])
+    mask = torch.tensor([[True, True, False]])
+    _, stats = make_objective("grpo", settings).loss(old, old, torch.ones(1), mask, rollout_logprobs=rollout)
+    assert (stats.truncated, stats.steps) == (cut, 2.0)
+
+
 def test_objectives_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="grpo, gspo, cispo, nft, awm"):
         make_objective("ppo", GrpoSection())
