@@ -1,4 +1,4 @@
-"""A run in surroundings that are none of its making: a tracking server that goes and comes back, a clock that jumps, and a machine with
+"""A run in surroundings that are none of its making: a tracking server that goes and comes back, and a machine with
 one core, few files, little shared memory, no network, no name, a strict umask, and a program that cannot be written to."""
 
 from __future__ import annotations
@@ -105,30 +105,6 @@ def test_a_tracking_server_that_is_killed_and_comes_back_in_a_stage_misses_no_st
         process.__exit__(None, None, None)
     assert sorted(point.step for point in points) == list(range(steps))
     assert {found.info.status for found in runs.values()} == {"FINISHED"}
-    ended_whole(log)
-
-
-def test_a_clock_that_jumps_by_an_hour_ends_nothing(ray_alone: None, toy_shards: Path, tmp_path: Path) -> None:
-    library = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
-    if library is None:
-        pytest.skip("libfaketime is not installed")
-    out, log, clock = tmp_path / "run", tmp_path / "log", tmp_path / "clock"
-    clock.write_text("+0")
-    fake = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1"}
-    fake |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_RESET": "1"}
-    store = CheckpointStore(out / "checkpoints", 3)
-
-    def step() -> int:
-        newest = next(iter(store.paths()), None)
-        return int(newest.name[-6:]) if newest else 0
-
-    with command(log, "train", *arguments(out, toy_shards, "stage1.steps=8"), **fake) as run:
-        for reached, jump in ((2, "+3600"), (4, "-3600")):
-            until(lambda reached=reached: step() >= reached, run, log)  # type: ignore[misc]
-            clock.write_text(jump)
-        assert run.wait(PATIENCE_S) == 0, log.read_text()[-8000:]
-    checkpoint = store.latest()
-    assert checkpoint is not None and checkpoint.step == 8
     ended_whole(log)
 
 
