@@ -87,7 +87,7 @@ def search(seeds: int = 2, budget_s: float = 40.0, clips: int = 128) -> None:
 
 def measure(size: Size) -> Result:
     """Measure the held-out reward of each objective after equal CPU time, seed by seed, in turn."""
-    seeds, budget_s, clips, prompts = (5, 60.0, 256, PROMPTS) if size == "full" else (1, 0.5, 4, 2)
+    seeds, budget_s, clips, prompts = (5, 40.0, 256, PROMPTS) if size == "full" else (1, 0.5, 4, 2)
     torch.set_num_threads(1)
     scorer = Scorer(ClipScorer(resolve_model("tiny", "clip")), diagnostics=False)
     samples, gains, counts = toys(FIRST_TESTED, clips), [], []
