@@ -1,6 +1,6 @@
 """What the learner needs from a policy: the :class:`Trainable` protocol and the values that cross it.
 
-Responsible for: names and shapes only. Not responsible for: any maths (``grpo``), any model (``actors.vlm``,
+Responsible for: names and shapes only. Not responsible for: any maths (``objectives``), any model (``actors.vlm``,
 ``actors.vdm``), sharding or optimisation (``rank``).
 
 How the learner uses a policy, which is what an implementation must allow for:

@@ -1,8 +1,8 @@
 """One rank's learning, without Ray: a sharded policy, its optimizer, and the collective methods that all ranks call
 together.
 
-Responsible for the order of passes, gradients, the ratio gate, skipped steps, checkpoints of its own state. Not
-responsible for how the batch was cut (``batches``), the loss (``grpo``), processes and deadlines (``rank``, ``group``).
+Responsible for gradients, the gate's verdict, skipped steps, checkpoints of its own state. Not responsible for how the
+batch was cut (``batches``), the loss and its passes (``objectives``), processes and deadlines (``rank``, ``group``).
 """
 
 from __future__ import annotations
@@ -320,9 +320,9 @@ class Trainer:
 
     def _gather(self, adapter: bool, averaged: bool) -> dict[str, Tensor]:
         """Return the trained weights, or their average where one is kept, whole on rank 0."""
-        copy_ = self.average if averaged and self.average is not None else None if averaged else self.sampled
-        if copy_ is not None:
-            return copy_.gather(self.policy.module, trainable_only=adapter)
+        values = self.average if averaged else self.sampled
+        if values is not None:
+            return values.gather(self.policy.module, trainable_only=adapter)
         return gather_state(self.policy.module, trainable_only=adapter)
 
     def export(self, folder: str) -> None:
