@@ -73,7 +73,7 @@ check: setup
 docs: setup
 	$(BIN)/python -W ignore -m pipeline.tracking.metrics > docs/metrics.md
 	$(BIN)/python -W ignore -m pipeline.config.reference > docs/configuration.md
-	$(BIN)/python -W ignore -m pipeline.manifests
+	$(BIN)/python -W ignore -m pipeline.commands.manifests
 	$(BIN)/python -W ignore -m pipeline.plan.document docs/placement.md
 
 clean:

@@ -15,7 +15,7 @@ from cluster.errors import VansError
 from cluster.manifests.run import Site
 from cluster.storage import disk_error
 from cluster.surroundings import settle
-from pipeline import terminal
+from pipeline.support import terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ class _Group(typer.core.TyperGroup):
     """Print our own errors as one message; anything else is a bug and keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        from pipeline.interrupt import RunStopped
+        from pipeline.support.interrupt import RunStopped
 
         settle()
         try:
@@ -53,7 +53,7 @@ class _Group(typer.core.TyperGroup):
 
 def _explain(told: str, error: Exception) -> None:
     """Print what is wrong, and below it where the libraries' output is."""
-    from pipeline.text import in_markup, redacted
+    from pipeline.support.text import in_markup, redacted
 
     screen = terminal.console(stderr=True)
     screen.print(f"[bold red]error:[/] {in_markup(redacted(told))}", highlight=False, soft_wrap=True)
@@ -113,7 +113,7 @@ def _console(width: int) -> Console:
 
 
 def _local(text: str) -> Path:
-    from pipeline.location import local_path
+    from pipeline.support.location import local_path
 
     return local_path(text)
 
@@ -146,7 +146,7 @@ def doctor(
 
     Examples: `vans doctor`, `vans doctor --out /scratch/runs`
     """
-    from pipeline.doctor import print_report, run_doctor
+    from pipeline.commands.doctor import print_report, run_doctor
 
     raise typer.Exit(0 if print_report(run_doctor(out)) else 1)
 
@@ -163,7 +163,7 @@ def demo(
 
     Examples: `vans demo`, `vans demo --seed 1 --out runs/demo-1`
     """
-    from pipeline.demo import run_demo
+    from pipeline.commands.demo import run_demo
 
     run_demo(out, seed=seed, quick=quick)
 
@@ -359,7 +359,7 @@ def manifests(
     Examples: `vans manifests vans_8gpu --image registry.example/vans:gpu --out k8s`, `vans manifests run.yaml --kind slurm`
     """
     from cluster.manifests import KINDS
-    from pipeline.manifests import write_manifests
+    from pipeline.commands.manifests import write_manifests
 
     if kind not in KINDS:
         raise typer.BadParameter(f"{kind!r} is none of {', '.join(KINDS)}", param_hint="--kind")
@@ -401,8 +401,8 @@ def sft(
     `vans sft vdm run.yaml sft.vdm.epochs=2 learner.ranks=8 learner.gpus=1`, then `vans train run.yaml models.vlm=runs/sft-vlm`
     """
     from pipeline.config import load_config
-    from pipeline.location import parse_location
     from pipeline.sft.command import run_configured_sft
+    from pipeline.support.location import parse_location
 
     if kind not in ("vlm", "vdm"):
         raise typer.BadParameter(f"{kind!r} is neither vlm nor vdm", param_hint="KIND")
@@ -533,7 +533,7 @@ def answer(
     Example: `vans answer --vlm runs/demo/vlm_adapter --vdm runs/demo/vdm_adapter --video runs/demo/input.mp4
     --question "what is the next step ?" --out answer.mp4`
     """
-    from pipeline.answer import run_answer
+    from pipeline.commands.answer import run_answer
     from pipeline.config import load_config
 
     run_answer(load_config(config), video, question, out, vlm=vlm, vdm=vdm, seed=seed)
@@ -552,7 +552,7 @@ def data_toy(
     Examples: `vans data toy --out data/toy --train 1024 --test 256 --seed 0`, `vans data toy --sft 2048`
     """
     from pipeline.data.toy.shards import write_toy
-    from pipeline.location import parse_location
+    from pipeline.support.location import parse_location
 
     counts = write_toy(out, train=train, test=test, seed=seed, sft=sft, artist=sft)
     terminal.console().print(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 
-from pipeline.location import Uri, open_store, opened
+from pipeline.support.location import Uri, open_store, opened
 
 
 class S3Server:

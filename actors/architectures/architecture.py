@@ -2,7 +2,7 @@
 
 Responsible for the published configurations of the models this project is made for (``known/``, facts of the
 ``config.json`` files that each names) and for reading a local folder's own. Not responsible for weights
-(``actors.vlm.policy``, ``actors.vdm.loading``) or for what a shape costs (``cost``). torch, transformers and diffusers are
+(``actors.vlm.policy``, ``actors.vdm.wan.files``) or for what a shape costs (``cost``). torch, transformers and diffusers are
 imported where a module is built, not before: a plan needs numbers only.
 """
 

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from actors.learner.trainable import LoraSpec
+from actors.policy.protocol import LoraSpec
 from cluster.errors import CheckpointError
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def model_layers(path: str, role: Role) -> Layers:
             if role == "vdm":
                 from diffusers import WanTransformer3DModel
 
-                from actors.vdm.loading import pipeline_folder
+                from actors.vdm.wan.files import pipeline_folder
 
                 config = WanTransformer3DModel.load_config(pipeline_folder(path) / "transformer")
                 return linear_layers(WanTransformer3DModel.from_config(config))

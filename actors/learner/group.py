@@ -20,8 +20,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.learner.batches import plan_batch
 from actors.learner.rank import LearnerRank, RankInfo
 from actors.learner.spec import LearnerSpec, OptimSpec
-from actors.learner.trainable import LoraSpec
 from actors.learner.trainer import RankReport
+from actors.policy.protocol import LoraSpec
 from actors.records import Experience
 from cluster.errors import PlacementError, TrainingError, VansError, WorkerTimeoutError
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from actors.learner.batches import RankPlan
 from actors.learner.sharding import free_address, join_group
 from actors.learner.spec import LearnerSpec
-from actors.learner.trainable import Trainable
 from actors.learner.trainer import RankReport, Trainer
+from actors.policy.protocol import Trainable
 from actors.records import Weights
 from actors.weights import Broadcast, Offer, snapshot
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from actors.learner.objectives.settings import GrpoSection, ObjectiveSection
-from actors.learner.trainable import LoraSpec
+from actors.policy.protocol import LoraSpec
 from actors.weights.broadcast import BroadcastSpec
 
 OFFLOADS = ("none", "optimizer", "all")

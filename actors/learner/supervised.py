@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from actors.learner.sharding import sync_gradients
-from actors.learner.trainable import Trainable, scale_gradients
+from actors.policy.protocol import Trainable, scale_gradients
 
 
 def accumulate(

@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from actors.learner import lora
 from actors.learner.average import Average, Behaviour
 from actors.learner.batches import MicroBatch, RankPlan
 from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_facts, save_tensors
@@ -31,7 +30,9 @@ from actors.learner.objectives.base import Prepared, RankReport, Step
 from actors.learner.objectives.table import make_objective
 from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
 from actors.learner.spec import LearnerSpec, learning_rate
-from actors.learner.trainable import (
+from actors.offload import Offloader, module_tensors
+from actors.policy import lora
+from actors.policy.protocol import (
     PolicyOutput,
     Trainable,
     scale_gradients,
@@ -39,7 +40,6 @@ from actors.learner.trainable import (
     torch_dtype,
     trainable_parameters,
 )
-from actors.offload import Offloader, module_tensors
 from actors.records import Experience, VdmExperience, Weights
 from actors.weights import pack
 from cluster.errors import CheckpointError, CheckpointWriteError, TrainingError

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from actors.failures import BadSampleError, Failure, InfrastructureError, Outcome, attempt
+from actors.policy.cache import Cache, content_key
 from actors.records import ScoreRequest, Scores
 from actors.scoring.clip import ClipScorer
-from actors.scoring.features import FeatureCache, content_key
 from rewards.custom import CustomReward, call_reward, is_custom, load_reward
 from rewards.errors import RewardError
 from rewards.format import format_reward
@@ -105,7 +105,7 @@ class Scorer:
     ) -> None:
         self.custom_timeout_s, self.wait_s = custom_timeout_s, wait_s
         self.clip = clip
-        self.cache = FeatureCache(int(cache_mib * (1 << 20)))
+        self.cache = Cache[np.ndarray](int(cache_mib * (1 << 20)))
         self.fvd_dim = fvd_dim
         self.diagnostics = diagnostics
         clashes = sorted(set(custom or {}) & {*BUILT_IN, VIDEO_FEATURES})
@@ -183,8 +183,8 @@ class Scorer:
     def _views(self, requests: Sequence[ScoreRequest]) -> list[_View]:
         """Compute the features of all requests together: equal frames and equal captions once."""
         wanted: list[dict[str, Any]] = []
-        frames: dict[bytes, np.ndarray] = {}
-        texts: dict[bytes, str] = {}
+        frames: dict[str, np.ndarray] = {}
+        texts: dict[str, str] = {}
         for request in requests:
             needs = {need for name in request.components for need in _NEEDS.get(name, ())}
             if request.clip is not None and self.diagnostics:
@@ -201,7 +201,7 @@ class Scorer:
                     keys[name] = content_key(arrays[name])
                     frames[keys[name]] = arrays[name]
                 else:
-                    keys[name] = strings[name].encode()
+                    keys[name] = strings[name]
                     texts[keys[name]] = strings[name]
             wanted.append(keys)
         features = self._frame_features(frames)
@@ -219,15 +219,15 @@ class Scorer:
             for request, keys in zip(requests, wanted, strict=True)
         ]
 
-    def _frame_features(self, frames: Mapping[bytes, np.ndarray]) -> dict[Any, np.ndarray]:
-        found = {key: self.cache.get(key) for key in frames}
+    def _frame_features(self, frames: Mapping[str, np.ndarray]) -> dict[Any, np.ndarray]:
+        found = {key: self.cache.find(key) for key in frames}
         missing = [key for key, value in found.items() if value is None]
         for key, value in zip(missing, self.clip.image_features([frames[key] for key in missing]), strict=True):
             self.cache.put(key, value)
             found[key] = value
         return {key: value for key, value in found.items() if value is not None}
 
-    def _text_features(self, texts: Mapping[bytes, str]) -> tuple[dict[Any, np.ndarray], set[bytes]]:
+    def _text_features(self, texts: Mapping[str, str]) -> tuple[dict[Any, np.ndarray], set[str]]:
         vectors, cut = self.clip.text_features(list(texts.values()))
         return dict(zip(texts, vectors, strict=True)), {key for key, is_cut in zip(texts, cut, strict=True) if is_cut}
 

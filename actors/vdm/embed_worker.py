@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from actors.failures import BadSampleError, InfrastructureError, Outcome, attempt
-from actors.learner.trainable import torch_dtype
 from actors.offload import Offloader, module_tensors
+from actors.policy.protocol import torch_dtype
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import EmbedRequest, EncodeRequest, TextEmbedding
 from actors.vdm import conditioning
-from actors.vdm.loading import held_bytes, load_text_encoder, load_vae, parameter_hash, pipeline_folder
-from actors.vdm.text import CaptionEmbedder
+from actors.vdm.wan.files import held_bytes, load_text_encoder, load_vae, parameter_hash, pipeline_folder
+from actors.vdm.wan.text import CaptionEmbedder
 
 
 class EmbedWorker:

@@ -2,7 +2,7 @@
 reads; and switching it off.
 
 Where the adapter sits in WanTransformer3DModel is decided here; injecting it and naming its tensors is
-``actors.learner.lora``'s.
+``actors.policy.lora``'s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from actors.learner.peft_folder import write_folder
-from actors.learner.trainable import LoraSpec
+from actors.policy.protocol import LoraSpec
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 _PREFIX = "base_model.model."

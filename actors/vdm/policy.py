@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from actors.failures import BadSampleError
 from actors.learner.adapters import fit, linear_layers
-from actors.learner.lora import adapter_config, adapters_disabled, inject_lora, load_adapter_tensors, peft_names
 from actors.learner.peft_folder import read_folder
-from actors.learner.trainable import LoraSpec, PolicyOutput, SupervisedLoss, torch_dtype
+from actors.policy.cache import Cache, content_key
+from actors.policy.lora import adapter_config, adapters_disabled, inject_lora, load_adapter_tensors, peft_names
+from actors.policy.protocol import LoraSpec, PolicyOutput, SupervisedLoss, torch_dtype
 from actors.records import (
     Clip,
     Experience,
@@ -33,11 +34,10 @@ from actors.records import (
     derive_seed,
 )
 from actors.vdm import conditioning, flow_sde, lora, trajectories
-from actors.vdm.cache import TensorCache, content_key
 from actors.vdm.conditioning import ExactTimes, FlowMatchingSpec
-from actors.vdm.loading import COMPONENTS, Parts, held_bytes, load_parts, save_full
-from actors.vdm.text import CaptionEmbedder, padded
 from actors.vdm.trajectories import Condition, Encoded, Noised, VdmBatch
+from actors.vdm.wan.files import COMPONENTS, Parts, held_bytes, load_parts, save_full
+from actors.vdm.wan.text import CaptionEmbedder, padded
 from cluster.errors import CheckpointError, TrainingError
 
 
@@ -91,8 +91,8 @@ class VdmPolicy:
         self._times = ExactTimes(parts.transformer, shared_times)
         if compile_blocks:
             parts.transformer.compile_repeated_blocks()
-        self._latents: TensorCache[Tensor] = TensorCache(cache_bytes)
-        self._references: TensorCache[Tensor] = TensorCache(cache_bytes)
+        self._latents: Cache[Tensor] = Cache(cache_bytes)
+        self._references: Cache[Tensor] = Cache(cache_bytes)
 
     @classmethod
     def load(

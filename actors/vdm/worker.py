@@ -19,8 +19,8 @@ from actors.failures import Failure, InfrastructureError, Ok, Outcome, attempt, 
 from actors.offload import Offloader, module_tensors
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import Clip, RenderRequest
-from actors.vdm.loading import parameter_hash
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.wan.files import parameter_hash
 from actors.weights import Delivery, fetch
 from cluster.errors import CheckpointError
 

@@ -1,7 +1,7 @@
 """LoRA on the VLM's language model: which modules are adapted, and starting from an adapter folder.
 
 Responsible for what is the VLM's own: its vision tower is never adapted, and since the same module names occur there, name
-suffixes alone won't do. The rest (seeded injection, names, disabling) is ``actors.learner.lora``.
+suffixes alone won't do. The rest (seeded injection, names, disabling) is ``actors.policy.lora``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from torch import nn
 
 from actors.learner.adapters import fit, linear_layers
-from actors.learner.lora import inject_lora, load_adapter_tensors
 from actors.learner.peft_folder import read_folder
-from actors.learner.trainable import LoraSpec
+from actors.policy.lora import inject_lora, load_adapter_tensors
+from actors.policy.protocol import LoraSpec
 from cluster.errors import CheckpointError
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

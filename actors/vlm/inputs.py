@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from actors.failures import BadSampleError
-from actors.learner.trainable import torch_dtype
+from actors.policy.protocol import torch_dtype
 from actors.records import VideoQuestion
 from actors.vlm.prompt import render_prompt
 

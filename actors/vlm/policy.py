@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from actors.failures import BadSampleError
-from actors.learner.lora import adapter_config, adapters_disabled, has_lora, peft_names
 from actors.learner.objectives.grpo import kl_estimate
 from actors.learner.peft_folder import write_folder
-from actors.learner.trainable import LoraSpec, PolicyOutput, SupervisedLoss, torch_dtype
 from actors.loading import load_whole
+from actors.policy.lora import adapter_config, adapters_disabled, has_lora, peft_names
+from actors.policy.protocol import LoraSpec, PolicyOutput, SupervisedLoss, torch_dtype
 from actors.records import Experience, VlmExperience
 from actors.vlm.adapter import inject
 from actors.vlm.inputs import EncodedPrompt, PromptEncoder
@@ -35,7 +35,7 @@ MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 class VlmPolicy:
-    """A Qwen2.5-VL or Qwen3-VL model as a policy over answer tokens (``actors.learner.trainable.Trainable``).
+    """A Qwen2.5-VL or Qwen3-VL model as a policy over answer tokens (``actors.policy.protocol.Trainable``).
 
     ``temperature`` divides the logits of :meth:`forward`, as it does in the sampler: the policy that is optimised is the
     one that was sampled from. ``engine_dtype`` is the sampler's dtype, on which the prompt's positions depend, whatever

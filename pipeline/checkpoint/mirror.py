@@ -21,7 +21,7 @@ from typing import Any
 
 from cluster.errors import CheckpointError, ConfigError, StorageError
 from pipeline.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, contents, parse_manifest, verify
-from pipeline.location import Uri, download, listing, read_bytes, remove, upload, write_bytes
+from pipeline.support.location import Uri, download, listing, read_bytes, remove, upload, write_bytes
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.config.resume import is_free
 from pipeline.config.schema import RunConfig
-from pipeline.location import Uri
+from pipeline.support.location import Uri
 
 
 @dataclass(frozen=True)

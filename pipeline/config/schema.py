@@ -24,7 +24,7 @@ from pipeline.config.machinery import (
 )
 from pipeline.config.stages import GreedyTextSection, RenderSection, Stage1Section, Stage2Section
 from pipeline.config.training import SftSection
-from pipeline.location import LocalPath, Location, Uri, opened
+from pipeline.support.location import LocalPath, Location, Uri, opened
 
 
 class ModelsSection(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from actors.settings import Pair, Positive, Section, cite
-from pipeline.location import LocalPath, Location
+from pipeline.support.location import LocalPath, Location
 
 
 class LoraSection(Section):

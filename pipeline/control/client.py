@@ -23,7 +23,7 @@ from cluster.errors import VansError
 from cluster.session import ClusterError, join
 from pipeline.control.record import FILE, RunRecord
 from pipeline.control.snapshot import RunView
-from pipeline.location import local_path
+from pipeline.support.location import local_path
 
 READ_TIMEOUT_S = 15.0
 MOST_WORKERS = 4096

@@ -30,7 +30,7 @@ from pipeline.control.autoscale import Autoscaler, PoolPoint
 from pipeline.control.exporter import Exporter
 from pipeline.control.record import RunRecord, new_record, utc_now
 from pipeline.control.snapshot import Resize, RunView, pool_view
-from pipeline.fleet import Fleet, open_fleet
+from pipeline.fleet.open import Fleet, open_fleet
 
 log = logging.getLogger(__name__)
 

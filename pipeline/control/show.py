@@ -10,9 +10,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import terminal
 from pipeline.control.client import FRESH_S, RunClient
 from pipeline.control.snapshot import NO_ROOM, PoolView, Resize, RunView
+from pipeline.support import terminal
 
 REFRESH_S = 1.0
 STYLES = {

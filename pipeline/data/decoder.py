@@ -22,7 +22,7 @@ from actors.records import Sample
 from cluster.errors import DataError, StorageError
 from pipeline.data.schema import KINDS, SCHEMA, open_shard
 from pipeline.data.video import VideoLimits, decode_timed, decode_video
-from pipeline.location import Uri, opened, parse_location, storage_errors
+from pipeline.support.location import Uri, opened, parse_location, storage_errors
 
 STORE_PAUSES_S = (
     2.0,

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from cluster.errors import DataError
 from pipeline.data.marker import COMPLETE, WRITING, Complete, Journal, ShardNote, read_json
 from pipeline.data.schema import open_shard, shard_bytes, shard_digest, shard_metadata, shard_paths
-from pipeline.location import Uri, parse_location
+from pipeline.support.location import Uri, parse_location
 
 READERS = 8  # shards of a store whose ids are read at a time
 NAMED = 3  # ids or shards that an error names

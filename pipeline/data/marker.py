@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cluster.errors import DataError, VansError
-from pipeline.location import Uri, read_bytes, remove, write_bytes
+from pipeline.support.location import Uri, read_bytes, remove, write_bytes
 
 WRITING = "_writing.json"
 COMPLETE = "_complete.json"

@@ -19,7 +19,7 @@ from pipeline.data.importers.cut import cut_pairs, read_cuts
 from pipeline.data.importers.run import ImportReport, import_plan
 from pipeline.data.importers.vans_csv import import_vans, vans_plan
 from pipeline.data.schema import ShardWriter
-from pipeline.location import local_path
+from pipeline.support.location import local_path
 
 MANIFEST = Path(__file__).parents[1] / "assets" / "real" / "pairs.json"
 

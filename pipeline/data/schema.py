@@ -1,7 +1,7 @@
 """The Parquet schema of a VNEP dataset, and the writer that keeps to it.
 
-A dataset is a folder of ``part-00000.parquet``, ``part-00001.parquet``, …, on this machine or in a store (``pipeline.location``);
-docs/data.md explains each column.
+A dataset is a folder of ``part-00000.parquet``, ``part-00001.parquet``, …, here or in a store
+(``pipeline.support.location``); docs/data.md explains each column.
 Not responsible for reading (``source``) or for where rows come from (``importers``, ``toy``).
 """
 
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from actors.records import SampleKind
 from cluster.errors import DataError
 from pipeline.data.marker import Journal, ShardNote, written
-from pipeline.location import CHUNK, Uri, listing, opened, parse_location, remove, storage_errors, upload
+from pipeline.support.location import CHUNK, Uri, listing, opened, parse_location, remove, storage_errors, upload
 
 KINDS: tuple[str, ...] = get_args(SampleKind)
 ROWS_PER_GROUP = 32

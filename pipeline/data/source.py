@@ -29,7 +29,7 @@ from cluster.errors import DataError
 from pipeline.data.decoder import QuarantinedRow, Shard, VideoShape, block_items, decode_block
 from pipeline.data.folder import open_dataset, survey
 from pipeline.data.video import VideoLimits
-from pipeline.location import Uri, parse_location
+from pipeline.support.location import Uri, parse_location
 
 __all__ = [
     "Batch",

@@ -14,8 +14,8 @@ from actors.pool import SampleFailed
 from actors.records import Completion, CompletionRequest, Sample, derive_seed
 from pipeline.config import RunConfig
 from pipeline.evaluate.predictions import Prediction
-from pipeline.fleet import Fleet
-from pipeline.stages.rendering import render, render_request
+from pipeline.fleet.open import Fleet
+from pipeline.stages.requests import render, render_request
 from rewards.format import parse_answer
 
 

@@ -13,19 +13,19 @@ from rich.markdown import Markdown
 from actors.records import Sample
 from actors.scoring.video import TorchScriptExtractor, VideoExtractor
 from cluster.errors import ConfigError
-from pipeline import terminal
 from pipeline.config import RunConfig
 from pipeline.data.source import SampleSource
+from pipeline.data.sources import evaluation_source, video_limits
 from pipeline.evaluate.predict import answer_samples
 from pipeline.evaluate.predictions import Prediction, read_predictions, write_predictions
 from pipeline.evaluate.score import score_predictions
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable, check_compared
-from pipeline.fleet import Fleet, cluster_session, open_fleet
-from pipeline.location import local_path
+from pipeline.fleet.open import Fleet, cluster_session, open_fleet
 from pipeline.lock import hold
-from pipeline.progress import bar
-from pipeline.sources import evaluation_source, video_limits
+from pipeline.support import terminal
+from pipeline.support.location import local_path
+from pipeline.support.progress import bar
 
 PAIR = "pair"
 

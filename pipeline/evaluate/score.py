@@ -16,10 +16,10 @@ from dataclasses import replace
 import numpy as np
 
 from actors.failures import Failure
+from actors.policy.cache import content_key
 from actors.pool import SampleFailed
 from actors.records import Sample, ScoreRequest, Scores
 from actors.scoring.clip import ClipScorer
-from actors.scoring.features import content_key
 from actors.scoring.scorer import VIDEO_FEATURES, Scorer
 from actors.scoring.video import VideoExtractor
 from cluster.errors import DataError
@@ -146,7 +146,7 @@ class _VideoFeatures:
     def __init__(self, extractor: VideoExtractor) -> None:
         self._extractor = extractor
         self._one = asyncio.Lock()
-        self._truth: dict[bytes, np.ndarray] = {}  # by the frames
+        self._truth: dict[str, np.ndarray] = {}  # by the frames
 
     async def of(self, sample: Sample, frames: np.ndarray) -> dict[str, np.ndarray]:
         """Return the features of an answer to ``sample`` and of its true clip."""

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.errors import ConfigError, StorageError, VansError
-from pipeline.location import Uri, opened
 from pipeline.lock.owner import Owner
 from pipeline.lock.slots import FolderSlot, StoreSlot
+from pipeline.support.location import Uri, opened
 
 BEAT_S = 5.0
 STALE_S = 60.0

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.location import Uri, read_bytes, remove, write_bytes
 from pipeline.lock.owner import Owner
+from pipeline.support.location import Uri, read_bytes, remove, write_bytes
 
 LOCK = "run.lock"
 SETTLE_S = 2.0  # longer than two starters' writes to a store can lie apart, both having found nothing there

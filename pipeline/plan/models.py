@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from actors.architectures import Architecture, architecture
 from actors.architectures import cost as costs
 from pipeline.config import RunConfig
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROMPT_TEXT = 128

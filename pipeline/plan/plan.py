@@ -16,7 +16,7 @@ from cluster.layout import ClusterView, PlacementPlan, shortfall
 from cluster.packing import Gpu, Member, pack
 from pipeline.config import RunConfig
 from pipeline.config.load import apply_override, parse_config
-from pipeline.fleet import LEARNER, placement_plan
+from pipeline.fleet.open import LEARNER, placement_plan
 from pipeline.plan.balance import Split, StageDemand, best_split, shared_split
 from pipeline.plan.demands import PUBLISH_BANDWIDTH, stage_demands
 from pipeline.plan.measured import Measured

@@ -24,9 +24,9 @@ from typing import Any
 from rich.console import Console
 
 from cluster.errors import TrainingError
-from pipeline import terminal
 from pipeline.lock import hold
-from pipeline.progress import Bar, bar, bars, waiting
+from pipeline.support import terminal
+from pipeline.support.progress import Bar, bar, bars, waiting
 
 SFT = "sft"
 LANES: tuple[tuple[str, ...], ...] = (("vae", "artist"), ("clip", "thinker"))

@@ -20,7 +20,6 @@ from rich.console import Console
 from actors.records import Sample
 from cluster.errors import ConfigError, PlacementError, StorageError, TrainingError, VansError
 from cluster.session import connect
-from pipeline import terminal
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import RunConfig, config_digest, load_config
 from pipeline.config.load import override_of
@@ -30,14 +29,15 @@ from pipeline.evaluate.predictions import FILE, read_predictions, write_predicti
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable
-from pipeline.fleet import Fleet, open_fleet, serve_trained
-from pipeline.interrupt import RunStopped, stop_on_signals
+from pipeline.fleet.models import resolve_model
+from pipeline.fleet.open import Fleet, open_fleet, serve_trained
 from pipeline.lock import hold
-from pipeline.models import resolve_model
-from pipeline.progress import waiting
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.spec import Experiment, Row
-from pipeline.text import redacted
+from pipeline.support import terminal
+from pipeline.support.interrupt import RunStopped, stop_on_signals
+from pipeline.support.progress import waiting
+from pipeline.support.text import redacted
 from pipeline.tracking.history import Series, read_stages
 
 KEPT_METRICS = ("reward/", "alarm/", "rollout/format_rate", "rollout/unique_caption_ratio", "anchor/", "time/step_s")

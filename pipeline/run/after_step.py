@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from actors.learner.group import LOST
 from cluster.errors import TrainingError
-from pipeline.progress import step_note
 from pipeline.run.recovery import Restarts
 from pipeline.stages.alarms import AlarmWatch, alarm_lines, alarm_tags
 from pipeline.stages.feed import FeedCursor
 from pipeline.stages.loop import Learners, StageStopped, StepReport
 from pipeline.stages.table import AnyStage
+from pipeline.support.progress import step_note
 
 if TYPE_CHECKING:  # the run makes the hook
     from pipeline.run.train import _Run

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from actors.learner.spec import LearnerSpec, OptimSpec
-from actors.learner.trainable import LoraSpec
+from actors.policy.protocol import LoraSpec
 from actors.records import derive_seed
 from actors.weights import BroadcastSpec
 from pipeline.config import RunConfig
 from pipeline.config.stages import Stage1Section, Stage2Section
-from pipeline.models import resolve_adapter, resolve_model
+from pipeline.fleet.models import resolve_adapter, resolve_model
 from pipeline.stages.loop import Learners, Stage, pool_of
 from pipeline.stages.table import AnyStage
 

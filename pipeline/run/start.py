@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 
 from cluster.errors import CheckpointError, ConfigError
-from pipeline import terminal
 from pipeline.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -15,11 +14,12 @@ from pipeline.checkpoint import (
     require_same_config,
 )
 from pipeline.config import RunConfig, to_yaml
-from pipeline.fleet import placement_plan
-from pipeline.interrupt import StopRequest
+from pipeline.fleet.open import placement_plan
 from pipeline.run.learners import export_name, section_of
 from pipeline.stages.stage2 import Stage2, window_warnings
 from pipeline.stages.table import STAGES
+from pipeline.support import terminal
+from pipeline.support.interrupt import StopRequest
 
 
 def resume_command(config: RunConfig) -> str:

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from actors.learner.group import LearnerGroup
 from actors.records import Sample
-from pipeline import terminal
 from pipeline.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -30,15 +29,13 @@ from pipeline.checkpoint import (
 from pipeline.config import RunConfig, to_yaml
 from pipeline.control.monitor import supervised_fleet
 from pipeline.data.source import Cursor
+from pipeline.data.sources import run_inputs, training_source
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable
-from pipeline.fleet import LEARNER, Fleet, at_rest, cluster_session, serve_trained
-from pipeline.interrupt import StopRequest, stop_on_signals
-from pipeline.location import Uri
+from pipeline.fleet.open import LEARNER, Fleet, at_rest, cluster_session, serve_trained
 from pipeline.lock import hold_all
 from pipeline.lock.holding import QUEUED_WAIT_S
-from pipeline.progress import bar, waiting
 from pipeline.run.after_step import StepHook
 from pipeline.run.learners import export_name, learner_spec, serve_averages
 from pipeline.run.recovery import Restarts, serve_restarted, train_with_restarts
@@ -50,12 +47,15 @@ from pipeline.run.start import (
     starting_point,
     stopped_message,
 )
-from pipeline.sources import run_inputs, training_source
 from pipeline.stages.alarms import AlarmWatch
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.loop import Learners, StageResult, StageStopped, pool_of, run_stage
 from pipeline.stages.stage2 import window_warnings
 from pipeline.stages.table import STAGES, AnyStage
+from pipeline.support import terminal
+from pipeline.support.interrupt import StopRequest, stop_on_signals
+from pipeline.support.location import Uri
+from pipeline.support.progress import bar, waiting
 from pipeline.tracking import Tracker, has_store
 from rewards.alarms import AlarmState
 

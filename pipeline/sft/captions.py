@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from actors.learner.trainable import torch_dtype
-from actors.vdm.loading import load_text_encoder, parameter_hash, pipeline_folder
-from actors.vdm.text import CaptionEmbedder
+from actors.policy.protocol import torch_dtype
+from actors.vdm.wan.files import load_text_encoder, parameter_hash, pipeline_folder
+from actors.vdm.wan.text import CaptionEmbedder
 from cluster.errors import DataError
 from pipeline.data.schema import open_shard
-from pipeline.location import parse_location
 from pipeline.sft.settings import SftSettings
+from pipeline.support.location import parse_location
 
 PER_FILE = 1024
 

@@ -10,18 +10,18 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.session import connect
-from pipeline import terminal
 from pipeline.config import RunConfig
 from pipeline.config.machinery import TrackingSection
 from pipeline.config.training import SftModelSection
-from pipeline.fleet import cluster_session
-from pipeline.location import Uri
+from pipeline.fleet.models import resolve_adapter, resolve_model
+from pipeline.fleet.open import cluster_session
 from pipeline.lock import hold
-from pipeline.models import resolve_adapter, resolve_model
-from pipeline.progress import bar
 from pipeline.sft.run import SftJob, carry_out, check_room, prepare
 from pipeline.sft.settings import Kind, SftResult, sft_settings
-from pipeline.text import redacted
+from pipeline.support import terminal
+from pipeline.support.location import Uri
+from pipeline.support.progress import bar
+from pipeline.support.text import redacted
 from pipeline.tracking import Tracker
 
 

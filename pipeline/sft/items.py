@@ -13,8 +13,8 @@ from actors.records import Sample, derive_seed
 from actors.vdm.conditioning import select_reference_frames
 from cluster.errors import DataError
 from pipeline.data.decoder import QuarantinedRow, block_items
-from pipeline.location import parse_location
 from pipeline.sft.settings import SftSettings
+from pipeline.support.location import parse_location
 
 log = logging.getLogger(__name__)
 

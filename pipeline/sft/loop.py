@@ -29,7 +29,7 @@ from actors.learner.rank import POLICIES
 from actors.learner.sharding import gather_state, shard
 from actors.learner.spec import OptimSpec, learning_rate
 from actors.learner.supervised import accumulate
-from actors.learner.trainable import LoraSpec, set_compute_dtype, torch_dtype, trainable_parameters
+from actors.policy.protocol import LoraSpec, set_compute_dtype, torch_dtype, trainable_parameters
 from actors.records import derive_seed
 from cluster.errors import TrainingError
 from pipeline.lock import require_token

@@ -27,11 +27,11 @@ from cluster.resources import Ask, PlacementPlan, check, view
 from cluster.session import connect, environment
 from pipeline.checkpoint import model_digests
 from pipeline.data.source import SampleSource
-from pipeline.location import Uri, local_path
 from pipeline.lock import held, hold
 from pipeline.sft.loop import train_loop
 from pipeline.sft.rendezvous import RendezvousConfig
 from pipeline.sft.settings import Kind, SftResult, SftSettings
+from pipeline.support.location import Uri, local_path
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from cluster.layout import Strategy
 from pipeline.config.schema import RunConfig
 from pipeline.config.training import SftModelSection, SftVdmSection
 from pipeline.data.decoder import VideoShape
+from pipeline.data.sources import video_limits, video_shape
 from pipeline.data.video import VideoLimits
-from pipeline.sources import video_limits, video_shape
 
 Kind = Literal["vlm", "vdm"]
 

@@ -14,7 +14,7 @@ from actors.records import Experience, RenderRequest, Sample, derive_seed
 from pipeline.config.stages import RewardsSection, StageSection
 from pipeline.stages.groups import RolloutBatch
 from pipeline.stages.refill import step_of
-from pipeline.stages.rendering import render_request
+from pipeline.stages.requests import render_request
 from pipeline.stages.stage1 import Stage1, completion_experiences
 from pipeline.stages.stage2 import sde_spec, sde_window, trajectory_experiences
 

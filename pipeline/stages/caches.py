@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from actors.pool import WorkerPool
-from pipeline.fleet import Fleet
+from pipeline.fleet.open import Fleet
 
 RATIOS = {"captions": "caption_hit_ratio", "references": "reference_hit_ratio", "videos": "video_hit_ratio"}
 """What is counted, as ``<name>`` (made) and ``<name>_asked``, and how the share of hits is called."""

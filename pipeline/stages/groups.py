@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from actors.learner.advantages import group_advantages
 from actors.records import Clip, Completion, Sample, Scores
 from cluster.errors import TrainingError
+from pipeline.stages.advantages import group_advantages
 from rewards.combine import combine_rewards
 from rewards.signs import component_correlations
 

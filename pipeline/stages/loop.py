@@ -19,13 +19,13 @@ from actors.pool import WorkerPool
 from actors.records import Experience
 from cluster.errors import TrainingError
 from pipeline.config.stages import StageSection
-from pipeline.fleet import Fleet, at_rest
-from pipeline.interrupt import StopRequest
+from pipeline.fleet.open import Fleet, at_rest
 from pipeline.stages.caches import cache_metrics
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import FailureBudget, Group, RolloutBatch, assemble
 from pipeline.stages.profile import profile
 from pipeline.stages.refill import Refill
+from pipeline.support.interrupt import StopRequest
 
 log = logging.getLogger(__name__)
 

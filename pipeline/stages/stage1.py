@@ -25,11 +25,11 @@ from actors.records import (
 )
 from actors.scoring.scorer import TEXT_ONLY
 from pipeline.config import RunConfig
-from pipeline.fleet import Fleet
+from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
-from pipeline.stages.rendering import render, render_request
+from pipeline.stages.requests import render, render_request
 from rewards.format import parse_answer
 
 

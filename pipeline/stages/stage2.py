@@ -12,18 +12,18 @@ from typing import ClassVar
 
 import numpy as np
 
+from actors.policy.cache import content_key
 from actors.pool import SampleFailed
 from actors.records import Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
-from actors.vdm.cache import content_key
 from actors.vdm.conditioning import select_reference_frames
 from actors.vdm.flow_sde import WindowSchedule, removable_steps
 from cluster.errors import ConfigError, TrainingError
 from pipeline.config import RunConfig
-from pipeline.fleet import Fleet
+from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
-from pipeline.stages.rendering import render, render_request
+from pipeline.stages.requests import render, render_request
 from pipeline.stages.stage1 import collect, score_request
 from rewards.errors import RewardError
 from rewards.format import parse_answer

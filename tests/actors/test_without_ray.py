@@ -10,7 +10,7 @@ MODULES = (
     "actors.vlm.policy",
     "actors.scoring.clip",
     "actors.learner.objectives.grpo",
-    "actors.learner.lora",
+    "actors.policy.lora",
     "actors.learner.sharding",
     "actors.architectures",
     "actors.architectures.cost",

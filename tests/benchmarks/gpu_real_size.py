@@ -35,12 +35,12 @@ from actors.learner.objectives.grpo import grpo_loss, normaliser  # noqa: E402
 from actors.learner.objectives.settings import GrpoSection  # noqa: E402
 from actors.learner.sharding import checkpoint_units, unit_names  # noqa: E402
 from actors.learner.spec import LearnerSpec  # noqa: E402
-from actors.learner.trainable import LoraSpec, trainable_parameters  # noqa: E402
 from actors.learner.trainer import Trainer  # noqa: E402
+from actors.policy.protocol import LoraSpec, trainable_parameters  # noqa: E402
 from actors.records import RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience  # noqa: E402
-from actors.vdm.loading import Parts  # noqa: E402
 from actors.vdm.policy import VdmPolicy  # noqa: E402
-from actors.vdm.text import CaptionEmbedder  # noqa: E402
+from actors.vdm.wan.files import Parts  # noqa: E402
+from actors.vdm.wan.text import CaptionEmbedder  # noqa: E402
 from actors.vlm import adapter as vlm_adapter  # noqa: E402
 from actors.vlm.policy import VlmPolicy  # noqa: E402
 

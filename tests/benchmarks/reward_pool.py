@@ -17,7 +17,7 @@ from actors.records import ScoreRequest
 from actors.scoring.clip import ClipScorer
 from actors.scoring.worker import RewardWorker
 from pipeline.data.toy.shards import make_sample
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 from rewards.similarity import clip_v
 from rewards.text import rouge_l
 from tests.benchmarks.bench import Check, Result, Size, interleave, interleave_async, medians, ratios, start_ray

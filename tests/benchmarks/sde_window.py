@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from actors.learner.advantages import group_advantages
 from actors.learner.batches import plan_batch
 from actors.learner.rank import load_policy
 from actors.learner.trainer import Trainer
@@ -27,8 +26,9 @@ from actors.vdm.policy import VdmPolicy
 from actors.weights import as_tensors
 from pipeline.config import RunConfig, load_config
 from pipeline.data.toy.world import make_sample
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 from pipeline.run.learners import learner_spec
+from pipeline.stages.advantages import group_advantages
 from pipeline.stages.stage2 import Stage2
 from rewards.combine import combine_rewards
 from tests.benchmarks.bench import Check, Result, Size, interleave, medians, ratios

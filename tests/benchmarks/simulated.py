@@ -25,7 +25,7 @@ from actors.records import Clip, Completion, Sample, Scores
 from cluster.resources import Placement
 from pipeline.config import RunConfig, load_config
 from pipeline.data.source import Cursor
-from pipeline.fleet import Fleet, pool_spec
+from pipeline.fleet.open import Fleet, pool_spec
 from pipeline.stages.feed import FeedCursor
 from pipeline.stages.stage1 import Stage1
 

@@ -18,7 +18,7 @@ from actors.scoring.clip import ClipScorer
 from actors.scoring.scorer import Scorer
 from pipeline.config import load_config
 from pipeline.data.toy.world import make_sample
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 from tests.benchmarks.bench import Check, Result, Size, medians
 from tests.benchmarks.sde_window import PROMPTS, Artist, held_out, one_rank, toys, windows
 

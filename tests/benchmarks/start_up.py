@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from pipeline.data.toy.shards import write_toy
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 from tests.benchmarks.bench import Check, Result, Size, medians, ratios
 
 LOADS = {

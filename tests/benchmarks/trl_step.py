@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from actors.learner.trainable import LoraSpec
+from actors.policy.protocol import LoraSpec
 from actors.records import VlmExperience
 from actors.vlm.policy import VlmPolicy
 from actors.vlm.prompt import SYSTEM_TEXT
 from pipeline.config import load_config
 from pipeline.data.toy.shards import write_toy
 from pipeline.data.toy.world import make_sample
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 from rewards.format import format_reward, parse_answer
 from rewards.text import rouge_l
 from tests.benchmarks.bench import Check, Result, Size, interleave, medians, ratios, seconds

@@ -22,7 +22,7 @@ from actors.vdm.worker import VdmWorker
 from actors.vlm.engine import EngineSpec, VlmEngine
 from pipeline.config import load_config
 from pipeline.data.toy.world import make_sample
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 from rewards.format import parse_answer
 from rewards.similarity import clip_v
 from tests.benchmarks.bench import Check, Result, Size, interleave_async, medians, ratios, start_ray

@@ -18,7 +18,7 @@ from actors.vlm.policy import load_model
 from actors.vlm.prompt import BAN_BIAS, banned_token_ids
 from actors.vlm.worker import VlmWorker
 from pipeline.data.toy.world import make_sample
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 from tests.benchmarks.bench import Check, Result, Size, interleave_async, medians, ratios, start_ray
 
 GROUP = 8

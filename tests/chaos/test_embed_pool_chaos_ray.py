@@ -17,7 +17,7 @@ from actors.pool import SampleFailed
 from actors.records import RenderRequest
 from actors.vdm.embed_worker import EmbedWorker
 from actors.vdm.policy import VdmPolicy
-from pipeline.conditions import Conditions
+from pipeline.fleet.conditions import Conditions
 from tests.chaos.pool_harness import make_pool, run, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(900)]

@@ -16,8 +16,8 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.learner.lora import adapter_config
-from actors.learner.trainable import LoraSpec
+from actors.policy.lora import adapter_config
+from actors.policy.protocol import LoraSpec
 from actors.pool import SampleFailed, WorkerInfo, WorkerPool
 from actors.records import CompletionRequest, RenderRequest, ScoreRequest, derive_seed
 from actors.scoring.worker import RewardWorker
@@ -26,7 +26,7 @@ from actors.vdm.worker import VdmWorker
 from actors.vlm.worker import VlmWorker
 from actors.weights import pack, send
 from pipeline.data.toy import make_sample
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 from tests.chaos.pool_harness import Squarer, Traffic, gone, make_pool, run, until, whole
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(900)]

@@ -17,7 +17,7 @@ import pytest
 from actors.records import Completion, CompletionRequest, Sample, Scores, VideoQuestion
 from actors.vlm.inputs import PromptEncoder
 from actors.vlm.policy import VlmPolicy
-from pipeline.answer import completion_request, load_video
+from pipeline.commands.answer import completion_request, load_video
 from pipeline.config import RunConfig, parse_config
 from pipeline.data.decoder import Shard, VideoShape, block_items, decode_block
 from pipeline.data.schema import Row, ShardWriter

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actors.learner.batches import MicroBatch
 from actors.learner.objectives.settings import ObjectiveSection
-from actors.learner.trainable import PolicyOutput, Trainable
+from actors.policy.protocol import PolicyOutput, Trainable
 
 
 @dataclass

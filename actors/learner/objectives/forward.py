@@ -14,7 +14,7 @@ from torch import Tensor
 
 from actors.learner.objectives.base import Models, Part, Prepared, Step
 from actors.learner.objectives.settings import ForwardSection
-from actors.learner.trainable import PolicyOutput
+from actors.policy.protocol import PolicyOutput
 from actors.records import derive_seed
 
 GATE = {"float32": 1e-3}

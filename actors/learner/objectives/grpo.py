@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actors.learner.objectives.base import LossStats, Models, Part, Prepared, Step
 from actors.learner.objectives.settings import GrpoSection, TokenGrpoSection
-from actors.learner.trainable import PolicyOutput
+from actors.policy.protocol import PolicyOutput
 
 LOSS_NORMS = ("token", "sequence", "constant")
 TOKEN_ESTIMATORS = ("k1", "k2", "k3")

@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 from rich.table import Table
 
 from cluster.errors import DataError
-from pipeline import terminal
 from pipeline.data.folder import survey
 from pipeline.data.schema import open_shard, shard_bytes
 from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.video import decode_video, probe
-from pipeline.location import Uri, parse_location
-from pipeline.text import in_markup, printable
+from pipeline.support import terminal
+from pipeline.support.location import Uri, parse_location
+from pipeline.support.text import in_markup, printable
 
 TEXT = ["id", "kind", "question", "caption"]
 SHEET_FRAMES = 6

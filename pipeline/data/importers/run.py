@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import DataError
-from pipeline import terminal
 from pipeline.data.importers.clips import ClipSpec, Span, load_clip
 from pipeline.data.schema import Row, ShardWriter, writer_plan
-from pipeline.location import Uri, local_path, parse_location, write_bytes
-from pipeline.text import printable
+from pipeline.support import terminal
+from pipeline.support.location import Uri, local_path, parse_location, write_bytes
+from pipeline.support.text import printable
 
 REJECTED = "_rejected.csv"  # readers of Parquet folders pass over names that begin with an underscore
 _PREDICTIVE = re.compile(

@@ -15,7 +15,7 @@ from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span
 from pipeline.data.importers.run import Candidate, ImportReport, Rejected, manifest_plan, run_import
 from pipeline.data.schema import KINDS
-from pipeline.location import Uri
+from pipeline.support.location import Uri
 
 COLUMNS = ("name", "input_video_path", "output_video_path", "ENG_Instruction", "ENG_GT_Caption")
 SPREADSHEET_ERRORS = ("#NAME?", "#REF!", "#VALUE!", "#N/A", "#DIV/0!", "#NULL!", "#NUM!")

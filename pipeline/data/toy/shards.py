@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster.errors import DataError
 from pipeline.data.schema import Row, ShardWriter
 from pipeline.data.video import encode_mp4
-from pipeline.location import Uri, parse_location
+from pipeline.support.location import Uri, parse_location
 
 from .scene import FPS
 from .world import ToySample, make_sample

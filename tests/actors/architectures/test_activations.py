@@ -14,8 +14,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
 from actors.architectures import cost
-from actors.learner.lora import inject_lora
-from actors.learner.trainable import LoraSpec
+from actors.policy.lora import inject_lora
+from actors.policy.protocol import LoraSpec
 from actors.vdm.lora import DEFAULT_TARGETS as WAN_TARGETS
 from actors.vlm.adapter import DEFAULT_TARGETS as QWEN_TARGETS
 

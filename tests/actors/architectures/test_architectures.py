@@ -12,7 +12,7 @@ import pytest
 
 from actors.architectures import COMPONENTS, Architecture, architecture, known
 from cluster.errors import CheckpointError
-from pipeline.models import ASSETS
+from pipeline.fleet.models import ASSETS
 
 PUBLISHED = {
     # model.safetensors.index.json: total_size 7 509 245 952 in bfloat16

@@ -10,11 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from actors.architectures import Architecture, architecture, cost
-from actors.learner.lora import inject_lora
-from actors.learner.trainable import LoraSpec
+from actors.policy.lora import inject_lora
+from actors.policy.protocol import LoraSpec
 from actors.vdm.conditioning import geometry_of
 from actors.vdm.lora import DEFAULT_TARGETS
-from pipeline.models import ASSETS
+from pipeline.fleet.models import ASSETS
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 WAN14 = "Wan-AI/Wan2.1-T2V-14B-Diffusers"

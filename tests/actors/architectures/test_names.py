@@ -14,10 +14,10 @@ from torch import nn
 
 from actors.architectures import architecture, cost
 from actors.learner.adapters import fit, linear_layers
-from actors.learner.lora import adapter_config, inject_lora, peft_names
 from actors.learner.peft_folder import read_folder
 from actors.learner.sharding import shard, unit_names
-from actors.learner.trainable import LoraSpec, trainable_parameters
+from actors.policy.lora import adapter_config, inject_lora, peft_names
+from actors.policy.protocol import LoraSpec, trainable_parameters
 from actors.vdm import lora as vdm_lora
 from actors.vdm.policy import transformer_units
 from actors.vlm import adapter as vlm_adapter

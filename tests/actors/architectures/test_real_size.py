@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from actors.architectures import architecture, cost
 from actors.learner.objectives.grpo import grpo_loss, normaliser
 from actors.learner.sharding import checkpoint_units, unit_names
-from actors.learner.trainable import LoraSpec, trainable_parameters
+from actors.policy.protocol import LoraSpec, trainable_parameters
 from actors.records import SdeSpec, Trajectory, VdmExperience
 from actors.vdm import flow_sde, trajectories
-from actors.vdm.loading import Parts
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.trajectories import Condition
+from actors.vdm.wan.files import Parts
 
 NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 FRAMES, SIDE, REFERENCES = 5, 96, 1

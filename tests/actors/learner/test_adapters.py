@@ -13,15 +13,15 @@ from peft import PeftModel
 from torch import Tensor
 
 from actors.learner.adapters import Role, fit, model_layers
-from actors.learner.lora import adapter_config
 from actors.learner.peft_folder import write_folder
-from actors.learner.trainable import LoraSpec
+from actors.policy.lora import adapter_config
+from actors.policy.protocol import LoraSpec
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
 from actors.vlm.policy import VlmPolicy, load_model
 from actors.weights import Delivery
 from cluster.errors import CheckpointError
-from pipeline.models import resolve_adapter
+from pipeline.fleet.models import resolve_adapter
 
 PREFIX = "base_model.model."
 Tensors = dict[str, Tensor]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
-from actors.learner.lora import peft_names
+from actors.policy.lora import peft_names
 from actors.weights import read_adapter, receive
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 

@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec, RankDiedError
-from actors.learner.lora import peft_names
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.trainer import step_names
+from actors.policy.lora import peft_names
 from actors.weights import as_tensors, read_adapter, receive
 from cluster.errors import CheckpointError, PlacementError, TrainingError, WorkerTimeoutError
 from tests.actors.learner.toy_policy import POISON, RANDOM, ToyPolicy, experiences

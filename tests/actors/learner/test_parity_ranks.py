@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from actors.learner.batches import RankPlan, plan_batch, split_groups
-from actors.learner.lora import peft_names
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.rank import LearnerRank
 from actors.learner.spec import LearnerSpec, LoraSpec, OptimSpec
-from actors.learner.trainable import trainable_parameters
+from actors.policy.lora import peft_names
+from actors.policy.protocol import trainable_parameters
 from actors.records import VlmExperience, Weights
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from actors.learner.sharding import free_address, join_group, shard
 from actors.learner.supervised import accumulate
-from actors.learner.trainable import trainable_parameters
+from actors.policy.protocol import trainable_parameters
 from actors.records import VideoQuestion
 from actors.vdm.policy import VdmPolicy
 from actors.vlm.policy import VlmPolicy

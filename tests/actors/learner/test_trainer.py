@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from actors.learner.batches import plan_batch
-from actors.learner.lora import peft_names
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.spec import LearnerSpec, OptimSpec
-from actors.learner.trainable import LoraSpec, trainable_parameters
 from actors.learner.trainer import Trainer
+from actors.policy.lora import peft_names
+from actors.policy.protocol import LoraSpec, trainable_parameters
 from actors.records import RenderRequest, SdeSpec, VdmExperience
 from actors.vdm.policy import VdmPolicy
 from actors.weights import as_tensors

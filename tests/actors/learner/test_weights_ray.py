@@ -45,7 +45,7 @@ def test_adapter_folder_roundtrip_and_its_errors(tmp_path: Path) -> None:
 
 
 def test_an_exported_folder_is_read_as_what_it_holds(tmp_path: Path, tiny_vlm_dir: Path, tiny_vdm_dir: Path) -> None:
-    from actors.learner.trainable import LoraSpec
+    from actors.policy.protocol import LoraSpec
     from actors.vdm.policy import VdmPolicy
     from actors.vlm.policy import VlmPolicy
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.learner import lora as lora_tools
 from actors.learner.objectives.grpo import kl_estimate
-from actors.learner.trainable import LoraSpec, PolicyOutput
+from actors.policy import lora as lora_tools
+from actors.policy.protocol import LoraSpec, PolicyOutput
 from actors.records import VideoQuestion, VlmExperience
 from actors.weights import as_tensors, pack, read_adapter, write_adapter
 

@@ -17,7 +17,6 @@ from transformers import CLIPModel, CLIPProcessor
 
 from actors.failures import BadSampleError, Failure, InfrastructureError, Ok
 from actors.scoring.clip import ClipScorer
-from actors.scoring.features import FeatureCache, content_key
 from actors.scoring.scorer import BUILT_IN, VIDEO_FEATURES, Scorer
 from actors.scoring.video import TorchScriptExtractor
 from cluster.errors import CheckpointError
@@ -293,21 +292,6 @@ def test_the_cache_gives_the_same_values_and_stays_bounded(clip: ClipScorer, req
     again = [o.value for o in cached.score(requests)]
     assert again == [o.value for o in bare.score(requests)]
     assert cached.cache.hits >= 9 + 3 and bare.cache.hits == 0 and len(bare.cache) == 0
-
-
-def test_least_recently_used_features_make_room() -> None:
-    cache = FeatureCache(max_bytes=3 * 400)
-    rows = {name: np.full(100, i, np.float32) for i, name in enumerate(b"abcd")}
-    for name in b"abc":
-        cache.put(bytes([name]), rows[name])
-    assert cache.get(b"a") is rows[ord("a")]
-    cache.put(b"d", rows[ord("d")])
-    assert cache.get(b"b") is None and cache.get(b"a") is not None and cache.bytes == 1200
-    cache.put(b"e", np.zeros(1000, np.float32))
-    assert cache.get(b"e") is None and len(cache) == 3
-    x = noise(0)
-    assert content_key(x) == content_key(x.copy()) == content_key(x[:, ::-1][:, ::-1])
-    assert content_key(x) != content_key(x.reshape(9, 32, 32 * 3, 1))
 
 
 def test_any_torchscript_network_extracts_video_features(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
-from actors.learner.trainable import LoraSpec
+from actors.policy.protocol import LoraSpec
 from actors.records import RenderRequest
 from actors.vdm.policy import VdmPolicy
 

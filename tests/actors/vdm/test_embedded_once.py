@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from actors.failures import Failure, Ok
-from actors.learner.trainable import LoraSpec
+from actors.policy.protocol import LoraSpec
 from actors.records import EmbedRequest, EncodeRequest, RenderRequest, SdeSpec, VdmExperience
 from actors.vdm.embed_worker import EmbedWorker
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
 from cluster.errors import CheckpointError
-from pipeline.conditions import Conditions
+from pipeline.fleet.conditions import Conditions
 
 SAMPLER = ("transformer", "vae_decoder")
 LEARNER = ("transformer",)

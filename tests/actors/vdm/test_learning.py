@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributions import Normal, kl_divergence
 
 from actors.learner.sharding import shard
-from actors.learner.trainable import LoraSpec, Trainable, trainable_parameters
+from actors.policy.protocol import LoraSpec, Trainable, trainable_parameters
 from actors.records import SdeSpec, VdmExperience
 from actors.vdm import flow_sde
 from actors.vdm.conditioning import FlowMatchingSpec

@@ -22,7 +22,7 @@ from actors.records import NoiseSchedule, RenderRequest, SdeSpec
 from actors.vdm import conditioning
 from actors.vdm.conditioning import frames_to_video
 from actors.vdm.policy import VdmPolicy
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 
 WORDS = (
     "the",

@@ -8,7 +8,7 @@ import ray
 import torch
 
 from actors.failures import Failure, Ok
-from actors.learner.lora import adapter_config
+from actors.policy.lora import adapter_config
 from actors.records import SdeSpec
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
@@ -57,7 +57,7 @@ def test_published_adapters_come_and_go_and_the_base_stays(worker, lora_policy, 
 
 
 def test_an_adapter_of_another_shape_is_refused(worker, tiny):
-    from actors.learner.trainable import LoraSpec
+    from actors.policy.protocol import LoraSpec
 
     call(worker.load_weights, 1, send(_adapter(tiny, LoraSpec(4, 8.0))))
     with pytest.raises(CheckpointError, match="does not fit the injected one"):
@@ -81,7 +81,7 @@ def test_full_weights_come_and_go(tiny, ray_local, make_request):
 
 
 def test_full_weights_and_adapters_replace_each_other(tiny, ray_local, make_request):
-    from actors.learner.trainable import LoraSpec
+    from actors.policy.protocol import LoraSpec
 
     local = VdmWorker("vdm-1", str(tiny))
     local.setup()

@@ -13,7 +13,7 @@ import torch
 from samples import QUESTIONS, frames, perturb_adapter
 
 from actors.failures import Failure, Ok
-from actors.learner.trainable import LoraSpec
+from actors.policy.protocol import LoraSpec
 from actors.records import Completion, CompletionRequest, VideoQuestion, VlmExperience, derive_seed
 from actors.vlm.policy import VlmPolicy
 

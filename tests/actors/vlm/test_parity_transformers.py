@@ -16,10 +16,10 @@ from plain import PlainModel
 from samples import QUESTIONS, SIZES, frames, perturb_adapter, text_batch
 from torch import Tensor
 
-from actors.learner.trainable import LoraSpec
+from actors.policy.protocol import LoraSpec
 from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.policy import VlmPolicy
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 
 LORA = LoraSpec(rank=8, alpha=32.0)
 TOLERANCE = 1e-5

@@ -15,7 +15,7 @@ from plain import PlainModel
 from samples import QUESTIONS, SIZES, perturb_adapter, text_batch
 
 from actors.failures import Ok
-from actors.learner.trainable import LoraSpec
+from actors.policy.protocol import LoraSpec
 from actors.records import CompletionRequest, VideoQuestion, VlmExperience, derive_seed
 from actors.vlm.policy import VlmPolicy
 from actors.weights import pack, send

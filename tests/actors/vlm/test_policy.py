@@ -14,7 +14,7 @@ from plain import PlainModel
 from samples import QUESTIONS, experience, frames, perturb_adapter
 
 from actors.failures import BadSampleError
-from actors.learner.trainable import LoraSpec, Trainable, trainable_parameters
+from actors.policy.protocol import LoraSpec, Trainable, trainable_parameters
 from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.inputs import mrope_positions
 from actors.vlm.policy import VlmPolicy

@@ -10,7 +10,7 @@ import pytest
 import torch
 from samples import QUESTIONS, experience, frames, perturb_adapter
 
-from actors.learner.trainable import LoraSpec
+from actors.policy.protocol import LoraSpec
 from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.policy import VlmPolicy
 

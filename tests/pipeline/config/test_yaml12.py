@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from cluster.errors import ConfigError
+from pipeline.commands.demo import demo_config
 from pipeline.config import load_config, parse_config, to_yaml
 from pipeline.config.load import override_of, run_name
 from pipeline.config.yaml12 import as_value, dump_yaml, parse_value, parse_yaml
-from pipeline.demo import demo_config
 from pipeline.reproduce.spec import load_experiment
 
 TEXTS = (

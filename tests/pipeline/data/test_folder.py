@@ -17,7 +17,7 @@ from pipeline.data.importers.inspect import inspect, print_report
 from pipeline.data.marker import COMPLETE, WRITING
 from pipeline.data.schema import SCHEMA
 from pipeline.data.source import SampleSource
-from pipeline.location import Uri, parse_location
+from pipeline.support.location import Uri, parse_location
 from tests.pipeline.data.test_schema import interrupt, row, write
 
 

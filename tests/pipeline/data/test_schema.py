@@ -20,7 +20,7 @@ from pipeline.data.schema import (
     shard_metadata,
     shard_paths,
 )
-from pipeline.location import parse_location
+from pipeline.support.location import parse_location
 
 
 def row(name: str, **values: str | bytes) -> Row:

@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 from cluster.errors import ConfigError
 from pipeline.checkpoint import CheckpointStore
 from pipeline.cli import app
-from pipeline.location import Uri
 from pipeline.lock import LOCK, InUseError, LockLostError, held, hold, hold_all, holding, require_token, slots
 from pipeline.lock.owner import Owner
 from pipeline.lock.slots import FolderSlot, StoreSlot
+from pipeline.support.location import Uri
 
 HOLDER = """
 import sys, time

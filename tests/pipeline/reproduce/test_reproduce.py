@@ -158,7 +158,7 @@ def test_the_report_sets_ours_beside_the_papers(tmp_path: Path) -> None:
 
 
 def test_all_in_one_judges_by_the_rewards_of_both_stages_and_asks_for_two_learners() -> None:
-    from pipeline.fleet import placement_plan
+    from pipeline.fleet.open import placement_plan
     from pipeline.stages.all_in_one import AllInOne
 
     config = load_config("toy", ["training=all_in_one", "stage1.rewards.weights.clip_v=0.5"])

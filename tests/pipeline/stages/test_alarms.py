@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from actors.policy.cache import content_key
 from actors.records import Completion, Sample, ScoreRequest, Scores
 from actors.scoring.clip import ClipScorer
-from actors.scoring.features import content_key
 from actors.scoring.scorer import Scorer
 from pipeline.config import RunConfig, load_config
 from pipeline.data.toy import ToySample, make_sample
-from pipeline.models import resolve_model
+from pipeline.fleet.models import resolve_model
 from pipeline.stages.alarms import AlarmWatch, alarm_lines, alarm_tags
 from pipeline.stages.groups import Group, Member, assemble
 from pipeline.stages.stage1 import Stage1
@@ -42,7 +42,7 @@ def decoded() -> Decode:
 
     vae = AutoencoderKLWan.from_pretrained(resolve_model("tiny", "vdm"), subfolder="vae").eval()
 
-    seen: dict[bytes, np.ndarray] = {}
+    seen: dict[str, np.ndarray] = {}
 
     @torch.inference_mode()
     def through(frames: np.ndarray) -> np.ndarray:

@@ -70,7 +70,7 @@ class Fleet:
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
     from actors.scoring.clip import ClipScorer
-    from pipeline.models import resolve_model
+    from pipeline.fleet.models import resolve_model
 
     return Scorer(ClipScorer(resolve_model("tiny", "clip")))
 

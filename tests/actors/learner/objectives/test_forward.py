@@ -21,8 +21,8 @@ from actors.learner.objectives.forward import square
 from actors.learner.objectives.nft import Nft
 from actors.learner.objectives.settings import AwmSection, NftSection, ObjectiveSection
 from actors.learner.spec import LearnerSpec, OptimSpec
-from actors.learner.trainable import LoraSpec
 from actors.learner.trainer import Trainer
+from actors.policy.protocol import LoraSpec
 from actors.records import RenderRequest, VdmExperience
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.trajectories import noised

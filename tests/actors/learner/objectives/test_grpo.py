@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.learner.advantages import group_advantages
 from actors.learner.objectives.base import LossStats
 from actors.learner.objectives.grpo import (
     bounded,
@@ -20,6 +19,7 @@ from actors.learner.objectives.grpo import (
     kl_estimate,
     normaliser,
 )
+from pipeline.stages.advantages import group_advantages
 
 
 def test_advantages_by_hand() -> None:

@@ -15,8 +15,8 @@ from actors.learner.group import merge_reports
 from actors.learner.objectives.grpo import LOG_RATIO_BOUND
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.spec import LearnerSpec
-from actors.learner.trainable import LoraSpec
 from actors.learner.trainer import Trainer
+from actors.policy.protocol import LoraSpec
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 
 LORA = LoraSpec(rank=2, alpha=8.0, seed=5)

@@ -20,11 +20,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.learner.advantages import group_advantages
 from actors.learner.objectives.base import LossStats
 from actors.learner.objectives.grpo import grpo_loss, importance_weights, k3, normaliser
 from actors.learner.objectives.settings import CispoSection, GspoSection, TokenGrpoSection
 from actors.learner.objectives.table import make_objective
+from pipeline.stages.advantages import group_advantages
 
 LENGTH = 11  # TRL's max_completion_length, our constant_length
 TRL_LOSS = {"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}

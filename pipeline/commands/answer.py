@@ -1,0 +1,325 @@
+"""``vans answer``: one video, one or more questions, one future per question: caption, mp4, contact sheet.
+
+Runs both models in this process, without Ray: the same engine and the same sampler that the pools hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from actors.failures import BadSampleError, InfrastructureError
+from actors.records import Clip, Completion, CompletionRequest, RenderRequest, Sample, derive_seed
+from cluster.errors import DataError, StorageError, TrainingError, VansError
+from cluster.session import require_loopback
+from pipeline.config import RunConfig
+from pipeline.data.decoder import shown_rate
+from pipeline.data.sheet import Strip, contact_sheet
+from pipeline.data.sources import video_limits
+from pipeline.data.video import decode_timed, decode_video, encode_mp4
+from pipeline.fleet.models import resolve_adapter, resolve_model
+from pipeline.stages.requests import render_request
+from pipeline.support import terminal
+from pipeline.support.progress import Bar, bar
+from pipeline.support.text import in_markup, short
+from rewards.format import parse_answer
+
+PHASES = ("starting the thinker", "asking", "loading the artist", "drawing")
+
+
+@dataclass(frozen=True)
+class VideoAnswer:
+    """One future: what was said, and the clip that shows it."""
+
+    question: str
+    text: str
+    caption: str
+    frames: np.ndarray  # uint8 (T, H, W, 3)
+    path: Path
+
+
+@dataclass(frozen=True)
+class Said:
+    """The thinker's answer to ``question``: the whole ``text``, and the ``caption`` in it."""
+
+    question: str
+    text: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was said, and the clip that the artist drew of it."""
+
+    said: Said
+    frames: np.ndarray  # uint8 (T, H, W, 3)
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A question that has no future, and why."""
+
+    question: str
+    reason: str
+
+
+class AnswerError(VansError):
+    """Questions without an answer. ``answers`` are those of the other questions, which are written."""
+
+    def __init__(self, unanswered: Sequence[Unanswered], answers: Sequence[VideoAnswer]) -> None:
+        self.unanswered, self.answers = list(unanswered), list(answers)
+        count = len(self.unanswered) + len(self.answers)
+        head = f"{len(self.unanswered)} of {count} questions got no answer\n" if count > 1 else ""
+        super().__init__(head + "\n".join(f"--question {short(item.question)}: {item.reason}" for item in unanswered))
+
+
+def run_answer(
+    config: RunConfig,
+    video: Path,
+    questions: Sequence[str],
+    out: Path,
+    *,
+    vlm: str | None = None,
+    vdm: str | None = None,
+    seed: int = 0,
+) -> list[VideoAnswer]:
+    """Answer ``questions`` about ``video``; writes mp4 files and a contact sheet beside ``out`` and prints the captions.
+
+    Raises AnswerError for questions that got no answer, after those of the others are written; DataError for the video,
+    StorageError where ``out`` cannot be written to.
+    """
+    paths = answer_paths(out, len(questions))
+    sample = load_video(config, video)
+    require_writable(out.parent)
+    console = terminal.console()
+    with bar(console, "answering", len(PHASES)) as progress:
+        progress.advance(PHASES[0], by=0)
+        said = asyncio.run(ask(config, sample, questions, vlm, seed, progress))
+        drawn = draw(config, sample, said, vdm, seed, progress)
+    answers = write_answers(config, drawn, paths)
+    if answers:
+        sheet = out.with_suffix(".png")
+        with _storing(sheet):
+            contact_sheet([(video.name, [Strip("input", sample.context), *map(_strip, drawn)])], sheet)
+    for answer in answers:
+        told = f"[bold]{in_markup(answer.question)}[/]\n  {in_markup(answer.caption)}\n  {in_markup(str(answer.path))}"
+        console.print(told, highlight=False)
+    if answers:
+        console.print(f"contact sheet: {sheet}", highlight=False, markup=False)
+    if unanswered := [item for item in drawn if isinstance(item, Unanswered)]:
+        raise AnswerError(unanswered, answers)
+    return answers
+
+
+def write_answers(config: RunConfig, drawn: Sequence[Drawn | Unanswered], paths: Sequence[Path]) -> list[VideoAnswer]:
+    """Write the mp4 of each answer to its place in ``paths``; an unanswered question's place stays empty."""
+    answers = []
+    for item, path in zip(drawn, paths, strict=True):
+        if isinstance(item, Drawn):
+            _store(path, encode_mp4(item.frames, config.video.fps, near_lossless=False))
+            answers.append(VideoAnswer(item.said.question, item.said.text, item.said.caption, item.frames, path))
+    return answers
+
+
+def _strip(item: Drawn | Unanswered) -> Strip:
+    if isinstance(item, Unanswered):
+        return Strip(f"{item.question}\n(no answer)", None, item.reason)
+    return Strip(f"{item.said.question}\n{item.said.caption}", item.frames)
+
+
+def answer_paths(out: Path, count: int) -> list[Path]:
+    """Return the mp4 of each question: ``out`` for one, ``out-1.mp4`` … for several."""
+    if out.suffix != ".mp4":
+        raise VansError(f"--out {out}: the answer is an mp4 file, so the name must end in .mp4")
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
+
+
+def load_video(config: RunConfig, video: Path) -> Sample:
+    """Decode ``video`` at the sizes the two models see. Raises DataError for a video without frames or a broken one."""
+    if not video.is_file():
+        raise DataError(f"--video {video}: no such file")
+    shape, limits = config.video, video_limits(config)
+    try:
+        seen, seconds = decode_timed(video, shape.input_frames, shape.vlm_height, shape.vlm_width, limits)
+        context = decode_video(video, shape.input_frames, shape.height, shape.width, limits)
+    except DataError as error:
+        raise DataError(f"--video {video}: {error}") from error
+    fps = shown_rate(len(seen), seconds, shape.fps)
+    return Sample(video.stem, "predictive", "", "", seen, context, fps=fps, context_frames=context)
+
+
+def completion_request(config: RunConfig, sample: Sample, question: str, seed: int) -> CompletionRequest:
+    """Return what the engine is asked: ``question`` about the video of ``sample``."""
+    text = config.evaluate.text
+    return CompletionRequest(
+        sample_id=sample.id,
+        asked=replace(sample, question=question).asked,
+        n=1,
+        seed=derive_seed(seed, sample.id, question),
+        temperature=text.temperature,
+        max_tokens=text.max_tokens,
+    )
+
+
+def split_model(config: RunConfig, role: Literal["vlm", "vdm"], given: str | None) -> tuple[str, str | None]:
+    """Return (model folder, adapter folder or None): ``given`` may be a whole model or a PEFT adapter of the configured one."""
+    base = getattr(config.models, role)
+    adapter = getattr(config.models, f"{role}_adapter")
+    if given is None:
+        given = adapter
+    elif not (Path(given).expanduser() / "adapter_config.json").is_file():
+        return resolve_model(given, role), None
+    model = resolve_model(base, role)
+    return model, resolve_adapter(given, role, model)
+
+
+def require_writable(folder: Path) -> None:
+    """Make ``folder``; raises StorageError where nothing can be written there, before minutes are spent on what is to be written."""
+    with _storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}; choose another --out") from error
+
+
+def _store(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with _storing(path):
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+async def ask(
+    config: RunConfig, sample: Sample, questions: Sequence[str], vlm: str | None, seed: int, progress: Bar
+) -> list[Said | Unanswered]:
+    """Return what the thinker says to each question. The engine is started only where there is a question for it."""
+    from actors.vlm.engine import EngineSpec, VlmEngine
+    from actors.vlm.prompt import check_text, load_tokenizer
+
+    model, adapter = split_model(config, "vlm", vlm)
+    tokenizer = load_tokenizer(model)
+
+    def refused(question: str) -> Unanswered | None:
+        try:
+            check_text(tokenizer, question, "question")
+        except BadSampleError as error:
+            return Unanswered(question, str(error))
+        return None
+
+    found = [refused(question) for question in questions]
+    if all(found):
+        return [item for item in found if item is not None]
+    pool = config.pools.vlm
+    spec = EngineSpec(
+        model,
+        dtype=pool.dtype,
+        max_model_len=pool.max_model_len,
+        kv_cache_mib=pool.kv_cache_mib,
+        gpu_memory_utilization=pool.gpu_memory_utilization,
+        tensor_parallel=pool.tensor_parallel,
+        enforce_eager=pool.enforce_eager,
+        grouped_lora=pool.grouped_lora,
+        text_at_end=pool.text_at_end,
+        adapter=adapter,
+    )
+    engine = VlmEngine(spec)
+
+    async def said_to(question: str) -> Said | Unanswered:
+        try:
+            completions: list[Completion] = await engine.generate(completion_request(config, sample, question, seed))
+        except (BadSampleError, InfrastructureError) as error:
+            return Unanswered(question, str(error))
+        return captioned(question, completions[0].text)
+
+    try:
+        require_loopback()
+        await engine.start()
+        progress.advance(PHASES[1])
+        said = await asyncio.gather(*(said_to(q) for q, bad in zip(questions, found, strict=True) if bad is None))
+    except InfrastructureError as error:
+        raise VansError(f"the thinker {model} did not start: {error}") from error
+    finally:
+        await asyncio.to_thread(engine.close)
+    progress.advance(PHASES[2])
+    rest = iter(said)
+    return [next(rest) if bad is None else bad for bad in found]
+
+
+def captioned(question: str, text: str) -> Said | Unanswered:
+    """Return the thinker's ``text`` with its caption; where it has none there is nothing to draw."""
+    answer = parse_answer(text)
+    if answer is None:
+        return Unanswered(
+            question, f"the model's answer is not <think>…</think><ans>…</ans>, so there is nothing to draw: {text!r}"
+        )
+    return Said(question, text, answer.caption)
+
+
+def draw(
+    config: RunConfig, sample: Sample, said: Sequence[Said | Unanswered], vdm: str | None, seed: int, progress: Bar
+) -> list[Drawn | Unanswered]:
+    """Draw every caption in ``said``. The artist is loaded only where there is one."""
+    from actors.vdm.policy import VdmPolicy
+
+    captions = {i: item.caption for i, item in enumerate(said) if isinstance(item, Said)}
+    clips: dict[int, Clip | str] = {}
+    if captions:
+        model, adapter = split_model(config, "vdm", vdm)
+        artist = VdmPolicy.load(
+            model,
+            dtype=config.pools.vdm.dtype,
+            adapter=adapter,
+            shift=config.models.flow_shift,
+            shared_times=config.models.shared_times,
+            decode_batch=config.pools.vdm.max_decode,
+            vae_tiling=config.video.vae_tiling,
+        )
+        render = config.evaluate.render
+        artist.embed([*captions.values(), *([artist.negative_prompt] if render.guidance != 1.0 else [])])
+        artist.drop_text_encoder()  # the largest of the models, and done
+        progress.advance(PHASES[3])
+        noise = derive_seed(seed, sample.id, "noise")
+        requests = [
+            render_request(config, sample, caption, i, render, noise_seed=noise) for i, caption in captions.items()
+        ]
+        clips = dict(zip(captions, sample_each(artist.sample, requests), strict=True))
+        progress.advance()
+    found: list[Drawn | Unanswered] = []
+    for i, item in enumerate(said):
+        if isinstance(item, Unanswered):
+            found.append(item)
+        else:
+            clip = clips[i]
+            found.append(Unanswered(item.question, clip) if isinstance(clip, str) else Drawn(item, clip.frames))
+    return found
+
+
+def sample_each(
+    sample: Callable[[Sequence[RenderRequest]], list[Clip]], requests: Sequence[RenderRequest]
+) -> list[Clip | str]:
+    """Return the clip of each request, or why it has none: together, and one by one where one of them fails."""
+    try:
+        return list(sample(requests))
+    except (BadSampleError, TrainingError) as error:
+        if len(requests) == 1:
+            return [f"the caption {requests[0].caption!r} could not be drawn: {error}"]
+        return [clip for request in requests for clip in sample_each(sample, [request])]

@@ -1,0 +1,78 @@
+"""Where a configured model name points: the bundled tiny pair, a local folder, or a hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from cluster.errors import CheckpointError
+
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
+Role = Literal["vlm", "vdm", "clip"]
+_MARKER = {"vlm": "config.json", "vdm": "model_index.json", "clip": "config.json"}
+
+
+def resolve_model(name: str, role: Role) -> str:
+    """Return the folder or hub name for ``name`` in the place of ``role``.
+
+    ``tiny`` is the pair trained by ``vans pretrain`` and shipped here. Anything that looks like a path must be a folder
+    of the right format. Raises CheckpointError otherwise.
+    """
+    if name == "tiny":
+        folder = ASSETS / role
+        if not (folder / _MARKER[role]).is_file():
+            raise CheckpointError(
+                f"the bundled tiny {role} is missing at {folder}; make it with: vans pretrain --out {ASSETS}"
+            )
+        return str(folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / _MARKER[role]).is_file():
+            raise CheckpointError(
+                f"models.{role}={name!r}: this folder has no {_MARKER[role]}, so it is not a {_expected(role)} folder"
+                + _adapter_hint(folder, role)
+            )
+        return str(folder.resolve())
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            f"models.{role}={name!r}: no such folder; give a {_expected(role)} folder, a hub name (owner/name) or 'tiny'"
+        )
+    return name
+
+
+def resolve_adapter(name: str | None, role: Literal["vlm", "vdm"], model: str) -> str | None:
+    """Return the adapter folder ``name``, which is of ``model`` (as :func:`resolve_model` returned it).
+
+    Its tensors are compared with the model's layers. Raises CheckpointError where it is not a PEFT adapter, or not of this
+    model: the message says what does not fit.
+    """
+    if name is None:
+        return None
+    folder = Path(name).expanduser().resolve()
+    from actors.learner.adapters import fit, model_layers  # torch and peft take seconds to import
+    from actors.learner.peft_folder import read_folder
+
+    where = f"models.{role}_adapter={name!r}"
+    try:
+        config, tensors = read_folder(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    fit(tensors, config, model_layers(model, role), role, where)
+    return str(folder)
+
+
+def _adapter_hint(folder: Path, role: Role) -> str:
+    """Return what to do with a folder that holds an adapter alone; empty for others."""
+    missing = [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder / f).is_file()]
+    if not missing:
+        return f". It is an adapter: give it as models.{role}_adapter, and the model that it was trained on as models.{role}"
+    if len(missing) == 1 or (folder / "pytorch_lora_weights.safetensors").is_file():
+        return (
+            f". It holds LoRA weights without a base model, and {' and '.join(missing)} is not there: an adapter needs "
+            f"adapter_config.json and adapter_model.safetensors, and goes into models.{role}_adapter"
+        )
+    return ""
+
+
+def _expected(role: Role) -> str:
+    return "diffusers WanPipeline" if role == "vdm" else "transformers model"

@@ -1,0 +1,52 @@
+"""How a caption about a sample becomes a request to the VDM pool; the same for training, evaluation and answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from actors.records import Clip, RenderRequest, Sample, SdeSpec
+from actors.vdm.conditioning import select_reference_frames
+from pipeline.config.schema import RunConfig
+from pipeline.config.stages import RenderSection
+
+if TYPE_CHECKING:  # `vans answer` draws without pools
+    from pipeline.fleet.open import Fleet
+
+
+def render_request(
+    config: RunConfig,
+    sample: Sample,
+    caption: str,
+    index: int,
+    render: RenderSection,
+    *,
+    noise_seed: int,
+    sde: SdeSpec | None = None,
+    sde_seed: int = 0,
+    ends: bool = False,
+) -> RenderRequest:
+    """Return the request that draws ``caption`` in the scene of ``sample``."""
+    return RenderRequest(
+        sample_id=sample.id,
+        index=index,
+        caption=caption,
+        reference_frames=select_reference_frames(sample.context, config.video.reference_frames),
+        num_frames=config.video.num_frames,
+        steps=render.steps,
+        guidance=render.guidance,
+        noise_seed=noise_seed,
+        sde_seed=sde_seed,
+        sde=sde,
+        ends=ends,
+    )
+
+
+async def render(fleet: Fleet, request: RenderRequest) -> Clip:
+    """Return the clip of ``request``; with an embed pool, what it is conditioned on is asked for first, and goes along."""
+    if fleet.conditions is None:
+        clip: Clip = await fleet.vdm.submit(request)
+        return clip
+    request = replace(request, condition=await fleet.conditions.of(request))
+    clip = await fleet.vdm.submit(request)
+    return clip if clip.trajectory is None else replace(clip, condition=request.condition)

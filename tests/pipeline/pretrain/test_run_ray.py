@@ -1,0 +1,146 @@
+"""The tiny architectures load with the stock classes, and pretraining improves each model and repeats itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import TrainingError
+from pipeline.data.toy import FRAMES, SIZE, make_sample
+from pipeline.pretrain import Effort, pretrain
+from pipeline.pretrain.architectures import (
+    build_tiny_clip,
+    build_tiny_clip_model,
+    build_tiny_vae,
+    build_tiny_vdm,
+    build_tiny_vlm,
+    clip_processor,
+)
+from pipeline.pretrain.clip import clip_quality, train_clip
+from pipeline.pretrain.muon import orthogonalise
+from pipeline.pretrain.tokenizers import qwen_tokenizer
+
+_QUICK = Effort(
+    vae_steps=2,
+    clip_steps=2,
+    artist_steps=2,
+    artist_samples=8,
+    thinker_steps=2,
+    thinker_samples=8,
+    quality_samples=4,
+    sft_steps=2,
+    sft_samples=8,
+    sft_batch=4,
+)
+
+
+def test_vdm_folder_is_a_wan_pipeline_that_draws(tmp_path: Path) -> None:
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(build_tiny_vdm(tmp_path / "vdm", seed=1))
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(
+        "the red circle rises", height=SIZE, width=SIZE, num_frames=FRAMES, num_inference_steps=2, guidance_scale=1.0
+    )
+    assert out.frames.shape == (1, FRAMES, SIZE, SIZE, 3)
+    assert len(pipe.vae.config.latents_mean) == pipe.vae.config.z_dim
+
+
+def test_vae_keeps_every_frame() -> None:
+    vae = build_tiny_vae(0)
+    video = torch.rand(1, 3, FRAMES, SIZE, SIZE) * 2 - 1
+    latents = vae.encode(video).latent_dist.mode()
+    assert vae.decode(latents).sample.shape == video.shape
+    moved = video.clone()
+    moved[:, :, -1] = 0
+    assert not torch.equal(vae.encode(moved).latent_dist.mode()[:, :, -1], latents[:, :, -1])
+
+
+def test_clip_folder_loads_with_its_processor(tmp_path: Path) -> None:
+    from transformers import AutoProcessor, CLIPModel
+
+    folder = build_tiny_clip(tmp_path / "clip", seed=1)
+    model, processor = CLIPModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    sample = make_sample(0, "test")
+    inputs = processor(images=list(sample.target_frames), text=[sample.caption], return_tensors="pt", padding=True)
+    assert model(**inputs).logits_per_image.shape == (FRAMES, 1)
+    assert processor.tokenizer.unk_token_id not in inputs["input_ids"][0].tolist()
+
+
+def test_vlm_folder_reads_a_video_and_a_question(tmp_path: Path) -> None:
+    from actors.vlm.policy import VlmPolicy
+
+    policy = VlmPolicy.load(build_tiny_vlm(tmp_path / "vlm", seed=1))
+    samples = [make_sample(i, "sft") for i in range(3)]
+    loss = policy.sft_loss([(s.asked, s.answer_text) for s in samples])
+    loss.mean.backward()
+    assert np.isfinite(loss.metrics["loss"])
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in policy.module.parameters())
+
+
+def test_vlm_tokenizer_is_lossless_and_short_on_the_grammar() -> None:
+    tokenizer = qwen_tokenizer()
+    for i in range(20):
+        text = make_sample(i, "sft").answer_text
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text
+        assert len(ids) < 40
+    assert tokenizer.decode(tokenizer("Ünïcode, 42 °C!").input_ids) == "Ünïcode, 42 °C!"
+
+
+def test_orthogonalise_brings_singular_values_to_about_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((8, 40), (40, 8)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape), iterations=8))
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_clip_learns_to_tell_events_apart() -> None:
+    model, processor = build_tiny_clip_model(0), clip_processor()
+    before = clip_quality(model, processor, scenes=6)
+    train_clip(model, processor, steps=80, seed=0)
+    after = clip_quality(model, processor, scenes=6)
+    assert after["clip_t_right"] - after["clip_t_wrong"] > before["clip_t_right"] - before["clip_t_wrong"] + 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_pretrain_writes_every_folder_with_a_quality_line(tmp_path: Path) -> None:
+    from diffusers import WanPipeline
+
+    out = tmp_path / "tiny"
+    quality = pretrain(out, seed=0, effort=_QUICK)
+    assert json.loads((out / "quality.json").read_text()) == json.loads(json.dumps(quality))
+    assert {"psnr_clip", "follow_reconstructed"} <= set(quality["vae"])
+    assert {"follow_seen", "follow_unseen"} <= set(quality["artist"])
+    assert {"event_greedy", "event_shuffled"} <= set(quality["thinker"])
+    for part in ("artist", "thinker"):
+        assert quality[part]["sft"]["loss_last"] > 0 and set(quality[part]["before_sft"]) - {"cpu_s"} <= set(
+            quality[part]
+        )
+    pipe = WanPipeline.from_pretrained(out / "vdm")
+    assert pipe.vae.dtype == torch.float32 and any(s != 1.0 for s in pipe.vae.config.latents_std)
+    assert sum(quality["size_mb"].values()) < 12
+
+
+def test_a_part_that_fails_stops_the_run_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="pretraining of artist failed"):
+        pretrain(tmp_path, effort=_QUICK, parts=("artist",))  # without a VAE to draw with
+
+
+def test_bundled_models_are_small_and_reconstruct_what_quality_json_says() -> None:
+    from diffusers import AutoencoderKLWan
+
+    from pipeline.fleet.models import ASSETS
+    from pipeline.pretrain.vae import vae_quality
+
+    quality = json.loads((ASSETS / "quality.json").read_text())
+    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 11 * 2**20
+    vae = AutoencoderKLWan.from_pretrained(ASSETS / "vdm" / "vae", torch_dtype=torch.float32)
+    measured = vae_quality(vae, count=16)
+    assert abs(measured["psnr_clip"] - quality["vae"]["psnr_clip"]) < 1.5
+    assert measured["follow_reconstructed"] >= 0.9

@@ -1,0 +1,112 @@
+"""What is wrong from the start is said at the start, in words, with exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.errors import CheckpointError, DataError, VansError
+from pipeline.config import load_config
+from pipeline.data.video import encode_mp4
+from pipeline.fleet.models import resolve_adapter, resolve_model
+
+
+def vans(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=dict(os.environ))
+
+
+def refused(*arguments: str) -> str:
+    result = vans(*arguments)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return " ".join(result.stderr.split())
+
+
+def test_unknown_key() -> None:
+    assert "did you mean 'group_size'" in refused("train", "toy", "stage1.rollout.group_siz=3", "--dry-run")
+
+
+def test_dry_run_prints_the_run_and_its_placement() -> None:
+    result = vans("train", "toy", "stage1.rollout.group_size=5", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "group_size: 5" in result.stdout
+    assert "learner" in result.stdout and "needed" in result.stdout
+
+
+def test_dry_run_of_the_papers_run_resolves_it() -> None:
+    result = vans("train", "vans_2node", "--dry-run")  # the longest chain of bases: vans_8gpu, vans_paper
+    assert result.returncode == 0, result.stderr
+    assert "Qwen/Qwen2.5-VL-3B-Instruct" in result.stdout and "base:" not in result.stdout
+    assert "width: 640" in result.stdout and "workers: 10" in result.stdout
+
+
+def test_missing_model_and_dataset(toy_shards: Path, tmp_path: Path) -> None:
+    assert "no such folder" in refused("train", "toy", f"data.train={toy_shards}/train", f"models.vlm={tmp_path}/none")
+    assert "does not exist" in refused("train", "toy", f"data.train={tmp_path}/none", f"out={tmp_path}/run")
+
+
+def test_folder_of_another_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no model_index\.json"):
+        resolve_model(str(tmp_path), "vdm")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json and adapter_model\.safetensors not found"):
+        resolve_adapter(str(tmp_path), "vlm", resolve_model("tiny", "vlm"))
+
+
+def test_an_adapter_in_the_place_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"without a base model, and adapter_config\.json is not there"):
+        resolve_model(str(tmp_path), "vlm")
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(CheckpointError, match=r"It is an adapter: give it as models\.vdm_adapter"):
+        resolve_model(str(tmp_path), "vdm")
+
+
+def test_resume_without_a_checkpoint(toy_shards: Path, tmp_path: Path) -> None:
+    message = refused("train", "toy", "--resume", f"out={tmp_path}", f"data.train={toy_shards}/train")
+    assert "there is no checkpoint" in message and "without --resume" in message
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(toy_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "stage1-step000002").mkdir(parents=True)
+    message = refused("train", "toy", f"out={tmp_path}", f"data.train={toy_shards}/train")
+    assert "already holds a run" in message and "--resume" in message
+
+
+def test_more_ranks_than_the_cluster_has_room_for(toy_shards: Path, tmp_path: Path) -> None:
+    data = (f"data.train={toy_shards}/train", f"data.eval={toy_shards}/test")
+    message = refused("train", "toy", *data, f"out={tmp_path}/run", "learner.ranks=64", "cluster.local_cpus=4")
+    assert "No room in the cluster" in message and "learner: 64" in message
+
+
+def test_answer_about_a_file_that_is_no_video(tmp_path: Path) -> None:
+    from pipeline.commands.answer import answer_paths, load_video
+
+    config = load_config("toy")
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    with pytest.raises(DataError, match="broken video"):
+        load_video(config, broken)
+    with pytest.raises(DataError, match="no such file"):
+        load_video(config, tmp_path / "none.mp4")
+    with pytest.raises(VansError, match=r"must end in \.mp4"):
+        answer_paths(tmp_path / "answer.avi", 1)
+
+
+def test_answer_sees_the_video_as_training_does(tmp_path: Path) -> None:
+    from pipeline.commands.answer import load_video
+
+    frames = np.zeros((9, 32, 32, 3), np.uint8)
+    frames[:, 8:16, 8:16] = 200
+    video = tmp_path / "in.mp4"
+    video.write_bytes(encode_mp4(frames, 8.0))
+    sample = load_video(load_config("toy"), video)
+    assert sample.input_frames.shape == sample.context.shape == (9, 32, 32, 3)
+    assert sample.fps == 8.0
+    assert np.abs(sample.context.astype(int) - frames.astype(int)).max() <= 4
