@@ -6,7 +6,6 @@ common subsequence is counted here in words of bits, many times faster and to th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -90,17 +89,3 @@ def bleu_of(counts: NDArray[np.int64], order: int) -> float:
         max_ngram_order=order,
     )
     return float(score.score) / 100.0
-
-
-def bleu(candidates: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return corpus BLEU@1..4, 0..1, lower-cased, one reference each (Papineni et al. 2002, by sacrebleu).
-
-    BLEU@n is the geometric mean of the 1..n-gram precisions times the brevity penalty, over the whole corpus: it is
-    not a mean over samples. Raises RewardError for an empty corpus or unequal lengths.
-    """
-    if not candidates or len(candidates) != len(references):
-        raise RewardError(
-            f"BLEU needs as many candidates as references and at least one, got {len(candidates)} and {len(references)}"
-        )
-    total = np.sum([bleu_counts(c, r) for c, r in zip(candidates, references)], axis=0)
-    return {f"bleu_{order}": bleu_of(total, order) for order in BLEU_ORDERS}

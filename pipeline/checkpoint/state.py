@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError, ConfigError
-from pipeline.config import RunConfig, config_digest, differences, flatten
+from pipeline.config import RunConfig, differences, flatten
 
 STATE_FILE = "train_state.json"
-FORMAT = 2
+FORMAT = 3
 """Of the record and of the files beside it. An older one is read, a newer one refused (docs/upgrading.md)."""
 
 _WORDS: dict[type, str] = {str: "text", int: "a whole number", dict: "an object"}
 _TYPES: dict[str, type] = {
-    **dict.fromkeys(("stage", "config_digest"), str),
+    "stage": str,
     **dict.fromkeys(("step", "format"), int),
     **dict.fromkeys(("cursor", "mlflow_run_ids", "config", "extra", "inputs"), dict),
 }
@@ -34,7 +34,6 @@ class TrainState:
     step: int
     cursor: dict[str, int] = field(default_factory=lambda: {"epoch": 0, "position": 0})
     mlflow_run_ids: dict[str, str] = field(default_factory=dict)  # "parent", and one per stage
-    config_digest: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # dotted keys, to name what differs
     extra: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)  # data and models, as ``inputs.Inputs`` stores them
@@ -43,7 +42,7 @@ class TrainState:
     @classmethod
     def of(cls, config: RunConfig, stage: str, step: int, **rest: Any) -> TrainState:
         """Return the state of ``config`` at ``stage`` and ``step``; ``rest`` are further fields."""
-        return cls(stage, step, config_digest=config_digest(config), config=flatten(config), **rest)
+        return cls(stage, step, config=flatten(config), **rest)
 
     def save(self, folder: Path) -> Path:
         """Write the state into ``folder``; raises TypeError for a value that JSON cannot hold."""
@@ -70,7 +69,7 @@ class TrainState:
             raise CheckpointError(
                 f"{path}: written in format {form}, and this version reads up to {FORMAT}; use a newer vans"
             )
-        if form == 1:  # it may hold fields that went
+        if type(form) is int and form < FORMAT:  # it may hold fields that went
             values = {name: value for name, value in values.items() if name in names}
         elif unknown := sorted(set(values) - names):
             raise CheckpointError(f"{path}: expected the keys {sorted(names)}, found {unknown} too")

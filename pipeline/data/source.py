@@ -9,13 +9,10 @@ and is replaced by the row that follows. Not responsible for what is in the shar
 
 from __future__ import annotations
 
-import asyncio
-import csv
 import logging
 import math
-import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,25 +165,6 @@ class SampleSource:
                     yield Batch(samples, quarantined, after)
                     samples, quarantined = [], []
 
-    async def abatches(self, size: int, cursor: Cursor | Mapping[str, int] | None = None) -> AsyncIterator[Batch]:
-        """Yield like :meth:`batches`, waiting in a thread so that the caller's event loop runs on."""
-        batches = self.batches(size, cursor)
-        lock = threading.Lock()  # a cancelled wait leaves its thread inside ``next``, where closing must not interfere
-
-        def step() -> Batch:
-            with lock:
-                return next(batches)
-
-        def close() -> None:
-            with lock:
-                batches.close()
-
-        try:
-            while True:
-                yield await asyncio.to_thread(step)
-        finally:
-            await asyncio.to_thread(close)
-
     def load_all(self, limit: int | None = None) -> Batch:
         """Return the first ``limit`` usable samples (all by default) in the order of epoch 0; for evaluation sets.
 
@@ -323,14 +301,6 @@ class SampleSource:
                 f"{len(self._quarantine)} of the {len(self._seen)} rows read from {self.folder} cannot be used; "
                 f"the limit is data.max_quarantine_ratio={self.max_quarantine_ratio:g}. The first:\n{reasons}"
             )
-
-    def write_quarantine(self, path: str | Path) -> int:
-        """Write the distinct broken rows to the CSV at ``path`` (at least a header); returns how many there are."""
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(QuarantinedRow.__dataclass_fields__))
-            writer.writeheader()
-            writer.writerows(asdict(item) for item in self._quarantine.values())
-        return len(self._quarantine)
 
 
 def load_all(

@@ -10,17 +10,15 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from actors.failures import Failure
 from actors.policy.cache import content_key
 from actors.pool import SampleFailed
 from actors.records import Sample, ScoreRequest, Scores
-from actors.scoring.clip import ClipScorer
-from actors.scoring.scorer import VIDEO_FEATURES, Scorer
+from actors.scoring.scorer import VIDEO_FEATURES
 from actors.scoring.video import VideoExtractor
 from cluster.errors import DataError
 from pipeline.data import toy
@@ -29,8 +27,6 @@ from pipeline.evaluate.figures import Answered
 from pipeline.evaluate.predictions import Prediction, check_cover
 from pipeline.evaluate.table import EvaluationTable, build_table
 from rewards.alarms import AlarmSettings
-
-log = logging.getLogger(__name__)
 
 Score = Callable[[ScoreRequest], Awaitable[Scores]]
 """Scores one request or raises; a reward pool's ``submit`` is one."""
@@ -101,43 +97,6 @@ async def score_predictions(
         found[name] = [task.result() for task in tasks]
     _judge_lost(found)
     return build_table(found, video.name if video else extractor, seed=seed, compare=compare, settings=settings)
-
-
-def evaluate_predictions(
-    systems: Mapping[str, Sequence[Prediction]],
-    samples: Sequence[Sample],
-    clip: ClipScorer,
-    *,
-    video: VideoExtractor | None = None,
-    limits: VideoLimits | None = None,
-    seed: int = 0,
-    compare: tuple[str, str] | None = None,
-) -> EvaluationTable:
-    """As :func:`score_predictions`, with CLIP in this process. Not for use inside a running event loop."""
-    local = LocalScore(clip)
-    name = local.scorer.fvd_extractor
-    return asyncio.run(
-        score_predictions(
-            systems, samples, local, extractor=name, video=video, limits=limits, seed=seed, compare=compare
-        )
-    )
-
-
-class LocalScore:
-    """A :data:`Score` in this process; raises DataError for what cannot be scored and RuntimeError for a bug."""
-
-    def __init__(self, clip: ClipScorer) -> None:
-        self.scorer = Scorer(clip)
-
-    async def __call__(self, request: ScoreRequest) -> Scores:
-        """Return the scores of ``request``."""
-        outcome = self.scorer.score([request])[0]
-        if isinstance(outcome, Failure):
-            if outcome.kind == "data":
-                raise DataError(f"sample {request.sample_id} cannot be scored: {outcome.message}")
-            raise RuntimeError(f"scoring sample {request.sample_id} failed: {outcome.message}\n{outcome.traceback}")
-        scores: Scores = outcome.value
-        return scores
 
 
 class _VideoFeatures:
@@ -263,11 +222,3 @@ def _first(group: ExceptionGroup[Exception]) -> Exception:
     """Return the first error of a task group: one is enough to act on, and callers know its class."""
     error = group.exceptions[0]
     return _first(error) if isinstance(error, ExceptionGroup) else error
-
-
-def truth_as_predictions(samples: Iterable[Sample]) -> list[Prediction]:
-    """Return ground truth as predictions: the ceiling of every metric, and the check that the metrics are right."""
-    return [
-        Prediction(s.id, s.caption, f"<think></think><ans>{s.caption}</ans>", np.asarray(s.target_frames))
-        for s in samples
-    ]

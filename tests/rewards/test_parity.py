@@ -20,7 +20,8 @@ from nltk.translate.bleu_score import corpus_bleu
 
 from pipeline.evaluate.table import Answered, build_table
 from rewards.frechet import frechet_distance, gaussian_frechet
-from rewards.text import bleu, rouge_l
+from rewards.text import rouge_l
+from tests.rewards.corpus import bleu
 
 WORDS = [
     "the",

@@ -230,7 +230,9 @@ def test_an_older_record_is_read_without_the_fields_that_went_and_a_newer_one_re
     path = tmp_path / "train_state.json"
     path.write_text(json.dumps({"stage": "stage1", "step": 4, "rng": {}, "seeds": {"a": 1}}))
     assert (TrainState.read(tmp_path).step, TrainState.read(tmp_path).format) == (4, 1)
-    path.write_text(json.dumps({"stage": "stage1", "step": 4, "format": 2, "rng": {}}))
+    path.write_text(json.dumps({"stage": "stage1", "step": 4, "format": 2, "config_digest": "0123"}))
+    assert (TrainState.read(tmp_path).step, TrainState.read(tmp_path).format) == (4, 2)
+    path.write_text(json.dumps({"stage": "stage1", "step": 4, "format": 3, "rng": {}}))
     with pytest.raises(CheckpointError, match=r"found \['rng'\] too"):
         TrainState.read(tmp_path)
     path.write_text(json.dumps({"stage": "stage1", "step": 4, "format": 99}))

@@ -9,7 +9,7 @@ from pipeline.evaluate.bootstrap import estimate
 from pipeline.evaluate.figures import Answered, Bleu, Frechet, Mean, Measure, difference_of, measure, value_of
 from pipeline.evaluate.table import METRICS, SIGNS, build_table
 from rewards.frechet import frechet_distance
-from rewards.text import bleu
+from tests.rewards.corpus import bleu
 
 WORDS = ["the", "red", "blue", "circle", "square", "rises", "falls", "slowly", "quickly", "then", "grows", "shrinks"]
 N, DIM = 60, 4

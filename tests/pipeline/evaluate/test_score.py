@@ -19,9 +19,10 @@ from pipeline.data.toy import make_sample
 from pipeline.evaluate.bootstrap import Estimate, estimate
 from pipeline.evaluate.predictions import Prediction, read_predictions, write_predictions
 from pipeline.evaluate.run import read_systems, run_evaluation
-from pipeline.evaluate.score import evaluate_predictions, score_predictions, truth_as_predictions
+from pipeline.evaluate.score import score_predictions
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import METRICS, EvaluationTable
+from tests.pipeline.evaluate.local import evaluate_predictions, truth_as_predictions
 
 COUNT = 8
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -132,3 +133,42 @@ def test_a_row_that_is_quarantined_is_counted_once_and_a_restart_forgets_none() 
     assert [item.row for item in again.quarantined] == [item.row for item in feed.quarantined]
     ids(again, 9)
     assert len(again.quarantined) == 2
+
+
+class Held(Numbers):
+    """A source whose second batch arrives when ``go`` is set; ``closed`` once its iterator has been closed."""
+
+    def __init__(self) -> None:
+        self.go, self.closed = threading.Event(), False
+
+    def batches(self, size: int, cursor: Cursor | None = None) -> Iterator[Batch]:
+        found = super().batches(size, cursor)
+        try:
+            yield next(found)
+            assert self.go.wait(30)
+            yield from found
+        finally:
+            self.closed = True
+
+
+def test_the_event_loop_runs_on_while_a_batch_is_decoded_and_a_cancelled_draw_lets_the_feed_close() -> None:
+    async def main() -> tuple[int, bool]:
+        source = Held()
+        feed = SampleFeed(source, 1)
+        await feed.draw(1)
+        waiting = asyncio.create_task(feed.draw(1))
+        turns = 0
+        for _ in range(20):  # the draw waits for the source, and the loop turns all the same
+            await asyncio.sleep(0.001)
+            turns += 1
+        assert not waiting.done()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        closing = asyncio.create_task(asyncio.to_thread(feed.close))
+        await asyncio.sleep(0.01)
+        assert not source.closed, "the thread is still inside next"
+        source.go.set()
+        await asyncio.wait_for(closing, 30)
+        return turns, source.closed
+
+    assert asyncio.run(main()) == (20, True)
