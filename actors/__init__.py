@@ -1,1 +1,6 @@
-"""Everything that runs inside a Ray actor: policies, engines, samplers, scorers, learners, pools."""
+"""What runs inside Ray actors.
+
+For: policies, engines, samplers, scorers, learners, pools, and the records that travel between them.
+Not for: the order of a run, data, tracking (``pipeline``); pure scores (``rewards``); the cluster (``cluster``).
+Begin with ``records``.
+"""

@@ -1,1 +1,6 @@
-"""What the cluster looks like: resources, placement, pool sizes, job submission, manifests. No model code."""
+"""What the cluster looks like.
+
+For: sessions, resources, placement, errors, files that put a run on a cluster.
+Not for: models, data, MLflow.
+Begin with ``session``.
+"""

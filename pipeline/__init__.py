@@ -1,4 +1,9 @@
-"""The story: configuration, data, the two stages, evaluation, tracking, checkpoints, command line."""
+"""The story of a run.
+
+For: configuration, data, the two stages, evaluation, tracking, checkpoints, the command line.
+Not for: what runs in actors (``actors``), scores (``rewards``).
+Begin with ``run.train``.
+"""
 
 import sys
 from pathlib import Path

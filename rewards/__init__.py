@@ -1,5 +1,6 @@
-"""Pure scoring functions: text, frames and features in, numbers out. No Ray, no models, no pipeline import.
+"""Pure scoring functions.
 
-A value that cannot be computed is an error (:class:`rewards.errors.RewardError`), never 0: a scorer's failure must
-not look like a bad answer. See docs/rewards.md for every component.
+For: text, frames and features in, numbers out (docs/rewards.md).
+Not for: Ray, models; a value that cannot be computed is a RewardError, never 0.
+Begin with ``combine``.
 """

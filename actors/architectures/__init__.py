@@ -1,4 +1,9 @@
-"""The shapes of models, without their weights: what a name or a folder would load, for plans and checks of size."""
+"""Models' shapes without their weights.
+
+For: what a name or a folder would load, how many parameters it has, what a shape costs.
+Not for: loading weights (``actors.loading``), plans (``pipeline.plan``).
+Begin with ``architecture``.
+"""
 
 from actors.architectures.architecture import COMPONENTS, Architecture, Role, architecture, known
 

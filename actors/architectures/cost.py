@@ -101,7 +101,7 @@ def transformer_flops(vdm: Architecture, tokens: VdmTokens) -> Flops:
     With reference frames the times differ from token to token, and the time embedding is computed for each.
     """
     c = vdm.components["transformer"]
-    d, s, text = _width(c), tokens.total, tokens.text
+    d, s, text = width_of(c), tokens.total, tokens.text
     patch = math.prod(c["patch_size"])
     times = s if tokens.reference else 1
     per_layer = _dense(s, d, d) * 6 + _dense(s, d, int(c["ffn_dim"])) * 2
@@ -261,8 +261,8 @@ def language_flops(vlm: Architecture, tokens: float, logits: float, context: flo
 
     ``logits`` tokens are projected to the vocabulary.
     """
-    c = _text(vlm)
-    d, q, kv = int(c["hidden_size"]), *_heads(c)
+    c = text_config(vlm)
+    d, q, kv = int(c["hidden_size"]), *attention_widths(c)
     per_layer = (
         _dense(tokens, d, q) * 2 + _dense(tokens, d, kv) * 2 + _dense(tokens, d, int(c["intermediate_size"])) * 3
     )
@@ -291,16 +291,17 @@ def generate_flops(vlm: Architecture, tokens: VlmTokens, new: int, completions: 
 
 def kv_cache_bytes(vlm: Architecture, tokens: int, element: int = 2) -> int:
     """Return the bytes of keys and values of ``tokens`` tokens in all layers."""
-    c = _text(vlm)
-    return 2 * int(c["num_hidden_layers"]) * _heads(c)[1] * tokens * element
+    c = text_config(vlm)
+    return 2 * int(c["num_hidden_layers"]) * attention_widths(c)[1] * tokens * element
 
 
-def _text(vlm: Architecture) -> Mapping[str, Any]:
+def text_config(vlm: Architecture) -> Mapping[str, Any]:
+    """Return the language model's configuration."""
     config = vlm.components["model"]  # Qwen2.5-VL was published with its language model's keys at the top
     return config.get("text_config", config)
 
 
-def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
+def attention_widths(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return the widths of queries and of keys."""
     heads = int(config["num_attention_heads"])
     size = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
@@ -339,106 +340,18 @@ def lora_parameters(model: Architecture, rank: int) -> int:
     """Return the size of an adapter on the default targets (Wan transformer, or language model of a VLM)."""
     if model.role == "vdm":
         c = model.components["transformer"]
-        d, ffn = _width(c), int(c["ffn_dim"])
+        d, ffn = width_of(c), int(c["ffn_dim"])
         return int(c["num_layers"]) * rank * (8 * 2 * d + 2 * (d + ffn))
-    c = _text(model)
-    d, q, kv, ffn = int(c["hidden_size"]), *_heads(c), int(c["intermediate_size"])
+    c = text_config(model)
+    d, q, kv, ffn = int(c["hidden_size"]), *attention_widths(c), int(c["intermediate_size"])
     return int(c["num_hidden_layers"]) * rank * (2 * (d + q) + 2 * (d + kv) + 3 * (d + ffn))
-
-
-@dataclass(frozen=True)
-class TrainingBytes:
-    """Memory of one learner rank by what it is for, in bytes."""
-
-    parameters: float  # its shard, float32
-    gathered: float  # the units that are whole at once, in the compute dtype
-    gradients: float
-    optimizer: float  # AdamW: two moments, float32
-    reference: float  # a frozen copy, where full weights are trained with a KL
-    activations: float  # what the backward pass reads
-
-    @property
-    def total(self) -> float:
-        """All of it; the allocator's fragments and the libraries' workspaces come on top."""
-        return self.parameters + self.gathered + self.gradients + self.optimizer + self.reference + self.activations
-
-
-def learner_bytes(
-    model: Architecture,
-    *,
-    tokens: int,
-    parameters: int,
-    lora_rank: int,
-    ranks: int = 1,
-    element: int = 2,
-    checkpointing: bool = True,
-    logits: int = 0,
-    passes: int = 1,
-    kl: bool = False,
-    text: int = WAN_TEXT_TOKENS,
-) -> TrainingBytes:
-    """Return the memory of one rank of a learner group for a micro-batch.
-
-    Args:
-        tokens: of the micro-batch in the Wan transformer, or in the language model (prompts and completions).
-        parameters: of the trained module (``Architecture.parameters``).
-        lora_rank: 0 trains all weights.
-        ranks: that the parameters are sharded over.
-        element: bytes of the compute dtype, 2 or 4.
-        checkpointing: only the blocks' inputs are kept, and one block at a time is computed anew.
-        logits: completion tokens of the micro-batch (VLM).
-        passes: window steps whose graphs are alive together (VDM).
-        kl: whether a reference is needed; the adapter's is free.
-        text: caption tokens of the micro-batch (VDM).
-    """
-    trained = lora_parameters(model, lora_rank) if lora_rank else parameters
-    stored = parameters + (trained if lora_rank else 0)
-    if model.role == "vdm":
-        c = model.components["transformer"]
-        d, layers = _width(c), int(c["num_layers"])
-        block = _wan_block_bytes(d, int(c["ffn_dim"]), tokens, text, element, bool(lora_rank))
-        shared = 6.0 * d * tokens * element + 2 * d * tokens * element  # per-token modulation, embedding and output
-        unit = parameters / (layers + 1)
-        head = 0.0
-    else:
-        c = _text(model)
-        d, layers = int(c["hidden_size"]), int(c["num_hidden_layers"])
-        block = _language_block_bytes(c, tokens, element, bool(lora_rank))
-        shared = 2.0 * d * tokens * element
-        unit = float(int(c["vocab_size"]) * d)  # the embedding, gathered with the root
-        # Logits as the model gives them and gathered, then in float32: biased, tempered, their exponentials, gradients.
-        head = float(logits * int(c["vocab_size"]) * (2 * element + 4 * 4))
-    kept = layers * (d * tokens * element if checkpointing else block) + (block if checkpointing else 0)
-    return TrainingBytes(
-        parameters=4.0 * stored / ranks,
-        gathered=2.0 * element * unit if ranks > 1 or element != 4 else 0.0,
-        gradients=4.0 * trained / ranks,
-        optimizer=8.0 * trained / ranks,
-        reference=4.0 * parameters / ranks if kl and not lora_rank else 0.0,
-        activations=passes * (kept + shared) - (passes - 1) * (block if checkpointing else 0) + head,
-    )
-
-
-def _wan_block_bytes(d: int, ffn: int, tokens: int, text: int, element: int, lora: bool) -> float:
-    """Return what autograd keeps of one Wan block: fp32 norms and modulation, projections' inputs, q, k, v and output."""
-    float32 = (14 if lora else 20) * 4 * d
-    own = (9 if lora else 10) * element * d + 2 * element * ffn
-    return tokens * (float32 + own) + text * d * (4 * (1 if lora else 2) + 3 * element)
-
-
-def _language_block_bytes(c: Mapping[str, Any], tokens: int, element: int, lora: bool) -> float:
-    """Return what autograd keeps of one decoder layer."""
-    d, q, kv, ffn = int(c["hidden_size"]), *_heads(c), int(c["intermediate_size"])
-    own = element * ((2 if lora else 4) * d + 2 * q + 2 * kv + 4 * ffn) + 8 * d
-    if "head_dim" in c:  # Qwen3 normalises queries and keys in float32
-        own += (4 if lora else 4 + element) * (q + kv)
-    return float(tokens * own)
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _width(transformer: Mapping[str, Any]) -> int:
+def width_of(transformer: Mapping[str, Any]) -> int:
+    """Return the width of a Wan transformer."""
     return int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])
 
 

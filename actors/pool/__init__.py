@@ -1,4 +1,9 @@
-"""One elastic pool for all kinds of workers: queue, batches, deadlines, retries, replacement, resizing, weights versions."""
+"""One elastic pool for all kinds of workers.
+
+For: queue, batches, deadlines, retries, replacement, resizing, versions of weights.
+Not for: what a worker does (``vlm``, ``vdm``, ``scoring``), where it stands (``cluster.resources``).
+Begin with ``pool``.
+"""
 
 from actors.pool.errors import PoolFailed, SampleFailed, WorkerBug
 from actors.pool.pool import WorkerPool

@@ -1,1 +1,6 @@
-"""Scoring answers inside an actor: CLIP features, components by name, the reward worker."""
+"""Scores of answers, inside an actor.
+
+For: CLIP features, components by name, the reward worker.
+Not for: formulas (``rewards``), advantages (``pipeline.stages``).
+Begin with ``scorer``.
+"""

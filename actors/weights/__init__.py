@@ -1,4 +1,9 @@
-"""Published weights on the move: through the object store or by broadcast, and to disk as ordinary folders."""
+"""Published weights on the move.
+
+For: the object store, broadcast, ordinary folders on disk.
+Not for: when they are published (``pipeline.stages``).
+Begin with ``transport``.
+"""
 
 from actors.weights.broadcast import Broadcast, BroadcastError, BroadcastSpec, Offer, receive_broadcast, snapshot
 from actors.weights.files import read_adapter, read_model, read_weights, write_adapter

@@ -1,7 +1,8 @@
-"""What puts a run on a cluster: KubeRay manifests, a Slurm script, a file for Ray's cluster launcher, a submit script. All pure.
+"""What puts a run on a cluster.
 
-``run`` holds what they are made from: the sizes that a run's configuration asks for, and what only the site knows. The
-pipeline turns a configuration into that (``vans manifests``); nothing here reads one.
+For: KubeRay manifests, a Slurm script, a file for Ray's cluster launcher, a submit script, all pure.
+Not for: reading a configuration (``vans manifests`` does that and hands over sizes).
+Begin with ``run``.
 """
 
 from __future__ import annotations

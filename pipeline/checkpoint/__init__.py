@@ -1,4 +1,9 @@
-"""Checkpoints: what a run needs to go on (``state``), what it learns from (``inputs``), whole folders (``store``), a ``mirror``."""
+"""Checkpoints that are whole or not there.
+
+For: what a run needs to go on (``state``), what it learns from (``inputs``), folders, their mirror in a store.
+Not for: tensors (``actors.learner.checkpoint``).
+Begin with ``store``.
+"""
 
 from pipeline.checkpoint.failures import WriteFailures
 from pipeline.checkpoint.inputs import DataFacts, Inputs, compare_inputs, model_digests

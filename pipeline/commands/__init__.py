@@ -1,0 +1,6 @@
+"""Commands that are more than a call.
+
+For: ``vans answer``, ``demo``, ``doctor`` and ``manifests``.
+Not for: arguments and their help (``pipeline.cli``).
+Begin with ``answer``.
+"""

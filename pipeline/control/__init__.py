@@ -1,6 +1,6 @@
-"""Watching a run's pools and changing their sizes while it runs: snapshots, the autoscaler, ``vans status`` and ``vans scale``.
+"""Watching a run's pools and changing their sizes while it runs.
 
-In the run: ``monitor``, which looks at the pools, decides (``autoscale``), exports (``exporter``) and answers the board, a
-small Ray actor (``actors.control``). In another process: ``client`` finds the board by ``record``, ``show`` prints. Training
-never waits for any of it.
+For: the monitor in the run, the autoscaler, the client of ``vans status`` and ``vans scale``.
+Not for: the pools themselves (``actors.pool``); training never waits for any of it.
+Begin with ``monitor``.
 """

@@ -1,1 +1,6 @@
-"""Held-out evaluation: predictions of any system, their scores, the table and the contact sheets."""
+"""Held-out evaluation.
+
+For: predictions of any system, their scores, figures with intervals, table and sheets.
+Not for: rewards of training (``actors.scoring``).
+Begin with ``run``.
+"""

@@ -1,7 +1,8 @@
-"""One process at a time writes into a run's folder, and into a mirror: who holds it (``owner``), where that is noted (``slots``),
-how it is taken, kept and given back (``holding``).
+"""One process at a time writes into a run's folder, and into a mirror.
 
-It is no protection against a person who wants to break it. It keeps two runs from mixing their checkpoints.
+For: the owner, where that is noted, how it is taken, kept and given back.
+Not for: protection against a person who wants to break it.
+Begin with ``holding``.
 """
 
 from pipeline.lock.holding import InUseError, Lock, LockLostError, held, hold, hold_all, require_token

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from actors.architectures import cost as costs
+from actors.architectures import memory as training
 from actors.learner.batches import prompts_read
 from cluster.hardware import GIB
 from pipeline.config import RunConfig
@@ -198,7 +199,7 @@ def _vlm_learner(config: RunConfig, models: Models) -> Process:
     items = min(learner.at_once("vlm"), _items_per_rank(config, "stage1"))
     prompts = max(_prompts_read(config)) if learner.shared_prompts else items
     completion = stage.text.max_tokens
-    found = costs.learner_bytes(
+    found = training.learner_bytes(
         models.vlm,
         tokens=prompts * models.prompt.prompt + items * completion,
         parameters=count,
@@ -237,7 +238,7 @@ def _vdm_learner(config: RunConfig, models: Models) -> Process:
     if stage.learning.samples == "steps":
         passes = min(stage.sde.window_size, learner.micro_steps or stage.sde.window_size)
         passes *= 2 if stage.render.guidance > 1 else 1
-    found = costs.learner_bytes(
+    found = training.learner_bytes(
         models.vdm,
         tokens=items * models.clip_tokens.total,
         parameters=count,
@@ -252,7 +253,7 @@ def _vdm_learner(config: RunConfig, models: Models) -> Process:
     return _learner(config, f"VDM learner, {items} trajectory(ies) at a time", found, 4.0 * count, stage.optim.ema > 0)
 
 
-def _learner(config: RunConfig, does: str, found: costs.TrainingBytes, loading: float, average: bool) -> Process:
+def _learner(config: RunConfig, does: str, found: training.TrainingBytes, loading: float, average: bool) -> Process:
     offload = config.learner.offload
     parts = {
         "weights": found.parameters,

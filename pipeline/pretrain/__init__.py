@@ -1,4 +1,9 @@
-"""The tiny pair: architectures small enough for two CPU cores, and their pretraining on the toy world."""
+"""The tiny pair from random weights.
+
+For: architectures small enough for two CPU cores and their training on the toy world.
+Not for: fine-tuning (``pipeline.sft``).
+Begin with ``run``.
+"""
 
 from .run import Effort, pretrain
 

@@ -1,4 +1,9 @@
-"""``vans reproduce``: the paper's ablation table on the toy world, over several seeds, with the paper's figures beside it."""
+"""``vans reproduce``: the paper's table on the toy world, over several seeds.
+
+For: the experiment, its rows, spread, the report beside the paper's figures.
+Not for: how one run trains (``pipeline.run``).
+Begin with ``run``.
+"""
 
 from pipeline.reproduce.run import reproduce
 from pipeline.reproduce.spec import Experiment, Row, load_experiment, quickened

@@ -1,4 +1,9 @@
-"""What the environment needs beyond ``pip install``: the torchvision import hook for CPU machines."""
+"""What the environment needs beyond ``pip install``.
+
+For: the torchvision import hook for CPU machines, byte code of what is imported.
+Not for: what runs.
+Begin with ``torchvision_hook``.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,9 @@
-"""Supervised fine-tuning of either model, on Ray Train with FSDP2 and Ray Data: what comes before Joint-GRPO."""
+"""Supervised fine-tuning of either model, before Joint-GRPO.
+
+For: Ray Train with FSDP2 and Ray Data, captions of the data, the two models' own items.
+Not for: gradients (``actors.learner.supervised``).
+Begin with ``run``.
+"""
 
 from pipeline.sft.run import run_sft
 from pipeline.sft.settings import SftResult, SftSettings, sft_settings

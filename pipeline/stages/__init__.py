@@ -1,1 +1,6 @@
-"""The two stages of Joint-GRPO: ``loop`` is shared, ``stage1`` and ``stage2`` say how a group comes about and what is learnt."""
+"""The two stages of Joint-GRPO.
+
+For: drawing samples, one coroutine for each group, advantages, the step, alarms.
+Not for: learning (``actors.learner``), checkpoints and restarts (``pipeline.run``).
+Begin with ``loop``.
+"""

@@ -1,4 +1,9 @@
-"""Tracking in MLflow, by the driver alone: :class:`Tracker` is what the pipeline uses, ``metrics`` declares every name."""
+"""Tracking in MLflow, by the driver alone.
+
+For: the tracker, every metric's name and meaning, the outbox that never blocks, profiles.
+Not for: deciding anything.
+Begin with ``tracker``.
+"""
 
 from pipeline.tracking.store import TrackingError
 from pipeline.tracking.tracker import Tracker, has_store

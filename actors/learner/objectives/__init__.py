@@ -1,5 +1,6 @@
 """Ways to learn from scored trajectories: losses, their settings and their gates.
 
-For: one small module for each, which the trainer asks and never names. Not for: optimizers, gradients over ranks, models.
-Begin with ``base`` (what an objective is), then ``grpo``.
+For: one small module for each, which the trainer asks and never names.
+Not for: optimizers, gradients over ranks, models.
+Begin with ``base``.
 """

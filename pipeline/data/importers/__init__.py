@@ -1,1 +1,6 @@
-"""Bring other people's videos into the dataset format: VANS CSVs, plain manifests, cuts of long videos."""
+"""Other people's videos, brought into the dataset format.
+
+For: VANS CSVs, JSONL manifests, cuts of long videos, looking at what came out.
+Not for: reading shards (``pipeline.data.source``).
+Begin with ``run``.
+"""

@@ -1,4 +1,9 @@
-"""The toy VNEP world: scenes of coloured shapes, questions, captions with synonyms, and a judge of clips."""
+"""The toy VNEP world.
+
+For: scenes of coloured shapes, questions, captions with synonyms, a judge of clips.
+Not for: training on it (``pipeline.pretrain``).
+Begin with ``world``.
+"""
 
 from .language import Event, drawable, parse_caption
 from .scene import FRAMES, SIZE, Scene, Thing, render

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from actors.architectures import architecture, cost
+from actors.architectures import architecture, cost, memory
 from actors.learner.adapters import fit, linear_layers
 from actors.learner.peft_folder import read_folder
 from actors.learner.sharding import shard, unit_names
@@ -96,7 +96,7 @@ def test_the_learners_own_sharding_takes_the_real_model_apart(name: str, eight_r
     assert local == pytest.approx(total / 8, rel=0.01)
     model = architecture(name, "vdm" if name in WAN else "vlm")
     part = "transformer" if name in WAN else "model"
-    planned = cost.learner_bytes(model, tokens=1, parameters=model.parameters(part), lora_rank=8, ranks=8)
+    planned = memory.learner_bytes(model, tokens=1, parameters=model.parameters(part), lora_rank=8, ranks=8)
     assert planned.parameters == pytest.approx(4 * local, rel=0.01)
 
 

@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLTextConfig, Qwen3VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
-from actors.architectures import cost
+from actors.architectures import memory
 from actors.policy.lora import inject_lora
 from actors.policy.protocol import LoraSpec
 from actors.vdm.lora import DEFAULT_TARGETS as WAN_TARGETS
@@ -48,7 +48,7 @@ def test_wan_block(dtype: torch.dtype, lora: bool) -> None:
     hidden = torch.randn(1, TOKENS, WIDTH, dtype=dtype).requires_grad_()
     text, times = torch.randn(1, TEXT, WIDTH, dtype=dtype), torch.randn(1, TOKENS, 6, WIDTH, dtype=dtype)
     rotary = (torch.randn(1, TOKENS, 1, HEAD),) * 2
-    planned = cost._wan_block_bytes(WIDTH, 6 * WIDTH, TOKENS, TEXT, ELEMENT[dtype], lora)
+    planned = memory._wan_block_bytes(WIDTH, 6 * WIDTH, TOKENS, TEXT, ELEMENT[dtype], lora)
     assert kept(block, lambda: block(hidden, text, times, rotary)) == pytest.approx(planned, rel=0.05)
 
 
@@ -73,6 +73,6 @@ def test_decoder_layer(config: Any, layer: Any, lora: bool) -> None:
         inject_lora(block, LoraSpec(8, 32.0), QWEN_TARGETS)
     hidden = torch.randn(1, TOKENS, WIDTH, dtype=torch.bfloat16).requires_grad_()
     rotary = (torch.randn(1, TOKENS, HEAD, dtype=torch.bfloat16),) * 2
-    planned = cost._language_block_bytes(shape, TOKENS, 2, lora)
+    planned = memory._language_block_bytes(shape, TOKENS, 2, lora)
     real = kept(block, lambda: block(hidden, position_embeddings=rotary, attention_mask=None))
     assert real == pytest.approx(planned, rel=0.05)
