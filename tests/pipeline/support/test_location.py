@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cluster.errors import ConfigError, DataError, StorageError
 from pipeline.cli import app
-from pipeline.cli import data as data_commands
+from pipeline.commands.data import data as data_commands
 from pipeline.config import load_config, parse_config, to_yaml
 from pipeline.config.yaml12 import parse_yaml
 from pipeline.data.importers.inspect import inspect

