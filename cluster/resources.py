@@ -37,7 +37,7 @@ class Placement:
         """``groups``: the placement group of each of the plan's reservations, by name."""
         self.plan = plan
         self._groups = dict(groups)
-        self._astray: set[tuple[str, int]] = set()  # slots that look for room outside their lost bundle
+        self._elsewhere: set[tuple[str, int]] = set()  # slots that look for room outside their lost bundle
 
     def group(self, role: str) -> Any | None:
         """Return the placement group that ``role`` lies in, or None if it asks for no resources."""
@@ -64,10 +64,10 @@ class Placement:
             "num_gpus": ask.gpus,
             "resources": {key: value for key, value in ask.resources.items() if value > 0},
         }
-        if (role, slot) in self._astray:
+        if (role, slot) in self._elsewhere:
             self.reconsider(role, name)  # home again, if the bundle is back
         found = self._bundle(role, slot)
-        if found is not None and (role, slot) not in self._astray:
+        if found is not None and (role, slot) not in self._elsewhere:
             group, bundle = found
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 placement_group=group, placement_group_bundle_index=bundle
@@ -91,9 +91,9 @@ class Placement:
 
         group, bundle = found
         lost = not placement_group_table(group)["bundles_to_node_id"].get(bundle)
-        if lost == ((role, slot) in self._astray):
+        if lost == ((role, slot) in self._elsewhere):
             return False
-        self._astray ^= {(role, slot)}
+        self._elsewhere ^= {(role, slot)}
         return True
 
     def remove(self) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.manifests.run import Site
+from cluster.manifests.shape import Site
 from pipeline.commands.data import data
 from pipeline.commands.program import Config, Out, Overrides, Program, local, print_plain, wide_console
 from pipeline.support import terminal
@@ -358,7 +358,7 @@ def evaluate(
     """
     from pipeline.config import load_config
     from pipeline.config.load import override_of
-    from pipeline.evaluate.run import run_evaluation
+    from pipeline.evaluate.evaluation import run_evaluation
 
     chosen = {"vlm": vlm, "vdm": vdm, "vlm_adapter": vlm_adapter, "vdm_adapter": vdm_adapter}
     extra = [override_of(f"models.{key}", value) for key, value in chosen.items() if value is not None]

@@ -15,7 +15,7 @@ from typing import Any
 
 from actors.architectures.architecture import Architecture
 
-WAN_TEXT_TOKENS = 512  # what every caption is padded to (actors.vdm.wan.text)
+WAN_TEXT_TOKENS = 512  # what every caption is padded to (actors.vdm.wan.text_encoder)
 
 
 @dataclass(frozen=True)

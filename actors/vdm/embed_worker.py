@@ -23,7 +23,7 @@ from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import EmbedRequest, EncodeRequest, TextEmbedding
 from actors.vdm import conditioning
 from actors.vdm.wan.files import held_bytes, load_text_encoder, load_vae, parameter_hash, pipeline_folder
-from actors.vdm.wan.text import CaptionEmbedder
+from actors.vdm.wan.text_encoder import CaptionEmbedder
 
 
 class EmbedWorker:

@@ -37,7 +37,7 @@ from actors.vdm import conditioning, flow_sde, lora, trajectories
 from actors.vdm.conditioning import ExactTimes, FlowMatchingSpec
 from actors.vdm.trajectories import Condition, Encoded, Noised, VdmBatch
 from actors.vdm.wan.files import COMPONENTS, Parts, held_bytes, load_parts, save_full
-from actors.vdm.wan.text import CaptionEmbedder, padded
+from actors.vdm.wan.text_encoder import CaptionEmbedder, padded
 from cluster.errors import CheckpointError, TrainingError
 
 

@@ -2,7 +2,7 @@
 
 For: KubeRay manifests, a Slurm script, a file for Ray's cluster launcher, a submit script, all pure.
 Not for: reading a configuration (``vans manifests`` does that and hands over sizes).
-Begin with ``run``.
+Begin with ``shape``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from cluster.manifests.kuberay import kubernetes_files
 from cluster.manifests.launcher import launcher_files
-from cluster.manifests.run import Group, ManifestError, RunShape, Site, fold, group_of
+from cluster.manifests.shape import Group, ManifestError, RunShape, Site, fold, group_of
 from cluster.manifests.slurm import slurm_files
 from cluster.manifests.submit import submit_files
 

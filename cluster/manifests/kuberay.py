@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from cluster import ports
-from cluster.manifests.run import Group, Pods, RunShape, Site, fold, header, node_labels, ray_version
+from cluster.manifests.shape import Group, Pods, RunShape, Site, fold, header, node_labels, ray_version
 from cluster.manifests.submit import job_environment
 
 GPU = "nvidia.com/gpu"

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from cluster import ports
-from cluster.manifests.run import RunShape, Site, header, shared_labels
+from cluster.manifests.shape import RunShape, Site, header, shared_labels
 from cluster.manifests.slurm import pack
 
 TOKEN = "~/.ray/auth_token"  # noqa: S105 - where Ray looks for it by itself

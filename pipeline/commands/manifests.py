@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cluster.layout import SHARED
 from cluster.manifests import Group, Kind, RunShape, Site, group_of, render
-from cluster.manifests.run import ROLE_LABEL
+from cluster.manifests.shape import ROLE_LABEL
 from pipeline.config import RunConfig, load_config
 from pipeline.config.load import find_config, override_of, to_yaml
 from pipeline.fleet.open import LEARNER, placement_plan, pool_names

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from cluster.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.config.yaml12 import as_value, dump_yaml, parse_value, parse_yaml
+from pipeline.support.harmless import short
 from pipeline.support.location import local_path
-from pipeline.support.text import short
 
 BUNDLED = Path(__file__).parent / "runs"
 

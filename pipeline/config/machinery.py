@@ -8,8 +8,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from actors.settings import FREE, Fraction, Pair, Positive, Section
 from cluster.labels import check_selector
+from pipeline.support.harmless import redacted
 from pipeline.support.location import Location
-from pipeline.support.text import redacted
 from rewards.alarms import AlarmSettings
 
 _ALARMS = AlarmSettings()

@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.support.text import printable
+from pipeline.support.harmless import printable
 from rewards.similarity import resample_frames
 
 INK, SOFT, PAPER, CARD, LINE = "#16202c", "#5c6b7a", "#ffffff", "#f5f7f9", "#dfe5ea"

@@ -20,7 +20,7 @@ Submit = Callable[[Any], Awaitable[Any]]
 
 
 @dataclass
-class Tally:
+class Made:
     """How often something was asked for, and how often it had to be made."""
 
     asked: int = 0
@@ -34,7 +34,7 @@ class Conditions:
         self._submit = submit
         self._cache: Cache[Any] = Cache(cache_bytes)
         self._coming: dict[Hashable, asyncio.Task[Any]] = {}
-        self.captions, self.references = Tally(), Tally()
+        self.captions, self.references = Made(), Made()
 
     async def of(self, request: RenderRequest) -> Conditioning:
         """Return what ``request`` is conditioned on. Raises what the pool raises: SampleFailed for what cannot be used."""
@@ -63,7 +63,7 @@ class Conditions:
             "references_asked": float(self.references.asked),
         }
 
-    async def _get(self, tally: Tally, key: Hashable, request: Any) -> Any:
+    async def _get(self, tally: Made, key: Hashable, request: Any) -> Any:
         tally.asked += 1
         found = self._cache.find(key)
         if found is not None:

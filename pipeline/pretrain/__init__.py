@@ -2,9 +2,9 @@
 
 For: architectures small enough for two CPU cores and their training on the toy world.
 Not for: fine-tuning (``pipeline.sft``).
-Begin with ``run``.
+Begin with ``pretraining``.
 """
 
-from .run import Effort, pretrain
+from .pretraining import Effort, pretrain
 
 __all__ = ["Effort", "pretrain"]

@@ -30,8 +30,8 @@ from pipeline.config import RunConfig, to_yaml
 from pipeline.control.monitor import supervised_fleet
 from pipeline.data.source import Cursor
 from pipeline.data.sources import run_inputs, training_source
+from pipeline.evaluate.evaluation import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.predictions import Prediction
-from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.table import EvaluationTable
 from pipeline.fleet.open import LEARNER, Fleet, at_rest, cluster_session, serve_trained
 from pipeline.lock import hold_all

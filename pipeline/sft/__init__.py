@@ -2,10 +2,10 @@
 
 For: Ray Train with FSDP2 and Ray Data, captions of the data, the two models' own items.
 Not for: gradients (``actors.learner.supervised``).
-Begin with ``run``.
+Begin with ``finetuning``.
 """
 
-from pipeline.sft.run import run_sft
+from pipeline.sft.finetuning import run_sft
 from pipeline.sft.settings import SftResult, SftSettings, sft_settings
 
 __all__ = ["SftResult", "SftSettings", "run_sft", "sft_settings"]

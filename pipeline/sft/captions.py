@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from actors.policy.protocol import torch_dtype
 from actors.vdm.wan.files import load_text_encoder, parameter_hash, pipeline_folder
-from actors.vdm.wan.text import CaptionEmbedder
+from actors.vdm.wan.text_encoder import CaptionEmbedder
 from cluster.errors import DataError
 from pipeline.data.schema import open_shard
 from pipeline.sft.settings import SftSettings

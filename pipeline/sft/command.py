@@ -16,12 +16,12 @@ from pipeline.config.training import SftModelSection
 from pipeline.fleet.models import resolve_adapter, resolve_model
 from pipeline.fleet.open import cluster_session
 from pipeline.lock import hold
-from pipeline.sft.run import SftJob, carry_out, check_room, prepare
+from pipeline.sft.finetuning import SftJob, carry_out, check_room, prepare
 from pipeline.sft.settings import Kind, SftResult, sft_settings
 from pipeline.support import terminal
+from pipeline.support.harmless import redacted
 from pipeline.support.location import Uri
 from pipeline.support.progress import bar
-from pipeline.support.text import redacted
 from pipeline.tracking import Tracker
 
 

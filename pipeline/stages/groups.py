@@ -41,7 +41,7 @@ class Group:
     """The reason of each trajectory that was lost; of all of them, where nothing could be asked about the sample."""
 
 
-BARREN = 5
+MAX_EMPTY_BATCHES = 5
 """Batches in a row without a single trajectory that stop a stage; one may be a single odd sample."""
 JUDGED = 100
 """Trajectories from which on the share of lost ones is judged; fewer are too few for a share."""
@@ -57,22 +57,22 @@ class FailureBudget:
     asked: int = 0
     lost: Counter[str] = field(default_factory=Counter)
     """Lost trajectories by reason."""
-    barren: int = 0
+    empty_batches: int = 0
     """Batches in a row of which nothing could be had."""
 
     def count(self, groups: Sequence[Group | None], before: Sequence[str] = ()) -> Counter[str]:
         """Count ``groups`` and return what was lost in them, and ``before`` there were groups, by reason.
 
-        Raises TrainingError when more than the allowed share is lost, or everything in BARREN batches in a row.
+        Raises TrainingError when more than the allowed share is lost, or everything in MAX_EMPTY_BATCHES batches in a row.
         """
         new = Counter([*before, *(reason for g in groups if g is not None for reason in g.failures)])
         kept = sum(len(g.members) for g in groups if g is not None)
         self.asked += kept + new.total()
         self.lost += new
-        self.barren = self.barren + 1 if new.total() and not kept else 0
-        if self.barren == BARREN:
+        self.empty_batches = self.empty_batches + 1 if new.total() and not kept else 0
+        if self.empty_batches == MAX_EMPTY_BATCHES:
             raise TrainingError(
-                f"{self.stage}: not one trajectory of {BARREN} batches in a row could be had.{self._reasons(self.lost)}"
+                f"{self.stage}: not one trajectory of {MAX_EMPTY_BATCHES} batches in a row could be had.{self._reasons(self.lost)}"
             )
         if self.lost.total() > self.limit * max(self.asked, JUDGED):
             raise TrainingError(

@@ -23,8 +23,8 @@ from pipeline.fleet.open import Fleet, at_rest
 from pipeline.stages.caches import cache_metrics
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import FailureBudget, Group, RolloutBatch, assemble
-from pipeline.stages.profile import profile
 from pipeline.stages.refill import Refill
+from pipeline.stages.step_times import profile
 from pipeline.support.interrupt import StopRequest
 
 log = logging.getLogger(__name__)

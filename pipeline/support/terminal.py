@@ -27,7 +27,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from cluster.session import PACKAGES
-from pipeline.support.text import printable, redacted
+from pipeline.support.harmless import printable, redacted
 
 SHOW_ALL = "VANS_SHOW_LIBRARIES"
 FILE = "libraries.log"

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.errors import VansError
-from pipeline.support.text import redacted
+from pipeline.support.harmless import redacted
 from pipeline.tracking.outbox import Record, Unreachable
 
 PARENT = "parent"

@@ -26,8 +26,8 @@ import numpy as np
 from pipeline.config import RunConfig, config_digest, flatten, to_yaml
 from pipeline.config.machinery import TrackingSection
 from pipeline.evaluate.table import EvaluationTable
+from pipeline.support.harmless import redacted
 from pipeline.support.location import Uri, parse_location
-from pipeline.support.text import redacted
 from pipeline.tracking import lineage, media, metrics
 from pipeline.tracking.outbox import Outbox, OutboxCounts
 from pipeline.tracking.store import PARENT, MlflowStore, TrackingError, merge_metrics

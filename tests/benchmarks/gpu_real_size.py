@@ -40,7 +40,7 @@ from actors.policy.protocol import LoraSpec, trainable_parameters  # noqa: E402
 from actors.records import RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience  # noqa: E402
 from actors.vdm.policy import VdmPolicy  # noqa: E402
 from actors.vdm.wan.files import Parts  # noqa: E402
-from actors.vdm.wan.text import CaptionEmbedder  # noqa: E402
+from actors.vdm.wan.text_encoder import CaptionEmbedder  # noqa: E402
 from actors.vlm import adapter as vlm_adapter  # noqa: E402
 from actors.vlm.policy import VlmPolicy  # noqa: E402
 

@@ -2,5 +2,5 @@
 
 For: VANS CSVs, JSONL manifests, cuts of long videos, looking at what came out.
 Not for: reading shards (``pipeline.data.source``).
-Begin with ``run``.
+Begin with ``importing``.
 """

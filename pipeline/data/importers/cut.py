@@ -16,7 +16,7 @@ from actors.records import SampleKind
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, composed, copy_clip
 from pipeline.data.importers.vans_csv import COLUMNS
-from pipeline.support.text import parse_json
+from pipeline.support.harmless import parse_json
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

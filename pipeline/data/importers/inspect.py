@@ -17,8 +17,8 @@ from pipeline.data.schema import open_shard, shard_bytes
 from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.video import decode_video, probe
 from pipeline.support import terminal
+from pipeline.support.harmless import in_markup, printable
 from pipeline.support.location import Uri, parse_location
-from pipeline.support.text import in_markup, printable
 
 TEXT = ["id", "kind", "question", "caption"]
 SHEET_FRAMES = 6

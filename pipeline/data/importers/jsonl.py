@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from actors.records import SampleKind
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span
-from pipeline.data.importers.run import Candidate, ImportReport, Rejected, manifest_plan, run_import
+from pipeline.data.importers.importing import Candidate, ImportReport, Rejected, manifest_plan, run_import
+from pipeline.support.harmless import parse_json
 from pipeline.support.location import Uri
-from pipeline.support.text import parse_json
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span
-from pipeline.data.importers.run import Candidate, ImportReport, Rejected, manifest_plan, run_import
+from pipeline.data.importers.importing import Candidate, ImportReport, Rejected, manifest_plan, run_import
 from pipeline.data.schema import KINDS
 from pipeline.support.location import Uri
 

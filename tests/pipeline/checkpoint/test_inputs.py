@@ -19,7 +19,7 @@ from pipeline.config import RunConfig, parse_config
 from pipeline.data.source import Cursor
 from pipeline.data.sources import run_inputs, training_source
 from pipeline.run.train import _Run, run_training
-from pipeline.sft.run import SftJob, other_runs, prepare, run_name
+from pipeline.sft.finetuning import SftJob, other_runs, prepare, run_name
 from pipeline.sft.settings import SftSettings
 from pipeline.stages.feed import FeedCursor
 from tests.pipeline.data.test_schema import row, write

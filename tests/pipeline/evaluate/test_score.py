@@ -17,8 +17,8 @@ from pipeline.config import RunConfig
 from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.toy import make_sample
 from pipeline.evaluate.bootstrap import Estimate, estimate
+from pipeline.evaluate.evaluation import read_systems, run_evaluation
 from pipeline.evaluate.predictions import Prediction, read_predictions, write_predictions
-from pipeline.evaluate.run import read_systems, run_evaluation
 from pipeline.evaluate.score import score_predictions
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import METRICS, EvaluationTable

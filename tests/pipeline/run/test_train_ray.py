@@ -24,7 +24,7 @@ from pipeline.commands.answer import AnswerError, run_answer
 from pipeline.commands.demo import summarise, tell, write_answers
 from pipeline.config import RunConfig, load_config
 from pipeline.data.video import decode_video, probe
-from pipeline.evaluate.run import write_report
+from pipeline.evaluate.evaluation import write_report
 from pipeline.fleet.models import resolve_model
 from pipeline.run.train import SYSTEMS, RunReport, run_training
 

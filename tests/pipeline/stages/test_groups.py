@@ -7,7 +7,7 @@ import pytest
 
 from actors.records import Completion, Sample, Scores
 from cluster.errors import TrainingError
-from pipeline.stages.groups import BARREN, FailureBudget, Group, Member, assemble
+from pipeline.stages.groups import MAX_EMPTY_BATCHES, FailureBudget, Group, Member, assemble
 
 FRAMES = np.zeros((1, 8, 8, 3), np.uint8)
 OPTIONS = {"std_norm": "group", "normalise_rewards": False, "min_group": 2, "trained_version": 3}
@@ -116,6 +116,6 @@ def test_what_is_lost_is_counted_by_reason_and_bounded() -> None:
 
 def test_batches_of_which_nothing_was_asked_are_not_barren() -> None:
     budget = FailureBudget("stage2", 0.0)
-    for _ in range(2 * BARREN):
+    for _ in range(2 * MAX_EMPTY_BATCHES):
         assert budget.count([]) == {} and budget.count([None]) == {}  # refills that found no anchor
-    assert budget.barren == 0
+    assert budget.empty_batches == 0

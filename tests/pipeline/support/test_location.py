@@ -22,7 +22,7 @@ from pipeline.data.importers.inspect import inspect
 from pipeline.data.importers.jsonl import import_jsonl
 from pipeline.data.schema import Row, ShardWriter, shard_digest, shard_metadata, shard_paths
 from pipeline.data.video import encode_mp4
-from pipeline.evaluate.run import named
+from pipeline.evaluate.evaluation import named
 from pipeline.support.location import LocationError, Uri, listing, local_path, opened, parse_location, storage_errors
 
 

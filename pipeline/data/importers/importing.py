@@ -19,8 +19,8 @@ from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, Span, load_clip
 from pipeline.data.schema import Row, ShardWriter, writer_plan
 from pipeline.support import terminal
+from pipeline.support.harmless import printable
 from pipeline.support.location import Uri, local_path, parse_location, write_bytes
-from pipeline.support.text import printable
 
 REJECTED = "_rejected.csv"  # readers of Parquet folders pass over names that begin with an underscore
 _PREDICTIVE = re.compile(

@@ -17,13 +17,13 @@ from cluster.errors import DataError, VansError
 from pipeline.checkpoint import TrainState
 from pipeline.config import load_config, to_yaml
 from pipeline.data.importers.cut import read_cuts
+from pipeline.data.importers.importing import Rejected
 from pipeline.data.importers.jsonl import import_jsonl, read_entries
-from pipeline.data.importers.run import Rejected
 from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.predictions import Prediction, read_predictions, write_predictions
 from pipeline.evaluate.table import markdown_grid
-from pipeline.support.text import file_slug, in_markup, parse_json, printable, redacted, short
+from pipeline.support.harmless import file_slug, in_markup, parse_json, printable, redacted, short
 from pipeline.tracking import Tracker, TrackingError
 
 NASTY = [

@@ -25,8 +25,8 @@ from pipeline.config import RunConfig, config_digest, load_config
 from pipeline.config.load import override_of
 from pipeline.data.folder import open_dataset
 from pipeline.data.toy.shards import ensure_toy
+from pipeline.evaluate.evaluation import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.predictions import FILE, read_predictions, write_predictions
-from pipeline.evaluate.run import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable
 from pipeline.fleet.models import resolve_model
@@ -35,9 +35,9 @@ from pipeline.lock import hold
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.spec import Experiment, Row
 from pipeline.support import terminal
+from pipeline.support.harmless import redacted
 from pipeline.support.interrupt import RunStopped, stop_on_signals
 from pipeline.support.progress import waiting
-from pipeline.support.text import redacted
 from pipeline.tracking.history import Series, read_stages
 
 KEPT_METRICS = ("reward/", "alarm/", "rollout/format_rate", "rollout/unique_caption_ratio", "anchor/", "time/step_s")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from actors.pool.spec import Meter
 from cluster.errors import ConfigError
 from pipeline.config import parse_config, to_yaml
-from pipeline.stages.profile import profile
+from pipeline.stages.step_times import profile
 from pipeline.tracking import Tracker
 from pipeline.tracking.profile import read_profiles, summarise, tables
 

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 
 from actors.records import VideoQuestion
 from actors.vdm.policy import VdmPolicy
-from actors.vdm.wan.text import CaptionEmbedder
+from actors.vdm.wan.text_encoder import CaptionEmbedder
 from actors.vlm.policy import VlmPolicy
 from cluster.errors import ConfigError, DataError, PlacementError
 from pipeline.cli import app
 from pipeline.sft import SftSettings, run_sft
 from pipeline.sft.captions import StoredCaptions, distinct_captions
 from pipeline.sft.command import run_tracked_sft
-from pipeline.sft.run import prepare
+from pipeline.sft.finetuning import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 SETTINGS = SftSettings(steps=30, batch=8, lr=3e-3, warmup_steps=2, log_every=5, cpus=0.5)

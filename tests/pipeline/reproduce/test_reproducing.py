@@ -16,7 +16,7 @@ from pipeline.config import load_config
 from pipeline.data.toy.shards import ensure_toy
 from pipeline.reproduce import Experiment, load_experiment, quickened
 from pipeline.reproduce.report import write_report
-from pipeline.reproduce.run import RowResult, _claim, _claim_data, _Seed
+from pipeline.reproduce.reproducing import RowResult, _claim, _claim_data, _Seed
 from pipeline.reproduce.spec import Ordering
 from pipeline.reproduce.statistics import Figures, links, over_seeds, verdict
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster import ports
 from cluster.manifests import KINDS, Group, ManifestError, RunShape, Site, fold, group_of, render
-from cluster.manifests.run import node_labels, shared_labels
+from cluster.manifests.shape import node_labels, shared_labels
 from cluster.manifests.slurm import pack
 from cluster.manifests.submit import submit_command
 
