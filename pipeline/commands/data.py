@@ -92,19 +92,31 @@ def data_real_demo(
 
 @data.command("import-vans")
 def data_import_vans(
-    csvs: Annotated[list[Path], typer.Argument(parser=local, metavar="CSV…", help="CSV files of VANS-Data-100K.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=local, metavar="SOURCE…", help="CSV files of VANS-Data, or text files of its predictive pipeline."
+        ),
+    ],
     clips: Annotated[
-        Path, typer.Option(parser=local, metavar="PATH", help="Folder that the paths in the CSV are relative to.")
+        Path, typer.Option(parser=local, metavar="PATH", help="Folder that the paths in the files are relative to.")
     ],
     out: DataOut,
+    language: Annotated[str, typer.Option(help="`eng` or `chn`, where a file holds both.")] = "eng",
+    strip: Annotated[str, typer.Option(metavar="PREFIX", help="What paths begin with on their authors' machine.")] = "",
+    pairs: Annotated[
+        Path | None,
+        typer.Option(parser=local, metavar="CSV", help="The videos of text files that do not name them."),
+    ] = None,
 ) -> None:
-    """Import VANS-Data-100K: `name, input_video_path, output_video_path, ENG_Instruction, ENG_GT_Caption` and a folder of clips.
+    """Import VANS-Data in any of its published layouts, with a folder of clips (docs/data.md).
 
-    Example: `vans data import-vans train.csv --clips clips/ --out data/vans`
+    Examples: `vans data import-vans train.csv --clips clips/ --out data/vans`,
+    `vans data import-vans predictive_final/ --pairs predictive_pairs.csv --clips clips/ --out data/vans-chn --language chn`
     """
-    from pipeline.data.importers.vans_csv import import_vans
+    from pipeline.data.importers.vans import import_vans
 
-    import_vans(csvs, clips, out)
+    import_vans(sources, clips, out, language=language, strip=strip, pairs=pairs)
 
 
 @data.command("import-jsonl")

@@ -17,7 +17,7 @@ from pipeline.data.folder import open_dataset
 from pipeline.data.importers.clips import ClipSpec, composed
 from pipeline.data.importers.cut import cut_pairs, read_cuts
 from pipeline.data.importers.importing import ImportReport, import_plan
-from pipeline.data.importers.vans_csv import import_vans, vans_plan
+from pipeline.data.importers.vans import import_vans, vans_plan
 from pipeline.data.schema import ShardWriter
 from pipeline.support.location import local_path
 

@@ -27,7 +27,8 @@ from pipeline.config import load_config
 from pipeline.data.decoder import Shard, VideoShape, block_items, decode_block
 from pipeline.data.importers.cut import read_cuts
 from pipeline.data.importers.jsonl import import_jsonl
-from pipeline.data.importers.vans_csv import COLUMNS, import_vans
+from pipeline.data.importers.vans import import_vans
+from pipeline.data.importers.vans_csv import COLUMNS
 from pipeline.data.schema import SCHEMA, shard_metadata
 from pipeline.data.source import SampleSource
 from pipeline.data.video import VideoLimits, decode_video, encode_mp4

@@ -20,7 +20,7 @@ from nltk.translate.bleu_score import corpus_bleu
 
 from pipeline.evaluate.table import Answered, build_table
 from rewards.frechet import frechet_distance, gaussian_frechet
-from rewards.text import rouge_l
+from rewards.text import reads_as_english, rouge_l
 from tests.rewards.corpus import bleu
 
 WORDS = [
@@ -42,7 +42,7 @@ WORDS = [
 ]
 captions = st.lists(st.sampled_from(WORDS), min_size=1, max_size=9).map(" ".join)
 anything = st.text(max_size=40)
-readable = anything.filter(lambda text: any(c.isascii() and c.isalnum() for c in text))
+readable = anything.filter(reads_as_english)
 
 STEM = PorterStemmer()
 

@@ -9,7 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from rewards.errors import RewardError
 from rewards.format import Answer, format_reward, parse_answer
-from rewards.text import rouge_l
+from rewards.text import comparable, reads_as_english, rouge_l, unicode_tokens
 from tests.rewards.corpus import bleu
 
 SENTENCE = "the a red blue circle squares rises rising falls slowly quickly, Then Pours water 2 pans don't"
@@ -77,8 +77,8 @@ def test_rouge_l_by_hand() -> None:
     assert rouge_l("the red ball rolls", "the big red ball sinks") == pytest.approx(6 / 9)
     assert rouge_l("the ball rises", "the ball rise") == 1.0
     assert rouge_l("", "the ball") == 0.0
-    with pytest.raises(RewardError, match="Latin"):
-        rouge_l("anything", "球が上がる")
+    with pytest.raises(RewardError, match="letters or digits"):
+        rouge_l("anything", "?! \U0001f408")
 
 
 def test_bleu_equals_sacrebleu() -> None:
@@ -119,5 +119,64 @@ ODD = st.text(max_size=60) | st.lists(st.sampled_from([*WORDS, "ΑΣ", "İ", "\u
 def test_rouge_l_is_the_packages_to_the_last_bit(candidate: str, reference: str) -> None:
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     assert rouge_l(candidate, reference) == scorer.score(reference, candidate)["rougeL"].fmeasure
-    if any(c.isascii() and c.isalnum() for c in candidate):
+    if reads_as_english(candidate):
         assert rouge_l(reference, candidate) == scorer.score(candidate, reference)["rougeL"].fmeasure
+
+
+class UnicodeTokenizer:
+    """The tokens of other scripts, as ``rouge-score`` takes a tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return unicode_tokens(text)
+
+
+SCRIPTS = [
+    "红色圆形上升",
+    "球が上がる",
+    "шар поднимается",
+    "الكرة تصعد",
+    "गेंद ऊपर जाती है",
+    "ลูกบอลลอยขึ้น",
+    "공이 올라간다",
+    "η μπάλα",
+    "3 cups",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([*SCRIPTS, "ball rises", "。"]), max_size=6).map(" ".join),
+    st.lists(st.sampled_from(SCRIPTS[:-1]), min_size=1, max_size=6).map("".join),
+)
+def test_rouge_l_of_other_scripts_is_the_packages_with_these_tokens(candidate: str, reference: str) -> None:
+    scorer = RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer())
+    assert rouge_l(candidate, reference) == scorer.score(reference, candidate)["rougeL"].fmeasure
+
+
+def test_scripts_without_spaces_are_read_letter_by_letter_and_others_word_by_word() -> None:
+    assert unicode_tokens("红色圆形，上升3次！") == [*"红色圆形上升", "3", "次"]
+    assert unicode_tokens("गेंद ऊपर") == ["गेंद", "ऊपर"], "a vowel sign belongs to its word"
+    assert unicode_tokens("ขึ้น") == ["ขึ้", "น"], "and where letters stand alone, to its letter"
+    assert unicode_tokens("Шар поднимается, the BALLS rising") == ["шар", "поднимается", "the", "ball", "rise"]
+    assert unicode_tokens("ｆｕｌｌ ３") == ["full", "3"]
+    assert rouge_l("红色圆形下降", "红色圆形上升") == pytest.approx(4 / 6)
+    assert rouge_l("the ball rises", "红色圆形上升") == 0.0
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_a_caption_of_any_script_agrees_with_itself(text: str) -> None:
+    assert comparable(text) and rouge_l(text, text) == 1.0
+    if len(unicode_tokens(text)) >= 4:
+        assert bleu([text], [text]) == pytest.approx({f"bleu_{n}": 1.0 for n in (1, 2, 3, 4)})
+
+
+def test_bleu_of_chinese_by_hand() -> None:
+    """Six letters each: 5 of 6, 4 of 5, 3 of 4 and 2 of 3 n-grams match, and the lengths are equal."""
+    found = bleu(["红色圆形上降"], ["红色圆形上升"])
+    assert found["bleu_1"] == pytest.approx(5 / 6)
+    assert found["bleu_4"] == pytest.approx((5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
+
+
+def test_accents_do_not_change_how_english_is_read() -> None:
+    assert reads_as_english("Café “wet”") and not reads_as_english("кафе") and not reads_as_english("éé")
+    assert rouge_l("Caf wet", "Café wet") == 1.0, "rouge-score drops letters beyond a-z"

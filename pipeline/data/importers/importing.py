@@ -21,6 +21,7 @@ from pipeline.data.schema import Row, ShardWriter, writer_plan
 from pipeline.support import terminal
 from pipeline.support.harmless import printable
 from pipeline.support.location import Uri, local_path, parse_location, write_bytes
+from rewards.text import comparable
 
 REJECTED = "_rejected.csv"  # readers of Parquet folders pass over names that begin with an underscore
 _PREDICTIVE = re.compile(
@@ -136,6 +137,10 @@ def run_import(
                 progress.reject(loaded)
                 continue
             assert isinstance(item, Candidate)
+            if not comparable(item.caption):
+                told = "caption has no letter and no digit, so no answer could be compared with it"
+                progress.reject(Rejected(item.source, item.line, item.id, told))
+                continue
             (input_video, input_kept), (target_video, target_kept) = loaded
             # One clip may be asked several questions under one name.
             again = used[item.id] + 1

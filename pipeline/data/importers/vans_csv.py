@@ -1,74 +1,90 @@
-"""Import VANS-Data-100K: CSVs of questions and captions, and a folder of clips.
+"""The CSV files of VANS-Data: pairs for training and evaluation, and the last file of the procedural pipeline.
 
-The columns are ``name, input_video_path, output_video_path, ENG_Instruction, ENG_GT_Caption``; others are ignored. The
-published files begin with a byte order mark and hold spreadsheet errors such as ``#NAME?``; such rows are rejected.
+Their columns say which of the two a file is; further columns are ignored. The published files begin with a byte order mark, whichever
+column is the first, and hold spreadsheet errors such as ``#NAME?``; such rows are rejected.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cluster.errors import DataError
-from pipeline.data.importers.clips import ClipSpec, Span
-from pipeline.data.importers.importing import Candidate, ImportReport, Rejected, manifest_plan, run_import
-from pipeline.data.schema import KINDS
-from pipeline.support.location import Uri
+from pipeline.data.importers.importing import Candidate, Rejected
+from pipeline.data.importers.vans_row import Cell, Reading, make_row
 
 COLUMNS = ("name", "input_video_path", "output_video_path", "ENG_Instruction", "ENG_GT_Caption")
-SPREADSHEET_ERRORS = ("#NAME?", "#REF!", "#VALUE!", "#N/A", "#DIV/0!", "#NULL!", "#NUM!")
+"""A file of English pairs, as :func:`~pipeline.data.importers.cut.cut_pairs` writes one."""
 
 
-def import_vans(
-    csvs: Sequence[str | Path],
-    clips: str | Path,
-    out: str | Path | Uri,
-    *,
-    kind: str | None = None,
-    spec: ClipSpec | None = None,
-    workers: int | None = None,
-    quiet: bool = False,
-) -> ImportReport:
-    """Write the rows of ``csvs``, with the clips that they name under ``clips``, as Parquet shards in ``out``.
+@dataclass(frozen=True)
+class Layout:
+    """One of the published files: the column of each value, the columns that name a row, and the kind of its rows."""
 
-    ``kind``: of all rows, or None to infer it from each question (what-if and what-happens questions are predictive).
-    Rows that fail are listed with their reasons in ``out/_rejected.csv``. An import that was interrupted is continued by the
-    same call. Raises DataError for a file that is not such a CSV, and when nothing could be imported.
-    """
-    if kind is not None and kind not in KINDS:
-        raise DataError(f"kind {kind!r} must be one of {', '.join(KINDS)}")
-    paths = [Path(path) for path in csvs]
-    for path in paths:
-        _check_header(path)
-    items = (item for path in paths for item in read_rows(path, kind))
-    return run_import(items, clips, out, plan=vans_plan(paths, kind), spec=spec, workers=workers, quiet=quiet)
+    title: str
+    columns: dict[str, str]
+    """Without them a file is not of this layout. ``{language}`` stands for ENG or CHN."""
+    thought: str
+    """The column of the reasoning, which a file may lack."""
+    named_by: tuple[str, ...]
+    """The columns that name a row, of which a file may lack all: then the target's path does."""
+    kind: str | None = None
 
 
-def vans_plan(csvs: Sequence[Path], kind: str | None = None) -> dict[str, Any]:
-    """Return what an import of ``csvs`` is told apart by."""
-    return manifest_plan("import-vans", csvs, kind=kind)
+LAYOUTS = (
+    Layout(
+        "pairs for training or evaluation",
+        {
+            "input": "input_video_path",
+            "target": "output_video_path",
+            "question": "{language}_Instruction",
+            "caption": "{language}_GT_Caption",
+        },
+        thought="{language}_Think",
+        named_by=("name",),
+    ),
+    Layout(
+        "the procedural pipeline's last file",
+        {
+            "input": "input_video_path",
+            "target": "target_video_path",
+            "question": "Instruction",
+            "caption": "GT_Caption",
+        },
+        thought="Think",
+        named_by=("name", "input_id", "target_id"),
+        kind="procedural",
+    ),
+)
 
 
-def _check_header(path: Path) -> None:
+def layout_of(path: Path, reading: Reading) -> Layout:
+    """Return the layout of the CSV at ``path``; raises DataError, with the columns it has, where it is none of them."""
     if not path.is_file():
         raise DataError(f"no such CSV file: {path}")
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         try:
-            header = [name.strip() for name in next(csv.reader(file), [])]
+            header = _header(next(csv.reader(file), []))
         except csv.Error as error:
             raise DataError(f"{path} is not a CSV file: {error}") from error
-    if missing := [name for name in COLUMNS if name not in header]:
-        found = ", ".join(header[:12])[:200]
-        raise DataError(f"{path} has no column {', '.join(missing)}; it has: {found or 'nothing'}")
+    lacking = {}
+    for layout in LAYOUTS:
+        missing = [c for c in _columns(layout, reading).values() if c not in header]
+        if not missing:
+            return layout
+        lacking[layout.title] = f"for {layout.title} it has no column {', '.join(missing)}"
+    found = ", ".join(header[:16])[:300]
+    raise DataError(f"{path} is no file of VANS-Data: {'; '.join(lacking.values())}. It has: {found or 'nothing'}")
 
 
-def read_rows(path: Path, kind: str | None = None) -> Iterator[Candidate | Rejected]:
+def read_rows(path: Path, reading: Reading = Reading()) -> Iterator[Candidate | Rejected]:
     """Yield the rows of one CSV, each as a candidate or with the reason why it cannot be one."""
+    layout = layout_of(path, reading)
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.reader(file)
-        header = [name.strip() for name in next(reader)]
+        header = _header(next(reader))
         while True:
             try:
                 cells = next(reader, None)
@@ -78,26 +94,31 @@ def read_rows(path: Path, kind: str | None = None) -> Iterator[Candidate | Rejec
             if cells is None:
                 return
             if any(cell.strip() for cell in cells):
-                yield _row(dict(zip(header, cells)), path.name, reader.line_num, kind)
+                yield _row(dict(zip(header, cells)), header, layout, reading, path.name, reader.line_num)
 
 
-def _row(cells: dict[str, str], source: str, line: int, kind: str | None) -> Candidate | Rejected:
-    values = {column: cells.get(column, "").strip() for column in COLUMNS}
-    name = values["name"]
-    for column, value in values.items():
-        if not value:
-            return Rejected(source, line, name or "?", f"{column} is empty")
-        if value.upper() in SPREADSHEET_ERRORS:
-            return Rejected(source, line, name, f"{column} is {value}, a spreadsheet's error and not a value")
-        if "\N{REPLACEMENT CHARACTER}" in value:
-            return Rejected(source, line, name, f"{column} is not UTF-8 text")
-    return Candidate(
-        source=source,
-        line=line,
-        id=name,
-        question=values["ENG_Instruction"],
-        caption=values["ENG_GT_Caption"],
-        input=Span(values["input_video_path"]),
-        target=Span(values["output_video_path"]),
-        kind=kind,
-    )
+def _header(cells: list[str]) -> list[str]:
+    return [name.strip().lstrip("\ufeff") for name in cells]
+
+
+def _columns(layout: Layout, reading: Reading) -> dict[str, str]:
+    return {value: column.format(language=reading.language.upper()) for value, column in layout.columns.items()}
+
+
+def _row(
+    cells: dict[str, str], header: list[str], layout: Layout, reading: Reading, source: str, line: int
+) -> Candidate | Rejected:
+    columns = _columns(layout, reading)
+    thought = layout.thought.format(language=reading.language.upper())
+    if cells.get(thought, "").strip():  # a row without one can be rewarded, and not be imitated
+        columns["thought"] = thought
+    values = {value: Cell(column, cells.get(column, "").strip()) for value, column in columns.items()}
+    naming = [column for column in layout.named_by if column in header]
+    parts = [cells.get(column, "").strip() for column in naming]
+    if naming and not all(parts):
+        empty = naming[parts.index("")]
+        return Rejected(source, line, "_".join(filter(None, parts)) or "?", f"{empty} is empty")
+    target = values["target"].text.replace("\\", "/")
+    target = target.lstrip("./")
+    name = "_".join(parts) if naming else target.rpartition(".")[0] or target
+    return make_row(source, line, name, values, reading, layout.kind)

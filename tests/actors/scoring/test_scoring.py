@@ -272,7 +272,7 @@ def test_a_text_that_no_tokenizer_takes_leaves_its_neighbours_alone(
     assert [type(o) for o in outcomes] == [Ok, Failure, Ok] and outcomes[1].kind == "data"
 
 
-@pytest.mark.parametrize("truth", ["\u732b\u5f80\u53f3\u8d70", "\U0001f408\u27a1", "?!\u2026", "", "  \n"])
+@pytest.mark.parametrize("truth", ["\U0001f408\u27a1", "?!\u2026", "", "  \n"])
 def test_a_truth_that_rouge_cannot_read_is_data_and_the_other_components_are_there(
     clip: ClipScorer, request_for, truth: str
 ) -> None:
@@ -281,7 +281,7 @@ def test_a_truth_that_rouge_cannot_read_is_data_and_the_other_components_are_the
         for names in ((*BUILT_IN, VIDEO_FEATURES), tuple(n for n in BUILT_IN if n != "rouge_l"))
     )
     lost, found = Scorer(clip).score([whole, rest])
-    assert isinstance(lost, Failure) and lost.kind == "data" and "Latin letters or digits" in lost.message
+    assert isinstance(lost, Failure) and lost.kind == "data" and "letters or digits" in lost.message
     assert set(found.value.values) == set(BUILT_IN) - {"rouge_l"}
 
 

@@ -20,7 +20,8 @@ from pipeline.data.importers.cut import PairCut, cut_pairs
 from pipeline.data.importers.importing import Candidate, Rejected, infer_kind
 from pipeline.data.importers.inspect import inspect
 from pipeline.data.importers.jsonl import import_jsonl, read_entries
-from pipeline.data.importers.vans_csv import COLUMNS, import_vans, read_rows
+from pipeline.data.importers.vans import import_vans
+from pipeline.data.importers.vans_csv import COLUMNS, read_rows
 from pipeline.data.schema import SCHEMA, Row, ShardWriter
 from pipeline.data.video import decode_video, encode_mp4, probe
 from tests.pipeline.data.numbered import GOP, encoded, numbers
@@ -104,7 +105,7 @@ def test_a_vans_csv_is_imported_and_every_fault_is_listed(
         "broken": "target clip: broken video",
         "up": "must be a path inside",
         "deep": "must be a path inside",
-        "abs": "must be a path inside",
+        "abs": "no such clip",
         "drive": "must be a path inside",
         "link": "leads out of the clips folder",
         "pipe": "no such clip",
@@ -187,7 +188,9 @@ def test_a_name_spelled_as_on_disk_goes_first_and_a_choice_of_two_is_refused(tmp
 
 def test_files_that_are_no_vans_csv_are_refused_at_once(clips: Path, tmp_path: Path) -> None:
     other = write_csv(tmp_path / "other.csv", [["a", "b"]], header=("name", "video"))
-    with pytest.raises(DataError, match=r"other\.csv has no column input_video_path.*it has: name, video"):
+    with pytest.raises(
+        DataError, match=r"other\.csv is no file of VANS-Data: .*no column input_video_path.*It has: name, video"
+    ):
         import_vans([other], clips, tmp_path / "o1")
     with pytest.raises(DataError, match="no such CSV"):
         import_vans([tmp_path / "none.csv"], clips, tmp_path / "o2")

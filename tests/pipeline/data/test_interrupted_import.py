@@ -15,7 +15,8 @@ import pytest
 from cluster.errors import DataError
 from pipeline.data.folder import open_dataset
 from pipeline.data.importers.jsonl import import_jsonl
-from pipeline.data.importers.vans_csv import COLUMNS, import_vans
+from pipeline.data.importers.vans import import_vans
+from pipeline.data.importers.vans_csv import COLUMNS
 from pipeline.data.real import make_real
 from pipeline.data.schema import ShardWriter, shard_paths
 from pipeline.data.toy.shards import write_toy
@@ -29,7 +30,7 @@ from pathlib import Path
 import av.video, pyarrow.fs, pyarrow.dataset
 import pipeline.data.marker as marker
 from pipeline.data.folder import survey
-from pipeline.data.importers.vans_csv import import_vans
+from pipeline.data.importers.vans import import_vans
 from pipeline.data.schema import ShardWriter
 from cluster.errors import DataError
 
@@ -149,11 +150,11 @@ def test_an_interrupted_import_goes_on_only_with_the_same_arguments(
         import_vans(tables, world / "clips", out, quiet=True)
     assert len(shard_paths(out)) == 2
     for other, differs in (
-        ({"csvs": tables[:1]}, "manifests"),
+        ({"sources": tables[:1]}, "manifests"),
         ({"kind": "procedural"}, "kind"),
     ):
         with pytest.raises(DataError, match=rf"another write that was interrupted \(it differs in: {differs}\)"):
-            import_vans(**{"csvs": tables, "clips": world / "clips", "out": out, "quiet": True, **other})  # type: ignore[arg-type]
+            import_vans(**{"sources": tables, "clips": world / "clips", "out": out, "quiet": True, **other})  # type: ignore[arg-type]
     manifest = tmp_path / "m.jsonl"
     manifest.write_text(json.dumps({"question": "q", "caption": "c", "input": "a.mp4", "target": "b.mp4"}))
     with pytest.raises(DataError, match="another write that was interrupted"):

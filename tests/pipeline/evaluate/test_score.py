@@ -194,7 +194,7 @@ def test_a_system_may_not_choose_its_questions(samples: list[Sample], clip: Clip
         evaluate_predictions({"picky": truth_as_predictions(samples)[1:]}, samples, clip)
 
 
-@pytest.mark.parametrize("truth", ["\u732b\u5f80\u53f3\u8d70", "\U0001f408", "?!"])
+@pytest.mark.parametrize("truth", ["\U0001f408", "?!"])
 def test_a_metric_that_one_answer_cannot_have_is_left_out_there_and_told(
     samples: list[Sample], clip: ClipScorer, truth: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -203,7 +203,7 @@ def test_a_metric_that_one_answer_cannot_have_is_left_out_there_and_told(
     estimates = table.systems["truth"].metrics["all"]
     assert (estimates["rouge_l"].n, estimates["rouge_l"].value) == (COUNT - 1, pytest.approx(1.0))
     assert estimates["clip_v"].n == estimates["frechet"].n == estimates["motion_ratio"].n == COUNT
-    assert "Latin letters or digits" in table.systems["truth"].answers[0].lost["rouge_l"]
+    assert "letters or digits" in table.systems["truth"].answers[0].lost["rouge_l"]
     assert f"rouge_l of truth cannot be computed for 1 of {COUNT} answers" in table.markdown()
     assert "rouge_l of 1 answers cannot be computed" in caplog.text
     table.write(tmp_path)
@@ -212,8 +212,8 @@ def test_a_metric_that_one_answer_cannot_have_is_left_out_there_and_told(
 
 
 def test_a_metric_that_no_answer_can_have_stops_the_evaluation(samples: list[Sample], clip: ClipScorer) -> None:
-    odd = [replace(s, caption="\u732b") for s in samples]
-    with pytest.raises(DataError, match=r"rouge_l cannot be computed for any answer, .*Latin letters or digits"):
+    odd = [replace(s, caption="\U0001f408") for s in samples]
+    with pytest.raises(DataError, match=r"rouge_l cannot be computed for any answer, .*letters or digits"):
         evaluate_predictions({"truth": truth_as_predictions(odd)}, odd, clip)
 
 

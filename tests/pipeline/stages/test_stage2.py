@@ -309,11 +309,11 @@ def test_a_refill_that_finds_no_anchor_keeps_what_there_is(fleet: Fleet) -> None
 
 # --- anchors that cannot be compared --------------------------------------------------------------------------------
 
-CHINESE = "\u732b\u5f80\u53f3\u8d70"
+WORDLESS = "\U0001f408\u27a1"
 
 
 class Captions(Toys):
-    """Toys' order; every sample whose number is in ``unreadable`` has a caption without Latin letters or digits."""
+    """Toys' order; every sample whose number is in ``unreadable`` has a caption without letters or digits."""
 
     def __init__(self, unreadable: set[int]) -> None:
         super().__init__()
@@ -322,7 +322,7 @@ class Captions(Toys):
     def batches(self, size: int, cursor: Any = None) -> Any:
         for samples, bad, after in super().batches(size, cursor):
             odd = [int(s.id.split(".")[1]) in self.unreadable for s in samples]
-            yield [replace(s, caption=CHINESE) if o else s for s, o in zip(samples, odd)], bad, after
+            yield [replace(s, caption=WORDLESS) if o else s for s, o in zip(samples, odd)], bad, after
 
 
 @dataclass
@@ -355,7 +355,7 @@ def test_a_caption_that_cannot_be_compared_is_lost_counted_and_bounded(fleet: Fl
     assert [g.sample.id for g in groups if g] == ["0.0", "0.2"]
     assert (budget.asked, budget.lost.total()) == (6, 2)  # two trajectories of each, the lost ones included
     (reason,) = budget.lost
-    assert "cannot be compared" in reason and "Latin letters or digits" in reason
+    assert "cannot be compared" in reason and "letters or digits" in reason
     metrics = stage.metrics(RolloutBatch((), (), ()), 0)
     assert (metrics["anchor/failed"], metrics["anchor/kept"]) == (1.0, 2.0)
     assert stage.lost(0) == []  # told once
@@ -374,21 +374,21 @@ def test_too_many_captions_that_cannot_be_compared_stop_the_stage(fleet: Fleet) 
             budget.count([], stage.lost(step))
         return step
 
-    with pytest.raises(TrainingError, match=r"max_failed_ratio=0\.1(?s:.*)Latin letters or digits"):
+    with pytest.raises(TrainingError, match=r"max_failed_ratio=0\.1(?s:.*)letters or digits"):
         asyncio.run(until_it_stops())
 
 
 def test_captions_of_which_none_can_be_compared_stop_the_stage_at_once(fleet: Fleet) -> None:
     stage = stage_of(fleet, anchor_max_draws=3)
     feed = SampleFeed(Captions(set(range(10))), 2)  # type: ignore[arg-type]
-    with pytest.raises(TrainingError, match=r"no anchor caption for any of 6 samples: .*Latin letters or digits"):
+    with pytest.raises(TrainingError, match=r"no anchor caption for any of 6 samples: .*letters or digits"):
         asyncio.run(stage.draw(feed, 0, 2))
     assert stage.fleet.vlm.asked == 6  # type: ignore[attr-defined]
 
 
 def test_the_greedy_answer_about_such_a_sample_is_remembered_too(fleet: Fleet) -> None:
     stage = stage_of(fleet)
-    odd = replace(sample(), caption=CHINESE)
+    odd = replace(sample(), caption=WORDLESS)
     first, again = (asyncio.run(stage._anchor(odd, str(step))) for step in (0, 1))
     assert first == again and first.caption is None and stage.fleet.vlm.asked == 1  # type: ignore[attr-defined]
 
