@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.learner.spec import LearnerSpec, OptimSpec
+from actors.learner.spec import LearnerSpec
 from actors.policy.protocol import LoraSpec
 from actors.records import derive_seed
 from actors.weights import BroadcastSpec
@@ -69,7 +69,7 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
         objective=section.objective,
         learning=section.learning,
         longest=longest,
-        optim=OptimSpec(**section.optim.model_dump()),
+        optim=section.optim,
         policy_kwargs=options,
         seed=seed % 2**31,
         start_timeout_s=learner.start_timeout_s,

@@ -26,8 +26,9 @@ from torch.distributed.tensor import DTensor
 from actors.learner.average import Average
 from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_facts, save_tensors
 from actors.learner.rank import POLICIES
+from actors.learner.settings import OptimSection
 from actors.learner.sharding import gather_state, shard
-from actors.learner.spec import OptimSpec, learning_rate
+from actors.learner.spec import learning_rate
 from actors.learner.supervised import accumulate
 from actors.policy.protocol import LoraSpec, set_compute_dtype, torch_dtype, trainable_parameters
 from actors.records import derive_seed
@@ -97,7 +98,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
         )
-        self.optim = OptimSpec(lr=settings.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)
+        self.optim = OptimSection(lr=settings.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)
         self.average = Average(self.parameters, settings.ema) if settings.ema > 0 else None
         self.step = self.skipped = 0
         self.began: float | None = None  # when the steps since the last checkpoint began, on this rank's clock

@@ -16,8 +16,9 @@ import pytest
 import ray
 import torch
 
-from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec
 from actors.learner.objectives.settings import GrpoSection
+from actors.learner.settings import OptimSection
 from actors.pool import PoolSpec, WorkerPool
 from actors.records import Clip, RenderRequest, ScoreRequest, SdeSpec, VdmExperience
 from actors.scoring.clip import ClipScorer
@@ -39,7 +40,7 @@ SPEC = LearnerSpec(
     gpus=0.3,
     micro_batch=GROUP,
     learning=GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, loss_norm="sequence"),
-    optim=OptimSpec(lr=1e-2),
+    optim=OptimSection(lr=1e-2),
     policy_kwargs={"components": ("transformer",)},
     offload="all",
 )

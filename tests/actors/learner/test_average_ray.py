@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec
+from actors.learner.settings import OptimSection
 from actors.policy.lora import peft_names
 from actors.weights import read_adapter, receive
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
@@ -23,7 +24,7 @@ SPEC = LearnerSpec(
     lora=LoraSpec(rank=3, alpha=8.0, seed=5),  # three rows over two ranks: uneven shards
     ranks=2,
     cpus=0.25,
-    optim=OptimSpec(lr=3e-2, ema=DECAY),
+    optim=OptimSection(lr=3e-2, ema=DECAY),
     step_timeout_s=120.0,
 )
 Arrays = dict[str, np.ndarray]

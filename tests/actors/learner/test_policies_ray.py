@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec
 from actors.learner.objectives.settings import GrpoSection
+from actors.learner.settings import OptimSection
 from actors.records import Experience, RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience
 from actors.vdm.policy import VdmPolicy
 from actors.vlm.policy import VlmPolicy
@@ -59,7 +60,7 @@ def test_first_update_of_each_stage_has_ratio_exactly_one_and_learns(
         cpus=0.25,
         micro_batch=2,
         learning=GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence"),
-        optim=OptimSpec(lr=1e-3),
+        optim=OptimSection(lr=1e-3),
     )
 
     async def main() -> None:

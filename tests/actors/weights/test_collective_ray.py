@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import ray
 
-from actors.learner.group import LearnerGroup, LearnerSpec, OptimSpec
+from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.objectives.settings import GrpoSection
+from actors.learner.settings import OptimSection
 from actors.pool import PoolSpec, WorkerPool
 from actors.records import VdmExperience
 from actors.vdm.worker import VdmWorker
@@ -40,7 +41,7 @@ class Story:
                 cpus=0.25,
                 micro_batch=2,
                 learning=GrpoSection(clip_low=1e-3, clip_high=1e-3),
-                optim=OptimSpec(lr=1e-3),
+                optim=OptimSection(lr=1e-3),
                 policy_kwargs={"components": ("transformer", "vae_encoder", "text_encoder")},
                 broadcast=SPEC,
             )

@@ -20,7 +20,8 @@ from actors.learner.objectives.awm import Awm
 from actors.learner.objectives.forward import square
 from actors.learner.objectives.nft import Nft
 from actors.learner.objectives.settings import AwmSection, NftSection, ObjectiveSection
-from actors.learner.spec import LearnerSpec, OptimSpec
+from actors.learner.settings import OptimSection
+from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import Trainer
 from actors.policy.protocol import LoraSpec
 from actors.records import RenderRequest, VdmExperience
@@ -125,7 +126,7 @@ def spec_of(name: str, learning: ObjectiveSection | None = None, **changes) -> L
     values = {
         "kind": "vdm",
         "lora": LoraSpec(rank=4, alpha=8.0, seed=3),
-        "optim": OptimSpec(lr=1e-3),
+        "optim": OptimSection(lr=1e-3),
         "objective": name,
         "learning": learning or SETTINGS[name],
         "seed": 5,
