@@ -42,6 +42,7 @@ def load_policy(spec: LearnerSpec, device: torch.device) -> Trainable:
         spec.model_path,
         dtype="float32",
         lora=spec.lora,
+        seed=spec.seed,
         adapter=spec.adapter_path,
         device=str(device),
         **spec.policy_kwargs,

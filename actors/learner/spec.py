@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from actors.learner.objectives.settings import GrpoSection, ObjectiveSection
 from actors.learner.settings import OptimSection
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.weights.broadcast import BroadcastSpec
 
 OFFLOADS = ("none", "optimizer", "all")
@@ -48,7 +48,7 @@ class LearnerSpec:
     kind: str
     model_path: str
     adapter_path: str | None = None
-    lora: LoraSpec | None = None
+    lora: LoraSection | None = None
     ranks: int = 1
     cpus: float = 0.5
     gpus: float = 0.0

@@ -16,8 +16,8 @@ from actors.learner.objectives.settings import (
     TokenGrpoSection,
 )
 from actors.learner.settings import OptimSection
+from actors.policy.settings import LoraSection
 from actors.settings import FREE, Fraction, Positive, Section, cite
-from pipeline.config.training import LoraSection
 
 
 class RolloutSection(Section):

@@ -7,24 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from actors.learner.settings import OptimSection
+from actors.policy.settings import LoraSection
 from actors.settings import Positive, Section, cite
 from pipeline.support.location import LocalPath, Location
-
-
-class LoraSection(Section):
-    """Low-rank adapter of the trained model; ``rank: 0`` trains all weights. Paper: r=8, alpha=32."""
-
-    rank: int = Field(
-        8,
-        ge=0,
-        description="LoRA rank; 0 trains the full weights, and the run exports a whole model (vlm_model, vdm_model) instead of "
-        "an adapter (vlm_adapter, vdm_adapter).",
-        json_schema_extra=cite("LoRA", "VANS"),
-    )
-    alpha: float = Field(
-        32.0, gt=0, description="LoRA alpha; the scaling is alpha/rank.", json_schema_extra=cite("LoRA", "VANS")
-    )
-    targets: list[str] | None = Field(None, description="Module name suffixes; default: attention and MLP projections.")
 
 
 class SftOptimSection(OptimSection):

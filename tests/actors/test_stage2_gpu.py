@@ -16,9 +16,10 @@ import pytest
 import ray
 import torch
 
-from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec
+from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.settings import OptimSection
+from actors.policy.settings import LoraSection
 from actors.pool import PoolSpec, WorkerPool
 from actors.records import Clip, RenderRequest, ScoreRequest, SdeSpec, VdmExperience
 from actors.scoring.clip import ClipScorer
@@ -32,7 +33,7 @@ TINY = Path(__file__).resolve().parents[2] / "pipeline" / "assets" / "tiny"
 CAPTIONS = ("the red circle moves up", "the blue square moves down")
 GROUP = 4
 COMPONENTS = ("clip_v", "clip_score")
-LORA = LoraSpec(rank=8, alpha=16.0)
+LORA = LoraSection(rank=8, alpha=16.0)
 SPEC = LearnerSpec(
     kind="vdm",
     model_path=str(TINY / "vdm"),

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from actors.policy.lora import adapter_config
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.pool import SampleFailed, WorkerInfo, WorkerPool
 from actors.records import CompletionRequest, RenderRequest, ScoreRequest, derive_seed
 from actors.scoring.worker import RewardWorker
@@ -147,7 +147,7 @@ def test_real_vlm_workers_killed_at_work_and_at_rest() -> None:
 def test_real_vdm_worker_killed_while_weights_are_loaded() -> None:
     async def story() -> None:
         path = resolve_model("tiny", "vdm")
-        policy = VdmPolicy.load(path, lora=LoraSpec(4, 8.0))
+        policy = VdmPolicy.load(path, lora=LoraSection(rank=4, alpha=8.0))
         tensors = {name: tensor + 0.05 for name, tensor in policy.adapter_state().items()}
         payload = send(pack(5, "lora", tensors, adapter_config(policy.module)))
         policy.load_adapter_state(tensors)

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 import torch
 
-from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, RankDiedError
+from actors.learner.group import LearnerGroup, LearnerSpec, RankDiedError
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.settings import OptimSection
 from actors.learner.trainer import step_names
 from actors.policy.lora import peft_names
+from actors.policy.settings import LoraSection
 from actors.weights import as_tensors, read_adapter, receive
 from cluster.errors import CheckpointError, PlacementError, TrainingError, WorkerTimeoutError
 from tests.actors.learner.toy_policy import POISON, RANDOM, ToyPolicy, experiences
@@ -35,7 +36,7 @@ T = TypeVar("T")
 SPEC = LearnerSpec(
     kind="tests.actors.learner.toy_policy:ToyPolicy",
     model_path="3",
-    lora=LoraSpec(rank=2, alpha=8.0, seed=5),
+    lora=LoraSection(rank=2, alpha=8.0),
     ranks=1,
     cpus=0.25,
     micro_batch=32,

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec
+from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.settings import OptimSection
+from actors.policy.settings import LoraSection
 from actors.records import Experience, RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience
 from actors.vdm.policy import VdmPolicy
 from actors.vlm.policy import VlmPolicy
@@ -55,7 +56,7 @@ def test_first_update_of_each_stage_has_ratio_exactly_one_and_learns(
     spec = LearnerSpec(
         kind=kind,
         model_path=str(model),
-        lora=LoraSpec(rank=4, alpha=16.0),
+        lora=LoraSection(rank=4, alpha=16.0),
         ranks=2,
         cpus=0.25,
         micro_batch=2,

@@ -21,14 +21,15 @@ from actors.learner.settings import OptimSection
 from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import Trainer
 from actors.policy.lora import peft_names
-from actors.policy.protocol import LoraSpec, trainable_parameters
+from actors.policy.protocol import trainable_parameters
+from actors.policy.settings import LoraSection
 from actors.records import RenderRequest, SdeSpec, VdmExperience
 from actors.vdm.policy import VdmPolicy
 from actors.weights import as_tensors
 from cluster.errors import CheckpointError
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 
-LORA = LoraSpec(rank=2, alpha=8.0, seed=5)
+LORA = LoraSection(rank=2, alpha=8.0)
 SPEC = LearnerSpec(
     kind="toy",
     model_path="3",

@@ -13,7 +13,7 @@ import torch
 from samples import QUESTIONS, frames, perturb_adapter
 
 from actors.failures import Failure, Ok
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.records import Completion, CompletionRequest, VideoQuestion, VlmExperience, derive_seed
 from actors.vlm.policy import VlmPolicy
 
@@ -34,7 +34,7 @@ def worker(qwen3_worker: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def policy(tiny_vlm_dir: Path) -> VlmPolicy:
-    return VlmPolicy.load(tiny_vlm_dir, lora=LoraSpec(8, 32.0))
+    return VlmPolicy.load(tiny_vlm_dir, lora=LoraSection(rank=8, alpha=32.0))
 
 
 def complete(worker: Any, requests: list[CompletionRequest]) -> list[list[Completion]]:

@@ -26,7 +26,11 @@ def test_the_learner_holds_its_stages_own_sections(stage: str) -> None:
     config = load_config("toy", [f"{stage}.optim.lr=2e-4", f"{stage}.grpo.kl_beta=0.07"])
     section, kind = getattr(config, stage), STAGES[stage](config, None)  # type: ignore[arg-type]
     found = learner_spec(config, kind, kind.policies[0])
-    assert found.optim is section.optim and found.learning is section.grpo
+    assert found.optim is section.optim and found.learning is section.grpo and found.lora is section.lora
+
+
+def test_no_adapter_is_learnt_at_rank_0() -> None:
+    assert spec("stage1", "lora.rank=0").lora is None and spec("stage2", "lora.rank=0").lora is None
 
 
 def test_completions_have_a_micro_batch_of_their_own_and_share_prompts() -> None:
