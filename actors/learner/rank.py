@@ -22,7 +22,7 @@ from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import RankReport, Trainer
 from actors.policy.protocol import Trainable
 from actors.records import Weights
-from actors.weights import Broadcast, Offer, snapshot
+from actors.weights.broadcast import Broadcast, Offer, snapshot
 
 log = logging.getLogger(__name__)
 

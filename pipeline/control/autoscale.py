@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.pool import PoolStats
+from actors.pool.spec import PoolStats
 from actors.pool.state import ALIVE, COMING
 from pipeline.config.machinery import AutoscaleSection
 

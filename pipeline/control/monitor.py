@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.control import open_board
-from actors.pool import PoolStats, WorkerPool
+from actors.pool.pool import WorkerPool
 from actors.pool.remote import WorkerGone, WorkerRaised, WorkerUnreachable, ask
+from actors.pool.spec import PoolStats
 from cluster.errors import WorkerTimeoutError
 from cluster.resources import amounts, view
 from pipeline.config import RunConfig

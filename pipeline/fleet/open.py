@@ -16,13 +16,15 @@ from typing import Any
 
 import ray
 
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.spec import PoolSpec
 from actors.scoring.worker import RewardWorker
 from actors.vdm.embed_worker import EmbedWorker
 from actors.vdm.wan.files import COMPONENTS
 from actors.vdm.worker import VdmWorker
 from actors.vlm.worker import VlmWorker
-from actors.weights import read_weights, send
+from actors.weights.files import read_weights
+from actors.weights.transport import send
 from cluster.resources import Ask, Placement, PlacementPlan, place
 from cluster.session import Session, connect
 from pipeline.config import RunConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 from actors.learner.spec import LearnerSpec
 from actors.records import derive_seed
-from actors.weights import BroadcastSpec
+from actors.weights.broadcast import BroadcastSpec
 from pipeline.config import RunConfig
 from pipeline.config.stages import Stage1Section, Stage2Section
 from pipeline.fleet.models import resolve_adapter, resolve_model

@@ -20,7 +20,8 @@ from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.settings import OptimSection
 from actors.policy.settings import LoraSection
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.spec import PoolSpec
 from actors.records import Clip, RenderRequest, ScoreRequest, SdeSpec, VdmExperience
 from actors.scoring.clip import ClipScorer
 from actors.scoring.scorer import Scorer

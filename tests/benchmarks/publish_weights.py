@@ -10,8 +10,10 @@ import ray
 import torch
 
 from actors.failures import Ok
-from actors.pool import PoolSpec, WorkerInfo, WorkerPool, worker_info
-from actors.weights import fetch, pack, send
+from actors.pool.pool import WorkerPool
+from actors.pool.protocol import WorkerInfo, worker_info
+from actors.pool.spec import PoolSpec
+from actors.weights.transport import fetch, pack, send
 from tests.benchmarks.bench import Check, Result, Size, interleave_async, medians, start_ray
 
 WORKERS = 4

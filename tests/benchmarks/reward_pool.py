@@ -12,7 +12,8 @@ import ray
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.spec import PoolSpec
 from actors.records import ScoreRequest
 from actors.scoring.clip import ClipScorer
 from actors.scoring.worker import RewardWorker

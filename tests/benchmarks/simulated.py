@@ -20,7 +20,9 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from actors.failures import Ok
-from actors.pool import PoolSpec, WorkerInfo, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.protocol import WorkerInfo
+from actors.pool.spec import PoolSpec
 from actors.records import Clip, Completion, Sample, Scores
 from cluster.resources import Placement
 from pipeline.config import RunConfig, load_config

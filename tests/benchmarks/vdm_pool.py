@@ -14,7 +14,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from scipy.stats import spearmanr
 
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.spec import PoolSpec
 from actors.records import Clip, CompletionRequest, RenderRequest, Sample, derive_seed
 from actors.scoring.clip import ClipScorer
 from actors.vdm.conditioning import encode_references, geometry_of, select_reference_frames, token_timesteps

@@ -10,7 +10,8 @@ from typing import Any
 import ray
 import torch
 
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.spec import PoolSpec
 from actors.records import CompletionRequest
 from actors.vlm.engine_args import EngineSpec, engine_args, prepare_environment
 from actors.vlm.inputs import video_prompt

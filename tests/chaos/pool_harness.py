@@ -13,7 +13,9 @@ import psutil
 import ray
 
 from actors.failures import Ok
-from actors.pool import PoolSpec, WorkerInfo, WorkerPool, worker_info
+from actors.pool.pool import WorkerPool
+from actors.pool.protocol import WorkerInfo, worker_info
+from actors.pool.spec import PoolSpec
 
 MIB = 1 << 20
 

@@ -18,13 +18,15 @@ import pytest
 
 from actors.policy.lora import adapter_config
 from actors.policy.settings import LoraSection
-from actors.pool import SampleFailed, WorkerInfo, WorkerPool
+from actors.pool.errors import SampleFailed
+from actors.pool.pool import WorkerPool
+from actors.pool.protocol import WorkerInfo
 from actors.records import CompletionRequest, RenderRequest, ScoreRequest, derive_seed
 from actors.scoring.worker import RewardWorker
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
 from actors.vlm.worker import VlmWorker
-from actors.weights import pack, send
+from actors.weights.transport import pack, send
 from pipeline.data.toy import make_sample
 from pipeline.fleet.models import resolve_model
 from tests.chaos.pool_harness import Squarer, Traffic, gone, make_pool, run, until, whole

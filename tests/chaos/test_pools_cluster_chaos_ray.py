@@ -14,7 +14,8 @@ import pytest
 import ray
 
 from actors.failures import Ok
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.spec import PoolSpec
 from cluster.resources import Ask, PlacementPlan, place
 from tests.chaos.pool_harness import MIB, Squarer, Traffic, gone, make_pool, run, until, whole
 

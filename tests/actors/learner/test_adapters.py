@@ -19,7 +19,7 @@ from actors.policy.settings import LoraSection
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
 from actors.vlm.policy import VlmPolicy, load_model
-from actors.weights import Delivery
+from actors.weights.transport import Delivery
 from cluster.errors import CheckpointError
 from pipeline.fleet.models import resolve_adapter
 

@@ -14,7 +14,8 @@ from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.settings import OptimSection
 from actors.policy.lora import peft_names
 from actors.policy.settings import LoraSection
-from actors.weights import read_adapter, receive
+from actors.weights.files import read_adapter
+from actors.weights.transport import receive
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]

@@ -26,7 +26,8 @@ from actors.learner.settings import OptimSection
 from actors.learner.trainer import step_names
 from actors.policy.lora import peft_names
 from actors.policy.settings import LoraSection
-from actors.weights import as_tensors, read_adapter, receive
+from actors.weights.files import read_adapter
+from actors.weights.transport import as_tensors, receive
 from cluster.errors import CheckpointError, PlacementError, TrainingError, WorkerTimeoutError
 from tests.actors.learner.toy_policy import POISON, RANDOM, ToyPolicy, experiences
 

@@ -15,7 +15,8 @@ from actors.policy.settings import LoraSection
 from actors.records import Experience, RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience
 from actors.vdm.policy import VdmPolicy
 from actors.vlm.policy import VlmPolicy
-from actors.weights import read_adapter, receive
+from actors.weights.files import read_adapter
+from actors.weights.transport import receive
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 GROUP = 4

@@ -25,7 +25,7 @@ from actors.policy.protocol import trainable_parameters
 from actors.policy.settings import LoraSection
 from actors.records import RenderRequest, SdeSpec, VdmExperience
 from actors.vdm.policy import VdmPolicy
-from actors.weights import as_tensors
+from actors.weights.transport import as_tensors
 from cluster.errors import CheckpointError
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.weights import as_tensors, pack, read_adapter, read_weights, receive, send, write_adapter
+from actors.weights.files import read_adapter, read_weights, write_adapter
+from actors.weights.transport import as_tensors, pack, receive, send
 from cluster.errors import CheckpointError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]

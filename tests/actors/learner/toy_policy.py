@@ -16,7 +16,8 @@ from actors.policy import lora as lora_tools
 from actors.policy.protocol import PolicyOutput
 from actors.policy.settings import LoraSection
 from actors.records import VideoQuestion, VlmExperience
-from actors.weights import as_tensors, pack, read_adapter, write_adapter
+from actors.weights.files import read_adapter, write_adapter
+from actors.weights.transport import as_tensors, pack
 
 VOCAB, WIDTH, BLOCKS = 12, 16, 2
 POISON, RANDOM = 10, 11  # tokens that no random completion holds: after one comes NaN, after the other noise

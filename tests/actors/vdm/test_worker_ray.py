@@ -12,7 +12,7 @@ from actors.policy.lora import adapter_config
 from actors.records import SdeSpec
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
-from actors.weights import pack, send
+from actors.weights.transport import pack, send
 from cluster.errors import CheckpointError
 
 pytestmark = pytest.mark.ray

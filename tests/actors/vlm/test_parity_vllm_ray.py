@@ -18,7 +18,7 @@ from actors.failures import Ok
 from actors.policy.settings import LoraSection
 from actors.records import CompletionRequest, VideoQuestion, VlmExperience, derive_seed
 from actors.vlm.policy import VlmPolicy
-from actors.weights import pack, send
+from actors.weights.transport import pack, send
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 TOLERANCE = 1e-5

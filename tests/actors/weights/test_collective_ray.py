@@ -15,10 +15,11 @@ import ray
 from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.settings import OptimSection
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.spec import PoolSpec
 from actors.records import VdmExperience
 from actors.vdm.worker import VdmWorker
-from actors.weights import BroadcastSpec, Offer
+from actors.weights.broadcast import BroadcastSpec, Offer
 from tests.actors.learner.test_policies_ray import vdm_items
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]

@@ -19,7 +19,9 @@ from typing import Any
 import ray
 
 from actors.failures import attempt
-from actors.pool import PoolSpec, WorkerInfo, WorkerPool, worker_info
+from actors.pool.pool import WorkerPool
+from actors.pool.protocol import WorkerInfo, worker_info
+from actors.pool.spec import PoolSpec
 from cluster.resources import Ask, PlacementPlan, place
 from cluster.session import connect
 from pipeline.config.machinery import AutoscaleSection, ControlSection
