@@ -21,7 +21,7 @@ from actors.learner.objectives.settings import GrpoSection
 from actors.learner.settings import OptimSection
 from actors.policy.settings import LoraSection
 from actors.pool.pool import WorkerPool
-from actors.pool.spec import PoolSpec
+from actors.pool.settings import PoolSection
 from actors.records import Clip, RenderRequest, ScoreRequest, SdeSpec, VdmExperience
 from actors.scoring.clip import ClipScorer
 from actors.scoring.scorer import Scorer
@@ -86,9 +86,9 @@ def worker(kind: Any, share: float, *args: Any, **kwargs: Any) -> Any:
 
 
 async def everything(tmp_path: Path) -> None:
-    artist = WorkerPool("vdm", worker(VdmWorker, 0.3, str(TINY / "vdm")), PoolSpec(workers=1, max_batch=GROUP))
+    artist = WorkerPool("vdm", worker(VdmWorker, 0.3, str(TINY / "vdm")), PoolSection(workers=1, max_batch=GROUP))
     scorer = WorkerPool(
-        "reward", worker(RewardWorker, 0.2, str(TINY / "clip"), COMPONENTS), PoolSpec(workers=1, max_batch=8)
+        "reward", worker(RewardWorker, 0.2, str(TINY / "clip"), COMPONENTS), PoolSection(workers=1, max_batch=8)
     )
     learner = LearnerGroup(SPEC)
     async with artist, scorer:

@@ -12,7 +12,7 @@ import torch
 from actors.failures import Ok
 from actors.pool.pool import WorkerPool
 from actors.pool.protocol import WorkerInfo, worker_info
-from actors.pool.spec import PoolSpec
+from actors.pool.settings import PoolSection
 from actors.weights.transport import fetch, pack, send
 from tests.benchmarks.bench import Check, Result, Size, interleave_async, medians, start_ray
 
@@ -58,7 +58,7 @@ async def publish(size: Size) -> tuple[list[tuple[float, ...]], float]:
     tensors = parameters(values)
     places = [parameters(values) for _ in range(WORKERS)]
     actor = ray.remote(Holder)
-    spec = PoolSpec(workers=WORKERS, max_batch=1)
+    spec = PoolSection(workers=WORKERS, max_batch=1)
     version = 0
     async with WorkerPool("holder", lambda name: actor.options(num_cpus=0.5).remote(name, values), spec) as pool:
 
