@@ -18,7 +18,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from cluster.errors import CheckpointError
 
 T = TypeVar("T")
@@ -133,7 +133,7 @@ class Fit:
     """How an adapter fits a model."""
 
     names: dict[str, str]  # the tensors' names as given → as PEFT writes them for this model
-    spec: LoraSpec  # its targets are the modules' full names
+    spec: LoraSection  # its targets are the modules' full names
 
     @property
     def renamed(self) -> bool:
@@ -206,7 +206,7 @@ def fit(tensors: Mapping[str, Any], adapter_config: Mapping[str, Any], layers: L
             f"{where}: the adapter does not fit the model. {problems.told()}.{of} {_right(reached, place)}"
         )
     names = {given: f"{_PREFIX}{module}.lora_{letter}.weight" for (module, letter), given in found.items()}
-    return Fit(names, LoraSpec(int(config.r), float(config.lora_alpha), tuple(sorted(present))))
+    return Fit(names, LoraSection(rank=int(config.r), alpha=float(config.lora_alpha), targets=sorted(present)))
 
 
 class _Problems:

@@ -19,9 +19,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.learner.batches import plan_batch
 from actors.learner.rank import LearnerRank, RankInfo
-from actors.learner.spec import LearnerSpec, OptimSpec
+from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import RankReport
-from actors.policy.protocol import LoraSpec
 from actors.records import Experience
 from cluster.errors import PlacementError, TrainingError, VansError, WorkerTimeoutError
 
@@ -29,8 +28,6 @@ __all__ = [
     "LOST",
     "LearnerGroup",
     "LearnerSpec",
-    "LoraSpec",
-    "OptimSpec",
     "RankDiedError",
     "RankSilentError",
 ]

@@ -22,7 +22,7 @@ from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import RankReport, Trainer
 from actors.policy.protocol import Trainable
 from actors.records import Weights
-from actors.weights import Broadcast, Offer, snapshot
+from actors.weights.broadcast import Broadcast, Offer, snapshot
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def load_policy(spec: LearnerSpec, device: torch.device) -> Trainable:
         spec.model_path,
         dtype="float32",
         lora=spec.lora,
+        seed=spec.seed,
         adapter=spec.adapter_path,
         device=str(device),
         **spec.policy_kwargs,

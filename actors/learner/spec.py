@@ -9,31 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from actors.learner.objectives.settings import GrpoSection, ObjectiveSection
-from actors.policy.protocol import LoraSpec
+from actors.learner.settings import OptimSection
+from actors.policy.settings import LoraSection
 from actors.weights.broadcast import BroadcastSpec
 
 OFFLOADS = ("none", "optimizer", "all")
 
 
-@dataclass(frozen=True)
-class OptimSpec:
-    """AdamW, its learning rate over steps, gradient clipping, and how many non-finite steps a run survives."""
-
-    lr: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    max_grad_norm: float = 1.0
-    max_skipped_steps: int = 5
-    ema: float = 0.0  # decay of the weights' moving average, which is exported and evaluated; 0 keeps none
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.ema < 1.0:
-            raise ValueError(f"ema={self.ema} must be in [0, 1); 0 keeps no moving average")
-
-
-def learning_rate(optim: OptimSpec, step: int, total_steps: int) -> float:
+def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
     """Return the learning rate of optimizer step ``step`` (0 is the first).
 
     Linear warm-up over ``warmup_steps`` (step 0 already has lr / warmup_steps), then constant, or a cosine or linear
@@ -48,9 +31,7 @@ def learning_rate(optim: OptimSpec, step: int, total_steps: int) -> float:
     done = min((step - optim.warmup_steps) / span, 1.0)
     if optim.schedule == "cosine":
         return optim.lr * 0.5 * (1.0 + math.cos(math.pi * done))
-    if optim.schedule == "linear":
-        return optim.lr * (1.0 - done)
-    raise ValueError(f"schedule={optim.schedule!r} is unknown; use constant, cosine or linear")
+    return optim.lr * (1.0 - done)
 
 
 @dataclass(frozen=True)
@@ -67,7 +48,7 @@ class LearnerSpec:
     kind: str
     model_path: str
     adapter_path: str | None = None
-    lora: LoraSpec | None = None
+    lora: LoraSection | None = None
     ranks: int = 1
     cpus: float = 0.5
     gpus: float = 0.0
@@ -83,7 +64,7 @@ class LearnerSpec:
     longest: int = (
         0  # steps of the longest possible trajectory, e.g. the token limit: the divisor of loss_norm=constant
     )
-    optim: OptimSpec = field(default_factory=OptimSpec)
+    optim: OptimSection = field(default_factory=OptimSection)
     policy_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     start_timeout_s: float = 300.0

@@ -41,7 +41,7 @@ from actors.policy.protocol import (
     trainable_parameters,
 )
 from actors.records import Experience, VdmExperience, Weights
-from actors.weights import pack
+from actors.weights.transport import pack
 from cluster.errors import CheckpointError, CheckpointWriteError, TrainingError
 from cluster.storage import write_failure
 

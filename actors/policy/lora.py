@@ -15,7 +15,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.records import derive_seed
 from cluster.errors import CheckpointError
 
@@ -23,10 +23,10 @@ ADAPTER = "default"
 _PREFIX = "base_model.model."
 
 
-def inject_lora(module: nn.Module, spec: LoraSpec, default_targets: Iterable[str]) -> nn.Module:
+def inject_lora(module: nn.Module, spec: LoraSection, default_targets: Iterable[str], seed: int = 0) -> nn.Module:
     """Put a LoRA into ``module`` in place and freeze the rest; returns ``module``.
 
-    ``lora_B`` is zero, so the policy does not change; each ``lora_A`` is drawn from (spec.seed, its own name): equal on
+    ``lora_B`` is zero, so the policy does not change; each ``lora_A`` is drawn from (``seed``, its own name): equal on
     every rank, and independent of the order or number of modules.
 
     Raises:
@@ -40,7 +40,7 @@ def inject_lora(module: nn.Module, spec: LoraSpec, default_targets: Iterable[str
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if ".lora_A." in name:
-            generator = torch.Generator().manual_seed(derive_seed("lora", spec.seed, name))
+            generator = torch.Generator().manual_seed(derive_seed("lora", seed, name))
             bound = 1.0 / parameter.shape[1] ** 0.5  # Kaiming uniform with a = sqrt(5), PEFT's own choice
             values = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
             with torch.no_grad():

@@ -5,8 +5,8 @@ Responsible for: names and shapes only. Not responsible for: any maths (``object
 
 How the learner uses a policy, which is what an implementation must allow for:
 
-1. ``Policy.load(path, dtype=..., lora=..., adapter=..., device=..., **policy_kwargs)`` builds it **unsharded and equal
-   on all ranks** (``lora_A`` drawn from a seed, ``lora_B`` zero; see ``actors.policy.lora.inject_lora``).
+1. ``Policy.load(path, dtype=..., lora=..., seed=..., adapter=..., device=..., **policy_kwargs)`` builds it **unsharded and equal
+   on all ranks** (``lora_A`` drawn from ``seed``, ``lora_B`` zero; see ``actors.policy.lora.inject_lora``).
 2. Each of ``fsdp_units`` may be wrapped for activation checkpointing and is then wrapped by ``fully_shard``, and last
    ``module`` itself. Parameters turn into DTensors, so afterwards the policy must reach the network only by calling
    ``self.module(...)`` (a method of it would bypass the all-gather), and must not touch ``weight.data``.
@@ -35,20 +35,6 @@ import torch
 from torch import Tensor, nn
 
 from actors.records import Experience
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """A low-rank adapter: ``rank`` r > 0, ``alpha`` (scaling is alpha / r), and module name suffixes to adapt.
-
-    ``targets=None`` lets the policy choose its attention and MLP projections. ``seed`` draws ``lora_A``, equal on all
-    ranks.
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...] | None = None
-    seed: int = 0
 
 
 @dataclass

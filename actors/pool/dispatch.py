@@ -21,7 +21,8 @@ from actors.failures import Failure, Ok, Outcome
 from actors.pool.commands import Command, Deliver, End, Load, Probe, Reject, Send, Start
 from actors.pool.errors import PoolFailed, SampleFailed, WorkerBug
 from actors.pool.roster import Roster
-from actors.pool.spec import Meter, PoolSpec, PoolStats, WorkerStats
+from actors.pool.settings import PoolSection, Watch
+from actors.pool.spec import Meter, PoolStats, WorkerStats
 from actors.pool.state import ALIVE, COMING, S, Worker
 from actors.pool.waiting import Ticket, Waiting
 
@@ -29,17 +30,18 @@ from actors.pool.waiting import Ticket, Waiting
 class Dispatcher:
     """State of one pool: workers, queue, calls, limits. Reports about a process that has been replaced are ignored."""
 
-    def __init__(self, pool: str, spec: PoolSpec) -> None:
+    def __init__(self, pool: str, settings: PoolSection, watch: Watch) -> None:
         self.pool = pool
-        self.spec = spec
+        self.settings = settings
+        self.watch = watch
         self.version = 0
         self.target = 0
         self.failure: PoolFailed | WorkerBug | None = None
         self.meter = Meter()
         self.last_deaths: list[str] = []
-        self._restarts: deque[float] = deque()  # when, within the spec's window
+        self._restarts: deque[float] = deque()  # when, within ``restart_window_s``
         self._incarnations: dict[int, int] = {}
-        self._roster = Roster(spec.max_inflight, spec.probe_every_s)
+        self._roster = Roster(settings.max_inflight, watch.probe_every_s)
         self._queue = Waiting()
         self._tickets: dict[int, Ticket] = {}  # waiting, or inside a worker
         self._calls: dict[int, tuple[Worker, list[Ticket]]] = {}
@@ -197,16 +199,16 @@ class Dispatcher:
             return
         worker.move(S.DEAD)
         worker.failed_starts += 1
-        while self._restarts and self._restarts[0] <= now - self.spec.restart_window_s:
+        while self._restarts and self._restarts[0] <= now - self.watch.restart_window_s:
             self._restarts.popleft()
-        if len(self._restarts) >= self.spec.max_restarts:
+        if len(self._restarts) >= self.settings.max_restarts:
             self.fail(PoolFailed(self._too_many_restarts()))
             return
         self._restarts.append(now)
         self.meter.restarts += 1
         wait = 0.0
         if worker.failed_starts > 1:
-            wait = min(self.spec.max_backoff_s, self.spec.backoff_s * 2.0 ** (worker.failed_starts - 2))
+            wait = min(self.watch.max_backoff_s, self.watch.backoff_s * 2.0 ** (worker.failed_starts - 2))
         worker.restart(now + wait)
         self._roster.renamed(worker, name)
         self._incarnations[worker.slot] = worker.incarnation
@@ -266,7 +268,7 @@ class Dispatcher:
         """Return the time at which ``step`` has to be called if nothing happens before, or None."""
         times = [self._roster.wake_at()]
         if self._queue and self._roster.free and not self.resting:
-            times.append(self._queue.oldest() + self.spec.max_wait_s)
+            times.append(self._queue.oldest() + self.settings.max_wait_s)
         return min((time for time in times if time is not None and time > now), default=None)
 
     def stats(self, now: float) -> PoolStats:
@@ -329,9 +331,9 @@ class Dispatcher:
         """
         while self._queue and self._roster.free and not self.resting:
             waiting = len(self._queue)
-            if waiting < self.spec.max_batch and now < self._queue.oldest() + self.spec.max_wait_s:
+            if waiting < self.settings.max_batch and now < self._queue.oldest() + self.settings.max_wait_s:
                 return
-            size = min(self.spec.max_batch, math.ceil(waiting / self._roster.free))
+            size = min(self.settings.max_batch, math.ceil(waiting / self._roster.free))
             asked: list[Worker] = []
             for worker in self._roster.take_free():
                 asked.append(worker)
@@ -358,11 +360,11 @@ class Dispatcher:
         if not ticket.wanted:
             return
         ticket.reasons.append(reason)
-        if ticket.retries >= self.spec.max_retries:
+        if ticket.retries >= self.settings.max_retries:
             tries = "\n".join(f"  {n}. {text}" for n, text in enumerate(ticket.reasons, 1))
             error = PoolFailed(
                 f"pool {self.pool}: a request failed {len(ticket.reasons)} times for reasons of the machines "
-                f"(max_retries={self.spec.max_retries}):\n{tries}"
+                f"(max_retries={self.settings.max_retries}):\n{tries}"
             )
             self._reject(ticket, error)
             return
@@ -374,7 +376,7 @@ class Dispatcher:
 
     def _strike(self, worker: Worker, reason: str, now: float) -> None:
         worker.strikes += 1
-        if worker.strikes >= self.spec.max_strikes:
+        if worker.strikes >= self.watch.max_strikes:
             self.died(worker.name, f"{worker.strikes} failures in a row, the last: {reason}", now)
         elif worker.state in (S.READY, S.STALE):
             worker.move(S.SUSPECT)
@@ -382,8 +384,8 @@ class Dispatcher:
     def _too_many_restarts(self) -> str:
         deaths = "\n".join(f"  {text}" for text in self.last_deaths)
         return (
-            f"pool {self.pool}: workers died {len(self._restarts) + 1} times within {self.spec.restart_window_s / 60:.0f} min "
-            f"and max_restarts={self.spec.max_restarts}; the last:\n{deaths}"
+            f"pool {self.pool}: workers died {len(self._restarts) + 1} times within {self.watch.restart_window_s / 60:.0f} min "
+            f"and max_restarts={self.settings.max_restarts}; the last:\n{deaths}"
         )
 
     def _deliver(self, ticket: Ticket, value: object) -> None:

@@ -18,7 +18,8 @@ from actors.pool.dispatch import Dispatcher
 from actors.pool.errors import PoolFailed, WorkerBug
 from actors.pool.protocol import WorkerInfo
 from actors.pool.remote import RayTransport, Transport, WorkerGone, WorkerRaised, WorkerUnreachable
-from actors.pool.spec import PoolSpec, PoolStats, Timings
+from actors.pool.settings import PoolSection, Watch
+from actors.pool.spec import PoolStats, Timings
 from actors.pool.state import ALIVE, COMING, S
 from cluster.errors import WorkerTimeoutError
 from cluster.resources import amounts, found_room, view
@@ -48,16 +49,18 @@ class WorkerPool:
         self,
         name: str,
         make_worker: Callable[[str], Any],
-        spec: PoolSpec,
+        settings: PoolSection,
+        watch: Watch | None = None,
         *,
         reconsider: Callable[[str], bool] = lambda name: False,
         transport: Transport | None = None,
     ) -> None:
         self.name = name
-        self.spec = spec
+        self.settings = settings
+        self.watch = watch or Watch()
         self._make_worker = make_worker
         self._reconsider = reconsider
-        self._core = Dispatcher(name, spec)
+        self._core = Dispatcher(name, settings, self.watch)
         self._payload: list[Any] | None = None
         self._requests: dict[int, Any] = {}
         self._futures: dict[int, asyncio.Future[Any]] = {}
@@ -79,7 +82,7 @@ class WorkerPool:
         WorkerBug (any other error there).
         """
         try:
-            await self.resize(self.spec.workers, wait=True)
+            await self.resize(self.settings.workers, wait=True)
         except BaseException:
             await self.close()
             raise
@@ -134,7 +137,7 @@ class WorkerPool:
         self._core.resize(workers)
         self._pump_soon()
         if wait:
-            patience = self._now() + self.spec.start_timeout_s
+            patience = self._now() + self.settings.start_timeout_s
             timer = asyncio.get_running_loop().call_at(patience + 0.1, self._pump_soon)
             try:
                 await self._until(
@@ -164,8 +167,8 @@ class WorkerPool:
         self._pump_soon()
 
     def receivers(self) -> int:
-        """Return how many processes will receive weights that are set now (``PoolSpec.receivers`` of each live worker)."""
-        return self.spec.receivers * sum(worker.state in ALIVE for worker in self._core.workers)
+        """Return how many processes will receive weights that are set now (``receivers`` of each live worker)."""
+        return self.settings.receivers * sum(worker.state in ALIVE for worker in self._core.workers)
 
     def stats(self) -> PoolStats:
         """Return the pool's figures."""
@@ -305,7 +308,7 @@ class WorkerPool:
         try:
             await self._placement(name)
             self._core.placed(name)
-            info = await self._ask(name, "setup", timeout_s=self.spec.start_timeout_s)
+            info = await self._ask(name, "setup", timeout_s=self.settings.start_timeout_s)
         except _TROUBLE as error:
             self._report(name, error, "setup", fatal=True)
             return
@@ -317,7 +320,7 @@ class WorkerPool:
     async def _placement(self, name: str) -> None:
         """Create ``name`` and wait for room, however long, as long as others can work meanwhile."""
         loop = asyncio.get_running_loop()
-        began, patience = self._now(), self.spec.start_timeout_s
+        began, patience = self._now(), self.settings.start_timeout_s
         ready = await self._make(name)
         while self._core.failure is None:
             done, _ = await asyncio.wait({ready}, timeout=min(patience, began + patience - self._now(), RECONSIDER_S))
@@ -329,7 +332,7 @@ class WorkerPool:
                 self._kill(name)
                 ready = await self._make(name)
             if self._now() >= began + patience:
-                patience += self.spec.start_timeout_s
+                patience += self.settings.start_timeout_s
                 cluster = await loop.run_in_executor(None, view)
                 waited, free = self._now() - began, amounts(cluster.free)
                 reason = f"Worker {name} has waited {waited:.0f} s for room; free in the cluster: {free}"
@@ -360,7 +363,7 @@ class WorkerPool:
 
     async def _load(self, name: str, version: int, payload: list[Any] | None) -> None:
         try:
-            loaded = await self._ask(name, "load_weights", version, payload, timeout_s=self.spec.start_timeout_s)
+            loaded = await self._ask(name, "load_weights", version, payload, timeout_s=self.settings.start_timeout_s)
         except _TROUBLE as error:
             self._report(name, error, f"load_weights({version})", fatal=True)
             return
@@ -371,7 +374,7 @@ class WorkerPool:
 
     async def _probe(self, name: str) -> None:
         try:
-            await self._ask(name, "ping", timeout_s=self.spec.probe_timeout_s)
+            await self._ask(name, "ping", timeout_s=self.watch.probe_timeout_s)
         except WorkerRaised as error:  # the engine behind a live process is gone
             self._core.died(name, f"ping raised {error}", self._now())
         except _TROUBLE as error:
@@ -381,7 +384,7 @@ class WorkerPool:
 
     async def _process(self, call: int, name: str, requests: list[Any]) -> None:
         try:
-            outcomes = await self._ask(name, "process", requests, timeout_s=self.spec.request_timeout_s)
+            outcomes = await self._ask(name, "process", requests, timeout_s=self.settings.request_timeout_s)
         except WorkerRaised as error:
             self._core.answered(call, [error.failure] * len(requests), self._now())
         except _TROUBLE as error:
@@ -393,7 +396,7 @@ class WorkerPool:
         """Return a list of the one answer, or an empty list if the worker gave none."""
         self._core.hold(name, 1)
         try:
-            return [await self._ask(name, method, *args, timeout_s=timeout_s or self.spec.request_timeout_s)]
+            return [await self._ask(name, method, *args, timeout_s=timeout_s or self.settings.request_timeout_s)]
         except WorkerRaised as error:
             raise WorkerBug(f"{self._who(name)}: {method}() raised {error}", error.failure.traceback) from None
         except WorkerUnreachable as error:
@@ -451,7 +454,7 @@ class WorkerPool:
         if not hasattr(self._handles.get(name), "shutdown"):
             return
         try:
-            await self._ask(name, "shutdown", timeout_s=self.spec.probe_timeout_s)
+            await self._ask(name, "shutdown", timeout_s=self.watch.probe_timeout_s)
         except _TROUBLE as error:
             log.warning("pool %s: %s did not shut down: %s", self.name, self._who(name), error)
 

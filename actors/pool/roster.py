@@ -16,7 +16,7 @@ _Key = tuple[int, int, int]  # calls under way, number of the last call, slot: t
 
 
 class Roster:
-    """Workers of one pool; ``max_inflight`` and ``probe_every_s`` as in ``PoolSpec``."""
+    """Workers of one pool; ``max_inflight`` as in ``PoolSection``, ``probe_every_s`` as in ``Watch``."""
 
     def __init__(self, max_inflight: int, probe_every_s: float) -> None:
         self.workers: list[Worker] = []

@@ -1,4 +1,4 @@
-"""Limits of a pool, and its figures: plain values, no behaviour beyond arithmetic."""
+"""Figures of a pool: plain values, no behaviour beyond arithmetic."""
 
 from __future__ import annotations
 
@@ -7,48 +7,6 @@ from collections import deque
 from dataclasses import dataclass, field, fields
 
 from actors.pool.state import WorkerState
-
-
-@dataclass(frozen=True)
-class PoolSpec:
-    """Size and limits of one pool. Times are seconds."""
-
-    workers: int
-    max_batch: int = 16
-    """Most requests in one call of a worker."""
-    max_inflight: int = 1
-    """Calls a worker may have at once; more than 1 only helps actors that answer concurrently or prefetch."""
-    max_wait_s: float = 0.02
-    """Longest a request waits for its batch to fill while a worker is free."""
-    start_timeout_s: float = 300.0
-    """Deadline of ``setup`` and of ``load_weights``; the longest a pool without a live worker waits for resources."""
-    request_timeout_s: float = 300.0
-    """Deadline of one ``process`` call, the wait in the actor's own queue included."""
-    max_retries: int = 3
-    """Times a request is sent again after infrastructure failures."""
-    max_restarts: int = 20
-    """Worker replacements within ``restart_window_s`` before the pool fails."""
-    restart_window_s: float = 3600.0
-    """A week's run may lose more workers than an hour's: older replacements no longer count."""
-    probe_every_s: float = 10.0
-    """An idle worker that has not been heard of for this long is pinged."""
-    probe_timeout_s: float = 60.0
-    """Deadline of a ping, and of a worker's ``shutdown``."""
-    receivers: int = 1
-    """Processes of one worker that take part in a broadcast of weights: one, or one for each GPU of an engine."""
-    max_strikes: int = 3
-    """Infrastructure failures in a row after which a worker that still answers pings is replaced."""
-    backoff_s: float = 0.5
-    """Wait before the second restart in a row of a slot that never became ready; doubles, up to ``max_backoff_s``."""
-    max_backoff_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "max_batch", "max_inflight", "max_strikes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"PoolSpec.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("start_timeout_s", "request_timeout_s", "probe_timeout_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"PoolSpec.{name}={getattr(self, name)}: every wait needs a deadline, in seconds")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Where the adapter sits in WanTransformer3DModel is decided here; injecting it an
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,22 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from actors.learner.peft_folder import write_folder
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 _PREFIX = "base_model.model."
 
 
-def same_shape(one: LoraSpec, other: LoraSpec) -> bool:
+def same_shape(one: LoraSection, other: LoraSection) -> bool:
     """Return whether two adapters, whose targets are modules' full names, have the same rank, alpha and modules."""
     return (one.rank, one.alpha, set(one.targets or ())) == (other.rank, other.alpha, set(other.targets or ()))
 
 
-def resolved(spec: LoraSpec, layers: Collection[str]) -> LoraSpec:
+def resolved(spec: LoraSection, layers: Collection[str]) -> LoraSection:
     """Return ``spec`` with the full names of the layers that its targets (by default ``DEFAULT_TARGETS``) name."""
     targets = spec.targets or DEFAULT_TARGETS
-    return replace(
-        spec, targets=tuple(sorted(n for n in layers if any(n == t or n.endswith(f".{t}") for t in targets)))
-    )
+    found = sorted(n for n in layers if any(n == t or n.endswith(f".{t}") for t in targets))
+    return spec.model_copy(update={"targets": found})
 
 
 def write_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

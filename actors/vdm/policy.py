@@ -23,7 +23,8 @@ from actors.learner.adapters import fit, linear_layers
 from actors.learner.peft_folder import read_folder
 from actors.policy.cache import Cache, content_key
 from actors.policy.lora import adapter_config, adapters_disabled, inject_lora, load_adapter_tensors, peft_names
-from actors.policy.protocol import LoraSpec, PolicyOutput, SupervisedLoss, torch_dtype
+from actors.policy.protocol import PolicyOutput, SupervisedLoss, torch_dtype
+from actors.policy.settings import LoraSection
 from actors.records import (
     Clip,
     Experience,
@@ -86,7 +87,7 @@ class VdmPolicy:
         self.decode_batch = decode_batch
         self.folder = parts.folder
         self.version = 0
-        self.adapter: LoraSpec | None = None  # its targets are the modules' full names
+        self.adapter: LoraSection | None = None  # its targets are the modules' full names
         self._layers = linear_layers(parts.transformer)
         self._times = ExactTimes(parts.transformer, shared_times)
         if compile_blocks:
@@ -100,7 +101,8 @@ class VdmPolicy:
         path: str | Path,
         *,
         dtype: str = "float32",
-        lora: LoraSpec | None = None,
+        lora: LoraSection | None = None,
+        seed: int = 0,
         adapter: str | Path | None = None,
         device: str = "cpu",
         components: Sequence[str] = COMPONENTS,
@@ -109,6 +111,7 @@ class VdmPolicy:
         """Load a diffusers WanPipeline folder (or hub name).
 
         ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree.
+        ``seed`` draws a new adapter.
         ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``).
         ``options`` are the constructor's: shift, reference_frames, max_text_tokens, negative_prompt, decode_batch
         (clips decoded at once), embed_batch (captions embedded at once), vae_tiling (frames beyond 256 pixels go
@@ -121,17 +124,17 @@ class VdmPolicy:
         if adapter is not None:
             policy.add_adapter(adapter, lora)
         elif lora is not None:
-            policy.inject(lora)
+            policy.inject(lora, seed)
         return policy
 
     # --- adapter ---
 
-    def inject(self, spec: LoraSpec) -> None:
-        """Put a fresh adapter into the transformer; everything else is frozen."""
-        inject_lora(self.module, spec, lora.DEFAULT_TARGETS)
+    def inject(self, spec: LoraSection, seed: int = 0) -> None:
+        """Put a fresh adapter, drawn from ``seed``, into the transformer; everything else is frozen."""
+        inject_lora(self.module, spec, lora.DEFAULT_TARGETS, seed)
         self.adapter = lora.resolved(spec, self._layers)
 
-    def add_adapter(self, folder: str | Path, spec: LoraSpec | None = None) -> None:
+    def add_adapter(self, folder: str | Path, spec: LoraSection | None = None) -> None:
         """Put the PEFT adapter of ``folder`` into the transformer; ``spec``, where given, must have its shape."""
         config, tensors = read_folder(folder)
         foreign = sorted(name for name in tensors if "text_encoder" in name.split("."))
@@ -148,7 +151,7 @@ class VdmPolicy:
                 f"the configuration asks for {spec}; set them equal"
             )
 
-    def put_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> LoraSpec:
+    def put_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> LoraSection:
         """Put an adapter with PEFT's names and configuration into the transformer, and return its shape.
 
         ``where`` it is from begins the message of a CheckpointError: it does not fit the transformer, or another one of

@@ -21,7 +21,7 @@ from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import Clip, RenderRequest
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.wan.files import parameter_hash
-from actors.weights import Delivery, fetch
+from actors.weights.transport import Delivery, fetch
 from cluster.errors import CheckpointError
 
 

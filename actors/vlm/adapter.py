@@ -7,7 +7,6 @@ suffixes alone won't do. The rest (seeded injection, names, disabling) is ``acto
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -15,13 +14,13 @@ from torch import nn
 from actors.learner.adapters import fit, linear_layers
 from actors.learner.peft_folder import read_folder
 from actors.policy.lora import inject_lora, load_adapter_tensors
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from cluster.errors import CheckpointError
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def language_model_targets(model: nn.Module, suffixes: Sequence[str]) -> tuple[str, ...]:
+def language_model_targets(model: nn.Module, suffixes: Sequence[str]) -> list[str]:
     """Return the full names of the language model's linear layers that are called one of ``suffixes``.
 
     Raises:
@@ -37,10 +36,10 @@ def language_model_targets(model: nn.Module, suffixes: Sequence[str]) -> tuple[s
         raise ValueError(
             f"LoRA targets {sorted(unknown)} name no linear layer of the language model; it has {', '.join(DEFAULT_TARGETS)}"
         )
-    return tuple(names)
+    return names
 
 
-def inject(model: nn.Module, lora: LoraSpec | None, adapter: str | Path | None) -> None:
+def inject(model: nn.Module, lora: LoraSection | None, adapter: str | Path | None, seed: int = 0) -> None:
     """Freeze ``model`` and put trainable LoRA layers into its language model, in place.
 
     A new adapter changes nothing at first. With ``adapter``, its folder's weights are loaded, and ``lora`` (where given) must
@@ -52,7 +51,8 @@ def inject(model: nn.Module, lora: LoraSpec | None, adapter: str | Path | None) 
     """
     if adapter is None:
         assert lora is not None
-        inject_lora(model, replace(lora, targets=language_model_targets(model, lora.targets or DEFAULT_TARGETS)), ())
+        targets = language_model_targets(model, lora.targets or DEFAULT_TARGETS)
+        inject_lora(model, lora.model_copy(update={"targets": targets}), (), seed)
         return
     config, tensors = read_folder(adapter)
     fitted = fit(tensors, config, linear_layers(model), "vlm", str(adapter))

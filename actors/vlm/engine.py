@@ -37,7 +37,7 @@ from actors.vlm.prompt import BAN_BIAS, banned_token_ids
 from cluster.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from actors.weights import Offer
+    from actors.weights.broadcast import Offer
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class VlmEngine:
             except Exception as error:  # noqa: BLE001 - vLLM's processes pass on the text of an error, not its class
                 log.warning("weights version %d are taken from the object store: %s", version, error)
             arrival = "object store"
-            from actors.weights import as_tensors
+            from actors.weights.transport import as_tensors
 
             with self._written(as_tensors(await otherwise())) as path:
                 await self.backend.rpc("vans_reload", path)
@@ -244,7 +244,7 @@ class VlmEngine:
 
     async def _serve_base(self, version: int) -> None:
         if self.spec.adapter is not None:
-            from actors.weights import read_adapter
+            from actors.weights.files import read_adapter
 
             await self._serve_adapter(read_adapter(self.spec.adapter, 0), version, self.spec.adapter)
         else:
@@ -264,7 +264,7 @@ class VlmEngine:
     async def _serve_adapter(self, weights: Weights, version: int, where: str) -> None:
         from vllm.lora.request import LoRARequest
 
-        from actors.weights import write_adapter
+        from actors.weights.files import write_adapter
 
         rank = int(weights.adapter_config.get("r", 0))
         if rank > self.spec.lora_rank:
@@ -288,7 +288,7 @@ class VlmEngine:
         await self._on_base(_Adapter(LoRARequest(name, self._lora_ids, str(folder)), Path(folder)), version)
 
     async def _serve_full(self, weights: Weights, version: int) -> None:
-        from actors.weights import as_tensors
+        from actors.weights.transport import as_tensors
 
         # vLLM drops a tensor whose name it does not know, and keeps its old value for one that is missing.
         require_whole(weights.tensors, self._shapes, f"the published weights of version {version}", self._tied)

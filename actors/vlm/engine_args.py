@@ -93,7 +93,7 @@ def with_adapter_rank(spec: EngineSpec) -> EngineSpec:
     """Return ``spec`` with room for the adapter it starts from."""
     if spec.adapter is None:
         return spec
-    from actors.weights import read_adapter
+    from actors.weights.files import read_adapter
 
     rank = int(plain_lora(read_adapter(spec.adapter).adapter_config, spec.adapter).r)
     return replace(spec, lora_rank=max(rank, spec.lora_rank))

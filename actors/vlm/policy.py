@@ -21,7 +21,8 @@ from actors.learner.objectives.grpo import kl_estimate
 from actors.learner.peft_folder import write_folder
 from actors.loading import load_whole
 from actors.policy.lora import adapter_config, adapters_disabled, has_lora, peft_names
-from actors.policy.protocol import LoraSpec, PolicyOutput, SupervisedLoss, torch_dtype
+from actors.policy.protocol import PolicyOutput, SupervisedLoss, torch_dtype
+from actors.policy.settings import LoraSection
 from actors.records import Experience, VlmExperience
 from actors.vlm.adapter import inject
 from actors.vlm.inputs import EncodedPrompt, PromptEncoder
@@ -78,7 +79,8 @@ class VlmPolicy:
         path: str | Path,
         *,
         dtype: str = "float32",
-        lora: LoraSpec | None = None,
+        lora: LoraSection | None = None,
+        seed: int = 0,
         adapter: str | Path | None = None,
         device: str = "cpu",
         temperature: float = 1.0,
@@ -88,14 +90,14 @@ class VlmPolicy:
     ) -> VlmPolicy:
         """Load a transformers folder (or hub name).
 
-        With ``lora`` only the adapter trains; ``adapter`` is a PEFT folder to start from.
+        With ``lora`` only the adapter trains, whose first values ``seed`` draws; ``adapter`` is a PEFT folder to start from.
 
         Raises:
             CheckpointError: the folder is missing, of another architecture, or the adapter doesn't fit it.
         """
         model, processor = load_model(path, dtype)
         if lora is not None or adapter is not None:
-            inject(model, lora, adapter)
+            inject(model, lora, adapter, seed)
         model.eval().to(device)
         return cls(
             model,

@@ -39,7 +39,7 @@ class VlmWorker:
         self._arrival = "model folder"
         if payload is None:
             return await self._engine.load(None, version)
-        from actors.weights import offer_of, receive
+        from actors.weights.transport import offer_of, receive
 
         async def fetch() -> Weights:
             # Off the event loop: a blocking fetch would hold up every running completion. (to_thread would carry the

@@ -13,7 +13,7 @@ from cluster.manifests import Group, Kind, RunShape, Site, group_of, render
 from cluster.manifests.shape import ROLE_LABEL
 from pipeline.config import RunConfig, load_config
 from pipeline.config.load import find_config, override_of, to_yaml
-from pipeline.fleet.open import LEARNER, placement_plan, pool_names
+from pipeline.fleet.open import LEARNER, placement_plan, pool_sections
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "cluster" / "manifests" / "examples"
 EXAMPLE_RUNS: tuple[tuple[str, tuple[Kind, ...]], ...] = (
@@ -104,7 +104,7 @@ def _labels(run: RunConfig) -> list[str]:
 
 def _groups(run: RunConfig) -> list[Group]:
     most = {}
-    for name in pool_names(run):
+    for name in pool_sections(run):
         pool = getattr(run.pools, name)
         most[name] = pool.autoscale.max if pool.autoscale.enabled else pool.workers
     return [

@@ -15,8 +15,9 @@ from actors.learner.objectives.settings import (
     ObjectiveSection,
     TokenGrpoSection,
 )
+from actors.learner.settings import OptimSection
+from actors.policy.settings import LoraSection
 from actors.settings import FREE, Fraction, Positive, Section, cite
-from pipeline.config.training import LoraSection, OptimSection
 
 
 class RolloutSection(Section):

@@ -6,55 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from actors.settings import Pair, Positive, Section, cite
+from actors.learner.settings import OptimSection
+from actors.policy.settings import LoraSection
+from actors.settings import Positive, Section, cite
 from pipeline.support.location import LocalPath, Location
-
-
-class LoraSection(Section):
-    """Low-rank adapter of the trained model; ``rank: 0`` trains all weights. Paper: r=8, alpha=32."""
-
-    rank: int = Field(
-        8,
-        ge=0,
-        description="LoRA rank; 0 trains the full weights, and the run exports a whole model (vlm_model, vdm_model) instead of "
-        "an adapter (vlm_adapter, vdm_adapter).",
-        json_schema_extra=cite("LoRA", "VANS"),
-    )
-    alpha: float = Field(
-        32.0, gt=0, description="LoRA alpha; the scaling is alpha/rank.", json_schema_extra=cite("LoRA", "VANS")
-    )
-    targets: list[str] | None = Field(None, description="Module name suffixes; default: attention and MLP projections.")
-
-
-class OptimSection(Section):
-    """AdamW and what surrounds it."""
-
-    lr: float = Field(5e-5, gt=0, description="Peak learning rate. Paper: 5e-5.", json_schema_extra=cite("VANS"))
-    betas: Pair = Field((0.9, 0.999), description="AdamW betas.", json_schema_extra=cite("AdamW"))
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.", json_schema_extra=cite("AdamW"))
-    warmup_steps: int = Field(
-        0,
-        ge=0,
-        description="Optimizer steps over which the rate climbs linearly to lr; 0 starts there.",
-        json_schema_extra=cite("warm-up"),
-    )
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant",
-        description="Rate after warm-up: lr throughout, or a cosine or linear descent to 0 at the stage's last planned step.",
-        json_schema_extra=cite("cosine"),
-    )
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping by global norm.")
-    max_skipped_steps: int = Field(
-        5, ge=0, description="Non-finite gradients skip a step; more than this stop the run."
-    )
-    ema: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Decay per optimizer step of a moving average of the trained weights; it is what is exported and "
-        "evaluated, while rollouts use the weights themselves. 0 keeps none.",
-        json_schema_extra=cite("Flow-GRPO", "DiffusionNFT"),
-    )
 
 
 class SftOptimSection(OptimSection):

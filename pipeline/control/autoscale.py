@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.pool import PoolStats
+from actors.pool.settings import AutoscaleSection
+from actors.pool.spec import PoolStats
 from actors.pool.state import ALIVE, COMING
-from pipeline.config.machinery import AutoscaleSection
 
 CALM = 0.5
 """A pool shrinks only where the predicted wait is below this share of ``target_wait_s``."""

@@ -5,7 +5,7 @@ Ray puts ``ray_`` before each name. The same figures go to MLflow once a step (`
 
 from __future__ import annotations
 
-from actors.pool import PoolStats, Timings
+from actors.pool.spec import PoolStats, Timings
 from actors.pool.state import WorkerState
 
 PREFIX = "vans_pool"

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from actors.control import open_board
-from actors.pool import PoolStats, WorkerPool
+from actors.pool.pool import WorkerPool
 from actors.pool.remote import WorkerGone, WorkerRaised, WorkerUnreachable, ask
+from actors.pool.settings import AutoscaleSection
+from actors.pool.spec import PoolStats
 from cluster.errors import WorkerTimeoutError
 from cluster.resources import amounts, view
 from pipeline.config import RunConfig
-from pipeline.config.machinery import AutoscaleSection, ControlSection
+from pipeline.config.machinery import ControlSection
 from pipeline.control.autoscale import Autoscaler, PoolPoint
 from pipeline.control.exporter import Exporter
 from pipeline.control.record import RunRecord, new_record, utc_now

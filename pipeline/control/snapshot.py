@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from actors.pool import PoolStats
+from actors.pool.spec import PoolStats
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from actors.pool import SampleFailed
+from actors.pool.errors import SampleFailed
 from actors.records import Completion, CompletionRequest, Sample, derive_seed
 from pipeline.config import RunConfig
 from pipeline.evaluate.predictions import Prediction

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from actors.policy.cache import content_key
-from actors.pool import SampleFailed
+from actors.pool.errors import SampleFailed
 from actors.records import Sample, ScoreRequest, Scores
 from actors.scoring.scorer import VIDEO_FEATURES
 from actors.scoring.video import VideoExtractor

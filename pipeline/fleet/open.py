@@ -6,7 +6,6 @@ Turns the configuration into worker actors; the pools themselves know nothing of
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -16,26 +15,36 @@ from typing import Any
 
 import ray
 
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.settings import PoolSection
 from actors.scoring.worker import RewardWorker
 from actors.vdm.embed_worker import EmbedWorker
 from actors.vdm.wan.files import COMPONENTS
 from actors.vdm.worker import VdmWorker
 from actors.vlm.worker import VlmWorker
-from actors.weights import read_weights, send
+from actors.weights.files import read_weights
+from actors.weights.transport import send
 from cluster.resources import Ask, Placement, PlacementPlan, place
 from cluster.session import Session, connect
 from pipeline.config import RunConfig
-from pipeline.config.machinery import PoolSection
 from pipeline.fleet.conditions import Conditions
 from pipeline.fleet.models import resolve_adapter, resolve_model
 
 LEARNER = "learner"
 
 
-def pool_names(config: RunConfig) -> tuple[str, ...]:
-    """Return the pools of a run in the order of a step; ``embed`` is one of them where it has workers."""
-    return tuple(_sections(config))
+def pool_sections(config: RunConfig) -> dict[str, PoolSection]:
+    """Return the pools of a run in the order of a step; ``embed`` is one of them where it has workers.
+
+    In a deterministic run a request shares its call with no other.
+    """
+    pools = config.pools
+    embed = {"embed": pools.embed} if pools.embed.workers else {}
+    alone = (
+        {"max_batch": 1} if config.deterministic else {}
+    )  # vLLM makes its batches itself, and is told so at its start
+    others = {**embed, "vdm": pools.vdm, "reward": pools.reward}
+    return {"vlm": pools.vlm} | {name: pool.model_copy(update=alone) for name, pool in others.items()}
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def placement_plan(config: RunConfig, only: Sequence[str] = ()) -> PlacementPlan
     learner = config.learner
     asks = [
         Ask(name, pool.workers, pool.cpus, pool.gpus, pool.resources, pool.placement, pool.labels)
-        for name, pool in _sections(config).items()
+        for name, pool in pool_sections(config).items()
         if not only or name in only
     ]
     if not only:
@@ -101,21 +110,20 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
 
     ``only`` starts the named pools alone; the others exist and refuse requests.
     """
-    started = tuple(only or pool_names(config))
+    sections = pool_sections(config)
+    started = tuple(only or sections)
     makers = _makers(config, started)
     plan = placement_plan(config, only)
     placement = await asyncio.to_thread(place, plan, config.cluster.placement_timeout_s)
     pools = {
-        name: WorkerPool(
-            name, makers[name](placement), pool_spec(config, name), reconsider=partial(placement.reconsider, name)
-        )
-        for name in pool_names(config)
+        name: WorkerPool(name, makers[name](placement), sections[name], reconsider=partial(placement.reconsider, name))
+        for name in sections
     }
     try:
         await _start_all([pools[name] for name in started])
         embed = pools.get("embed")
         conditions = Conditions(embed.submit, config.pools.embed.cache_mib * 2**20) if embed is not None else None
-        resting = tuple(name for name, section in _sections(config).items() if section.rest)
+        resting = tuple(name for name, section in sections.items() if section.rest)
         yield Fleet(pools["vlm"], pools["vdm"], pools["reward"], placement, embed, conditions, resting)
     finally:
         await asyncio.gather(*(pool.close() for pool in pools.values()))
@@ -149,30 +157,6 @@ async def _start_all(pools: list[WorkerPool]) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-
-
-def _sections(config: RunConfig) -> dict[str, PoolSection]:
-    pools = config.pools
-    embed = {"embed": pools.embed} if pools.embed.workers else {}
-    return {"vlm": pools.vlm, **embed, "vdm": pools.vdm, "reward": pools.reward}
-
-
-def pool_spec(config: RunConfig, name: str) -> PoolSpec:
-    """Return the limits of pool ``name``; in a deterministic run a request shares its call with no other."""
-    names = (
-        "workers",
-        "max_batch",
-        "max_inflight",
-        "max_wait_s",
-        "start_timeout_s",
-        "request_timeout_s",
-        "max_retries",
-        "max_restarts",
-    )
-    section = _sections(config)[name]
-    spec = PoolSpec(**{key: getattr(section, key) for key in names}, receivers=getattr(section, "tensor_parallel", 1))
-    # vLLM makes its batches itself, and is told so at its start.
-    return dataclasses.replace(spec, max_batch=1) if config.deterministic and name != "vlm" else spec
 
 
 def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Placement], Callable[[str], Any]]]:

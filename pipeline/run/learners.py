@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.learner.spec import LearnerSpec, OptimSpec
-from actors.policy.protocol import LoraSpec
+from actors.learner.spec import LearnerSpec
 from actors.records import derive_seed
-from actors.weights import BroadcastSpec
+from actors.weights.broadcast import BroadcastSpec
 from pipeline.config import RunConfig
 from pipeline.config.stages import Stage1Section, Stage2Section
 from pipeline.fleet.models import resolve_adapter, resolve_model
@@ -36,7 +35,6 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
     """Return the learner group that ``stage`` trains ``policy`` with, as the policy's own stage says."""
     learner, models = config.learner, config.models
     section = section_of(config, policy)
-    lora = section.lora
     longest = section.text.max_tokens if isinstance(section, Stage1Section) else section.sde.window_size
     seed = derive_seed(config.seed, stage.name, policy, "learner")
     options: dict[str, Any] = {
@@ -51,9 +49,7 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
         kind=policy,
         model_path=model,
         adapter_path=resolve_adapter(getattr(models, f"{policy}_adapter"), policy, model),  # type: ignore[arg-type]
-        lora=LoraSpec(lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, seed=seed % 2**31)
-        if lora.rank
-        else None,
+        lora=section.lora if section.lora.rank else None,
         ranks=learner.ranks,
         cpus=learner.cpus,
         gpus=learner.gpus,
@@ -69,7 +65,7 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
         objective=section.objective,
         learning=section.learning,
         longest=longest,
-        optim=OptimSpec(**section.optim.model_dump()),
+        optim=section.optim,
         policy_kwargs=options,
         seed=seed % 2**31,
         start_timeout_s=learner.start_timeout_s,

@@ -26,10 +26,11 @@ from torch.distributed.tensor import DTensor
 from actors.learner.average import Average
 from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_facts, save_tensors
 from actors.learner.rank import POLICIES
+from actors.learner.settings import OptimSection
 from actors.learner.sharding import gather_state, shard
-from actors.learner.spec import OptimSpec, learning_rate
+from actors.learner.spec import learning_rate
 from actors.learner.supervised import accumulate
-from actors.policy.protocol import LoraSpec, set_compute_dtype, torch_dtype, trainable_parameters
+from actors.policy.protocol import set_compute_dtype, torch_dtype, trainable_parameters
 from actors.records import derive_seed
 from cluster.errors import TrainingError
 from pipeline.lock import require_token
@@ -45,9 +46,6 @@ def load_policy(kind: str, model: str, settings: SftSettings, samples: int, devi
     are other arguments of its load.
     """
     target, _, name = POLICIES[kind].partition(":")
-    lora = None
-    if settings.lora_rank:
-        lora = LoraSpec(settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     options: dict[str, Any] = {"cache_bytes": settings.cache_mib * 2**20, "reference_frames": settings.reference_frames}
     if kind == "vlm":
         fits = samples * settings.shape.row_bytes <= settings.cache_mib * 2**20
@@ -55,7 +53,8 @@ def load_policy(kind: str, model: str, settings: SftSettings, samples: int, devi
     return getattr(importlib.import_module(target), name).load(
         model,
         dtype="float32",
-        lora=lora,
+        lora=settings.lora if settings.lora.rank else None,
+        seed=settings.seed,
         adapter=settings.adapter,
         device=str(device),
         **(options | settings.policy_kwargs | more),
@@ -97,7 +96,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
         )
-        self.optim = OptimSpec(lr=settings.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)
+        self.optim = OptimSection(lr=settings.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)
         self.average = Average(self.parameters, settings.ema) if settings.ema > 0 else None
         self.step = self.skipped = 0
         self.began: float | None = None  # when the steps since the last checkpoint began, on this rank's clock
@@ -189,7 +188,7 @@ class Loop:
     def export(self) -> None:
         """Write the (averaged) weights as an ordinary folder, on rank 0."""
         gather = gather_state if self.average is None else self.average.gather
-        states = {n: gather(net, trainable_only=self.settings.lora_rank > 0) for n, net in self.nets.items()}
+        states = {n: gather(net, trainable_only=self.settings.lora.rank > 0) for n, net in self.nets.items()}
         if self.rank == 0:
             policy = self.policy
             if "text_encoder" in states:  # a whole encoder to save, beside the sharded one

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.policy.settings import LoraSection
 from cluster.errors import ConfigError
 from cluster.layout import Strategy
 from pipeline.config.schema import RunConfig
-from pipeline.config.training import SftModelSection, SftVdmSection
+from pipeline.config.training import SftLoraSection, SftModelSection, SftVdmSection
 from pipeline.data.decoder import VideoShape
 from pipeline.data.sources import video_limits, video_shape
 from pipeline.data.video import VideoLimits
@@ -37,9 +38,7 @@ class SftSettings:
     max_grad_norm: float = 1.0
     max_skipped_steps: int = 5
     ema: float = 0.0  # decay of the weights' moving average that is exported; 0 exports the weights themselves
-    lora_rank: int = 0  # 0 trains all weights
-    lora_alpha: float = 32.0
-    lora_targets: tuple[str, ...] | None = None
+    lora: LoraSection = field(default_factory=SftLoraSection)
     adapter: str | None = None  # PEFT folder to start from
     train_text_encoder: bool = False  # VDM only: train its text encoder jointly
     ranks: int = 1
@@ -73,10 +72,10 @@ class SftSettings:
             raise ConfigError(f"sft: max_wall_s needs schedule=constant, since nobody knows where {self.schedule} ends")
         if self.ranks < 1 or self.batch < self.ranks or self.batch % self.ranks:
             raise ConfigError(f"sft: batch={self.batch} must be a multiple of ranks={self.ranks}")
-        if self.adapter is not None and self.lora_rank == 0:
-            raise ConfigError("sft: an adapter to start from needs lora_rank > 0, equal to the adapter's")
-        if self.train_text_encoder and self.lora_rank:
-            raise ConfigError("sft: train_text_encoder trains full weights; it cannot go with lora_rank > 0")
+        if self.adapter is not None and self.lora.rank == 0:
+            raise ConfigError("sft: an adapter to start from needs lora.rank > 0, equal to the adapter's")
+        if self.train_text_encoder and self.lora.rank:
+            raise ConfigError("sft: train_text_encoder trains full weights; it cannot go with lora.rank > 0")
         if not 0.0 <= self.ema < 1.0:
             raise ConfigError(f"sft: ema={self.ema} must be in [0, 1)")
         if self.log_every < 1:
@@ -99,7 +98,7 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
     section: SftModelSection = getattr(config.sft, kind)
     if section.steps is None and section.epochs is None and section.max_wall_s is None:
         raise ConfigError(f"sft.{kind}: give one of steps, epochs and max_wall_s, e.g. sft.{kind}.epochs=1")
-    learner, data, lora = config.learner, config.data, section.lora
+    learner, data = config.learner, config.data
     return SftSettings(
         steps=section.steps,
         epochs=section.epochs,
@@ -107,9 +106,7 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         batch=section.batch,
         micro_batch=section.micro_batch,
         **section.optim.model_dump(),
-        lora_rank=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_targets=tuple(lora.targets) if lora.targets else None,
+        lora=section.lora,
         adapter=getattr(config.models, f"{kind}_adapter"),
         train_text_encoder=isinstance(section, SftVdmSection) and section.train_text_encoder,
         ranks=learner.ranks,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from actors.pool import WorkerPool
+from actors.pool.pool import WorkerPool
 from pipeline.fleet.open import Fleet
 
 RATIOS = {"captions": "caption_hit_ratio", "references": "reference_hit_ratio", "videos": "video_hit_ratio"}

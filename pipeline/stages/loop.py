@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from actors.learner.group import LearnerGroup
-from actors.pool import WorkerPool
+from actors.pool.pool import WorkerPool
 from actors.records import Experience
 from cluster.errors import TrainingError
 from pipeline.config.stages import StageSection

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from actors.pool import SampleFailed
+from actors.pool.errors import SampleFailed
 from actors.records import (
     Clip,
     Completion,

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from actors.policy.cache import content_key
-from actors.pool import SampleFailed
+from actors.pool.errors import SampleFailed
 from actors.records import Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
 from actors.vdm.conditioning import select_reference_frames
 from actors.vdm.flow_sde import WindowSchedule, removable_steps

@@ -16,9 +16,12 @@ import pytest
 import ray
 import torch
 
-from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.objectives.settings import GrpoSection
-from actors.pool import PoolSpec, WorkerPool
+from actors.learner.settings import OptimSection
+from actors.policy.settings import LoraSection
+from actors.pool.pool import WorkerPool
+from actors.pool.settings import PoolSection
 from actors.records import Clip, RenderRequest, ScoreRequest, SdeSpec, VdmExperience
 from actors.scoring.clip import ClipScorer
 from actors.scoring.scorer import Scorer
@@ -31,7 +34,7 @@ TINY = Path(__file__).resolve().parents[2] / "pipeline" / "assets" / "tiny"
 CAPTIONS = ("the red circle moves up", "the blue square moves down")
 GROUP = 4
 COMPONENTS = ("clip_v", "clip_score")
-LORA = LoraSpec(rank=8, alpha=16.0)
+LORA = LoraSection(rank=8, alpha=16.0)
 SPEC = LearnerSpec(
     kind="vdm",
     model_path=str(TINY / "vdm"),
@@ -39,7 +42,7 @@ SPEC = LearnerSpec(
     gpus=0.3,
     micro_batch=GROUP,
     learning=GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, loss_norm="sequence"),
-    optim=OptimSpec(lr=1e-2),
+    optim=OptimSection(lr=1e-2),
     policy_kwargs={"components": ("transformer",)},
     offload="all",
 )
@@ -83,9 +86,9 @@ def worker(kind: Any, share: float, *args: Any, **kwargs: Any) -> Any:
 
 
 async def everything(tmp_path: Path) -> None:
-    artist = WorkerPool("vdm", worker(VdmWorker, 0.3, str(TINY / "vdm")), PoolSpec(workers=1, max_batch=GROUP))
+    artist = WorkerPool("vdm", worker(VdmWorker, 0.3, str(TINY / "vdm")), PoolSection(workers=1, max_batch=GROUP))
     scorer = WorkerPool(
-        "reward", worker(RewardWorker, 0.2, str(TINY / "clip"), COMPONENTS), PoolSpec(workers=1, max_batch=8)
+        "reward", worker(RewardWorker, 0.2, str(TINY / "clip"), COMPONENTS), PoolSection(workers=1, max_batch=8)
     )
     learner = LearnerGroup(SPEC)
     async with artist, scorer:

@@ -36,7 +36,8 @@ from actors.learner.objectives.settings import GrpoSection  # noqa: E402
 from actors.learner.sharding import checkpoint_units, unit_names  # noqa: E402
 from actors.learner.spec import LearnerSpec  # noqa: E402
 from actors.learner.trainer import Trainer  # noqa: E402
-from actors.policy.protocol import LoraSpec, trainable_parameters  # noqa: E402
+from actors.policy.protocol import trainable_parameters  # noqa: E402
+from actors.policy.settings import LoraSection  # noqa: E402
 from actors.records import RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience  # noqa: E402
 from actors.vdm.policy import VdmPolicy  # noqa: E402
 from actors.vdm.wan.files import Parts  # noqa: E402
@@ -213,7 +214,7 @@ def artist(size: Size, meter: Meter) -> VdmPolicy:
     )
     policy = VdmPolicy(parts, dtype=size.dtype, device=device, decode_batch=1)
     policy.embedder = captions
-    policy.inject(LoraSpec(rank=8, alpha=32.0))
+    policy.inject(LoraSection(rank=8, alpha=32.0))
     return policy
 
 
@@ -390,7 +391,7 @@ def thinker(size: Size, meter: Meter) -> tuple[Architecture, VlmPolicy]:
         chat_template=(TINY / "vlm" / "chat_template.jinja").read_text(encoding="utf-8"),
     )
     module = model.random("model", size.dtype, str(meter.device))
-    vlm_adapter.inject(module, LoraSpec(rank=8, alpha=32.0), None)
+    vlm_adapter.inject(module, LoraSection(rank=8, alpha=32.0), None)
     return model, VlmPolicy(module, processor, device=str(meter.device))
 
 
@@ -492,7 +493,7 @@ def learner(meter: Meter) -> dict[str, float]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    lora, frames = LoraSpec(rank=8, alpha=16.0), frames_of((2, 32, 32), 2)
+    lora, frames = LoraSection(rank=8, alpha=16.0), frames_of((2, 32, 32), 2)
     sampler = VdmPolicy.load(TINY / "vdm", lora=lora, device=str(meter.device))
     sde = SdeSpec("flow", 0.7, window_start=0, window_size=2)
     requests = [RenderRequest("s", i, CAPTION, frames, 9, 6, 1.0, 1, i, sde) for i in range(8)]

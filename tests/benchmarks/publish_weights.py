@@ -10,8 +10,10 @@ import ray
 import torch
 
 from actors.failures import Ok
-from actors.pool import PoolSpec, WorkerInfo, WorkerPool, worker_info
-from actors.weights import fetch, pack, send
+from actors.pool.pool import WorkerPool
+from actors.pool.protocol import WorkerInfo, worker_info
+from actors.pool.settings import PoolSection
+from actors.weights.transport import fetch, pack, send
 from tests.benchmarks.bench import Check, Result, Size, interleave_async, medians, start_ray
 
 WORKERS = 4
@@ -56,7 +58,7 @@ async def publish(size: Size) -> tuple[list[tuple[float, ...]], float]:
     tensors = parameters(values)
     places = [parameters(values) for _ in range(WORKERS)]
     actor = ray.remote(Holder)
-    spec = PoolSpec(workers=WORKERS, max_batch=1)
+    spec = PoolSection(workers=WORKERS, max_batch=1)
     version = 0
     async with WorkerPool("holder", lambda name: actor.options(num_cpus=0.5).remote(name, values), spec) as pool:
 

@@ -12,7 +12,8 @@ import ray
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.settings import PoolSection
 from actors.records import ScoreRequest
 from actors.scoring.clip import ClipScorer
 from actors.scoring.worker import RewardWorker
@@ -62,7 +63,7 @@ async def clips_per_s(size: Size, *, diagnostics: bool) -> list[tuple[float, ...
     torch.set_num_threads(1)
     clip = ClipScorer(path)
     actor = ray.remote(RewardWorker)
-    spec = PoolSpec(workers=1, max_batch=64, max_inflight=2)
+    spec = PoolSection(workers=1, max_batch=64, max_inflight=2)
     turn = 0
 
     async with WorkerPool(

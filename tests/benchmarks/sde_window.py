@@ -23,7 +23,7 @@ from actors.scoring.scorer import Scorer
 from actors.vdm.conditioning import select_reference_frames
 from actors.vdm.flow_sde import WindowSchedule
 from actors.vdm.policy import VdmPolicy
-from actors.weights import as_tensors
+from actors.weights.transport import as_tensors
 from pipeline.config import RunConfig, load_config
 from pipeline.data.toy.world import make_sample
 from pipeline.fleet.models import resolve_model

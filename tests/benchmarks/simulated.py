@@ -20,14 +20,16 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from actors.failures import Ok
-from actors.pool import PoolSpec, WorkerInfo, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.protocol import WorkerInfo
 from actors.records import Clip, Completion, Sample, Scores
 from cluster.resources import Placement
 from pipeline.config import RunConfig, load_config
 from pipeline.data.source import Cursor
-from pipeline.fleet.open import Fleet, pool_spec
+from pipeline.fleet.open import Fleet, pool_sections
 from pipeline.stages.feed import FeedCursor
 from pipeline.stages.stage1 import Stage1
+from tests.actors.pool.limits import limits as limits_of
 
 T = TypeVar("T")
 RECORDED = Path(__file__).with_name("service_times.json")
@@ -198,7 +200,7 @@ class Cluster:
     def lower_bound_s(self) -> float:
         """The seconds below which no schedule gets: the busiest pool's work, divided by what it can do at once."""
         return max(
-            transport.work_s / (pool.spec.workers * pool.spec.max_inflight)
+            transport.work_s / (pool.settings.workers * pool.settings.max_inflight)
             for transport, pool in zip(self.transports.values(), self.fleet.pools(), strict=True)
         )
 
@@ -214,7 +216,7 @@ def cluster(
 ) -> Cluster:
     """Return a fleet of ``workers`` (VLM, VDM, reward) sleepers of the toy run's limits; ``stage`` goes into its stage 1.
 
-    ``limits`` by pool replace the toy run's ``PoolSpec`` fields.
+    ``limits`` by pool replace the toy run's limits.
     """
     overrides = [f"stage1.rollout.group_size={group_size}"]
     overrides += [f"stage1.{key}={value}" for key, value in stage.items()]
@@ -222,11 +224,11 @@ def cluster(
     transports = {pool: Sleepers(pool, service, load_s if pool == "vlm" else 0.0) for pool in POOLS}
     pools = []
     for name, count in zip(POOLS, workers, strict=True):
-        base = pool_spec(config, name)
+        base = pool_sections(config)[name]
         known = {key: getattr(base, key) for key in ("max_batch", "max_inflight", "max_wait_s")}
         more = (limits or {}).get(name, {})
-        spec = PoolSpec(**(known | {"workers": count, "request_timeout_s": 1e6, "probe_every_s": 1e6} | more))
-        pools.append(WorkerPool(name, lambda worker: worker, spec, transport=transports[name]))
+        of_pool = limits_of(**(known | {"workers": count, "request_timeout_s": 1e6, "probe_every_s": 1e6} | more))
+        pools.append(WorkerPool(name, lambda worker: worker, *of_pool, transport=transports[name]))
     return Cluster(config, transports, Fleet(*pools, placement=cast(Placement, None)))
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from actors.policy.protocol import LoraSpec
 from actors.records import VlmExperience
 from actors.vlm.policy import VlmPolicy
 from actors.vlm.prompt import SYSTEM_TEXT
@@ -135,7 +134,7 @@ def theirs(folder: Path, turn: int, prompts: int, steps: int) -> list[float]:
 def one_pass(groups: int) -> tuple[Callable[[], float], Callable[[], float]]:
     """Return what takes the seconds of a learner's forward and backward over ``groups`` groups: prompts shared, and separate."""
     section, path = load_config("toy").stage1, resolve_model("tiny", "vlm")
-    lora = LoraSpec(section.lora.rank, section.lora.alpha)
+    lora = section.lora
 
     def side(shared: bool) -> Callable[[], float]:
         policy = VlmPolicy.load(path, lora=lora, shared_prompts=shared)

@@ -14,7 +14,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from scipy.stats import spearmanr
 
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.settings import PoolSection
 from actors.records import Clip, CompletionRequest, RenderRequest, Sample, derive_seed
 from actors.scoring.clip import ClipScorer
 from actors.vdm.conditioning import encode_references, geometry_of, select_reference_frames, token_timesteps
@@ -142,7 +143,7 @@ async def measure_pool(size: Size) -> Result:
     groups = stage1_requests(samples, captions, config.video.reference_frames, STEPS)
     every = [r for group in groups for r in group]
     pipe, actor = stock(), ray.remote(VdmWorker)
-    spec = PoolSpec(workers=1, max_batch=32)
+    spec = PoolSection(workers=1, max_batch=32)
     turn, epoch = 0, 0
 
     def make(name: str) -> Any:

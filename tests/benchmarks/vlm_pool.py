@@ -10,7 +10,8 @@ from typing import Any
 import ray
 import torch
 
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.settings import PoolSection
 from actors.records import CompletionRequest
 from actors.vlm.engine_args import EngineSpec, engine_args, prepare_environment
 from actors.vlm.inputs import video_prompt
@@ -39,7 +40,7 @@ async def against(size: Size, *theirs: Any) -> list[tuple[float, ...]]:
     count, repeats = (32, 7) if size == "full" else (2, 1)
     path = str(resolve_model("tiny", "vlm"))
     actor = ray.remote(VlmWorker)
-    spec = PoolSpec(workers=1, max_batch=1, max_inflight=64, start_timeout_s=300)
+    spec = PoolSection(workers=1, max_batch=1, max_inflight=64, start_timeout_s=300)
     turn = 0
     async with WorkerPool(
         "vlm", lambda name: actor.options(num_cpus=1, max_concurrency=256).remote(name, path, kv_cache_mib=256), spec

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.learner.group import LearnerGroup
-from actors.pool import WorkerPool
+from actors.pool.pool import WorkerPool
 from pipeline.checkpoint import TrainState, store
 from pipeline.stages import loop
 from pipeline.stages.stage2 import Stage2

@@ -13,7 +13,9 @@ import psutil
 import ray
 
 from actors.failures import Ok
-from actors.pool import PoolSpec, WorkerInfo, WorkerPool, worker_info
+from actors.pool.pool import WorkerPool
+from actors.pool.protocol import WorkerInfo, worker_info
+from tests.actors.pool.limits import limits
 
 MIB = 1 << 20
 
@@ -41,12 +43,12 @@ def make_pool(
     name: str, cls: type, *args: Any, spec: dict[str, Any], actor: dict[str, Any], **options: Any
 ) -> WorkerPool:
     remote = ray.remote(cls)
-    limits = {"workers": 2, "start_timeout_s": 300.0, "request_timeout_s": 120.0, "probe_every_s": 1.0} | spec
+    values = {"workers": 2, "start_timeout_s": 300.0, "request_timeout_s": 120.0, "probe_every_s": 1.0} | spec
 
     def make(worker: str) -> Any:
         return remote.options(max_restarts=0, **actor).remote(worker, *args, **options)
 
-    return WorkerPool(name, make, PoolSpec(**limits))
+    return WorkerPool(name, make, *limits(**values))
 
 
 class Squarer:

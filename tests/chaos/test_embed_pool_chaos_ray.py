@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.pool import SampleFailed
+from actors.pool.errors import SampleFailed
 from actors.records import RenderRequest
 from actors.vdm.embed_worker import EmbedWorker
 from actors.vdm.policy import VdmPolicy

@@ -17,14 +17,16 @@ import psutil
 import pytest
 
 from actors.policy.lora import adapter_config
-from actors.policy.protocol import LoraSpec
-from actors.pool import SampleFailed, WorkerInfo, WorkerPool
+from actors.policy.settings import LoraSection
+from actors.pool.errors import SampleFailed
+from actors.pool.pool import WorkerPool
+from actors.pool.protocol import WorkerInfo
 from actors.records import CompletionRequest, RenderRequest, ScoreRequest, derive_seed
 from actors.scoring.worker import RewardWorker
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
 from actors.vlm.worker import VlmWorker
-from actors.weights import pack, send
+from actors.weights.transport import pack, send
 from pipeline.data.toy import make_sample
 from pipeline.fleet.models import resolve_model
 from tests.chaos.pool_harness import Squarer, Traffic, gone, make_pool, run, until, whole
@@ -147,7 +149,7 @@ def test_real_vlm_workers_killed_at_work_and_at_rest() -> None:
 def test_real_vdm_worker_killed_while_weights_are_loaded() -> None:
     async def story() -> None:
         path = resolve_model("tiny", "vdm")
-        policy = VdmPolicy.load(path, lora=LoraSpec(4, 8.0))
+        policy = VdmPolicy.load(path, lora=LoraSection(rank=4, alpha=8.0))
         tensors = {name: tensor + 0.05 for name, tensor in policy.adapter_state().items()}
         payload = send(pack(5, "lora", tensors, adapter_config(policy.module)))
         policy.load_adapter_state(tensors)

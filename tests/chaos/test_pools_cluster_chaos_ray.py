@@ -14,7 +14,8 @@ import pytest
 import ray
 
 from actors.failures import Ok
-from actors.pool import PoolSpec, WorkerPool
+from actors.pool.pool import WorkerPool
+from actors.pool.settings import PoolSection
 from cluster.resources import Ask, PlacementPlan, place
 from tests.chaos.pool_harness import MIB, Squarer, Traffic, gone, make_pool, run, until, whole
 
@@ -38,7 +39,7 @@ def test_a_lost_node_leaves_the_pool_smaller_until_it_comes_back() -> None:
             pool = WorkerPool(
                 "sq",
                 lambda name: actor.options(**room.options("sq", name), max_restarts=0).remote(name),
-                PoolSpec(workers=4, max_batch=2, start_timeout_s=60.0, request_timeout_s=20.0, max_retries=8),
+                PoolSection(workers=4, max_batch=2, start_timeout_s=60.0, request_timeout_s=20.0, max_retries=8),
                 reconsider=partial(room.reconsider, "sq"),
             )
             async with pool:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from actors.architectures import Architecture, architecture, cost
 from actors.policy.lora import inject_lora
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.vdm.conditioning import geometry_of
 from actors.vdm.lora import DEFAULT_TARGETS
 from pipeline.fleet.models import ASSETS
@@ -67,7 +67,7 @@ def test_an_update_of_the_wan_transformer(clip: tuple[int, int, int, int], lora:
     model = vdm(WAN)
     module: Any = model.meta("transformer")
     if lora:
-        inject_lora(module, LoraSpec(8, 32.0), DEFAULT_TARGETS)
+        inject_lora(module, LoraSection(rank=8, alpha=32.0), DEFAULT_TARGETS)
     channels, frames, rows, columns = cost.latent_shape(model, *clip[:3])
     tokens = cost.vdm_tokens(model, *clip)
     latents = meta(1, channels, frames + clip[3], rows, columns)

@@ -15,7 +15,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLay
 
 from actors.architectures import memory
 from actors.policy.lora import inject_lora
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.vdm.lora import DEFAULT_TARGETS as WAN_TARGETS
 from actors.vlm.adapter import DEFAULT_TARGETS as QWEN_TARGETS
 
@@ -44,7 +44,7 @@ def kept(module: nn.Module, forward: Callable[[], Any]) -> int:
 def test_wan_block(dtype: torch.dtype, lora: bool) -> None:
     block: Any = WanTransformerBlock(WIDTH, 6 * WIDTH, WIDTH // HEAD, cross_attn_norm=True).to(dtype)
     if lora:
-        inject_lora(block, LoraSpec(8, 32.0), WAN_TARGETS)
+        inject_lora(block, LoraSection(rank=8, alpha=32.0), WAN_TARGETS)
     hidden = torch.randn(1, TOKENS, WIDTH, dtype=dtype).requires_grad_()
     text, times = torch.randn(1, TEXT, WIDTH, dtype=dtype), torch.randn(1, TOKENS, 6, WIDTH, dtype=dtype)
     rotary = (torch.randn(1, TOKENS, 1, HEAD),) * 2
@@ -70,7 +70,7 @@ def test_decoder_layer(config: Any, layer: Any, lora: bool) -> None:
     settings._attn_implementation = "sdpa"
     block = layer(settings, 0).to(torch.bfloat16)
     if lora:
-        inject_lora(block, LoraSpec(8, 32.0), QWEN_TARGETS)
+        inject_lora(block, LoraSection(rank=8, alpha=32.0), QWEN_TARGETS)
     hidden = torch.randn(1, TOKENS, WIDTH, dtype=torch.bfloat16).requires_grad_()
     rotary = (torch.randn(1, TOKENS, HEAD, dtype=torch.bfloat16),) * 2
     planned = memory._language_block_bytes(shape, TOKENS, 2, lora)

@@ -17,13 +17,14 @@ from actors.learner.adapters import fit, linear_layers
 from actors.learner.peft_folder import read_folder
 from actors.learner.sharding import shard, unit_names
 from actors.policy.lora import adapter_config, inject_lora, peft_names
-from actors.policy.protocol import LoraSpec, trainable_parameters
+from actors.policy.protocol import trainable_parameters
+from actors.policy.settings import LoraSection
 from actors.vdm import lora as vdm_lora
 from actors.vdm.policy import transformer_units
 from actors.vlm import adapter as vlm_adapter
 from actors.vlm.policy import model_units
 
-SPEC = LoraSpec(rank=8, alpha=32.0)
+SPEC = LoraSection(rank=8, alpha=32.0)
 WAN = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 30, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 40}
 QWEN = {"Qwen/Qwen2.5-VL-3B-Instruct": (36, 32), "Qwen/Qwen3-VL-4B-Instruct": (36, 24)}
 WAN_LAYERS = [f"{a}.{p}" for a in ("attn1", "attn2") for p in ("to_q", "to_k", "to_v", "to_out.0")]

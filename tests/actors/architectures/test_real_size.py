@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from actors.architectures import architecture, cost
 from actors.learner.objectives.grpo import grpo_loss, normaliser
 from actors.learner.sharding import checkpoint_units, unit_names
-from actors.policy.protocol import LoraSpec, trainable_parameters
+from actors.policy.protocol import trainable_parameters
+from actors.policy.settings import LoraSection
 from actors.records import SdeSpec, Trajectory, VdmExperience
 from actors.vdm import flow_sde, trajectories
 from actors.vdm.policy import VdmPolicy
@@ -54,7 +55,7 @@ def test_a_lora_step_of_wan_1_3b_fits_and_costs_what_the_plan_says() -> None:
         tokenizer=None,
     )
     policy = VdmPolicy(parts, dtype=torch.bfloat16)
-    policy.inject(LoraSpec(rank=8, alpha=32.0))
+    policy.inject(LoraSection(rank=8, alpha=32.0))
     checkpoint_units(policy.module, unit_names(policy.module, policy.fsdp_units))
     trained = trainable_parameters(policy.module)
     with torch.no_grad():

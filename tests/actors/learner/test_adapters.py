@@ -15,11 +15,11 @@ from torch import Tensor
 from actors.learner.adapters import Role, fit, model_layers
 from actors.learner.peft_folder import write_folder
 from actors.policy.lora import adapter_config
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
 from actors.vlm.policy import VlmPolicy, load_model
-from actors.weights import Delivery
+from actors.weights.transport import Delivery
 from cluster.errors import CheckpointError
 from pipeline.fleet.models import resolve_adapter
 
@@ -42,7 +42,9 @@ class Trained:
 
 
 def trained(role: Role, model: Path, targets: tuple[str, ...] | None = None) -> Trained:
-    policy: Any = {"vlm": VlmPolicy, "vdm": VdmPolicy}[role].load(model, lora=LoraSpec(4, 8.0, targets))
+    policy: Any = {"vlm": VlmPolicy, "vdm": VdmPolicy}[role].load(
+        model, lora=LoraSection(rank=4, alpha=8.0, targets=targets)
+    )
     generator = torch.Generator().manual_seed(0)
     tensors = {n: torch.randn(t.shape, generator=generator) for n, t in policy.adapter_state().items()}
     return Trained(role, model, adapter_config(policy.module), tensors)

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.group import LearnerGroup, LearnerSpec
+from actors.learner.settings import OptimSection
 from actors.policy.lora import peft_names
-from actors.weights import read_adapter, receive
+from actors.policy.settings import LoraSection
+from actors.weights.files import read_adapter
+from actors.weights.transport import receive
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -20,10 +23,10 @@ DECAY = 0.15
 SPEC = LearnerSpec(
     kind="tests.actors.learner.toy_policy:ToyPolicy",
     model_path="3",
-    lora=LoraSpec(rank=3, alpha=8.0, seed=5),  # three rows over two ranks: uneven shards
+    lora=LoraSection(rank=3, alpha=8.0),  # three rows over two ranks: uneven shards
     ranks=2,
     cpus=0.25,
-    optim=OptimSpec(lr=3e-2, ema=DECAY),
+    optim=OptimSection(lr=3e-2, ema=DECAY),
     step_timeout_s=120.0,
 )
 Arrays = dict[str, np.ndarray]

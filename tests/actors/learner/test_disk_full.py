@@ -17,13 +17,13 @@ import pytest
 
 from actors.learner.batches import RankPlan, plan_batch
 from actors.learner.rank import LearnerRank
-from actors.learner.spec import LoraSpec
+from actors.policy.settings import LoraSection
 from cluster.errors import CheckpointWriteError
 from cluster.storage import write_failure
 from tests.actors.learner.test_parity_ranks import SPEC
 from tests.actors.learner.toy_policy import experiences
 
-TWO = replace(SPEC, ranks=2, lora=LoraSpec(rank=2, alpha=8.0, seed=5))
+TWO = replace(SPEC, ranks=2, lora=LoraSection(rank=2, alpha=8.0))
 UNLIMITED = resource.RLIM_INFINITY
 
 

@@ -20,11 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec, RankDiedError
+from actors.learner.group import LearnerGroup, LearnerSpec, RankDiedError
 from actors.learner.objectives.settings import GrpoSection
+from actors.learner.settings import OptimSection
 from actors.learner.trainer import step_names
 from actors.policy.lora import peft_names
-from actors.weights import as_tensors, read_adapter, receive
+from actors.policy.settings import LoraSection
+from actors.weights.files import read_adapter
+from actors.weights.transport import as_tensors, receive
 from cluster.errors import CheckpointError, PlacementError, TrainingError, WorkerTimeoutError
 from tests.actors.learner.toy_policy import POISON, RANDOM, ToyPolicy, experiences
 
@@ -34,12 +37,12 @@ T = TypeVar("T")
 SPEC = LearnerSpec(
     kind="tests.actors.learner.toy_policy:ToyPolicy",
     model_path="3",
-    lora=LoraSpec(rank=2, alpha=8.0, seed=5),
+    lora=LoraSection(rank=2, alpha=8.0),
     ranks=1,
     cpus=0.25,
     micro_batch=32,
     learning=GrpoSection(clip_low=0.2, clip_high=0.2, kl_beta=0.05, gate_every=1),
-    optim=OptimSpec(lr=1e-2, max_grad_norm=0.5, schedule="cosine", warmup_steps=1, max_skipped_steps=1),
+    optim=OptimSection(lr=1e-2, max_grad_norm=0.5, schedule="cosine", warmup_steps=1, max_skipped_steps=1),
     total_steps=20,
     step_timeout_s=120.0,
 )

@@ -19,9 +19,11 @@ from torch import Tensor
 from actors.learner.batches import RankPlan, plan_batch, split_groups
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.rank import LearnerRank
-from actors.learner.spec import LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.settings import OptimSection
+from actors.learner.spec import LearnerSpec
 from actors.policy.lora import peft_names
 from actors.policy.protocol import trainable_parameters
+from actors.policy.settings import LoraSection
 from actors.records import VlmExperience, Weights
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 
@@ -29,10 +31,10 @@ SPEC = LearnerSpec(
     kind="tests.actors.learner.toy_policy:ToyPolicy",
     model_path="3",
     micro_batch=32,
-    optim=OptimSpec(lr=1e-2, max_grad_norm=0.5),
+    optim=OptimSection(lr=1e-2, max_grad_norm=0.5),
     step_timeout_s=60.0,
 )
-LORA = LoraSpec(rank=2, alpha=8.0, seed=5)
+LORA = LoraSection(rank=2, alpha=8.0)
 CASES = {
     "token, KL, LoRA": replace(SPEC, lora=LORA, learning=GrpoSection(kl_beta=0.05, clip_high=0.28)),
     "sequence, importance sampling, KL, full weights": replace(

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.learner.group import LearnerGroup, LearnerSpec, LoraSpec, OptimSpec
+from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.objectives.settings import GrpoSection
+from actors.learner.settings import OptimSection
+from actors.policy.settings import LoraSection
 from actors.records import Experience, RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience
 from actors.vdm.policy import VdmPolicy
 from actors.vlm.policy import VlmPolicy
-from actors.weights import read_adapter, receive
+from actors.weights.files import read_adapter
+from actors.weights.transport import receive
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 GROUP = 4
@@ -54,12 +57,12 @@ def test_first_update_of_each_stage_has_ratio_exactly_one_and_learns(
     spec = LearnerSpec(
         kind=kind,
         model_path=str(model),
-        lora=LoraSpec(rank=4, alpha=16.0),
+        lora=LoraSection(rank=4, alpha=16.0),
         ranks=2,
         cpus=0.25,
         micro_batch=2,
         learning=GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence"),
-        optim=OptimSpec(lr=1e-3),
+        optim=OptimSection(lr=1e-3),
     )
 
     async def main() -> None:

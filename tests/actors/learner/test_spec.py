@@ -7,7 +7,8 @@ import torch
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
 from actors.learner.batches import plan_batch, prompts_read, split_groups
-from actors.learner.spec import OptimSpec, learning_rate
+from actors.learner.settings import OptimSection
+from actors.learner.spec import learning_rate
 from tests.actors.learner.toy_policy import experiences
 
 TOTAL, WARMUP = 12, 3
@@ -32,7 +33,7 @@ def test_learning_rates_are_torchs(schedule: str, warmup: int) -> None:
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    spec = OptimSpec(lr=0.4, warmup_steps=warmup, schedule=schedule)  # type: ignore[arg-type]
+    spec = OptimSection(lr=0.4, warmup_steps=warmup, schedule=schedule)  # type: ignore[arg-type]
     assert [learning_rate(spec, step, TOTAL) for step in range(TOTAL)] == pytest.approx(expected, abs=1e-9)
     assert expected[0] == pytest.approx(0.4 / warmup if warmup else 0.4)
 
@@ -67,8 +68,3 @@ def test_groups_stay_as_whole_as_ranks_and_micro_batches_allow(groups: int, size
     assert max(sizes) - min(sizes) <= 1
     prompts = [len({i.sample_id for i in piece.items}) for piece in pieces if piece.real]
     assert prompts_read(groups, size, ranks=ranks, micro_batch=micro) == prompts
-
-
-def test_specs_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match=r"\[0, 1\)"):
-        OptimSpec(ema=1.0)

@@ -17,22 +17,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from actors.learner.batches import plan_batch
 from actors.learner.objectives.settings import GrpoSection
-from actors.learner.spec import LearnerSpec, OptimSpec
+from actors.learner.settings import OptimSection
+from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import Trainer
 from actors.policy.lora import peft_names
-from actors.policy.protocol import LoraSpec, trainable_parameters
+from actors.policy.protocol import trainable_parameters
+from actors.policy.settings import LoraSection
 from actors.records import RenderRequest, SdeSpec, VdmExperience
 from actors.vdm.policy import VdmPolicy
-from actors.weights import as_tensors
+from actors.weights.transport import as_tensors
 from cluster.errors import CheckpointError
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 
-LORA = LoraSpec(rank=2, alpha=8.0, seed=5)
+LORA = LoraSection(rank=2, alpha=8.0)
 SPEC = LearnerSpec(
     kind="toy",
     model_path="3",
     lora=LORA,
-    optim=OptimSpec(lr=3e-2, max_grad_norm=0.5),
+    optim=OptimSection(lr=3e-2, max_grad_norm=0.5),
     learning=GrpoSection(clip_low=0.1, clip_high=0.1),
 )
 Tensors = dict[str, torch.Tensor]
@@ -190,7 +192,7 @@ def test_the_policies_of_a_run_learn_the_same_with_and_without_the_gate(
 
 
 def test_average_is_exported_and_published_weights_are_raw(mesh: DeviceMesh, tmp_path: Path) -> None:
-    spec = replace(SPEC, optim=replace(SPEC.optim, ema=0.15))
+    spec = replace(SPEC, optim=SPEC.optim.model_copy(update={"ema": 0.15}))
     trainer, raw = toy(mesh, spec), toy(mesh)
     expected = published(trainer)
     for step, decay in enumerate([0.1, 0.15, 0.15]):
@@ -209,7 +211,7 @@ def test_average_is_exported_and_published_weights_are_raw(mesh: DeviceMesh, tmp
 
 
 def test_average_survives_a_checkpoint(mesh: DeviceMesh, tmp_path: Path) -> None:
-    spec = replace(SPEC, optim=replace(SPEC.optim, ema=0.9))
+    spec = replace(SPEC, optim=SPEC.optim.model_copy(update={"ema": 0.9}))
     whole = toy(mesh, spec)
     for step in range(4):
         if step == 2:
@@ -228,7 +230,7 @@ def test_average_survives_a_checkpoint(mesh: DeviceMesh, tmp_path: Path) -> None
 def test_a_skipped_step_leaves_the_average_alone(mesh: DeviceMesh) -> None:
     from tests.actors.learner.toy_policy import POISON
 
-    trainer = toy(mesh, replace(SPEC, optim=replace(SPEC.optim, ema=0.9)))
+    trainer = toy(mesh, replace(SPEC, optim=SPEC.optim.model_copy(update={"ema": 0.9})))
     trainer.update(plan(experiences(2, 3, 0)))
     before = published(trainer, averaged=True)
     trainer.update(plan(experiences(2, 3, 0, token=POISON)))
@@ -368,7 +370,7 @@ def updated(mesh: DeviceMesh, guided: tuple[VdmPolicy, list[VdmExperience]], mic
     policy, items = guided
     loss = GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, kl_estimator="closed", **grpo)
     # At a rate of 1e-3 Adam's first step, lr × sign(gradient), does not blow up the noise of gradients that are nearly 0.
-    optim = OptimSpec(lr=1e-3, max_grad_norm=0.5)
+    optim = OptimSection(lr=1e-3, max_grad_norm=0.5)
     spec = replace(SPEC, kind="vdm", learning=loss, optim=optim, micro_batch=micro, micro_steps=steps)
     trainer = Trainer(copy.deepcopy(policy), spec, mesh, torch.device("cpu"))
     kept, most = 0, 0
@@ -413,7 +415,10 @@ def test_however_it_is_cut_the_update_is_the_same(mesh: DeviceMesh, guided, loss
 @pytest.mark.parametrize("offload", ["optimizer", "all"])
 def test_offloading_changes_no_bit_and_frees_what_it_says(mesh: DeviceMesh, tmp_path: Path, offload: str) -> None:
     spec = replace(
-        SPEC, lora=None, optim=replace(SPEC.optim, ema=0.9), learning=SPEC.learning.model_copy(update={"kl_beta": 0.1})
+        SPEC,
+        lora=None,
+        optim=SPEC.optim.model_copy(update={"ema": 0.9}),
+        learning=SPEC.learning.model_copy(update={"kl_beta": 0.1}),
     )
 
     def journey(spec: LearnerSpec, folder: Path) -> tuple[Trainer, list[dict[str, float]]]:

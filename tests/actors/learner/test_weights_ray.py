@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.weights import as_tensors, pack, read_adapter, read_weights, receive, send, write_adapter
+from actors.weights.files import read_adapter, read_weights, write_adapter
+from actors.weights.transport import as_tensors, pack, receive, send
 from cluster.errors import CheckpointError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -45,7 +46,7 @@ def test_adapter_folder_roundtrip_and_its_errors(tmp_path: Path) -> None:
 
 
 def test_an_exported_folder_is_read_as_what_it_holds(tmp_path: Path, tiny_vlm_dir: Path, tiny_vdm_dir: Path) -> None:
-    from actors.policy.protocol import LoraSpec
+    from actors.policy.settings import LoraSection
     from actors.vdm.policy import VdmPolicy
     from actors.vlm.policy import VlmPolicy
 
@@ -67,7 +68,7 @@ def test_an_exported_folder_is_read_as_what_it_holds(tmp_path: Path, tiny_vlm_di
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert read_weights(tmp_path / "shards").tensors.keys() == read_weights(tmp_path / "vlm").tensors.keys()
 
-    VlmPolicy.load(tiny_vlm_dir, lora=LoraSpec(2, 4.0)).export(tmp_path / "adapter")
+    VlmPolicy.load(tiny_vlm_dir, lora=LoraSection(rank=2, alpha=4.0)).export(tmp_path / "adapter")
     assert read_weights(tmp_path / "adapter").kind == "lora"
     (tmp_path / "adapter" / "adapter_config.json").unlink()  # its export was cut short
     with pytest.raises(CheckpointError, match="not a model folder"):

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from actors.learner.objectives.grpo import kl_estimate
 from actors.policy import lora as lora_tools
-from actors.policy.protocol import LoraSpec, PolicyOutput
+from actors.policy.protocol import PolicyOutput
+from actors.policy.settings import LoraSection
 from actors.records import VideoQuestion, VlmExperience
-from actors.weights import as_tensors, pack, read_adapter, write_adapter
+from actors.weights.files import read_adapter, write_adapter
+from actors.weights.transport import as_tensors, pack
 
 VOCAB, WIDTH, BLOCKS = 12, 16, 2
 POISON, RANDOM = 10, 11  # tokens that no random completion holds: after one comes NaN, after the other noise
@@ -60,14 +62,15 @@ class ToyPolicy:
         path: str,
         *,
         dtype: str = "float32",
-        lora: LoraSpec | None = None,
+        lora: LoraSection | None = None,
+        seed: int = 0,
         adapter: str | None = None,
         device: str = "cpu",
     ) -> ToyPolicy:
         torch.manual_seed(int(path))
         net = Net().to(device)
         if lora is not None:
-            lora_tools.inject_lora(net, lora, ("up", "down"))
+            lora_tools.inject_lora(net, lora, ("up", "down"), seed)
             if adapter is not None:
                 lora_tools.load_adapter_tensors(net, as_tensors(read_adapter(adapter)))
         return cls(net)

@@ -13,15 +13,16 @@ from actors.failures import Failure, Ok, Outcome
 from actors.pool.commands import Command, Deliver, End, Load, Probe, Reject, Send, Start
 from actors.pool.dispatch import Dispatcher
 from actors.pool.errors import PoolFailed, SampleFailed, WorkerBug
-from actors.pool.spec import PoolSpec
+from actors.pool.settings import PoolSection, Watch
 from actors.pool.state import S
+from tests.actors.pool.limits import limits
 
 
-def make(workers: int = 2, **limits: object) -> Dispatcher:
+def make(workers: int = 2, **changes: object) -> Dispatcher:
     """A dispatcher that has been told its size."""
     core = Dispatcher(
-        "p", PoolSpec(workers=workers, **({"max_batch": 4, "max_wait_s": 1.0, "probe_every_s": 1e6} | limits))
-    )  # type: ignore[arg-type]
+        "p", *limits(workers=workers, **({"max_batch": 4, "max_wait_s": 1.0, "probe_every_s": 1e6} | changes))
+    )
     core.resize(workers)
     return core
 
@@ -486,10 +487,10 @@ def test_busy_ratio_follows_the_load() -> None:
 class World:
     """Plays driver and workers with random delays and faults, and holds the dispatcher to its promises."""
 
-    def __init__(self, seed: int, spec: PoolSpec, hostile: bool) -> None:
-        self.random, self.spec, self.hostile = random.Random(seed), spec, hostile
-        self.core = Dispatcher("p", spec)
-        self.core.resize(spec.workers)
+    def __init__(self, seed: int, settings: PoolSection, hostile: bool) -> None:
+        self.random, self.settings, self.hostile = random.Random(seed), settings, hostile
+        self.core = Dispatcher("p", settings, Watch())
+        self.core.resize(settings.workers)
         self.now, self.version = 0.0, 0
         self.agenda: list[tuple[float, int, Callable[[], None]]] = []
         self.ended: dict[int, Command] = {}
@@ -569,11 +570,11 @@ class World:
     def send(self, call: int, name: str, tickets: tuple[int, ...]) -> None:
         calls = self.open_calls.setdefault(name, {})
         calls[call] = len(tickets)
-        assert 1 <= len(tickets) <= self.spec.max_batch and len(calls) <= self.spec.max_inflight
+        assert 1 <= len(tickets) <= self.settings.max_batch and len(calls) <= self.settings.max_inflight
         for ticket in tickets:
             assert self.held[name] >= self.submitted_at[ticket], "served by older weights"
             self.sent[ticket] = self.sent.get(ticket, 0) + 1
-            assert self.sent[ticket] <= self.spec.max_retries + 1
+            assert self.sent[ticket] <= self.settings.max_retries + 1
         assert self.held[name] == self.version
         died, lost = self.fault(), self.fault()
 
@@ -598,11 +599,13 @@ class World:
     hostile=st.booleans(),
 )
 def test_random_histories_keep_the_promises(seed: int, workers: int, batch: int, inflight: int, hostile: bool) -> None:
-    spec = PoolSpec(workers, max_batch=batch, max_inflight=inflight, max_wait_s=0.2, max_retries=4, max_restarts=12)
-    world = World(seed, spec, hostile)
+    settings = PoolSection(
+        workers=workers, max_batch=batch, max_inflight=inflight, max_wait_s=0.2, max_retries=4, max_restarts=12
+    )
+    world = World(seed, settings, hostile)
     world.run(tickets=40)
     assert len(world.ended) == 40
-    assert world.core.meter.restarts <= spec.max_restarts
+    assert world.core.meter.restarts <= settings.max_restarts
     if not hostile:
         assert all(isinstance(command, Deliver) for command in world.ended.values())
         assert world.core.stats(world.now).done == 40

@@ -7,11 +7,12 @@ import pytest
 from actors.failures import Failure, Ok
 from actors.pool.commands import Send
 from actors.pool.dispatch import Dispatcher
-from actors.pool.spec import Meter, PoolSpec, Timings
+from actors.pool.spec import Meter, Timings
+from tests.actors.pool.limits import limits
 
 
 def serving() -> Dispatcher:
-    core = Dispatcher("p", PoolSpec(1, max_batch=1, max_wait_s=0.0, probe_every_s=1e6))
+    core = Dispatcher("p", *limits(max_batch=1, max_wait_s=0.0, probe_every_s=1e6))
     core.resize(1)
     core.step(0.0)
     core.started("p-0", 0.0)
@@ -66,7 +67,7 @@ def test_timings_are_taken_once() -> None:
 
 
 def test_a_worker_is_placed_once_the_cluster_had_room() -> None:
-    core = Dispatcher("p", PoolSpec(1))
+    core = Dispatcher("p", *limits())
     core.resize(2)
     core.step(0.0)
     core.placed("p-1")

@@ -15,7 +15,6 @@ import pytest
 import ray
 
 from actors.pool.pool import WorkerPool
-from actors.pool.spec import PoolSpec
 from cluster.resources import Ask, Placement, PlacementPlan, place
 from tests.actors.pool.test_pool_ray import Squarer, ready, run, until
 
@@ -38,7 +37,7 @@ def placed_pool(room: Placement, folder: Path, cls: type = Squarer, **limits: An
     def make(name: str) -> Any:
         return actor.options(**room.options("sq", name), max_restarts=0).remote(name, str(folder))
 
-    return WorkerPool("sq", make, PoolSpec(**spec), reconsider=partial(room.reconsider, "sq"))
+    return WorkerPool("sq", make, *limits(**spec), reconsider=partial(room.reconsider, "sq"))
 
 
 def gone(pid: int) -> bool:

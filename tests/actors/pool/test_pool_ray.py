@@ -17,10 +17,10 @@ from actors.failures import BadSampleError, InfrastructureError, attempt
 from actors.pool.errors import PoolFailed, SampleFailed, WorkerBug
 from actors.pool.pool import WorkerPool
 from actors.pool.protocol import WorkerInfo, worker_info
-from actors.pool.spec import PoolSpec
 from actors.pool.state import S
 from cluster.errors import CheckpointError
 from cluster.names import slot_of
+from tests.actors.pool.limits import limits
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -86,20 +86,20 @@ class NoModel(Squarer):
         raise CheckpointError("model folder 'nowhere' does not exist")
 
 
-def make_pool(folder: Path, cls: type = Squarer, cpus: float = 0.5, **limits: Any) -> WorkerPool:
+def make_pool(folder: Path, cls: type = Squarer, cpus: float = 0.5, **changes: Any) -> WorkerPool:
     spec = {
         "workers": 2,
         "max_batch": 4,
         "start_timeout_s": 60.0,
         "request_timeout_s": 30.0,
         "probe_every_s": 1.0,
-    } | limits
+    } | changes
     actor = ray.remote(cls)
 
     def make(name: str) -> Any:
         return actor.options(num_cpus=cpus, max_restarts=0).remote(name, str(folder))
 
-    return WorkerPool("sq", make, PoolSpec(**spec))
+    return WorkerPool("sq", make, *limits(**spec))
 
 
 def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:

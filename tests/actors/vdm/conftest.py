@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.records import RenderRequest
 from actors.vdm.policy import VdmPolicy
 
@@ -81,7 +81,7 @@ def load_adapted(tiny: Path) -> Callable[[], VdmPolicy]:
     """Loads the pipeline with an adapter whose B is not zero: the same one each time."""
 
     def load() -> VdmPolicy:
-        policy = VdmPolicy.load(tiny, lora=LoraSpec(rank=4, alpha=8.0, seed=3))
+        policy = VdmPolicy.load(tiny, lora=LoraSection(rank=4, alpha=8.0))
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
             for name, parameter in policy.module.named_parameters():

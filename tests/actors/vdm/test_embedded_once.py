@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from actors.failures import Failure, Ok
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.records import EmbedRequest, EncodeRequest, RenderRequest, SdeSpec, VdmExperience
 from actors.vdm.embed_worker import EmbedWorker
 from actors.vdm.policy import VdmPolicy
@@ -90,7 +90,7 @@ def test_a_learner_of_the_transformer_alone_repeats_the_sampler(lora_policy, tin
         VdmExperience(c.sample_id, c.index, c.caption, r.reference_frames, c.trajectory, 1.0, c.condition)
         for c, r in zip(lora_policy.sample(requests), requests, strict=True)
     ]
-    learner = VdmPolicy.load(tiny, lora=LoraSpec(4, 8.0), components=LEARNER)
+    learner = VdmPolicy.load(tiny, lora=LoraSection(rank=4, alpha=8.0), components=LEARNER)
     learner.load_adapter_state(lora_policy.adapter_state())
     out = learner.forward(learner.collate(items))
     assert torch.equal(out.logprobs.detach(), learner.rollout_logprobs(items))

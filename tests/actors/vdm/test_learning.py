@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributions import Normal, kl_divergence
 
 from actors.learner.sharding import shard
-from actors.policy.protocol import LoraSpec, Trainable, trainable_parameters
+from actors.policy.protocol import Trainable, trainable_parameters
+from actors.policy.settings import LoraSection
 from actors.records import SdeSpec, VdmExperience
 from actors.vdm import flow_sde
 from actors.vdm.conditioning import FlowMatchingSpec
@@ -44,7 +45,7 @@ def test_forward_repeats_the_sampler_bit_for_bit(lora_policy, tiny, make_request
         make_request(i, references=references, caption=c, guidance=guidance, sde=sde) for i, c in enumerate(captions)
     ]
     items = experiences(lora_policy, requests)
-    learner = VdmPolicy.load(tiny, lora=LoraSpec(4, 8.0))  # another process: nothing cached, its own copy
+    learner = VdmPolicy.load(tiny, lora=LoraSection(rank=4, alpha=8.0))  # another process: nothing cached, its own copy
     learner.load_adapter_state(lora_policy.adapter_state())
     assert isinstance(learner, Trainable)
     out = learner.forward(learner.collate(items))
@@ -104,7 +105,7 @@ def test_kl_to_the_disabled_adapter_is_the_closed_form(lora_policy, policy, make
 
 
 def test_a_fresh_adapter_changes_nothing(tiny, policy, make_request):
-    fresh = VdmPolicy.load(tiny, lora=LoraSpec(rank=4, alpha=8.0))
+    fresh = VdmPolicy.load(tiny, lora=LoraSection(rank=4, alpha=8.0))
     request = make_request(sde=SDE)
     assert np.array_equal(fresh.sample([request])[0].frames, policy.sample([request])[0].frames)
     adapted = {name.split(".lora_A")[0] for name, _ in fresh.module.named_parameters() if "lora_A" in name}
@@ -144,10 +145,10 @@ def test_export_loads_in_peft_and_in_diffusers(lora_policy, tiny, make_request, 
         own = lora_policy.module(hidden_states=x, timestep=t, encoder_hidden_states=text).sample
     assert torch.allclose(peft, own, atol=1e-6)
 
-    again = VdmPolicy.load(tiny, adapter=tmp_path, lora=LoraSpec(rank=4, alpha=8.0))
+    again = VdmPolicy.load(tiny, adapter=tmp_path, lora=LoraSection(rank=4, alpha=8.0))
     assert torch.equal(again.sample_latents([request], (16, 3, 4, 4))[0], ours)
     with pytest.raises(CheckpointError, match="set them equal"):
-        VdmPolicy.load(tiny, adapter=tmp_path, lora=LoraSpec(rank=8, alpha=8.0))
+        VdmPolicy.load(tiny, adapter=tmp_path, lora=LoraSection(rank=8, alpha=8.0))
 
 
 def test_adapters_that_cannot_be_loaded_say_why(lora_policy, tiny, tmp_path):

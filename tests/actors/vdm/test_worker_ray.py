@@ -12,7 +12,7 @@ from actors.policy.lora import adapter_config
 from actors.records import SdeSpec
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
-from actors.weights import pack, send
+from actors.weights.transport import pack, send
 from cluster.errors import CheckpointError
 
 pytestmark = pytest.mark.ray
@@ -57,11 +57,11 @@ def test_published_adapters_come_and_go_and_the_base_stays(worker, lora_policy, 
 
 
 def test_an_adapter_of_another_shape_is_refused(worker, tiny):
-    from actors.policy.protocol import LoraSpec
+    from actors.policy.settings import LoraSection
 
-    call(worker.load_weights, 1, send(_adapter(tiny, LoraSpec(4, 8.0))))
+    call(worker.load_weights, 1, send(_adapter(tiny, LoraSection(rank=4, alpha=8.0))))
     with pytest.raises(CheckpointError, match="does not fit the injected one"):
-        call(worker.load_weights, 2, send(_adapter(tiny, LoraSpec(2, 8.0))))
+        call(worker.load_weights, 2, send(_adapter(tiny, LoraSection(rank=2, alpha=8.0))))
     call(worker.load_weights, 0, None)
 
 
@@ -81,7 +81,7 @@ def test_full_weights_come_and_go(tiny, ray_local, make_request):
 
 
 def test_full_weights_and_adapters_replace_each_other(tiny, ray_local, make_request):
-    from actors.policy.protocol import LoraSpec
+    from actors.policy.settings import LoraSection
 
     local = VdmWorker("vdm-1", str(tiny))
     local.setup()
@@ -89,7 +89,7 @@ def test_full_weights_and_adapters_replace_each_other(tiny, ray_local, make_requ
     tuned = VdmPolicy.load(tiny)
     with torch.no_grad():
         tuned.module.proj_out.bias += 0.1
-    adapter, whole = _adapter(tiny, LoraSpec(4, 8.0)), pack(0, "full", tuned.module.state_dict())
+    adapter, whole = _adapter(tiny, LoraSection(rank=4, alpha=8.0)), pack(0, "full", tuned.module.state_dict())
     local.load_weights(1, send(adapter))
     adapted = local.process([make_request()])[0].value.frames
     local.load_weights(2, send(whole))

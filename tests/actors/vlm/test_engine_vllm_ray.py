@@ -13,7 +13,7 @@ import torch
 from samples import QUESTIONS, frames, perturb_adapter
 
 from actors.failures import Failure, Ok
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.records import Completion, CompletionRequest, VideoQuestion, VlmExperience, derive_seed
 from actors.vlm.policy import VlmPolicy
 
@@ -34,7 +34,7 @@ def worker(qwen3_worker: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def policy(tiny_vlm_dir: Path) -> VlmPolicy:
-    return VlmPolicy.load(tiny_vlm_dir, lora=LoraSpec(8, 32.0))
+    return VlmPolicy.load(tiny_vlm_dir, lora=LoraSection(rank=8, alpha=32.0))
 
 
 def complete(worker: Any, requests: list[CompletionRequest]) -> list[list[Completion]]:
@@ -49,7 +49,7 @@ def complete(worker: Any, requests: list[CompletionRequest]) -> list[list[Comple
 def load(worker: Any, weights: Any, version: int) -> None:
     import ray
 
-    from actors.weights import send
+    from actors.weights.transport import send
 
     payload = None if weights is None else send(weights)
     assert ray.get(worker.load_weights.remote(version, payload), timeout=60) == version
@@ -117,7 +117,7 @@ def test_temperature_and_greedy(worker: Any, policy: VlmPolicy, tiny_vlm_dir: Pa
 def test_adapter_versions_are_served_stamped_and_left_again(worker: Any, policy: VlmPolicy) -> None:
     import ray
 
-    from actors.weights import pack
+    from actors.weights.transport import pack
 
     load(worker, None, 0)
     base, frozen = tokens(complete(worker, REQUESTS[:3])), ray.get(worker.weights_hash.remote())
@@ -136,7 +136,7 @@ def test_adapter_versions_are_served_stamped_and_left_again(worker: Any, policy:
 def test_an_adapter_of_old_names_is_served_and_one_that_does_not_fit_is_refused(worker: Any, policy: VlmPolicy) -> None:
     import ray
 
-    from actors.weights import pack
+    from actors.weights.transport import pack
 
     load(worker, None, 0)
     base = tokens(complete(worker, REQUESTS[:3]))
@@ -163,7 +163,7 @@ def test_an_adapter_of_old_names_is_served_and_one_that_does_not_fit_is_refused(
 def test_full_weights_are_reloaded_without_mixing_versions(worker: Any, tiny_vlm_dir: Path, policy: VlmPolicy) -> None:
     import ray
 
-    from actors.weights import pack
+    from actors.weights.transport import pack
 
     load(worker, None, 0)
     base, frozen = tokens(complete(worker, REQUESTS)), ray.get(worker.weights_hash.remote())
@@ -204,7 +204,8 @@ def test_full_weights_by_broadcast_are_those_of_the_object_store(worker: Any, ti
     """Through vLLM's own weight transfer; and where it fails, early or half-way, the object store gives the same."""
     import ray
 
-    from actors.weights import Broadcast, BroadcastSpec, pack, receive_broadcast, send
+    from actors.weights.broadcast import Broadcast, BroadcastSpec, receive_broadcast
+    from actors.weights.transport import pack, send
 
     weights, other = (pack(version, "full", perturbed(tiny_vlm_dir, version)) for version in (7, 8))
     load(worker, weights, 7)
@@ -242,7 +243,7 @@ def test_full_weights_by_broadcast_are_those_of_the_object_store(worker: Any, ti
 def test_a_resting_engine_wakes_for_whatever_needs_it(worker: Any, policy: VlmPolicy) -> None:
     import ray
 
-    from actors.weights import pack
+    from actors.weights.transport import pack
 
     load(worker, None, 0)
     base, frozen = tokens(complete(worker, REQUESTS[:2])), ray.get(worker.weights_hash.remote())

@@ -16,12 +16,12 @@ from plain import PlainModel
 from samples import QUESTIONS, SIZES, frames, perturb_adapter, text_batch
 from torch import Tensor
 
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.policy import VlmPolicy
 from pipeline.fleet.models import resolve_model
 
-LORA = LoraSpec(rank=8, alpha=32.0)
+LORA = LoraSection(rank=8, alpha=32.0)
 TOLERANCE = 1e-5
 QWEN25 = "qwen2.5-vl"
 CASES = [(QWEN25, False), (QWEN25, True), ("qwen3-vl", False), ("qwen3-vl", True), ("shipped", False)]

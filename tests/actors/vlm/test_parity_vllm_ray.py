@@ -15,10 +15,10 @@ from plain import PlainModel
 from samples import QUESTIONS, SIZES, perturb_adapter, text_batch
 
 from actors.failures import Ok
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.records import CompletionRequest, VideoQuestion, VlmExperience, derive_seed
 from actors.vlm.policy import VlmPolicy
-from actors.weights import pack, send
+from actors.weights.transport import pack, send
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 TOLERANCE = 1e-5
@@ -43,7 +43,7 @@ def start(request: pytest.FixtureRequest) -> Any:
 
     def make(name: str, lora: bool, temperature: float = 1.0) -> tuple[Any, VlmPolicy, PlainModel]:
         worker, folder = (request.getfixturevalue(fixture) for fixture in fixtures[name])
-        policy = VlmPolicy.load(folder, lora=LoraSpec(8, 32.0) if lora else None, temperature=temperature)
+        policy = VlmPolicy.load(folder, lora=LoraSection(rank=8, alpha=32.0) if lora else None, temperature=temperature)
         payload = None
         if lora:
             perturb_adapter(policy.module, seed=4)

@@ -14,14 +14,15 @@ from plain import PlainModel
 from samples import QUESTIONS, experience, frames, perturb_adapter
 
 from actors.failures import BadSampleError
-from actors.policy.protocol import LoraSpec, Trainable, trainable_parameters
+from actors.policy.protocol import Trainable, trainable_parameters
+from actors.policy.settings import LoraSection
 from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.inputs import mrope_positions
 from actors.vlm.policy import VlmPolicy
 from actors.vlm.prompt import VIDEO_PLACEHOLDER, parse_caption, render_prompt
 from cluster.errors import CheckpointError
 
-LORA = LoraSpec(rank=8, alpha=32.0)
+LORA = LoraSection(rank=8, alpha=32.0)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_export_is_an_adapter_that_peft_and_we_load(
     again = VlmPolicy.load(tiny_vlm_dir, adapter=tmp_path / "adapter", lora=LORA)
     assert torch.equal(padded(again, items)[0], padded(policy, items)[0])
     with pytest.raises(CheckpointError, match="rank 8"):
-        VlmPolicy.load(tiny_vlm_dir, adapter=tmp_path / "adapter", lora=replace(LORA, rank=4))
+        VlmPolicy.load(tiny_vlm_dir, adapter=tmp_path / "adapter", lora=LORA.model_copy(update={"rank": 4}))
 
 
 def test_full_export_loads_as_a_model(tmp_path: Path, tiny_vlm_dir: Path, items: list[VlmExperience]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from samples import QUESTIONS, experience, frames, perturb_adapter
 
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.policy import VlmPolicy
 
@@ -43,7 +43,7 @@ def folder(request: pytest.FixtureRequest, tiny_vlm_dir: Path, tiny_qwen25_dir: 
 
 
 def load(folder: Path, shared: bool, lora: bool = True) -> VlmPolicy:
-    policy = VlmPolicy.load(folder, lora=LoraSpec(8, 32.0) if lora else None, shared_prompts=shared)
+    policy = VlmPolicy.load(folder, lora=LoraSection(rank=8, alpha=32.0) if lora else None, shared_prompts=shared)
     if lora:
         perturb_adapter(policy.module, seed=1)
     return policy

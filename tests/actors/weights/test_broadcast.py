@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from actors.records import Weights
-from actors.weights import Broadcast, BroadcastError, BroadcastSpec, Offer, as_tensors, pack, receive_broadcast
+from actors.weights.broadcast import Broadcast, BroadcastError, BroadcastSpec, Offer, receive_broadcast
+from actors.weights.transport import as_tensors, pack
 
 CPU = torch.device("cpu")
 SPEC = BroadcastSpec(join_timeout_s=2.0, transfer_timeout_s=10.0, bucket_bytes=1 << 20)

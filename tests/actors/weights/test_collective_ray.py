@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import ray
 
-from actors.learner.group import LearnerGroup, LearnerSpec, OptimSpec
+from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.objectives.settings import GrpoSection
-from actors.pool import PoolSpec, WorkerPool
+from actors.learner.settings import OptimSection
+from actors.pool.pool import WorkerPool
 from actors.records import VdmExperience
 from actors.vdm.worker import VdmWorker
-from actors.weights import BroadcastSpec, Offer
+from actors.weights.broadcast import BroadcastSpec, Offer
 from tests.actors.learner.test_policies_ray import vdm_items
+from tests.actors.pool.limits import limits
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
 SPEC = BroadcastSpec(join_timeout_s=3.0, transfer_timeout_s=30.0, bucket_bytes=1 << 18)  # a dozen messages
@@ -40,15 +42,16 @@ class Story:
                 cpus=0.25,
                 micro_batch=2,
                 learning=GrpoSection(clip_low=1e-3, clip_high=1e-3),
-                optim=OptimSpec(lr=1e-3),
+                optim=OptimSection(lr=1e-3),
                 policy_kwargs={"components": ("transformer", "vae_encoder", "text_encoder")},
                 broadcast=SPEC,
             )
         )
         actor = ray.remote(VdmWorker)
-        spec = PoolSpec(workers=2, start_timeout_s=120.0, probe_every_s=2.0)
         self.pool = WorkerPool(
-            "vdm", lambda name: actor.options(num_cpus=0.25, max_concurrency=2).remote(name, self.folder), spec
+            "vdm",
+            lambda name: actor.options(num_cpus=0.25, max_concurrency=2).remote(name, self.folder),
+            *limits(workers=2, start_timeout_s=120.0, probe_every_s=2.0),
         )
 
     async def start(self) -> None:

@@ -16,6 +16,7 @@ from cluster.errors import CheckpointError, ConfigError, DataError
 from pipeline.checkpoint import CheckpointStore, Inputs, TrainState
 from pipeline.checkpoint.inputs import SAMPLE_BYTES, WHOLE_BYTES, model_digest
 from pipeline.config import RunConfig, parse_config
+from pipeline.config.training import SftLoraSection
 from pipeline.data.source import Cursor
 from pipeline.data.sources import run_inputs, training_source
 from pipeline.run.train import _Run, run_training
@@ -236,7 +237,7 @@ def test_a_supervised_run_continues_only_what_it_was_begun_with(tmp_path: Path, 
     folder, adapter = model(tmp_path / "vlm", 1.0), model(tmp_path / "adapter", 1.0)
 
     def job(**more: object) -> SftJob:
-        settings = SftSettings(adapter=str(adapter), lora_rank=8, **more)  # type: ignore[arg-type]
+        settings = SftSettings(adapter=str(adapter), lora=SftLoraSection(rank=8), **more)  # type: ignore[arg-type]
         return prepare("vlm", folder, tmp_path / "data", tmp_path / "out", settings)
 
     before, name = job(), run_name(job())

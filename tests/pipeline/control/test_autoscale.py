@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from actors.failures import Ok
 from actors.pool.commands import End, Load, Send, Start
 from actors.pool.dispatch import Dispatcher
-from actors.pool.spec import PoolSpec
-from pipeline.config.machinery import AutoscaleSection, PoolSection
+from actors.pool.settings import AutoscaleSection, PoolSection
 from pipeline.control.autoscale import Autoscaler, PoolPoint, decide, last_change
+from tests.actors.pool.limits import limits
 
 SETTINGS = AutoscaleSection(enabled=True, min=1, max=4, target_wait_s=1.0, window_s=4.0, cooldown_s=3.0)
 
@@ -127,7 +127,7 @@ TICK = 0.05
 
 def rule(settings: AutoscaleSection, arrivals: dict[float, int], until: float, call_s: float) -> list[PoolPoint]:
     """Let the autoscaler size a dispatcher's pool from one worker; return what it saw, twice a second."""
-    core = Dispatcher("toy", PoolSpec(1, max_batch=1, max_wait_s=0.0, probe_every_s=1e9))
+    core = Dispatcher("toy", *limits(max_batch=1, max_wait_s=0.0, probe_every_s=1e9))
     core.resize(1)
     answers: list[tuple[float, int, int]] = []
     starts: list[tuple[float, str]] = []

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from actors.control import board_name
 from actors.pool.dispatch import Dispatcher
-from actors.pool.spec import PoolSpec
+from actors.pool.settings import PoolSection, Watch
 from pipeline.cli import app
 from pipeline.control.client import ControlError, Scaled, open_run, parse_sizes
 from pipeline.control.monitor import refusal
@@ -27,7 +27,7 @@ from pipeline.control.snapshot import NO_ROOM, PoolView, Resize, RunView, pool_v
 
 def pool(workers: int = 3) -> PoolView:
     """A pool of which one worker serves, one starts and the others wait for room."""
-    core = Dispatcher("vdm", PoolSpec(1))
+    core = Dispatcher("vdm", PoolSection(), Watch())
     core.resize(workers)
     core.publish(4)
     core.step(0.0)

@@ -19,7 +19,9 @@ from typing import Any
 import ray
 
 from actors.failures import attempt
-from actors.pool import PoolSpec, WorkerInfo, WorkerPool, worker_info
+from actors.pool.pool import WorkerPool
+from actors.pool.protocol import WorkerInfo, worker_info
+from actors.pool.settings import PoolSection
 from cluster.resources import Ask, PlacementPlan, place
 from cluster.session import connect
 from pipeline.config.machinery import AutoscaleSection, ControlSection
@@ -65,7 +67,7 @@ def toy_pool(name: str, out: Path, room: Any, workers: int) -> WorkerPool:
     return WorkerPool(
         name,
         lambda worker: actor.options(**room.options(name, worker), max_restarts=0).remote(worker, str(out)),
-        PoolSpec(workers, max_batch=1),
+        PoolSection(workers=workers, max_batch=1),
     )
 
 

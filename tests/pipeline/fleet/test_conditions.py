@@ -6,26 +6,26 @@ import pytest
 
 from cluster.errors import ConfigError
 from pipeline.config import load_config
-from pipeline.fleet.open import placement_plan, pool_names, pool_spec
+from pipeline.fleet.open import placement_plan, pool_sections
 from pipeline.run.learners import learner_spec
 from pipeline.stages.stage2 import Stage2
 
 
 def test_there_is_no_such_pool_unless_it_has_workers() -> None:
     without = load_config("toy")
-    assert pool_names(without) == ("vlm", "vdm", "reward")
+    assert tuple(pool_sections(without)) == ("vlm", "vdm", "reward")
     assert [ask.role for ask in placement_plan(without).asks] == ["vlm", "vdm", "reward", "learner"]
     run = load_config("toy", ["pools.embed={workers: 2, gpus: 0.5, max_batch: 4}"])
-    assert pool_names(run) == ("vlm", "embed", "vdm", "reward")
+    assert tuple(pool_sections(run)) == ("vlm", "embed", "vdm", "reward")
     ask = next(ask for ask in placement_plan(run).asks if ask.role == "embed")
     assert (ask.count, ask.gpus) == (2, 0.5)
-    assert pool_spec(run, "embed").max_batch == 4
+    assert pool_sections(run)["embed"].max_batch == 4
     assert [ask.role for ask in placement_plan(run, only=("reward",)).asks] == ["reward"]
 
 
 def test_a_deterministic_run_asks_the_pool_alone_and_in_float32() -> None:
     run = load_config("toy", ["deterministic=true", "pools.embed.workers=1"])
-    assert pool_spec(run, "embed").max_batch == 1
+    assert pool_sections(run)["embed"].max_batch == 1
     with pytest.raises(ConfigError, match=r"pools\.embed\.dtype=bfloat16"):
         load_config("toy", ["deterministic=true", "pools.embed.dtype=bfloat16"])
 

@@ -7,7 +7,7 @@ import pytest
 from actors.vlm.engine_args import EngineSpec, engine_args
 from cluster.errors import ConfigError
 from pipeline.config import load_config
-from pipeline.fleet.open import pool_spec
+from pipeline.fleet.open import pool_sections
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_what_cannot_be_kept_is_refused_by_key(override: str, named: str) -> Non
 def test_no_request_shares_a_call_or_a_batch() -> None:
     for deterministic in (False, True):
         config = load_config("toy", [f"deterministic={str(deterministic).lower()}"])
-        shared = [pool_spec(config, name).max_batch > 1 for name in ("vdm", "reward")]
+        shared = [pool_sections(config)[name].max_batch > 1 for name in ("vdm", "reward")]
         assert shared == [not deterministic] * 2
     together, alone = (engine_args(EngineSpec("model", alone=alone)) for alone in (False, True))
     assert alone["max_num_seqs"] == 1 < together["max_num_seqs"]

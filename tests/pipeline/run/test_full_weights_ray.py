@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actors.records import derive_seed
-from actors.weights import read_weights
+from actors.weights.files import read_weights
 from pipeline.config import load_config
 from pipeline.evaluate.predictions import Prediction
 from pipeline.fleet.models import Role, resolve_model

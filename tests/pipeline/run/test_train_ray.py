@@ -109,7 +109,7 @@ def test_the_killed_worker_was_replaced_and_nothing_was_lost(run: tuple[RunConfi
 
 
 def test_stage_two_is_asked_of_the_average_that_stage_one_exported(run: tuple[RunConfig, RunReport]) -> None:
-    from actors.weights import read_adapter
+    from actors.weights.files import read_adapter
     from pipeline.checkpoint import CheckpointStore
 
     config, report = run

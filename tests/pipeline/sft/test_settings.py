@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from cluster.errors import ConfigError
 from pipeline.cli import app
 from pipeline.config import load_config, parse_config
+from pipeline.config.training import SftLoraSection
 from pipeline.data.decoder import VideoShape
 from pipeline.data.video import VideoLimits
 from pipeline.pretrain import Effort
@@ -70,9 +71,7 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
         betas=(0.9, 0.95),
         weight_decay=0.01,
         ema=0.999,
-        lora_rank=8,
-        lora_alpha=16.0,
-        lora_targets=("to_q", "to_v"),
+        lora=SftLoraSection(rank=8, alpha=16.0, targets=["to_q", "to_v"]),
         adapter="adapter",
         ranks=8,
         cpus=4.0,

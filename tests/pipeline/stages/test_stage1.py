@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from actors.failures import Failure
-from actors.pool import SampleFailed
+from actors.pool.errors import SampleFailed
 from actors.records import Clip, Completion, CompletionRequest, RenderRequest, Sample, ScoreRequest, Scores
 from actors.scoring.scorer import Scorer
 from pipeline.config import load_config

@@ -20,9 +20,10 @@ from actors.learner.objectives.awm import Awm
 from actors.learner.objectives.forward import square
 from actors.learner.objectives.nft import Nft
 from actors.learner.objectives.settings import AwmSection, NftSection, ObjectiveSection
-from actors.learner.spec import LearnerSpec, OptimSpec
+from actors.learner.settings import OptimSection
+from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import Trainer
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from actors.records import RenderRequest, VdmExperience
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.trajectories import noised
@@ -124,8 +125,8 @@ def spec_of(name: str, learning: ObjectiveSection | None = None, **changes) -> L
     """A learner of the tiny artist."""
     values = {
         "kind": "vdm",
-        "lora": LoraSpec(rank=4, alpha=8.0, seed=3),
-        "optim": OptimSpec(lr=1e-3),
+        "lora": LoraSection(rank=4, alpha=8.0),
+        "optim": OptimSection(lr=1e-3),
         "objective": name,
         "learning": learning or SETTINGS[name],
         "seed": 5,
@@ -136,7 +137,7 @@ def spec_of(name: str, learning: ObjectiveSection | None = None, **changes) -> L
 @pytest.fixture(scope="module")
 def artist(tiny_vdm_dir: Path) -> VdmPolicy:
     """The tiny artist with an adapter whose B is not zero."""
-    policy = VdmPolicy.load(tiny_vdm_dir, lora=LoraSpec(rank=4, alpha=8.0, seed=3))
+    policy = VdmPolicy.load(tiny_vdm_dir, lora=LoraSection(rank=4, alpha=8.0))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.module.named_parameters():

@@ -16,10 +16,10 @@ from actors.learner.objectives.grpo import LOG_RATIO_BOUND
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import Trainer
-from actors.policy.protocol import LoraSpec
+from actors.policy.settings import LoraSection
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 
-LORA = LoraSpec(rank=2, alpha=8.0, seed=5)
+LORA = LoraSection(rank=2, alpha=8.0)
 
 
 @pytest.fixture(scope="module")
