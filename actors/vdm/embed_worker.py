@@ -21,7 +21,7 @@ from actors.offload import Offloader, module_tensors
 from actors.policy.protocol import torch_dtype
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import EmbedRequest, EncodeRequest, TextEmbedding
-from actors.vdm import conditioning
+from actors.vdm.wan import vae as wan_vae
 from actors.vdm.wan.files import held_bytes, load_text_encoder, load_vae, parameter_hash, pipeline_folder
 from actors.vdm.wan.text_encoder import CaptionEmbedder
 
@@ -128,7 +128,7 @@ class EmbedWorker:
             raise BadSampleError(
                 f"{request.sample_id}: reference frames must be uint8 (n, H, W, 3), got {frames.dtype} {frames.shape}"
             )
-        latents = conditioning.encode_references(self._vae, frames, self._device)
+        latents = wan_vae.encode_references(self._vae, frames, self._device)
         self._references += 1
         return latents.cpu().numpy()
 

@@ -222,3 +222,24 @@ class WindowSchedule:
             return self.first
         offset = moves if self.kind == "progressive" else derive_seed(self.seed, "sde window", moves)
         return self.first + offset % places
+
+
+@dataclass(frozen=True)
+class FlowMatchingSpec:
+    """How the supervised loss samples sigma = shift(sigmoid(N(mean, std))), and the share of captions it drops."""
+
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    caption_dropout: float = 0.1
+
+
+def sample_sigmas(n: int, spec: FlowMatchingSpec, shift: float, generator: torch.Generator | None) -> Tensor:
+    """Return n training sigmas in (0, 1), float32 on the CPU: logit-normal, shifted like the sampler's grid."""
+    logits = torch.randn(n, generator=generator) * spec.logit_std + spec.logit_mean
+    return shift_sigma(torch.sigmoid(logits), shift)
+
+
+def noisy_pair(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (x_sigma, v) = ((1 - sigma) x0 + sigma eps, eps - x0); clean, noise (B, C, F, h, w), sigma (B,)."""
+    level = sigma.view(-1, 1, 1, 1, 1)
+    return (1 - level) * clean + level * noise, noise - clean

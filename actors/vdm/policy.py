@@ -34,9 +34,12 @@ from actors.records import (
     VdmExperience,
     derive_seed,
 )
-from actors.vdm import conditioning, flow_sde, lora, trajectories
-from actors.vdm.conditioning import ExactTimes, FlowMatchingSpec
+from actors.vdm import flow_sde, lora, trajectories
+from actors.vdm.flow_sde import FlowMatchingSpec
+from actors.vdm.frames import frames_to_video
 from actors.vdm.trajectories import Condition, Encoded, Noised, VdmBatch
+from actors.vdm.wan import vae as wan_vae
+from actors.vdm.wan.family import ExactTimes, token_timesteps
 from actors.vdm.wan.files import COMPONENTS, Parts, held_bytes, load_parts, save_full
 from actors.vdm.wan.text_encoder import CaptionEmbedder, padded
 from cluster.errors import CheckpointError, TrainingError
@@ -74,14 +77,14 @@ class VdmPolicy:
         if vae_tiling and self.vae is not None:
             self.vae.enable_tiling()
         if channels_last and self.vae is not None and self.has_decoder:
-            conditioning.channels_last(self.vae.decoder)
+            wan_vae.channels_last(self.vae.decoder)
         self.embedder: CaptionEmbedder | None = None
         if parts.text_encoder is not None:
             encoder = parts.text_encoder.to(self.device).eval().requires_grad_(False)
             self.embedder = CaptionEmbedder(
                 encoder, parts.tokenizer, max_text_tokens, cache_bytes, max_batch=embed_batch
             )
-        self.geometry = conditioning.geometry_of(parts.transformer, parts.vae_config)
+        self.geometry = wan_vae.geometry_of(parts.transformer, parts.vae_config)
         self.compute_dtype = dtype  # of the transformer's inputs; a learner sets the one that its FSDP computes in
         self.shift, self.reference_frames, self.negative_prompt = shift, reference_frames, negative_prompt
         self.decode_batch = decode_batch
@@ -217,7 +220,7 @@ class VdmPolicy:
                 "reference frames cannot be encoded: the policy was loaded without the component 'vae_encoder'"
             )
         return self._references.get(
-            content_key(frames), lambda: conditioning.encode_references(self.vae, frames, self.device)
+            content_key(frames), lambda: wan_vae.encode_references(self.vae, frames, self.device)
         )
 
     def encode(self, caption: str, references: np.ndarray, guidance: float) -> Encoded:
@@ -289,7 +292,7 @@ class VdmPolicy:
         n = 0 if references is None else references.shape[2]
         inputs = x if references is None else torch.cat([references, x], dim=2)
         inputs = inputs.to(self.compute_dtype)
-        times = conditioning.token_timesteps(sigma, n, x.shape[1:], self.geometry.patch)
+        times = token_timesteps(sigma, n, x.shape[1:], self.geometry.patch)
         clean = times.shape[1] * n // inputs.shape[2] if n else 0
 
         def run(text: Tensor) -> Tensor:
@@ -361,9 +364,7 @@ class VdmPolicy:
                 raise TrainingError(
                     f"{request.sample_id}[{request.index}]: sampling gave non-finite latents (weights v{self.version})"
                 )
-        frames = np.concatenate(
-            [conditioning.decode_latents(self.vae, part) for part in latents.split(self.decode_batch)]
-        )
+        frames = np.concatenate([wan_vae.decode_latents(self.vae, part) for part in latents.split(self.decode_batch)])
         # What an SDE's clip was conditioned on goes with it, so that its learner needs no frozen models; whoever sent a
         # condition has it.
         made = [
@@ -507,7 +508,7 @@ class VdmPolicy:
         draws = [
             (
                 float(torch.rand((), generator=generator)) < spec.caption_dropout,
-                conditioning.sample_sigmas(1, spec, self.shift, generator),
+                flow_sde.sample_sigmas(1, spec, self.shift, generator),
                 torch.randn(clean.shape[1:], generator=generator),
             )
             for _ in batch
@@ -516,7 +517,7 @@ class VdmPolicy:
         captions = [self.negative_prompt if drop else caption for (_, caption, _), drop in zip(batch, dropped)]
         sigma = torch.cat([sigma for _, sigma, _ in draws]).to(self.device)
         noise = torch.stack([noise for _, _, noise in draws]).to(self.device)
-        noisy, target = conditioning.noisy_pair(clean, noise, sigma)
+        noisy, target = flow_sde.noisy_pair(clean, noise, sigma)
         condition = self.condition(captions, references, [1.0] * len(batch))
         per_clip = ((self.velocity(noisy, sigma, condition) - target) ** 2).flatten(1).mean(dim=1)
         metrics = {
@@ -550,8 +551,8 @@ class VdmPolicy:
         rows = {key: self._latents.find(key) for key in keys}
         new = {key: frames for key, frames in zip(keys, targets) if rows[key] is None}
         if new:
-            videos = torch.stack([conditioning.frames_to_video(frames) for frames in new.values()]).to(self.device)
-            for key, latents in zip(new, conditioning.encode_videos(self.vae, videos)):
+            videos = torch.stack([frames_to_video(frames) for frames in new.values()]).to(self.device)
+            for key, latents in zip(new, wan_vae.encode_videos(self.vae, videos)):
                 rows[key] = self._latents.put(key, latents.clone())
         return torch.stack([rows[key] for key in keys])
 

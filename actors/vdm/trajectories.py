@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.records import Conditioning, Experience, NoiseSchedule, Trajectory, VdmExperience
-from actors.vdm.conditioning import noisy_pair
-from actors.vdm.flow_sde import shift_sigma
+from actors.vdm.flow_sde import noisy_pair, shift_sigma
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from actors.records import RenderRequest, derive_seed
-from actors.vdm.conditioning import FlowMatchingSpec, select_reference_frames
+from actors.vdm.flow_sde import FlowMatchingSpec
+from actors.vdm.frames import select_reference_frames
 from actors.vdm.policy import VdmPolicy
 from pipeline.data.toy.language import DRAWN_WORDINGS, caption_with, uniform_caption
 from pipeline.data.toy.scene import FRAMES

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from actors.records import derive_seed
-from actors.vdm.conditioning import frames_to_video, video_to_frames
+from actors.vdm.frames import frames_to_video, video_to_frames
 from pipeline.data.toy.scene import FRAMES, all_events, render
 from pipeline.data.toy.world import draw_scene, make_sample, shown_event
 

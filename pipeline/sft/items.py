@@ -10,7 +10,7 @@ import numpy as np
 
 from actors.failures import BadSampleError
 from actors.records import Sample, derive_seed
-from actors.vdm.conditioning import select_reference_frames
+from actors.vdm.frames import select_reference_frames
 from cluster.errors import DataError
 from pipeline.data.decoder import QuarantinedRow, block_items
 from pipeline.sft.settings import SftSettings

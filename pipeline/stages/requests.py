@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from actors.records import Clip, RenderRequest, Sample, SdeSpec
-from actors.vdm.conditioning import select_reference_frames
+from actors.vdm.frames import select_reference_frames
 from pipeline.config.schema import RunConfig
 from pipeline.config.stages import RenderSection
 

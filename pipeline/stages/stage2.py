@@ -15,8 +15,8 @@ import numpy as np
 from actors.policy.cache import content_key
 from actors.pool.errors import SampleFailed
 from actors.records import Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
-from actors.vdm.conditioning import select_reference_frames
 from actors.vdm.flow_sde import WindowSchedule, removable_steps
+from actors.vdm.frames import select_reference_frames
 from cluster.errors import ConfigError, TrainingError
 from pipeline.config import RunConfig
 from pipeline.fleet.open import Fleet

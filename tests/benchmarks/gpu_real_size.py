@@ -240,12 +240,12 @@ def stage2(size: Size, meter: Meter) -> list[np.ndarray]:
     work = one.total * size.steps * size.group
     meter.run("sample_full_sde", lambda: policy.sample_latents(requests(size.steps - 1), shape), work)
     latents, paths = meter.run("sample_window", lambda: policy.sample_latents(requests(2), shape), work)
-    from actors.vdm import conditioning
+    from actors.vdm.wan import vae as wan_vae
 
     decode = cost.decode_flops(model, *size.frames).total * size.group
     clips = meter.run(
         "decode",
-        lambda: [f for x in latents.split(1) for f in conditioning.decode_latents(policy.vae, x)],
+        lambda: [f for x in latents.split(1) for f in wan_vae.decode_latents(policy.vae, x)],
         decode,
     )
     compare_switches(policy, size, meter, references, latents)
@@ -273,7 +273,7 @@ def compare_switches(
     policy: VdmPolicy, size: Size, meter: Meter, references: np.ndarray, latents: torch.Tensor
 ) -> None:
     """Two times of a clip embedded once or token by token; the decoder with channels last or not."""
-    from actors.vdm import conditioning
+    from actors.vdm.wan import vae as wan_vae
 
     captions, clips = [CAPTION] * size.group, [references] * size.group
     condition = policy.condition(captions, clips, [1.0] * size.group)
@@ -287,11 +287,11 @@ def compare_switches(
     meter.compare("shared_times", lambda: velocity(True), lambda: velocity(False), size.rounds)
     policy._times.shared = True
     last = copy.deepcopy(policy.vae)
-    conditioning.channels_last(last.decoder)
+    wan_vae.channels_last(last.decoder)
     meter.compare(
         "channels_last",
-        lambda: conditioning.decode_latents(last, latents[:1]),
-        lambda: conditioning.decode_latents(policy.vae, latents[:1]),
+        lambda: wan_vae.decode_latents(last, latents[:1]),
+        lambda: wan_vae.decode_latents(policy.vae, latents[:1]),
         size.rounds,
     )
 

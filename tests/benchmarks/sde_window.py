@@ -20,8 +20,8 @@ from actors.learner.trainer import Trainer
 from actors.records import Clip, Experience, RenderRequest, Sample, ScoreRequest, SdeSpec, VdmExperience, derive_seed
 from actors.scoring.clip import ClipScorer
 from actors.scoring.scorer import Scorer
-from actors.vdm.conditioning import select_reference_frames
 from actors.vdm.flow_sde import WindowSchedule
+from actors.vdm.frames import select_reference_frames
 from actors.vdm.policy import VdmPolicy
 from actors.weights.transport import as_tensors
 from pipeline.config import RunConfig, load_config

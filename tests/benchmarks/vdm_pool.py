@@ -18,7 +18,9 @@ from actors.pool.pool import WorkerPool
 from actors.pool.settings import PoolSection
 from actors.records import Clip, CompletionRequest, RenderRequest, Sample, derive_seed
 from actors.scoring.clip import ClipScorer
-from actors.vdm.conditioning import encode_references, geometry_of, select_reference_frames, token_timesteps
+from actors.vdm.frames import select_reference_frames
+from actors.vdm.wan.family import token_timesteps
+from actors.vdm.wan.vae import encode_references, geometry_of
 from actors.vdm.worker import VdmWorker
 from actors.vlm.engine import EngineSpec, VlmEngine
 from pipeline.config import load_config

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from actors.architectures import Architecture, architecture, cost
 from actors.policy.lora import inject_lora
 from actors.policy.settings import LoraSection
-from actors.vdm.conditioning import geometry_of
 from actors.vdm.lora import DEFAULT_TARGETS
+from actors.vdm.wan.vae import geometry_of
 from pipeline.fleet.models import ASSETS
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"

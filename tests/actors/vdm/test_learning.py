@@ -19,7 +19,7 @@ from actors.policy.protocol import Trainable, trainable_parameters
 from actors.policy.settings import LoraSection
 from actors.records import SdeSpec, VdmExperience
 from actors.vdm import flow_sde
-from actors.vdm.conditioning import FlowMatchingSpec
+from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.policy import VdmPolicy
 from cluster.errors import CheckpointError
 

@@ -19,9 +19,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransform
 from torch import Tensor
 
 from actors.records import NoiseSchedule, RenderRequest, SdeSpec
-from actors.vdm import conditioning
-from actors.vdm.conditioning import frames_to_video
+from actors.vdm.frames import frames_to_video, video_to_frames
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.wan import vae as wan_vae
 from pipeline.fleet.models import resolve_model
 
 WORDS = (
@@ -128,9 +128,9 @@ def our_rungs(case: Case, folder: str) -> dict[str, Tensor]:
     requests = requests_of(case)
     with Recorder(policy.module) as calls:
         latents, _ = policy.sample_latents(requests, policy.check(requests[0]))
-    video = conditioning.decode_videos(policy.vae, latents) * 0.5 + 0.5
+    video = wan_vae.decode_videos(policy.vae, latents) * 0.5 + 0.5
     rendered = np.stack([clip.frames for clip in policy.sample(requests)])
-    assert np.array_equal(conditioning.video_to_frames(video * 2 - 1), rendered)  # what a clip is made of
+    assert np.array_equal(video_to_frames(video * 2 - 1), rendered)  # what a clip is made of
     return rungs_of(calls, latents, video, case.guidance > 1)
 
 

@@ -11,8 +11,7 @@ from diffusers import WanPipeline
 
 from actors.failures import BadSampleError
 from actors.records import SdeSpec
-from actors.vdm import conditioning
-from actors.vdm.conditioning import frames_to_video, select_reference_frames
+from actors.vdm.frames import frames_to_video, select_reference_frames, video_to_frames
 from actors.vdm.policy import VdmPolicy
 from cluster.errors import CheckpointError, ConfigError
 
@@ -153,7 +152,7 @@ def test_reference_frames_are_spread_and_end_with_the_last():
 
 def test_frames_survive_the_way_to_the_vae_and_back():
     frames = np.random.default_rng(0).integers(0, 256, (2, 5, 8, 8, 3), dtype=np.uint8)
-    assert np.array_equal(conditioning.video_to_frames(frames_to_video(frames)), frames)
+    assert np.array_equal(video_to_frames(frames_to_video(frames)), frames)
 
 
 def test_a_policy_loads_only_what_it_needs(tiny, make_request, tmp_path):

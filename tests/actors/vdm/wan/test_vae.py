@@ -10,16 +10,10 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from actors.failures import BadSampleError
-from actors.vdm.conditioning import (
-    FlowMatchingSpec,
-    Geometry,
-    frames_to_video,
-    noisy_pair,
-    sample_sigmas,
-    select_reference_frames,
-    token_timesteps,
-    video_to_frames,
-)
+from actors.vdm.flow_sde import FlowMatchingSpec, noisy_pair, sample_sigmas
+from actors.vdm.frames import frames_to_video, select_reference_frames, video_to_frames
+from actors.vdm.wan.family import token_timesteps
+from actors.vdm.wan.vae import Geometry
 
 WAN = Geometry(channels=16, spatial=8, temporal=4, patch=(1, 2, 2), rope_max=32)
 
