@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import logging
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from actors.pool import commands
@@ -21,6 +21,7 @@ from actors.pool.remote import RayTransport, Transport, WorkerGone, WorkerRaised
 from actors.pool.settings import PoolSection, Watch
 from actors.pool.spec import PoolStats, Timings
 from actors.pool.state import ALIVE, COMING, S
+from actors.pool.tasks import WorkerTasks
 from cluster.errors import WorkerTimeoutError
 from cluster.resources import amounts, found_room, view
 
@@ -66,7 +67,7 @@ class WorkerPool:
         self._futures: dict[int, asyncio.Future[Any]] = {}
         self._handles: dict[str, Any] = {}
         self._infos: dict[str, WorkerInfo] = {}
-        self._tasks: dict[asyncio.Task[None], str] = {}
+        self._tasks = WorkerTasks(name, self._pump_soon, self._own_bug)
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._pump_due = False
@@ -212,10 +213,8 @@ class WorkerPool:
         self._core.fail(PoolFailed(f"pool {self.name} is closed"))
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(self._shut_down(name) for name in healthy))
+        await self._tasks.end()
+        await asyncio.gather(*(self._retire(name) for name in healthy))
         self._pump()
         for name in list(self._handles):
             self._kill(name)
@@ -256,13 +255,13 @@ class WorkerPool:
     def _execute(self, command: commands.Command) -> None:
         match command:
             case commands.Start(name):
-                self._spawn(name, self._start_worker(name))
+                self._tasks.spawn(name, self._start_worker(name))
             case commands.Load(name, version):
-                self._spawn(name, self._load(name, version, self._payload))
+                self._tasks.spawn(name, self._load(name, version, self._payload))
             case commands.Probe(name):
-                self._spawn(name, self._probe(name))
+                self._tasks.spawn(name, self._probe(name))
             case commands.Send(call, name, tickets):
-                self._spawn(name, self._process(call, name, [self._requests.get(ticket) for ticket in tickets]))
+                self._tasks.spawn(name, self._process(call, name, [self._requests.get(ticket) for ticket in tickets]))
             case commands.End(name, healthy):
                 self._end(name, healthy)
             case commands.Deliver(ticket, value):
@@ -276,18 +275,9 @@ class WorkerPool:
         if future is not None and not future.done():
             put(future)
 
-    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work, name=f"{self.name}:{name}")
-        self._tasks[task] = name
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        name = self._tasks.pop(task)
-        if not task.cancelled() and task.exception() is not None:
-            error = task.exception()
-            log.error("pool %s: its own code failed at worker %s", self.name, name, exc_info=error)
-            self._core.fail(WorkerBug(f"pool {self.name}, at worker {name}: {type(error).__name__}: {error}"))
-        self._pump_soon()
+    def _own_bug(self, name: str, error: BaseException) -> None:
+        log.error("pool %s: its own code failed at worker %s", self.name, name, exc_info=error)
+        self._core.fail(WorkerBug(f"pool {self.name}, at worker {name}: {type(error).__name__}: {error}"))
 
     async def _until(self, predicate: Callable[[], bool]) -> None:
         """Wait until ``predicate`` holds; raise when the pool fails first. Deadlines of the workers bound the wait."""
@@ -438,25 +428,19 @@ class WorkerPool:
 
     def _end(self, name: str, healthy: bool) -> None:
         if not healthy:
-            for task, owner in list(self._tasks.items()):
-                if owner == name:
-                    task.cancel()
+            self._tasks.cancel(name)
             self._kill(name)
         else:
-            self._spawn(name, self._retire(name))
+            self._tasks.spawn(name, self._retire(name))
 
     async def _retire(self, name: str) -> None:
-        await self._shut_down(name)
-        self._kill(name)
-
-    async def _shut_down(self, name: str) -> None:
-        """Let a healthy worker close what it holds (an engine's processes), where it has a ``shutdown``."""
-        if not hasattr(self._handles.get(name), "shutdown"):
-            return
+        """Let a healthy worker close what it holds (an engine's processes), where it has a ``shutdown``, and end it."""
         try:
-            await self._ask(name, "shutdown", timeout_s=self.watch.probe_timeout_s)
+            if hasattr(self._handles.get(name), "shutdown"):
+                await self._ask(name, "shutdown", timeout_s=self.watch.probe_timeout_s)
         except _TROUBLE as error:
             log.warning("pool %s: %s did not shut down: %s", self.name, self._who(name), error)
+        self._kill(name)
 
     def _kill(self, name: str) -> None:
         handle = self._handles.pop(name, None)
