@@ -12,14 +12,11 @@ only one otherwise; memory is the peak that torch's allocator saw in the part. A
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,143 +41,8 @@ from actors.vdm.wan.files import Parts  # noqa: E402
 from actors.vdm.wan.text_encoder import CaptionEmbedder  # noqa: E402
 from actors.vlm import adapter as vlm_adapter  # noqa: E402
 from actors.vlm.policy import VlmPolicy  # noqa: E402
-
-TINY = ROOT / "pipeline" / "assets" / "tiny"
-CAPTION = "the red circle moves up"
-
-
-@dataclass(frozen=True)
-class Size:
-    """What is measured: models, the clip, the group, and how the learner cuts it."""
-
-    vlm: str
-    vdm: str
-    clip: str
-    frames: tuple[int, int, int]  # of a clip: number, height, width
-    references: int
-    input_frames: tuple[int, int, int]  # of the VLM's video
-    group: int
-    steps: int
-    completion: int  # tokens
-    text_tokens: int
-    micro_batch: int
-    vlm_micro_batch: int
-    dtype: torch.dtype
-    rounds: int = 3  # of what is compared turn by turn
-
-
-REAL = Size(
-    vlm="Qwen/Qwen2.5-VL-3B-Instruct",
-    vdm="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    clip="openai/clip-vit-large-patch14",
-    frames=(33, 352, 640),
-    references=6,
-    input_frames=(16, 252, 448),
-    group=8,
-    steps=10,
-    completion=256,
-    text_tokens=512,
-    micro_batch=2,
-    vlm_micro_batch=2,
-    dtype=torch.bfloat16,
-)
-SIZES = {
-    "real": REAL,
-    "tiny": replace(
-        REAL,
-        vlm=str(TINY / "vlm"),
-        vdm=str(TINY / "vdm"),
-        clip=str(TINY / "clip"),
-        frames=(9, 32, 32),
-        references=2,
-        input_frames=(9, 32, 32),
-        steps=4,
-        completion=16,
-        text_tokens=16,
-        micro_batch=4,
-        vlm_micro_batch=4,
-        rounds=1,
-    ),
-}
-
-
-class Meter:
-    """Seconds, peak memory and achieved operations of named parts."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.cuda = device, device.type == "cuda"
-        self.parts: dict[str, dict[str, float]] = {}
-        self.compared: dict[str, dict[str, Any]] = {}
-
-    def compare(self, name: str, ours: Callable[[], Any], other: Callable[[], Any], rounds: int) -> None:
-        """Call both in turn, after a round that does not count; note seconds, other ÷ ours, and how far results differ."""
-        found: list[tuple[float, float]] = []
-        results: list[Any] = []
-        for turn in range(rounds + 1):
-            order = (0, 1) if turn % 2 else (1, 0)
-            taken, results = [0.0, 0.0], [None, None]
-            for i in order:
-                self.wait()
-                started = time.perf_counter()
-                results[i] = (ours, other)[i]()
-                self.wait()
-                taken[i] = time.perf_counter() - started
-            found.append((taken[0], taken[1]))
-        a, b = (torch.as_tensor(r).double() for r in results)
-        ratios = [y / x for x, y in found[1:]]
-        self.compared[name] = {
-            "ours_s": [x for x, _ in found[1:]],
-            "other_s": [y for _, y in found[1:]],
-            "other_over_ours": float(np.median(ratios)),
-            "largest_difference": float((a - b).abs().max()),
-            "largest_value": float(b.abs().max()),
-        }
-        print(name, self.compared[name], flush=True)
-
-    def wait(self) -> None:
-        """Wait until the device has nothing to do."""
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def run(self, name: str, work: Callable[[], Any], flops: float = 0.0, repeat: int = 1) -> Any:
-        """Call ``work`` ``repeat`` times and note what the last call took."""
-        result = None
-        for _ in range(repeat):
-            result = None
-            gc.collect()
-            if self.cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-            result = work()
-            if self.cuda:
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-        self.parts[name] = {"seconds": seconds, "tflop": flops / 1e12, "tflop_per_s": flops / seconds / 1e12}
-        if self.cuda:
-            self.parts[name]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        print(name, {k: round(v, 4) for k, v in self.parts[name].items()}, flush=True)
-        return result
-
-
-def matmul_rate(device: torch.device, side: int, dtype: torch.dtype) -> float:
-    """Return the operations per second of a square matrix product, the best of 10."""
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
-
-
-def frames_of(shape: tuple[int, int, int], seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (*shape, 3)).astype(np.uint8)
-
+from tests.benchmarks.gpu_meter import CAPTION, SIZES, TINY, Meter, Size, frames_of, matmul_rate  # noqa: E402
+from tests.benchmarks.gpu_switches import compare_compiled, compare_stock, compare_switches  # noqa: E402
 
 # --- the artist ------------------------------------------------------------------------------------------------------
 
@@ -267,90 +129,6 @@ def stage2(size: Size, meter: Meter) -> list[np.ndarray]:
     window, every = meter.parts["stage2_update"]["seconds"], meter.parts["stage2_update_all_steps"]["seconds"]
     meter.compared["window_update"] = {"other_over_ours": every / window}
     return clips
-
-
-def compare_switches(
-    policy: VdmPolicy, size: Size, meter: Meter, references: np.ndarray, latents: torch.Tensor
-) -> None:
-    """Two times of a clip embedded once or token by token; the decoder with channels last or not."""
-    from actors.vdm.wan import vae as wan_vae
-
-    captions, clips = [CAPTION] * size.group, [references] * size.group
-    condition = policy.condition(captions, clips, [1.0] * size.group)
-    sigma = torch.full((size.group,), 0.7, device=meter.device)
-
-    @torch.no_grad()
-    def velocity(shared: bool) -> torch.Tensor:
-        policy._times.shared = shared
-        return policy.velocity(latents, sigma, condition).cpu()
-
-    meter.compare("shared_times", lambda: velocity(True), lambda: velocity(False), size.rounds)
-    policy._times.shared = True
-    last = copy.deepcopy(policy.vae)
-    wan_vae.channels_last(last.decoder)
-    meter.compare(
-        "channels_last",
-        lambda: wan_vae.decode_latents(last, latents[:1]),
-        lambda: wan_vae.decode_latents(policy.vae, latents[:1]),
-        size.rounds,
-    )
-
-
-def compare_compiled(size: Size, meter: Meter) -> None:
-    """The transformer's blocks compiled by torch, and as they are."""
-    policy = artist(size, meter)
-    references = frames_of((size.references, *size.frames[1:]), 0)
-    condition = policy.condition([CAPTION] * size.group, [references] * size.group, [1.0] * size.group)
-    shape = policy.geometry.latent_shape(size.frames[0], *size.frames[1:], size.references)
-    latents, sigma = policy._normal(list(range(size.group)), shape), torch.full((size.group,), 0.7, device=meter.device)
-    plain = policy.module
-    compiled = copy.deepcopy(plain)
-
-    @torch.no_grad()
-    def velocity(module: Any) -> torch.Tensor:
-        policy.module = module
-        return policy.velocity(latents, sigma, condition).cpu()
-
-    started = time.perf_counter()
-    compiled.compile_repeated_blocks()
-    velocity(compiled)
-    meter.parts["compile"] = {"seconds": time.perf_counter() - started}
-    meter.compare("compiled_blocks", lambda: velocity(compiled), lambda: velocity(plain), size.rounds)
-
-
-def compare_stock(policy: VdmPolicy, size: Size, meter: Meter) -> None:
-    """Our sampler and diffusers' pipeline, from the same noise and embeddings, without reference frames, to latents."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-
-    pipe: Any = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=policy.vae,
-        transformer=policy.module,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=policy.shift),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    none = np.zeros((0, *size.frames[1:], 3), np.uint8)
-    requests = [
-        RenderRequest("s", i, CAPTION, none, size.frames[0], size.steps, 1.0, noise_seed=i) for i in range(size.group)
-    ]
-    shape = policy.geometry.latent_shape(size.frames[0], *size.frames[1:], 0)
-    text = policy.embed([CAPTION] * size.group)
-
-    @torch.no_grad()
-    def stock() -> torch.Tensor:
-        return pipe(
-            prompt_embeds=text,
-            latents=policy._normal(list(range(size.group)), shape),
-            num_frames=size.frames[0],
-            height=size.frames[1],
-            width=size.frames[2],
-            num_inference_steps=size.steps,
-            guidance_scale=1.0,
-            output_type="latent",
-        ).frames.cpu()
-
-    meter.compare("stock_pipeline", lambda: policy.sample_latents(requests, shape)[0].cpu(), stock, size.rounds)
 
 
 # --- the thinker -----------------------------------------------------------------------------------------------------
@@ -565,7 +343,7 @@ def measure(size: Size, device: torch.device, only: str = "all") -> dict[str, An
     one_rank = learner(meter)
     rate = matmul_rate(device, 8192 if device.type == "cuda" else 512, size.dtype)
     if only == "compile":
-        compare_compiled(size, meter)
+        compare_compiled(artist(size, meter), size, meter)
     if only == "all":
         clips = stage2(size, meter)
         gc.collect()
