@@ -180,17 +180,9 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             name,
             vlm_path,
             adapter=vlm_adapter,
-            dtype=vlm.dtype,
-            max_model_len=vlm.max_model_len,
-            kv_cache_mib=vlm.kv_cache_mib,
-            gpu_memory_utilization=vlm.gpu_memory_utilization,
-            tensor_parallel=vlm.tensor_parallel,
-            enforce_eager=vlm.enforce_eager,
-            grouped_lora=vlm.grouped_lora,
-            text_at_end=vlm.text_at_end,
+            settings=vlm,
             lora_rank=config.stage1.lora.rank,
             broadcast=config.weights.transport == "collective" and config.stage1.lora.rank == 0,
-            sleep=vlm.rest,
             alone=config.deterministic,
         )
 

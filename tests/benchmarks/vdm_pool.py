@@ -99,7 +99,7 @@ def distinct(count: int, turn: int) -> list[RenderRequest]:
 
 async def completed(samples: list[Sample]) -> list[list[str]]:
     """Return the captions that the bundled thinker really gives, eight for each sample; malformed answers have none."""
-    engine = VlmEngine(EngineSpec(str(resolve_model("tiny", "vlm")), kv_cache_mib=256))
+    engine = VlmEngine(EngineSpec(str(resolve_model("tiny", "vlm"))))
     await engine.start()
     try:
         asked = [CompletionRequest(s.id, s.asked, GROUP, seed=i, max_tokens=40) for i, s in enumerate(samples)]
