@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from actors.pool.settings import Gpus, Labels, PoolSection
-from actors.settings import FREE, Fraction, Pair, Positive, Section
+from actors.settings import FREE, Positive, Section
 from actors.vlm.settings import VlmPoolSection
 from cluster.layout import Strategy
 from pipeline.support.location import Location
 from pipeline.support.text import redacted
 from rewards.alarms import AlarmSettings
-
-_ALARMS = AlarmSettings()
 
 
 class VdmPoolSection(PoolSection):
@@ -216,62 +214,5 @@ class CheckpointSection(Section):
     )
 
 
-class AlarmsSection(Section):
+class AlarmsSection(AlarmSettings, Section):
     """Alarms against reward hacking (docs/rewards.md); null turns one off. They warn, and change no reward."""
-
-    motion_below: float | None = Field(
-        _ALARMS.motion_below, ge=0, description="Motion as a share of ground truth's, below which clips are frozen."
-    )
-    copy_above: float | None = Field(
-        _ALARMS.copy_above,
-        description="CLIP similarity to the last input frame beyond ground truth's own, above which clips are copies.",
-    )
-    sharpness_range: Pair | None = Field(
-        _ALARMS.sharpness_range, description="Sharpness as a multiple of the run's first steps'."
-    )
-    saturation_beyond: float | None = Field(
-        _ALARMS.saturation_beyond, gt=0, description="Drift of the mean saturation (0…1) from the run's first steps."
-    )
-    correlation_below: float | None = Field(
-        _ALARMS.correlation_below,
-        ge=-1,
-        le=1,
-        description="Correlation of two rewards, below which one buys the other.",
-    )
-    format_below: Fraction | None = Field(
-        _ALARMS.format_below, description="Share of completions in the asked form (stage 1)."
-    )
-    length_range: Pair | None = Field(
-        _ALARMS.length_range, description="Length of the completions as a multiple of the run's first steps' (stage 1)."
-    )
-    entropy_range: Pair | None = Field(
-        _ALARMS.entropy_range, description="Token entropy as a multiple of the run's first steps' (stage 1)."
-    )
-    anchors_below: Fraction | None = Field(
-        _ALARMS.anchors_below, description="Share of anchor captions that pass the filter (stage 2)."
-    )
-    zero_std_above: Fraction | None = Field(
-        _ALARMS.zero_std_above, description="Share of groups whose rewards are all equal."
-    )
-    first_steps: Positive = Field(_ALARMS.first_steps, description="Steps of a stage from which drifts are measured.")
-    patience: Positive = Field(
-        _ALARMS.patience, description="Steps in a row beyond a threshold that begin an alarm, or within it that end it."
-    )
-    stop_after: int = Field(
-        _ALARMS.stop_after, ge=0, description="Stop the run after the same alarm N steps in a row; 0 never stops it."
-    )
-
-    @model_validator(mode="after")
-    def _ranges(self) -> AlarmsSection:
-        for name in ("sharpness_range", "length_range", "entropy_range"):
-            limits = getattr(self, name)
-            if limits is not None and not 0 <= limits[0] < 1 < limits[1]:
-                raise ValueError(
-                    f"{name}={list(limits)}: it is a multiple of the first steps' value, so it must hold 1, e.g. [0.5, 2.0]"
-                )
-        return self
-
-    @property
-    def settings(self) -> AlarmSettings:
-        """The same, as ``rewards.alarms`` takes it."""
-        return AlarmSettings(**self.model_dump())
