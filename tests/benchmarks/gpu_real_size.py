@@ -33,6 +33,7 @@ from actors.architectures import Architecture, architecture, cost  # noqa: E402
 from actors.learner.batches import plan_batch  # noqa: E402
 from actors.learner.objectives.grpo import grpo_loss, normaliser  # noqa: E402
 from actors.learner.objectives.settings import GrpoSection  # noqa: E402
+from actors.learner.settings import LearnerSection  # noqa: E402
 from actors.learner.sharding import checkpoint_units, unit_names  # noqa: E402
 from actors.learner.spec import LearnerSpec  # noqa: E402
 from actors.learner.trainer import Trainer  # noqa: E402
@@ -504,7 +505,7 @@ def learner(meter: Meter) -> dict[str, float]:
     ]
     (plan,) = plan_batch(items, ranks=1, micro_batch=8, updates=1)
     grpo = GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, loss_norm="sequence")
-    spec = LearnerSpec("vdm", str(TINY / "vdm"), lora=lora, learning=grpo)
+    spec = LearnerSpec("vdm", str(TINY / "vdm"), LearnerSection(ranks=1), lora=lora, learning=grpo)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(
             "nccl" if meter.cuda else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
