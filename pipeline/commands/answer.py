@@ -268,6 +268,7 @@ def draw(
 ) -> list[Drawn | Unanswered]:
     """Draw every caption in ``said``. The artist is loaded only where there is one."""
     from actors.vdm.policy import VdmPolicy
+    from actors.vdm.settings import VdmPoolSection
 
     captions = {i: item.caption for i, item in enumerate(said) if isinstance(item, Said)}
     clips: dict[int, Clip | str] = {}
@@ -279,7 +280,7 @@ def draw(
             adapter=adapter,
             shift=config.models.flow_shift,
             shared_times=config.models.shared_times,
-            decode_batch=config.pools.vdm.max_decode,
+            settings=VdmPoolSection(max_decode=config.pools.vdm.max_decode),
             vae_tiling=config.video.vae_tiling,
         )
         render = config.evaluate.render

@@ -187,6 +187,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
         )
 
     def make_vdm(placement: Placement) -> Callable[[str], Any]:
+        exact = {"max_embed": 1, "compile_blocks": False} if config.deterministic else {}
         actor = ray.remote(VdmWorker)
         return lambda name: actor.options(**placement.options("vdm", name), max_restarts=0, max_concurrency=2).remote(
             name,
@@ -197,10 +198,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             options={
                 "shift": models.flow_shift,
                 "shared_times": models.shared_times,
-                "decode_batch": vdm.max_decode,
-                "embed_batch": 1 if config.deterministic else vdm.max_embed,
-                "channels_last": vdm.channels_last,
-                "compile_blocks": vdm.compile_blocks and not config.deterministic,
+                "settings": vdm.model_copy(update=exact),
                 "vae_tiling": config.video.vae_tiling,
                 "components": ("transformer", "vae_decoder") if embed.workers else COMPONENTS,
             },

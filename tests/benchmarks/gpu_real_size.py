@@ -41,6 +41,7 @@ from actors.policy.protocol import trainable_parameters  # noqa: E402
 from actors.policy.settings import LoraSection  # noqa: E402
 from actors.records import RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience  # noqa: E402
 from actors.vdm.policy import VdmPolicy  # noqa: E402
+from actors.vdm.settings import VdmPoolSection  # noqa: E402
 from actors.vdm.wan.files import Parts  # noqa: E402
 from actors.vdm.wan.text import CaptionEmbedder  # noqa: E402
 from actors.vlm import adapter as vlm_adapter  # noqa: E402
@@ -213,7 +214,7 @@ def artist(size: Size, meter: Meter) -> VdmPolicy:
         text_encoder=None,
         tokenizer=None,
     )
-    policy = VdmPolicy(parts, dtype=size.dtype, device=device, decode_batch=1)
+    policy = VdmPolicy(parts, dtype=size.dtype, device=device, settings=VdmPoolSection(max_decode=1))
     policy.embedder = captions
     policy.inject(LoraSection(rank=8, alpha=32.0))
     return policy

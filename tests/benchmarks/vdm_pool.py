@@ -19,6 +19,7 @@ from actors.pool.settings import PoolSection
 from actors.records import Clip, CompletionRequest, RenderRequest, Sample, derive_seed
 from actors.scoring.clip import ClipScorer
 from actors.vdm.conditioning import encode_references, geometry_of, select_reference_frames, token_timesteps
+from actors.vdm.settings import VdmPoolSection
 from actors.vdm.worker import VdmWorker
 from actors.vlm.engine import EngineSpec, VlmEngine
 from pipeline.config import load_config
@@ -148,7 +149,10 @@ async def measure_pool(size: Size) -> Result:
 
     def make(name: str) -> Any:
         section = config.pools.vdm  # as the toy run sets them
-        options = {"shift": SHIFT, "decode_batch": section.max_decode, "embed_batch": section.max_embed}
+        options = {
+            "shift": SHIFT,
+            "settings": VdmPoolSection(max_decode=section.max_decode, max_embed=section.max_embed),
+        }
         options |= {"channels_last": section.channels_last}
         return actor.options(num_cpus=1, max_concurrency=2).remote(name, path, options=options)
 
