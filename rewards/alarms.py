@@ -10,31 +10,70 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Limits = tuple[float | None, float | None]
+_Positive = Annotated[int, Field(gt=0)]
+_Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+_Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists only
 
 SMALL = 1e-3
 """Added to both sides of the ratio to the first steps: what was next to nothing then has no meaningful ratio."""
 
 
-@dataclass(frozen=True)
-class AlarmSettings:
-    """Where each sign is too far (None: never), and when that is an alarm. docs/rewards.md says what each is for."""
+class AlarmSettings(BaseModel):
+    """Where each sign is too far (None: never), and when that is an alarm. docs/rewards.md says what each is for.
 
-    motion_below: float | None = 0.2
-    copy_above: float | None = 0.1
-    sharpness_range: tuple[float, float] | None = (0.25, 4.0)
-    saturation_beyond: float | None = 0.1
-    correlation_below: float | None = -0.5
-    format_below: float | None = 0.5
-    length_range: tuple[float, float] | None = (0.5, 1.5)
-    entropy_range: tuple[float, float] | None = (0.1, 3.0)
-    anchors_below: float | None = 0.2
-    zero_std_above: float | None = 0.75
-    first_steps: int = 5
-    patience: int = 2
-    stop_after: int = 0
+    A run's YAML has these keys too: the configuration adds that it is strict.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    motion_below: float | None = Field(
+        0.2, ge=0, description="Motion as a share of ground truth's, below which clips are frozen."
+    )
+    copy_above: float | None = Field(
+        0.1,
+        description="CLIP similarity to the last input frame beyond ground truth's own, above which clips are copies.",
+    )
+    sharpness_range: _Pair | None = Field((0.25, 4.0), description="Sharpness as a multiple of the run's first steps'.")
+    saturation_beyond: float | None = Field(
+        0.1, gt=0, description="Drift of the mean saturation (0…1) from the run's first steps."
+    )
+    correlation_below: float | None = Field(
+        -0.5,
+        ge=-1,
+        le=1,
+        description="Correlation of two rewards, below which one buys the other.",
+    )
+    format_below: _Fraction | None = Field(0.5, description="Share of completions in the asked form (stage 1).")
+    length_range: _Pair | None = Field(
+        (0.5, 1.5), description="Length of the completions as a multiple of the run's first steps' (stage 1)."
+    )
+    entropy_range: _Pair | None = Field(
+        (0.1, 3.0), description="Token entropy as a multiple of the run's first steps' (stage 1)."
+    )
+    anchors_below: _Fraction | None = Field(0.2, description="Share of anchor captions that pass the filter (stage 2).")
+    zero_std_above: _Fraction | None = Field(0.75, description="Share of groups whose rewards are all equal.")
+    first_steps: _Positive = Field(5, description="Steps of a stage from which drifts are measured.")
+    patience: _Positive = Field(
+        2, description="Steps in a row beyond a threshold that begin an alarm, or within it that end it."
+    )
+    stop_after: int = Field(
+        0, ge=0, description="Stop the run after the same alarm N steps in a row; 0 never stops it."
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> AlarmSettings:
+        for name in ("sharpness_range", "length_range", "entropy_range"):
+            limits = getattr(self, name)
+            if limits is not None and not 0 <= limits[0] < 1 < limits[1]:
+                raise ValueError(
+                    f"{name}={list(limits)}: it is a multiple of the first steps' value, so it must hold 1, e.g. [0.5, 2.0]"
+                )
+        return self
 
 
 @dataclass(frozen=True)

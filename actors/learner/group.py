@@ -73,7 +73,7 @@ class LearnerGroup:
         self.ranks: list[Any] = []
         self.infos: list[RankInfo] = []
         self._pg, self._bundles, self._own_pg = placement_group, bundles, placement_group is None
-        self._where = [f"rank {r}" for r in range(spec.ranks)]
+        self._where = [f"rank {r}" for r in range(spec.settings.ranks)]
         self._lock = asyncio.Lock()
         self._down: str | None = "it has not been started"
 
@@ -101,17 +101,24 @@ class LearnerGroup:
         actor = ray.remote(LearnerRank)
         tag = uuid.uuid4().hex[:6]
         try:
-            for rank in range(spec.ranks):
+            for rank in range(spec.settings.ranks):
                 strategy = PlacementGroupSchedulingStrategy(
                     self._pg, placement_group_bundle_index=self._bundles[rank] if self._bundles else -1
                 )
-                options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "max_restarts": 0, "max_task_retries": 0}
+                options = {
+                    "num_cpus": spec.settings.cpus,
+                    "num_gpus": spec.settings.gpus,
+                    "max_restarts": 0,
+                    "max_task_retries": 0,
+                }
                 name = f"{spec.name}-{tag}-rank{rank}"
                 self.ranks.append(actor.options(name=name, scheduling_strategy=strategy, **options).remote(spec, rank))
-            places = await self._call("where", timeout_s=spec.start_timeout_s)
+            places = await self._call("where", timeout_s=spec.settings.start_timeout_s)
             self._where = [f"rank {r} (node {node}, pid {pid})" for r, (node, pid) in enumerate(places)]
-            address = await self._race([self.ranks[0].pick_address.remote()], "pick_address", spec.start_timeout_s)
-            self.infos = await self._call("setup", address[0], timeout_s=spec.start_timeout_s)
+            address = await self._race(
+                [self.ranks[0].pick_address.remote()], "pick_address", spec.settings.start_timeout_s
+            )
+            self.infos = await self._call("setup", address[0], timeout_s=spec.settings.start_timeout_s)
             if len({info.checksum for info in self.infos}) > 1:
                 raise TrainingError(
                     f"{spec.name}: ranks loaded different trained weights ({[i.checksum for i in self.infos]}); the "
@@ -125,15 +132,19 @@ class LearnerGroup:
 
     async def _place(self) -> None:
         spec = self.spec
-        bundle = {k: v for k, v in {"CPU": spec.cpus, "GPU": spec.gpus}.items() if v > 0} or {"CPU": 0.001}
-        self._pg = placement_group([bundle] * spec.ranks, strategy="PACK", name=f"{spec.name}-{uuid.uuid4().hex[:6]}")
+        bundle = {k: v for k, v in {"CPU": spec.settings.cpus, "GPU": spec.settings.gpus}.items() if v > 0} or {
+            "CPU": 0.001
+        }
+        self._pg = placement_group(
+            [bundle] * spec.settings.ranks, strategy="PACK", name=f"{spec.name}-{uuid.uuid4().hex[:6]}"
+        )
         try:
-            await asyncio.wait_for(self._pg.ready(), spec.start_timeout_s)
+            await asyncio.wait_for(self._pg.ready(), spec.settings.start_timeout_s)
         except TimeoutError as error:
             remove_placement_group(self._pg)
             self._pg = None
             raise PlacementError(
-                f"{spec.name}: no room for {spec.ranks} ranks of {bundle} within {spec.start_timeout_s:.0f} s; the "
+                f"{spec.name}: no room for {spec.settings.ranks} ranks of {bundle} within {spec.settings.start_timeout_s:.0f} s; the "
                 "cluster has "
                 f"{ray.cluster_resources().get('CPU', 0):g} CPU and {ray.cluster_resources().get('GPU', 0):g} GPU in "
                 "all, free are "
@@ -182,7 +193,12 @@ class LearnerGroup:
             TrainingError: see ``Trainer.update``; RankDiedError where a rank is gone.
             RankSilentError: a rank did not answer within ``step_timeout_s``.
         """
-        plans = plan_batch(items, ranks=self.spec.ranks, micro_batch=self.spec.micro_batch, updates=updates)
+        plans = plan_batch(
+            items,
+            ranks=self.spec.settings.ranks,
+            micro_batch=self.spec.settings.at_once(self.spec.kind),
+            updates=updates,
+        )
         answers = await self._call("update", per_rank=[(plan, epochs) for plan in plans])
         self._version = answers[0][1]
         return merge_reports([report for report, _ in answers])
@@ -197,7 +213,7 @@ class LearnerGroup:
         async with self._lock:
             self._check()
             pairs = [rank.publish.options(num_returns=2).remote(averaged, receivers) for rank in self.ranks]
-            told = await self._race([second for _, second in pairs], "publish", self.spec.step_timeout_s)
+            told = await self._race([second for _, second in pairs], "publish", self.spec.settings.step_timeout_s)
         self._version, offer = told[0]
         return [pairs[0][0]] if offer is None else [pairs[0][0], offer]
 
@@ -242,7 +258,7 @@ class LearnerGroup:
             self._check()
             arguments = per_rank or [args] * len(self.ranks)
             refs = [getattr(rank, method).remote(*a) for rank, a in zip(self.ranks, arguments)]
-            return await self._race(refs, method, timeout_s or self.spec.step_timeout_s)
+            return await self._race(refs, method, timeout_s or self.spec.settings.step_timeout_s)
 
     def _check(self) -> None:
         if self._down is not None:

@@ -65,7 +65,7 @@ class LearnerRank:
 
     def __init__(self, spec: LearnerSpec, rank: int) -> None:
         self.spec, self.rank = spec, rank
-        self.device = torch.device("cuda" if spec.gpus > 0 and torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if spec.settings.gpus > 0 and torch.cuda.is_available() else "cpu")
         self.trainer: Trainer | None = None
         self._broadcast: Broadcast | None = None
 
@@ -79,10 +79,12 @@ class LearnerRank:
 
     def setup(self, address: str) -> RankInfo:
         """Load the policy, join the group at ``address``, shard."""
-        torch.set_num_threads(max(1, int(self.spec.cpus)))
+        torch.set_num_threads(max(1, int(self.spec.settings.cpus)))
         node, pid = self.where()
         policy = load_policy(self.spec, self.device)
-        mesh = join_group(address, self.rank, self.spec.ranks, node, self.spec.step_timeout_s, self.device)
+        mesh = join_group(
+            address, self.rank, self.spec.settings.ranks, node, self.spec.settings.step_timeout_s, self.device
+        )
         self.trainer = Trainer(policy, self.spec, mesh, self.device)
         return RankInfo(self.rank, node, pid, str(self.device), self.trainer.initial_checksum)
 
@@ -98,7 +100,7 @@ class LearnerRank:
         """
         with self._working() as trainer:
             weights = trainer.weights(averaged)
-            if self.spec.offload == "all" and self.device.type == "cpu" and weights is not None:
+            if self.spec.settings.offload == "all" and self.device.type == "cpu" and weights is not None:
                 weights = snapshot(weights)  # they share the parameters' memory, which is freed now
             return weights, (trainer.version, self._offer(weights, receivers))
 

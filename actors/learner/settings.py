@@ -9,7 +9,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from actors.settings import Pair, Section, cite
+from actors.pool.settings import Gpus, Labels
+from actors.settings import FREE, Pair, Positive, Section, cite
+from cluster.layout import Strategy
 
 
 class OptimSection(Section):
@@ -41,3 +43,62 @@ class OptimSection(Section):
         "evaluated, while rollouts use the weights themselves. 0 keeps none.",
         json_schema_extra=cite("Flow-GRPO", "DiffusionNFT"),
     )
+
+
+class LearnerSection(Section):
+    """One learner group: FSDP2 ranks."""
+
+    ranks: Positive = Field(2, description="Ranks of the group.")
+    cpus: float = Field(0.5, ge=0, description="CPU cores reserved per rank.")
+    gpus: Gpus = Field(0.0, description="GPUs reserved per rank.")
+    labels: Labels = Field(
+        default_factory=dict, description="Ray node labels that the ranks' nodes must have, as for pools."
+    )
+    placement: Strategy | None = Field(
+        None,
+        description="How the ranks lie on nodes; null is cluster.placement. STRICT_PACK keeps NCCL within one node.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute dtype (FSDP2 mixed precision).")
+    micro_batch: Positive = Field(16, description="Trajectories per forward and backward on one rank.")
+    micro_completions: Positive | None = Field(
+        None,
+        description="Completions per forward and backward on one rank (the thinker); null takes micro_batch. They have far fewer "
+        "tokens than trajectories, and a whole group at once reads its prompt once.",
+    )
+    shared_prompts: bool = Field(
+        True,
+        description="Whether a forward over several completions of one prompt reads the prompt, video included, once for all of "
+        "them, instead of once for each. Log-probabilities differ by float noise.",
+    )
+    micro_steps: Positive | None = Field(
+        None,
+        description="Denoising steps of a trajectory's window per forward and backward (stage 2): 1 keeps the activations of one "
+        "step at a time; null takes the whole window.",
+    )
+    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    reference_offload: bool = Field(
+        False,
+        description="With lora.rank 0 and a KL: keep the frozen reference model's shards in host memory while they are not "
+        "computed with. With LoRA the reference is the model without its adapter, and costs nothing.",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="What the learner moves to host memory while it does not work: the optimizer's state and the moving average, or "
+        "all of its weights too (docs/weights.md).",
+        json_schema_extra=FREE,
+    )
+    start_timeout_s: float = Field(300.0, gt=0, description="Deadline to start and load.", json_schema_extra=FREE)
+    step_timeout_s: float = Field(
+        600.0, gt=0, description="Deadline for one call on all ranks.", json_schema_extra=FREE
+    )
+    max_restarts: int = Field(
+        2,
+        ge=0,
+        description="Times per stage that a group which lost a rank is started anew from the newest checkpoint; 0 stops the run "
+        "instead, for --resume.",
+        json_schema_extra=FREE,
+    )
+
+    def at_once(self, policy: str) -> int:
+        """Return how many trajectories, or completions, of ``policy`` (vlm, vdm) one rank's forward and backward takes."""
+        return (self.micro_completions if policy == "vlm" else None) or self.micro_batch

@@ -70,7 +70,7 @@ class Trainer:
         self.version = 0
         self.steps = 0  # optimizer steps tried, skipped ones included; drives the learning rate
         self.skipped = 0
-        dtype = torch_dtype(spec.dtype)
+        dtype = torch_dtype(spec.settings.dtype)
         policy.module.eval()
         set_compute_dtype(policy, dtype)
         self.initial_checksum = parameter_hash(policy.module, trainable=True)
@@ -80,8 +80,8 @@ class Trainer:
             names = [name for name, m in policy.module.named_modules() if id(m) in ids]
             self.frozen = copy.deepcopy(policy.module).requires_grad_(False)
             units = [self.frozen.get_submodule(n) for n in names]
-            shard(self.frozen, units, mesh, dtype, checkpointing=False, offload=spec.reference_offload)
-        shard(policy.module, policy.fsdp_units, mesh, dtype, spec.activation_checkpointing)
+            shard(self.frozen, units, mesh, dtype, checkpointing=False, offload=spec.settings.reference_offload)
+        shard(policy.module, policy.fsdp_units, mesh, dtype, spec.settings.activation_checkpointing)
         self.parameters = trainable_parameters(policy.module)
         if not self.parameters:
             raise TrainingError(
@@ -93,14 +93,14 @@ class Trainer:
         )
         self.average = Average(self.parameters, optim.ema) if optim.ema > 0 else None
         self.sampled = Behaviour(self.parameters) if self.objective.keeps_behaviour else None
-        self._offloader = Offloader(device) if spec.offload != "none" else None
+        self._offloader = Offloader(device) if spec.settings.offload != "none" else None
         self.offload()
 
     # --- memory
     # -----------------------------------------------------------------------------------------------------------
 
     def offload(self) -> None:
-        """Move to host memory what ``spec.offload`` names; the next :meth:`resident` brings it back."""
+        """Move to host memory what ``spec.settings.offload`` names; the next :meth:`resident` brings it back."""
         if self._offloader is not None:
             self._offloader.unload(self._offloaded())
 
@@ -123,7 +123,7 @@ class Trainer:
         for copy_ in (self.average, self.sampled):
             if copy_ is not None:
                 yield from copy_.values
-        if self.spec.offload == "all":
+        if self.spec.settings.offload == "all":
             yield from module_tensors(self.policy.module, self.frozen, *getattr(self.policy, "frozen_parts", ()))
 
     # --- learning
@@ -160,7 +160,7 @@ class Trainer:
 
     def _gate_due(self, coming: int) -> bool:
         """Return whether one of the ``coming`` optimizer steps is a multiple of ``gate_every``: the same after a restart."""
-        if self.objective.gate_tolerance(self.spec.dtype) is None:
+        if self.objective.gate_tolerance(self.spec.settings.dtype) is None:
             return False
         return -self.steps % self.objective.settings.gate_every < coming
 
@@ -207,10 +207,10 @@ class Trainer:
         steps each trajectory has in all (None where it is not cut).
         """
         split = getattr(self.policy, "split", None)
-        if self.spec.micro_steps is None or split is None:
+        if self.spec.settings.micro_steps is None or split is None:
             return [(slice(None), item.batch, None)]
         lengths = item.batch.mask.sum(-1)
-        return [(steps, batch, lengths) for steps, batch in split(item.batch, self.spec.micro_steps)]
+        return [(steps, batch, lengths) for steps, batch in split(item.batch, self.spec.settings.micro_steps)]
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -238,14 +238,14 @@ class Trainer:
 
     def _gate(self, deviation: float, report: RankReport) -> None:
         """Nothing has been learnt from this batch yet, so the objective's gate must hold (ALGORITHM: ratio gate)."""
-        tolerance = self.objective.gate_tolerance(self.spec.dtype)
+        tolerance = self.objective.gate_tolerance(self.spec.settings.dtype)
         (deviation,) = self._reduce([deviation], dist.ReduceOp.MAX)
         report.common[self.objective.gate_metric] = deviation
         if tolerance is not None and deviation > tolerance:
             raise TrainingError(
                 f"{self.spec.name}: {self.objective.gate_name} reaches {deviation:.3g}, more than {tolerance:.3g} "
                 f"({self.spec.objective}); two passes of the same policy must agree. Look for dropout or other randomness in the "
-                f"policy, for stale weights, for other inputs than the sampler's, or use dtype float32 (now {self.spec.dtype})"
+                f"policy, for stale weights, for other inputs than the sampler's, or use dtype float32 (now {self.spec.settings.dtype})"
             )
 
     def _apply(self, total: float, count: float, report: RankReport) -> None:

@@ -37,6 +37,7 @@ from actors.records import (
 from actors.vdm import flow_sde, lora, trajectories
 from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.frames import frames_to_video
+from actors.vdm.settings import VdmPoolSection
 from actors.vdm.trajectories import Condition, Encoded, Noised, VdmBatch
 from actors.vdm.wan import vae as wan_vae
 from actors.vdm.wan.family import ExactTimes, token_timesteps
@@ -62,38 +63,36 @@ class VdmPolicy:
         reference_frames: int | None = None,
         max_text_tokens: int | None = None,
         negative_prompt: str = "",
-        decode_batch: int = 8,
-        embed_batch: int = 1,
+        settings: VdmPoolSection | None = None,
         vae_tiling: bool = False,
-        channels_last: bool = False,
         shared_times: bool = True,
-        compile_blocks: bool = False,
         cache_bytes: int = 256 << 20,
     ) -> None:
+        settings = settings or VdmPoolSection()
         self.device = torch.device(device)
         self.module: nn.Module = parts.transformer.to(self.device).eval()
         self.vae = parts.vae.to(self.device).eval().requires_grad_(False) if parts.vae is not None else None
         self.has_encoder, self.has_decoder = parts.has_encoder, parts.has_decoder
         if vae_tiling and self.vae is not None:
             self.vae.enable_tiling()
-        if channels_last and self.vae is not None and self.has_decoder:
+        if settings.channels_last and self.vae is not None and self.has_decoder:
             wan_vae.channels_last(self.vae.decoder)
         self.embedder: CaptionEmbedder | None = None
         if parts.text_encoder is not None:
             encoder = parts.text_encoder.to(self.device).eval().requires_grad_(False)
             self.embedder = CaptionEmbedder(
-                encoder, parts.tokenizer, max_text_tokens, cache_bytes, max_batch=embed_batch
+                encoder, parts.tokenizer, max_text_tokens, cache_bytes, max_batch=settings.max_embed
             )
         self.geometry = wan_vae.geometry_of(parts.transformer, parts.vae_config)
         self.compute_dtype = dtype  # of the transformer's inputs; a learner sets the one that its FSDP computes in
         self.shift, self.reference_frames, self.negative_prompt = shift, reference_frames, negative_prompt
-        self.decode_batch = decode_batch
+        self.decode_batch = settings.max_decode
         self.folder = parts.folder
         self.version = 0
         self.adapter: LoraSection | None = None  # its targets are the modules' full names
         self._layers = linear_layers(parts.transformer)
         self._times = ExactTimes(parts.transformer, shared_times)
-        if compile_blocks:
+        if settings.compile_blocks:
             parts.transformer.compile_repeated_blocks()
         self._latents: Cache[Tensor] = Cache(cache_bytes)
         self._references: Cache[Tensor] = Cache(cache_bytes)
@@ -116,10 +115,9 @@ class VdmPolicy:
         ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree.
         ``seed`` draws a new adapter.
         ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``).
-        ``options`` are the constructor's: shift, reference_frames, max_text_tokens, negative_prompt, decode_batch
-        (clips decoded at once), embed_batch (captions embedded at once), vae_tiling (frames beyond 256 pixels go
-        through the VAE in overlapping tiles), channels_last (of the VAE's decoder), shared_times (embed a clip's two
-        times once, not for each token), compile_blocks (by torch.compile, once for all blocks), cache_bytes. Without
+        ``options`` are the constructor's: settings (how a sampler draws), shift, reference_frames, max_text_tokens,
+        negative_prompt, vae_tiling (frames beyond 256 pixels go through the VAE in overlapping tiles), shared_times
+        (embed a clip's two times once, not for each token), cache_bytes. Without
         LoRA all of the transformer's weights are trainable.
         """
         kind = torch_dtype(dtype)

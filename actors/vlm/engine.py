@@ -94,7 +94,7 @@ class VlmEngine:
         self._backend = backend(engine_args(self.spec))
         await self._backend.start()
         await self._backend.rpc("vans_count_videos")
-        if self.spec.grouped_lora and self.spec.lora_rank and not on_gpu():
+        if self.spec.settings.grouped_lora and self.spec.lora_rank and not on_gpu():
             await self._backend.rpc("vans_group_lora")
         await self._serve_base(0)
 
@@ -353,7 +353,7 @@ class VlmEngine:
             max_tokens=request.max_tokens,
             logprobs=0,
             logit_bias=self._bias,
-            detokenize=not self.spec.text_at_end,
+            detokenize=not self.spec.settings.text_at_end,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
@@ -361,7 +361,7 @@ class VlmEngine:
         ids = np.asarray(output.token_ids, dtype=np.int32)
         logprobs = [entry[int(token)].logprob for entry, token in zip(output.logprobs, ids, strict=True)]
         return Completion(
-            text=self._text(output.token_ids) if self.spec.text_at_end else output.text,
+            text=self._text(output.token_ids) if self.spec.settings.text_at_end else output.text,
             token_ids=ids,
             logprobs=np.asarray(logprobs, dtype=np.float32),
             finish_reason=str(output.finish_reason),

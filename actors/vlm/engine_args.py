@@ -17,29 +17,22 @@ import psutil
 
 from actors.learner.adapters import plain_lora
 from actors.vlm.prompt import PROCESSOR_OPTIONS
+from actors.vlm.settings import VlmPoolSection
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """How to run vLLM. ``lora_rank``: the largest adapter rank that will be published; 0 switches LoRA off."""
+    """One engine. ``lora_rank``: the largest adapter rank that will be published; 0 switches LoRA off."""
 
     model_path: str
-    dtype: str = "float32"
-    max_model_len: int = 512
-    kv_cache_mib: int | None = 256
-    gpu_memory_utilization: float = 0.85
-    tensor_parallel: int = 1
-    enforce_eager: bool = True
+    settings: VlmPoolSection = field(default_factory=VlmPoolSection)  # ``rest``: on a GPU, it can give up its memory
     lora_rank: int = 0
     adapter: str | None = None  # PEFT folder that is part of the base weights (version 0)
     in_process: bool | None = None  # None: in this process without a GPU, in vLLM's own processes with one
     max_num_seqs: int = 256
     broadcast: bool = False  # full weights may come by broadcast, through vLLM's native weight transfer
-    sleep: bool = False  # :meth:`VlmEngine.rest` gives up the GPU's memory (on a CPU there is nothing to give)
-    grouped_lora: bool = True  # adapters on a CPU by whole matrix products: see ``actors.vlm.lora_cpu``
-    text_at_end: bool = True  # a completion's text is made once it has ended, not token by token
     alone: bool = False  # one sequence at a time, nothing reused: no figure depends on what shares a batch
     env: dict[str, str] = field(default_factory=dict)
 
@@ -48,12 +41,12 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
     """Return the arguments of vLLM's engine."""
     args: dict[str, Any] = {
         "model": spec.model_path,
-        "dtype": spec.dtype,
+        "dtype": spec.settings.dtype,
         "load_format": "safetensors",  # nothing is unpickled
-        "max_model_len": spec.max_model_len,
-        "gpu_memory_utilization": spec.gpu_memory_utilization,
-        "tensor_parallel_size": spec.tensor_parallel,
-        "enforce_eager": spec.enforce_eager,
+        "max_model_len": spec.settings.max_model_len,
+        "gpu_memory_utilization": spec.settings.gpu_memory_utilization,
+        "tensor_parallel_size": spec.settings.tensor_parallel,
+        "enforce_eager": spec.settings.enforce_eager,
         "max_num_seqs": 1 if spec.alone else spec.max_num_seqs,
         "limit_mm_per_prompt": {"video": 1, "image": 0},
         "skip_mm_profiling": True,
@@ -69,14 +62,14 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
     }
     if spec.alone:
         args["enable_prefix_caching"] = False
-    if spec.kv_cache_mib is not None:
-        args["kv_cache_memory_bytes"] = spec.kv_cache_mib << 20
+    if spec.settings.kv_cache_mib is not None:
+        args["kv_cache_memory_bytes"] = spec.settings.kv_cache_mib << 20
     if not on_gpu():
         # On a CPU, vLLM 0.32 dies of a seeded request whose prompt is prefilled in chunks ("CPU Generator does not use
         # offset"), so prompts are prefilled whole.
         args["enable_chunked_prefill"] = False
-        args["max_num_batched_tokens"] = max(4096, spec.max_model_len)
-    if spec.sleep and on_gpu():
+        args["max_num_batched_tokens"] = max(4096, spec.settings.max_model_len)
+    if spec.settings.rest and on_gpu():
         args["enable_sleep_mode"] = True
     if spec.broadcast:
         from vllm.config import WeightTransferConfig
@@ -103,7 +96,7 @@ def in_process(spec: EngineSpec) -> bool:
     """Return whether vLLM runs in this process."""
     if spec.in_process is not None:
         return spec.in_process
-    return spec.tensor_parallel == 1 and not on_gpu()
+    return spec.settings.tensor_parallel == 1 and not on_gpu()
 
 
 def on_gpu() -> bool:
@@ -121,7 +114,7 @@ def prepare_environment(spec: EngineSpec) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if spec.enforce_eager:
+    if spec.settings.enforce_eager:
         defaults["TORCH_COMPILE_DISABLE"] = "1"  # first batch 15 s → 0.5 s on a CPU
     if in_process(spec):
         defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

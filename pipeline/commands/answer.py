@@ -228,19 +228,8 @@ async def ask(
     found = [refused(question) for question in questions]
     if all(found):
         return [item for item in found if item is not None]
-    pool = config.pools.vlm
-    spec = EngineSpec(
-        model,
-        dtype=pool.dtype,
-        max_model_len=pool.max_model_len,
-        kv_cache_mib=pool.kv_cache_mib,
-        gpu_memory_utilization=pool.gpu_memory_utilization,
-        tensor_parallel=pool.tensor_parallel,
-        enforce_eager=pool.enforce_eager,
-        grouped_lora=pool.grouped_lora,
-        text_at_end=pool.text_at_end,
-        adapter=adapter,
-    )
+    settings = config.pools.vlm.model_copy(update={"rest": False})  # no learner wants its memory here
+    spec = EngineSpec(model, settings, adapter=adapter)
     engine = VlmEngine(spec)
 
     async def said_to(question: str) -> Said | Unanswered:
@@ -279,6 +268,7 @@ def draw(
 ) -> list[Drawn | Unanswered]:
     """Draw every caption in ``said``. The artist is loaded only where there is one."""
     from actors.vdm.policy import VdmPolicy
+    from actors.vdm.settings import VdmPoolSection
 
     captions = {i: item.caption for i, item in enumerate(said) if isinstance(item, Said)}
     clips: dict[int, Clip | str] = {}
@@ -290,7 +280,7 @@ def draw(
             adapter=adapter,
             shift=config.models.flow_shift,
             shared_times=config.models.shared_times,
-            decode_batch=config.pools.vdm.max_decode,
+            settings=VdmPoolSection(max_decode=config.pools.vdm.max_decode),
             vae_tiling=config.video.vae_tiling,
         )
         render = config.evaluate.render

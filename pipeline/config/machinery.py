@@ -4,98 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from actors.pool.settings import Gpus, Labels, PoolSection
-from actors.settings import FREE, Fraction, Pair, Positive, Section
+from actors.pool.settings import PoolSection
+from actors.settings import Positive, Section
+from actors.vdm.settings import EmbedPoolSection, VdmPoolSection
+from actors.vlm.settings import VlmPoolSection
 from cluster.layout import Strategy
 from pipeline.support.harmless import redacted
 from pipeline.support.location import Location
 from rewards.alarms import AlarmSettings
-
-_ALARMS = AlarmSettings()
-
-
-class VlmPoolSection(PoolSection):
-    """vLLM engines."""
-
-    max_batch: Positive = Field(1, description="Most requests in one call of a worker; vLLM batches by itself.")
-    max_inflight: Positive = Field(64, description="Requests inside one engine at once.")
-    max_model_len: Positive = Field(512, description="vLLM's context length in tokens.")
-    kv_cache_mib: Positive | None = Field(256, description="KV cache per engine in MiB; null lets vLLM decide (GPU).")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Engine dtype.")
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="vLLM's share of the GPU's memory.")
-    tensor_parallel: Positive = Field(1, description="GPUs per engine.")
-    enforce_eager: bool = Field(True, description="Skip graph capture; false is faster on GPUs after a slower start.")
-    grouped_lora: bool = Field(
-        True,
-        description="On a CPU, add an adapter to all its tokens by one matrix product, where vLLM gathers it for each token. "
-        "Log-probabilities differ by float noise. GPUs have vLLM's own kernels.",
-    )
-    text_at_end: bool = Field(
-        True,
-        description="Make a completion's text once it has ended, where vLLM makes it token by token: the same text, less work for each "
-        "token.",
-    )
-
-    @property
-    def receivers(self) -> int:
-        """One for each GPU of an engine."""
-        return self.tensor_parallel
-
-    @model_validator(mode="after")
-    def _whole_gpus(self) -> VlmPoolSection:
-        if self.gpus > 0 and self.tensor_parallel > 1 and self.gpus != self.tensor_parallel:
-            raise ValueError(
-                f"tensor_parallel={self.tensor_parallel} with gpus={self.gpus:g}: an engine over {self.tensor_parallel} GPUs needs "
-                f"gpus: {self.tensor_parallel} (one bundle, so all of them are on one node)"
-            )
-        return self
-
-
-class VdmPoolSection(PoolSection):
-    """Diffusion sampling workers."""
-
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Dtype of the transformer; latents stay float32."
-    )
-    max_decode: Positive = Field(
-        8, description="Most clips that the VAE decodes at once; 1 needs the least memory, and is what slicing means."
-    )
-    max_embed: Positive = Field(
-        1,
-        description="Most captions that the text encoder embeds at once. 1: a caption's embedding does not depend on its batch; "
-        "more is faster and changes it by float noise. A deterministic run takes 1.",
-    )
-    compile_blocks: bool = Field(
-        False,
-        description="Whether torch compiles the transformer's blocks in the samplers: faster on GPUs after a start of tens of seconds, "
-        "the same up to the dtype's noise. A deterministic run takes them as they are.",
-    )
-    channels_last: bool = Field(
-        False,
-        description="Whether the VAE's decoder keeps its weights with channels last: faster on CPUs, the same up to float noise.",
-    )
-
-
-class EmbedPoolSection(PoolSection):
-    """Frozen models in front of the diffusion transformer (docs/architecture.md): captions are embedded and reference frames
-    encoded once, and only here.
-    """
-
-    workers: int = Field(
-        0,
-        ge=0,
-        description="Workers to start. 0: each sampler loads the text encoder and the VAE's encoder itself, right for small ones. "
-        "From 1 on no sampler holds them.",
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Dtype of the text encoder; the VAE stays float32."
-    )
-    cache_mib: Positive = Field(
-        1024,
-        description="Driver memory for embeddings and latents; what falls out of it is made again when it is asked for.",
-    )
 
 
 class PoolsSection(Section):
@@ -105,65 +23,6 @@ class PoolsSection(Section):
     embed: EmbedPoolSection = Field(default_factory=EmbedPoolSection)
     vdm: VdmPoolSection = Field(default_factory=VdmPoolSection)
     reward: PoolSection = Field(default_factory=PoolSection)
-
-
-class LearnerSection(Section):
-    """One learner group: FSDP2 ranks."""
-
-    ranks: Positive = Field(2, description="Ranks of the group.")
-    cpus: float = Field(0.5, ge=0, description="CPU cores reserved per rank.")
-    gpus: Gpus = Field(0.0, description="GPUs reserved per rank.")
-    labels: Labels = Field(
-        default_factory=dict, description="Ray node labels that the ranks' nodes must have, as for pools."
-    )
-    placement: Strategy | None = Field(
-        None,
-        description="How the ranks lie on nodes; null is cluster.placement. STRICT_PACK keeps NCCL within one node.",
-    )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute dtype (FSDP2 mixed precision).")
-    micro_batch: Positive = Field(16, description="Trajectories per forward and backward on one rank.")
-    micro_completions: Positive | None = Field(
-        None,
-        description="Completions per forward and backward on one rank (the thinker); null takes micro_batch. They have far fewer "
-        "tokens than trajectories, and a whole group at once reads its prompt once.",
-    )
-    shared_prompts: bool = Field(
-        True,
-        description="Whether a forward over several completions of one prompt reads the prompt, video included, once for all of "
-        "them, instead of once for each. Log-probabilities differ by float noise.",
-    )
-    micro_steps: Positive | None = Field(
-        None,
-        description="Denoising steps of a trajectory's window per forward and backward (stage 2): 1 keeps the activations of one "
-        "step at a time; null takes the whole window.",
-    )
-    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    reference_offload: bool = Field(
-        False,
-        description="With lora.rank 0 and a KL: keep the frozen reference model's shards in host memory while they are not "
-        "computed with. With LoRA the reference is the model without its adapter, and costs nothing.",
-    )
-    offload: Literal["none", "optimizer", "all"] = Field(
-        "none",
-        description="What the learner moves to host memory while it does not work: the optimizer's state and the moving average, or "
-        "all of its weights too (docs/weights.md).",
-        json_schema_extra=FREE,
-    )
-    start_timeout_s: float = Field(300.0, gt=0, description="Deadline to start and load.", json_schema_extra=FREE)
-    step_timeout_s: float = Field(
-        600.0, gt=0, description="Deadline for one call on all ranks.", json_schema_extra=FREE
-    )
-    max_restarts: int = Field(
-        2,
-        ge=0,
-        description="Times per stage that a group which lost a rank is started anew from the newest checkpoint; 0 stops the run "
-        "instead, for --resume.",
-        json_schema_extra=FREE,
-    )
-
-    def at_once(self, policy: str) -> int:
-        """Return how many trajectories, or completions, of ``policy`` (vlm, vdm) one rank's forward and backward takes."""
-        return (self.micro_completions if policy == "vlm" else None) or self.micro_batch
 
 
 class WeightsSection(Section):
@@ -252,62 +111,5 @@ class CheckpointSection(Section):
     )
 
 
-class AlarmsSection(Section):
+class AlarmsSection(AlarmSettings, Section):
     """Alarms against reward hacking (docs/rewards.md); null turns one off. They warn, and change no reward."""
-
-    motion_below: float | None = Field(
-        _ALARMS.motion_below, ge=0, description="Motion as a share of ground truth's, below which clips are frozen."
-    )
-    copy_above: float | None = Field(
-        _ALARMS.copy_above,
-        description="CLIP similarity to the last input frame beyond ground truth's own, above which clips are copies.",
-    )
-    sharpness_range: Pair | None = Field(
-        _ALARMS.sharpness_range, description="Sharpness as a multiple of the run's first steps'."
-    )
-    saturation_beyond: float | None = Field(
-        _ALARMS.saturation_beyond, gt=0, description="Drift of the mean saturation (0…1) from the run's first steps."
-    )
-    correlation_below: float | None = Field(
-        _ALARMS.correlation_below,
-        ge=-1,
-        le=1,
-        description="Correlation of two rewards, below which one buys the other.",
-    )
-    format_below: Fraction | None = Field(
-        _ALARMS.format_below, description="Share of completions in the asked form (stage 1)."
-    )
-    length_range: Pair | None = Field(
-        _ALARMS.length_range, description="Length of the completions as a multiple of the run's first steps' (stage 1)."
-    )
-    entropy_range: Pair | None = Field(
-        _ALARMS.entropy_range, description="Token entropy as a multiple of the run's first steps' (stage 1)."
-    )
-    anchors_below: Fraction | None = Field(
-        _ALARMS.anchors_below, description="Share of anchor captions that pass the filter (stage 2)."
-    )
-    zero_std_above: Fraction | None = Field(
-        _ALARMS.zero_std_above, description="Share of groups whose rewards are all equal."
-    )
-    first_steps: Positive = Field(_ALARMS.first_steps, description="Steps of a stage from which drifts are measured.")
-    patience: Positive = Field(
-        _ALARMS.patience, description="Steps in a row beyond a threshold that begin an alarm, or within it that end it."
-    )
-    stop_after: int = Field(
-        _ALARMS.stop_after, ge=0, description="Stop the run after the same alarm N steps in a row; 0 never stops it."
-    )
-
-    @model_validator(mode="after")
-    def _ranges(self) -> AlarmsSection:
-        for name in ("sharpness_range", "length_range", "entropy_range"):
-            limits = getattr(self, name)
-            if limits is not None and not 0 <= limits[0] < 1 < limits[1]:
-                raise ValueError(
-                    f"{name}={list(limits)}: it is a multiple of the first steps' value, so it must hold 1, e.g. [0.5, 2.0]"
-                )
-        return self
-
-    @property
-    def settings(self) -> AlarmSettings:
-        """The same, as ``rewards.alarms`` takes it."""
-        return AlarmSettings(**self.model_dump())

@@ -11,13 +11,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from actors.learner.settings import LearnerSection
 from actors.settings import FREE, Fraction, Positive, Section, cite
 from pipeline.config.machinery import (
     AlarmsSection,
     CheckpointSection,
     ClusterSection,
     ControlSection,
-    LearnerSection,
     PoolsSection,
     TrackingSection,
     WeightsSection,

@@ -140,7 +140,7 @@ async def score_systems(
         limits=video_limits(config),
         seed=config.evaluate.seed,
         compare=compare,
-        settings=config.alarms.settings,
+        settings=config.alarms,
         on_done=on_done,
     )
 

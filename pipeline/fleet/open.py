@@ -180,21 +180,14 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             name,
             vlm_path,
             adapter=vlm_adapter,
-            dtype=vlm.dtype,
-            max_model_len=vlm.max_model_len,
-            kv_cache_mib=vlm.kv_cache_mib,
-            gpu_memory_utilization=vlm.gpu_memory_utilization,
-            tensor_parallel=vlm.tensor_parallel,
-            enforce_eager=vlm.enforce_eager,
-            grouped_lora=vlm.grouped_lora,
-            text_at_end=vlm.text_at_end,
+            settings=vlm,
             lora_rank=config.stage1.lora.rank,
             broadcast=config.weights.transport == "collective" and config.stage1.lora.rank == 0,
-            sleep=vlm.rest,
             alone=config.deterministic,
         )
 
     def make_vdm(placement: Placement) -> Callable[[str], Any]:
+        exact = {"max_embed": 1, "compile_blocks": False} if config.deterministic else {}
         actor = ray.remote(VdmWorker)
         return lambda name: actor.options(**placement.options("vdm", name), max_restarts=0, max_concurrency=2).remote(
             name,
@@ -205,10 +198,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             options={
                 "shift": models.flow_shift,
                 "shared_times": models.shared_times,
-                "decode_batch": vdm.max_decode,
-                "embed_batch": 1 if config.deterministic else vdm.max_embed,
-                "channels_last": vdm.channels_last,
-                "compile_blocks": vdm.compile_blocks and not config.deterministic,
+                "settings": vdm.model_copy(update=exact),
                 "vae_tiling": config.video.vae_tiling,
                 "components": ("transformer", "vae_decoder") if embed.workers else COMPONENTS,
             },

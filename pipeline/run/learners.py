@@ -33,13 +33,13 @@ def export_name(config: RunConfig, policy: str) -> str:
 
 def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec:
     """Return the learner group that ``stage`` trains ``policy`` with, as the policy's own stage says."""
-    learner, models = config.learner, config.models
+    models = config.models
     section = section_of(config, policy)
     longest = section.text.max_tokens if isinstance(section, Stage1Section) else section.sde.window_size
     seed = derive_seed(config.seed, stage.name, policy, "learner")
     options: dict[str, Any] = {
         "temperature": section.text.temperature,
-        "shared_prompts": learner.shared_prompts,
+        "shared_prompts": config.learner.shared_prompts,
         "engine_dtype": config.pools.vlm.dtype,
     }
     if policy == "vdm":  # every trajectory comes with what it was conditioned on
@@ -48,28 +48,18 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
     return LearnerSpec(
         kind=policy,
         model_path=model,
+        settings=config.learner,
         adapter_path=resolve_adapter(getattr(models, f"{policy}_adapter"), policy, model),  # type: ignore[arg-type]
         lora=section.lora if section.lora.rank else None,
-        ranks=learner.ranks,
-        cpus=learner.cpus,
-        gpus=learner.gpus,
-        dtype=learner.dtype,
-        micro_batch=learner.at_once(policy),
-        micro_steps=learner.micro_steps,
-        activation_checkpointing=learner.activation_checkpointing,
-        reference_offload=learner.reference_offload,
         broadcast=BroadcastSpec(config.weights.join_timeout_s, config.weights.transfer_timeout_s)
         if config.weights.transport == "collective"
         else None,
-        offload=learner.offload,
         objective=section.objective,
         learning=section.learning,
         longest=longest,
         optim=section.optim,
         policy_kwargs=options,
         seed=seed % 2**31,
-        start_timeout_s=learner.start_timeout_s,
-        step_timeout_s=learner.step_timeout_s,
         name=f"{policy}-learner",
         total_steps=stage.section.steps
         * stage.section.learning.updates_per_batch

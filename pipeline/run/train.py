@@ -298,7 +298,7 @@ class _Run:
         """Train ``stage`` with new learner groups from ``here`` (None: its beginning) to its end, and export the result."""
         state = here.state if here else None
         first = state.step if state else 0
-        alarms = AlarmWatch(self.config.alarms.settings, tuple(stage.section.rewards.weights))
+        alarms = AlarmWatch(self.config.alarms, tuple(stage.section.rewards.weights))
         async with self._learners(stage, fleet) as learners:
             if here is not None and state is not None:
                 alarms.state = AlarmState.from_json(state.extra["alarms"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -58,7 +58,7 @@ def run_tracked_sft(
     """As :func:`pipeline.sft.run_sft`, shown on the console and logged to MLflow (by default a sqlite file in ``out``)."""
     console = console or terminal.console()
     params = {"sft.kind": job.kind, "sft.model": job.model, "sft.data": str(job.source.folder)}
-    params |= {f"sft.{name}": str(value) for name, value in asdict(job.settings).items()}
+    params |= {f"sft.{name}": str(value) for name, value in job.settings.facts().items()}
     total = job.total_steps if job.total_steps < sys.maxsize else None
     with hold(job.out, f"vans sft {job.kind}"), connect():
         check_room(job)  # before there is a run to be seen in MLflow

@@ -150,7 +150,7 @@ def carry_out(job: SftJob, on_metrics: OnMetrics | None = None) -> SftResult:
         "folder": job.out.name,
         "kind": job.kind,
         "model": job.model,
-        "settings": asdict(job.settings),
+        "settings": job.settings.facts(),
     }
     (job.out / "sft.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     return result
@@ -168,7 +168,7 @@ def check_room(job: SftJob) -> None:
 def run_name(job: SftJob) -> str:
     """Return the name by which Ray Train resumes a run: another one for other rows, settings, or files of model and adapter."""
     where = ("placement", "labels", "placement_timeout_s", "step_timeout_s")  # a run may go on elsewhere
-    told = {key: value for key, value in asdict(job.settings).items() if key not in where}
+    told = {key: value for key, value in job.settings.facts().items() if key not in where}
     models = model_digests({"model": job.model, "adapter": job.settings.adapter})
     facts = json.dumps([job.kind, job.model, models, job.source.digest, told], sort_keys=True, default=str)
     return f"sft-{job.kind}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"

@@ -26,7 +26,6 @@ from torch.distributed.tensor import DTensor
 from actors.learner.average import Average
 from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_facts, save_tensors
 from actors.learner.rank import POLICIES
-from actors.learner.settings import OptimSection
 from actors.learner.sharding import gather_state, shard
 from actors.learner.spec import learning_rate
 from actors.learner.supervised import accumulate
@@ -93,11 +92,11 @@ class Loop:
             shard(encoder, [], mesh, dtype, False)
             self.nets["text_encoder"] = encoder
         self.parameters = trainable_parameters(self.nets)
+        optim = settings.optim
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+            self.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
         )
-        self.optim = OptimSection(lr=settings.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)
-        self.average = Average(self.parameters, settings.ema) if settings.ema > 0 else None
+        self.average = Average(self.parameters, optim.ema) if optim.ema > 0 else None
         self.step = self.skipped = 0
         self.began: float | None = None  # when the steps since the last checkpoint began, on this rank's clock
         self.trained_before = 0.0  # seconds of training up to the last checkpoint, earlier starts included
@@ -110,20 +109,20 @@ class Loop:
         # Of the step, so that a run that was cut short draws the noise that it would have drawn.
         torch.manual_seed(derive_seed("sft", settings.seed, self.rank, self.step))
         total = accumulate(self.policy, self.nets.values(), batch, settings.micro_batch, self.parameters, self.world)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.optim.max_grad_norm, foreach=True)
         norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # equal on all ranks
         if math.isfinite(norm_value):
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.optim, self.step, self.total)
+                group["lr"] = learning_rate(settings.optim, self.step, self.total)
             self.optimizer.step()
             if self.average is not None:
                 self.average.update(self.step)
         else:
             self.skipped += 1
-            if self.skipped > settings.max_skipped_steps:
+            if self.skipped > settings.optim.max_skipped_steps:
                 raise TrainingError(
                     f"sft {self.kind}: {self.skipped} steps had a non-finite gradient (loss {total}), more than "
-                    f"max_skipped_steps={settings.max_skipped_steps}; lower the learning rate (now {settings.lr:g})"
+                    f"max_skipped_steps={settings.optim.max_skipped_steps}; lower the learning rate (now {settings.optim.lr:g})"
                 )
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.learner.settings import OptimSection
 from actors.policy.settings import LoraSection
 from cluster.errors import ConfigError
 from cluster.layout import Strategy
 from pipeline.config.schema import RunConfig
-from pipeline.config.training import SftLoraSection, SftModelSection, SftVdmSection
+from pipeline.config.training import SftLoraSection, SftModelSection, SftOptimSection, SftVdmSection
 from pipeline.data.decoder import VideoShape
 from pipeline.data.sources import video_limits, video_shape
 from pipeline.data.video import VideoLimits
@@ -30,14 +31,7 @@ class SftSettings:
     max_wall_s: float | None = None  # seconds of training, all starts together, with a constant learning rate
     batch: int = 64  # samples per step, over all ranks
     micro_batch: int | None = None  # samples per forward on one rank; None: all of them
-    lr: float = 1e-3
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    warmup_steps: int = 10
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_skipped_steps: int = 5
-    ema: float = 0.0  # decay of the weights' moving average that is exported; 0 exports the weights themselves
+    optim: OptimSection = field(default_factory=lambda: SftOptimSection(lr=1e-3))
     lora: LoraSection = field(default_factory=SftLoraSection)
     adapter: str | None = None  # PEFT folder to start from
     train_text_encoder: bool = False  # VDM only: train its text encoder jointly
@@ -68,18 +62,24 @@ class SftSettings:
                 f"sft: give one of steps, epochs and max_wall_s (steps={self.steps}, epochs={self.epochs}, "
                 f"max_wall_s={self.max_wall_s})"
             )
-        if self.max_wall_s is not None and self.schedule != "constant":
-            raise ConfigError(f"sft: max_wall_s needs schedule=constant, since nobody knows where {self.schedule} ends")
+        if self.max_wall_s is not None and self.optim.schedule != "constant":
+            raise ConfigError(
+                f"sft: max_wall_s needs schedule=constant, since nobody knows where {self.optim.schedule} ends"
+            )
         if self.ranks < 1 or self.batch < self.ranks or self.batch % self.ranks:
             raise ConfigError(f"sft: batch={self.batch} must be a multiple of ranks={self.ranks}")
         if self.adapter is not None and self.lora.rank == 0:
             raise ConfigError("sft: an adapter to start from needs lora.rank > 0, equal to the adapter's")
         if self.train_text_encoder and self.lora.rank:
             raise ConfigError("sft: train_text_encoder trains full weights; it cannot go with lora.rank > 0")
-        if not 0.0 <= self.ema < 1.0:
-            raise ConfigError(f"sft: ema={self.ema} must be in [0, 1)")
         if self.log_every < 1:
             raise ConfigError(f"sft: log_every={self.log_every} must be at least 1")
+
+    def facts(self) -> dict[str, Any]:
+        """Return the settings under the flat names of ``sft.json``, MLflow and a checkpoint's digest."""
+        found = asdict(self)
+        optim, lora = found.pop("optim"), found.pop("lora")
+        return found | dict(optim) | {f"lora_{name}": value for name, value in lora}
 
     def total_steps(self, samples: int) -> int:
         """Return the optimizer steps that ``samples`` samples make; ``max_wall_s`` alone sets no number."""
@@ -105,7 +105,7 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         max_wall_s=section.max_wall_s,
         batch=section.batch,
         micro_batch=section.micro_batch,
-        **section.optim.model_dump(),
+        optim=section.optim,
         lora=section.lora,
         adapter=getattr(config.models, f"{kind}_adapter"),
         train_text_encoder=isinstance(section, SftVdmSection) and section.train_text_encoder,

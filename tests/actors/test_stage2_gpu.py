@@ -18,7 +18,7 @@ import torch
 
 from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.objectives.settings import GrpoSection
-from actors.learner.settings import OptimSection
+from actors.learner.settings import LearnerSection, OptimSection
 from actors.policy.settings import LoraSection
 from actors.pool.pool import WorkerPool
 from actors.pool.settings import PoolSection
@@ -39,12 +39,10 @@ SPEC = LearnerSpec(
     kind="vdm",
     model_path=str(TINY / "vdm"),
     lora=LORA,
-    gpus=0.3,
-    micro_batch=GROUP,
+    settings=LearnerSection(ranks=1, gpus=0.3, micro_batch=GROUP, offload="all"),
     learning=GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, loss_norm="sequence"),
     optim=OptimSection(lr=1e-2),
     policy_kwargs={"components": ("transformer",)},
-    offload="all",
 )
 
 pytestmark = [pytest.mark.ray, pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

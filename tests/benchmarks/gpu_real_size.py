@@ -30,6 +30,7 @@ from actors.architectures import Architecture, architecture, cost  # noqa: E402
 from actors.learner.batches import plan_batch  # noqa: E402
 from actors.learner.objectives.grpo import grpo_loss, normaliser  # noqa: E402
 from actors.learner.objectives.settings import GrpoSection  # noqa: E402
+from actors.learner.settings import LearnerSection  # noqa: E402
 from actors.learner.sharding import checkpoint_units, unit_names  # noqa: E402
 from actors.learner.spec import LearnerSpec  # noqa: E402
 from actors.learner.trainer import Trainer  # noqa: E402
@@ -37,6 +38,7 @@ from actors.policy.protocol import trainable_parameters  # noqa: E402
 from actors.policy.settings import LoraSection  # noqa: E402
 from actors.records import RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience  # noqa: E402
 from actors.vdm.policy import VdmPolicy  # noqa: E402
+from actors.vdm.settings import VdmPoolSection  # noqa: E402
 from actors.vdm.wan.files import Parts  # noqa: E402
 from actors.vdm.wan.text_encoder import CaptionEmbedder  # noqa: E402
 from actors.vlm import adapter as vlm_adapter  # noqa: E402
@@ -74,7 +76,7 @@ def artist(size: Size, meter: Meter) -> VdmPolicy:
         text_encoder=None,
         tokenizer=None,
     )
-    policy = VdmPolicy(parts, dtype=size.dtype, device=device, decode_batch=1)
+    policy = VdmPolicy(parts, dtype=size.dtype, device=device, settings=VdmPoolSection(max_decode=1))
     policy.embedder = captions
     policy.inject(LoraSection(rank=8, alpha=32.0))
     return policy
@@ -282,7 +284,7 @@ def learner(meter: Meter) -> dict[str, float]:
     ]
     (plan,) = plan_batch(items, ranks=1, micro_batch=8, updates=1)
     grpo = GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.1, loss_norm="sequence")
-    spec = LearnerSpec("vdm", str(TINY / "vdm"), lora=lora, learning=grpo)
+    spec = LearnerSpec("vdm", str(TINY / "vdm"), LearnerSection(ranks=1), lora=lora, learning=grpo)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(
             "nccl" if meter.cuda else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1

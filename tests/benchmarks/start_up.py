@@ -16,7 +16,7 @@ LOADS = {
     "vLLM engine": (
         "vlm",
         "from actors.vlm.engine_args import EngineSpec, engine_args, prepare_environment as p; "
-        "spec = EngineSpec(sys.argv[1], kv_cache_mib=256); p(spec); from vllm import LLM; LLM(**engine_args(spec))",
+        "spec = EngineSpec(sys.argv[1]); p(spec); from vllm import LLM; LLM(**engine_args(spec))",
     ),
     "WanPipeline": ("vdm", "from diffusers import WanPipeline; WanPipeline.from_pretrained(sys.argv[1])"),
     "CLIP": ("clip", "from transformers import CLIPModel; CLIPModel.from_pretrained(sys.argv[1])"),

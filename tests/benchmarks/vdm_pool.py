@@ -19,6 +19,7 @@ from actors.pool.settings import PoolSection
 from actors.records import Clip, CompletionRequest, RenderRequest, Sample, derive_seed
 from actors.scoring.clip import ClipScorer
 from actors.vdm.frames import select_reference_frames
+from actors.vdm.settings import VdmPoolSection
 from actors.vdm.wan.family import token_timesteps
 from actors.vdm.wan.vae import encode_references, geometry_of
 from actors.vdm.worker import VdmWorker
@@ -101,7 +102,7 @@ def distinct(count: int, turn: int) -> list[RenderRequest]:
 
 async def completed(samples: list[Sample]) -> list[list[str]]:
     """Return the captions that the bundled thinker really gives, eight for each sample; malformed answers have none."""
-    engine = VlmEngine(EngineSpec(str(resolve_model("tiny", "vlm")), kv_cache_mib=256))
+    engine = VlmEngine(EngineSpec(str(resolve_model("tiny", "vlm"))))
     await engine.start()
     try:
         asked = [CompletionRequest(s.id, s.asked, GROUP, seed=i, max_tokens=40) for i, s in enumerate(samples)]
@@ -150,7 +151,10 @@ async def measure_pool(size: Size) -> Result:
 
     def make(name: str) -> Any:
         section = config.pools.vdm  # as the toy run sets them
-        options = {"shift": SHIFT, "decode_batch": section.max_decode, "embed_batch": section.max_embed}
+        options = {
+            "shift": SHIFT,
+            "settings": VdmPoolSection(max_decode=section.max_decode, max_embed=section.max_embed),
+        }
         options |= {"channels_last": section.channels_last}
         return actor.options(num_cpus=1, max_concurrency=2).remote(name, path, options=options)
 

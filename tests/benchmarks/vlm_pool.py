@@ -43,7 +43,7 @@ async def against(size: Size, *theirs: Any) -> list[tuple[float, ...]]:
     spec = PoolSection(workers=1, max_batch=1, max_inflight=64, start_timeout_s=300)
     turn = 0
     async with WorkerPool(
-        "vlm", lambda name: actor.options(num_cpus=1, max_concurrency=256).remote(name, path, kv_cache_mib=256), spec
+        "vlm", lambda name: actor.options(num_cpus=1, max_concurrency=256).remote(name, path), spec
     ) as pool:
 
         async def ours() -> float:
@@ -69,7 +69,7 @@ async def against(size: Size, *theirs: Any) -> list[tuple[float, ...]]:
 def measure(size: Size) -> Result:
     """Row 1."""
     start_ray()
-    spec = EngineSpec(str(resolve_model("tiny", "vlm")), kv_cache_mib=256)
+    spec = EngineSpec(str(resolve_model("tiny", "vlm")))
     prepare_environment(spec)
     torch.set_num_threads(1)
     from transformers import AutoProcessor

@@ -25,6 +25,7 @@ from actors.records import CompletionRequest, RenderRequest, ScoreRequest, deriv
 from actors.scoring.worker import RewardWorker
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
+from actors.vlm.settings import VlmPoolSection
 from actors.vlm.worker import VlmWorker
 from actors.weights.transport import pack, send
 from pipeline.data.toy import make_sample
@@ -109,7 +110,13 @@ def vlm_pool(**options: Any) -> WorkerPool:
     spec = {"max_batch": 1, "max_inflight": 64} | options.pop("spec", {})
     actor = {"num_cpus": 1, "max_concurrency": 256}
     return make_pool(
-        "vlm", VlmWorker, str(resolve_model("tiny", "vlm")), spec=spec, actor=actor, kv_cache_mib=64, **options
+        "vlm",
+        VlmWorker,
+        str(resolve_model("tiny", "vlm")),
+        spec=spec,
+        actor=actor,
+        settings=VlmPoolSection(kv_cache_mib=64),
+        **options,
     )
 
 

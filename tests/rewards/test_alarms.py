@@ -1,7 +1,6 @@
 """When a sign becomes an alarm and when that ends: thresholds, patience, drifts, and a state that a checkpoint can hold."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -25,9 +24,9 @@ def test_an_alarm_is_told_when_it_begins_and_when_it_ends_and_not_between() -> N
     frozen = HEALTHY | {"motion_ratio": 0.05}
     steps = [HEALTHY] * 2 + [frozen] * 5 + [HEALTHY] * 4
     assert run(steps, OFF)[1] == [(2, "on", "motion"), (7, "off", "motion")]
-    assert run(steps, replace(OFF, patience=3))[1] == [(4, "on", "motion"), (9, "off", "motion")]
+    assert run(steps, OFF.model_copy(update={"patience": 3}))[1] == [(4, "on", "motion"), (9, "off", "motion")]
     flapping = [frozen, HEALTHY] * 5
-    assert run(flapping, replace(OFF, patience=2))[1] == [], "a step that is off now and then is no alarm"
+    assert run(flapping, OFF.model_copy(update={"patience": 2}))[1] == [], "a step that is off now and then is no alarm"
 
 
 def test_drifts_are_judged_against_the_runs_own_first_steps() -> None:
@@ -54,7 +53,7 @@ def test_without_first_steps_ground_truth_is_the_base() -> None:
 
 def test_null_turns_an_alarm_off_and_what_is_missing_or_not_finite_raises_none() -> None:
     frozen = {"motion_ratio": 0.0}
-    assert judge(frozen, replace(OFF, motion_below=None)) == {} != judge(frozen, OFF)
+    assert judge(frozen, OFF.model_copy(update={"motion_below": None})) == {} != judge(frozen, OFF)
     assert run([{}, {"motion_ratio": float("nan")}], OFF)[1] == []
     assert run([frozen, {}], OFF)[1] == [(0, "on", "motion"), (1, "off", "motion")]
 
@@ -64,7 +63,7 @@ def test_a_run_that_was_cut_anywhere_raises_the_same_alarms(cut: int) -> None:
     odd = {"motion_ratio": 0.1, "entropy": 0.01, "completion_tokens": 80.0}
     steps = [{"motion_ratio": 1.0, "entropy": 0.1 + i / 30, "completion_tokens": 20.0 + i / 7} for i in range(5)]
     steps += [odd] * 3 + steps[:3]
-    settings = replace(OFF, patience=2, first_steps=4)
+    settings = OFF.model_copy(update={"patience": 2, "first_steps": 4})
     whole, told = run(steps, settings)
     before, first_half = run(steps[:cut], settings)
     stored = json.loads(json.dumps(before.to_json(), allow_nan=False))
@@ -74,7 +73,7 @@ def test_a_run_that_was_cut_anywhere_raises_the_same_alarms(cut: int) -> None:
 
 
 def test_lasting_counts_the_same_alarm_in_a_row() -> None:
-    settings = replace(OFF, stop_after=3)
+    settings = OFF.model_copy(update={"stop_after": 3})
     frozen, copied = {"motion_ratio": 0.1}, {"copy_excess": 0.9}
     state, lasting = AlarmState(), []
     for step, signs in enumerate([frozen, frozen, copied, frozen, copied | frozen, frozen]):
@@ -102,7 +101,7 @@ def test_a_threshold_itself_is_no_alarm(sign: str, within: float, beyond: float)
     assert judge({sign: within}, OFF) == {} and len(judge({sign: beyond}, OFF)) == 1
     assert judge({}, OFF, {("a", "b"): -0.5}) == {}
     assert list(judge({}, OFF, {("a", "b"): -0.5 - 1e-9})) == ["correlation.a.b"]
-    assert judge({}, replace(OFF, correlation_below=None), {("a", "b"): -1.0}) == {}
+    assert judge({}, OFF.model_copy(update={"correlation_below": None}), {("a", "b"): -1.0}) == {}
 
 
 def test_a_ratio_of_next_to_nothing_is_none() -> None:
@@ -112,7 +111,7 @@ def test_a_ratio_of_next_to_nothing_is_none() -> None:
 
 
 def test_patience_counts_steps_in_a_row_at_either_end() -> None:
-    settings = replace(OFF, patience=3)
+    settings = OFF.model_copy(update={"patience": 3})
     frozen = HEALTHY | {"motion_ratio": 0.05}
     assert run([frozen] * 2 + [HEALTHY] + [frozen] * 2, settings)[1] == []  # the count begins anew
     on = [frozen] * 3
@@ -141,7 +140,7 @@ def test_the_words_name_the_side_that_was_left() -> None:
 
 
 def test_an_alarm_lasts_from_the_step_that_completes_its_row() -> None:
-    settings = replace(OFF, stop_after=2)
+    settings = OFF.model_copy(update={"stop_after": 2})
     state = AlarmState()
     lasting = []
     for step in range(3):
@@ -152,7 +151,7 @@ def test_an_alarm_lasts_from_the_step_that_completes_its_row() -> None:
 
 
 def test_a_quiet_step_breaks_the_row_that_stops_a_run_though_the_alarm_stands() -> None:
-    settings = replace(OFF, patience=2, stop_after=3)
+    settings = OFF.model_copy(update={"patience": 2, "stop_after": 3})
     frozen, state, lasting = {"motion_ratio": 0.0}, AlarmState(), []
     for step, signs in enumerate([frozen, frozen, HEALTHY, frozen, frozen, frozen]):
         watched = watch(state, step, signs, settings)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from actors.learner.group import LearnerGroup, LearnerSpec
-from actors.learner.settings import OptimSection
+from actors.learner.settings import LearnerSection, OptimSection
 from actors.policy.lora import peft_names
 from actors.policy.settings import LoraSection
 from actors.weights.files import read_adapter
 from actors.weights.transport import receive
-from tests.actors.learner.toy_policy import ToyPolicy, experiences
+from tests.actors.learner.toy_policy import ToyPolicy, changed, experiences
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 DECAY = 0.15
@@ -24,10 +23,8 @@ SPEC = LearnerSpec(
     kind="tests.actors.learner.toy_policy:ToyPolicy",
     model_path="3",
     lora=LoraSection(rank=3, alpha=8.0),  # three rows over two ranks: uneven shards
-    ranks=2,
-    cpus=0.25,
+    settings=LearnerSection(ranks=2, cpus=0.25, step_timeout_s=120.0),
     optim=OptimSection(lr=3e-2, ema=DECAY),
-    step_timeout_s=120.0,
 )
 Arrays = dict[str, np.ndarray]
 
@@ -81,4 +78,4 @@ def test_average_over_two_ranks_is_exported_saved_and_restored_by_one(tmp_path: 
         assert_close(read_adapter(tmp_path / "later").tensors, read_adapter(tmp_path / "again").tensors)
 
     with_group(SPEC, two)
-    with_group(replace(SPEC, ranks=1), one)
+    with_group(changed(SPEC, ranks=1), one)

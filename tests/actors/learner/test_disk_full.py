@@ -21,9 +21,9 @@ from actors.policy.settings import LoraSection
 from cluster.errors import CheckpointWriteError
 from cluster.storage import write_failure
 from tests.actors.learner.test_parity_ranks import SPEC
-from tests.actors.learner.toy_policy import experiences
+from tests.actors.learner.toy_policy import changed, experiences
 
-TWO = replace(SPEC, ranks=2, lora=LoraSection(rank=2, alpha=8.0))
+TWO = changed(replace(SPEC, lora=LoraSection(rank=2, alpha=8.0)), ranks=2)
 UNLIMITED = resource.RLIM_INFINITY
 
 

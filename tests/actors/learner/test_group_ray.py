@@ -22,14 +22,14 @@ import torch
 
 from actors.learner.group import LearnerGroup, LearnerSpec, RankDiedError
 from actors.learner.objectives.settings import GrpoSection
-from actors.learner.settings import OptimSection
+from actors.learner.settings import LearnerSection, OptimSection
 from actors.learner.trainer import step_names
 from actors.policy.lora import peft_names
 from actors.policy.settings import LoraSection
 from actors.weights.files import read_adapter
 from actors.weights.transport import as_tensors, receive
 from cluster.errors import CheckpointError, PlacementError, TrainingError, WorkerTimeoutError
-from tests.actors.learner.toy_policy import POISON, RANDOM, ToyPolicy, experiences
+from tests.actors.learner.toy_policy import POISON, RANDOM, ToyPolicy, changed, experiences
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 T = TypeVar("T")
@@ -38,16 +38,13 @@ SPEC = LearnerSpec(
     kind="tests.actors.learner.toy_policy:ToyPolicy",
     model_path="3",
     lora=LoraSection(rank=2, alpha=8.0),
-    ranks=1,
-    cpus=0.25,
-    micro_batch=32,
+    settings=LearnerSection(ranks=1, cpus=0.25, micro_batch=32, step_timeout_s=120.0),
     learning=GrpoSection(clip_low=0.2, clip_high=0.2, kl_beta=0.05, gate_every=1),
     optim=OptimSection(lr=1e-2, max_grad_norm=0.5, schedule="cosine", warmup_steps=1, max_skipped_steps=1),
     total_steps=20,
-    step_timeout_s=120.0,
 )
-TWO = replace(SPEC, ranks=2, micro_batch=2, activation_checkpointing=True)
-THREE = replace(SPEC, ranks=3, micro_batch=3)
+TWO = changed(SPEC, ranks=2, micro_batch=2, activation_checkpointing=True)
+THREE = changed(SPEC, ranks=3, micro_batch=3)
 
 
 @dataclass
@@ -62,16 +59,16 @@ class Shared:
         return self.loop.run_until_complete(work)  # type: ignore[arg-type]
 
     def group(self, spec: LearnerSpec) -> LearnerGroup:
-        if spec.ranks not in self.groups:
-            self.groups[spec.ranks] = LearnerGroup(spec)
-            self.run(self.groups[spec.ranks].start())
-        return self.groups[spec.ranks]
+        if spec.settings.ranks not in self.groups:
+            self.groups[spec.settings.ranks] = LearnerGroup(spec)
+            self.run(self.groups[spec.settings.ranks].start())
+        return self.groups[spec.settings.ranks]
 
     def journey(self, spec: LearnerSpec) -> Any:
         """Three updates from the start: the trained weights, the metrics, the base's hash."""
-        if spec.ranks not in self.journeys:
-            self.journeys[spec.ranks] = self.run(three_updates(self.group(spec)))
-        return self.journeys[spec.ranks]
+        if spec.settings.ranks not in self.journeys:
+            self.journeys[spec.settings.ranks] = self.run(three_updates(self.group(spec)))
+        return self.journeys[spec.settings.ranks]
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +251,7 @@ def test_killed_rank_fails_the_running_call_within_seconds(shared: Shared) -> No
 
 def test_silent_rank_is_named_at_the_deadline(shared: Shared) -> None:
     group = shared.group(SPEC)
-    group.spec = replace(SPEC, step_timeout_s=1.0)
+    group.spec = changed(SPEC, step_timeout_s=1.0)
     os.kill(group.infos[0].pid, signal.SIGSTOP)
     with pytest.raises(WorkerTimeoutError, match=r"rank 0 .*did not answer base_hash within 1 s"):
         shared.run(group.base_hash())
@@ -280,4 +277,4 @@ def test_full_weights_with_a_frozen_reference_and_importance_weights() -> None:
 
 def test_no_room_is_said_at_the_start() -> None:
     with pytest.raises(PlacementError, match="no room for 2 ranks"):
-        with_group(replace(SPEC, ranks=2, cpus=500.0, start_timeout_s=1.0), lambda g: g.checksum())
+        with_group(changed(SPEC, ranks=2, cpus=500.0, start_timeout_s=1.0), lambda g: g.checksum())

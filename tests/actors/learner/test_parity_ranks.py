@@ -19,20 +19,19 @@ from torch import Tensor
 from actors.learner.batches import RankPlan, plan_batch, split_groups
 from actors.learner.objectives.settings import GrpoSection
 from actors.learner.rank import LearnerRank
-from actors.learner.settings import OptimSection
+from actors.learner.settings import LearnerSection, OptimSection
 from actors.learner.spec import LearnerSpec
 from actors.policy.lora import peft_names
 from actors.policy.protocol import trainable_parameters
 from actors.policy.settings import LoraSection
 from actors.records import VlmExperience, Weights
-from tests.actors.learner.toy_policy import ToyPolicy, experiences
+from tests.actors.learner.toy_policy import ToyPolicy, changed, experiences
 
 SPEC = LearnerSpec(
     kind="tests.actors.learner.toy_policy:ToyPolicy",
     model_path="3",
-    micro_batch=32,
+    settings=LearnerSection(ranks=1, micro_batch=32, step_timeout_s=60.0),
     optim=OptimSection(lr=1e-2, max_grad_norm=0.5),
-    step_timeout_s=60.0,
 )
 LORA = LoraSection(rank=2, alpha=8.0)
 CASES = {
@@ -77,10 +76,13 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 
 def trained_weights(processes: ProcessPoolExecutor, spec: LearnerSpec) -> dict[str, np.ndarray]:
-    plans = [plan_batch(i, ranks=spec.ranks, micro_batch=spec.micro_batch, updates=u) for i, u in BATCHES]
+    plans = [
+        plan_batch(i, ranks=spec.settings.ranks, micro_batch=spec.settings.micro_batch, updates=u) for i, u in BATCHES
+    ]
     address = LearnerRank(spec, 0).pick_address()
     calls = [
-        processes.submit(journey, spec, rank, address, [plan[rank] for plan in plans]) for rank in range(spec.ranks)
+        processes.submit(journey, spec, rank, address, [plan[rank] for plan in plans])
+        for rank in range(spec.settings.ranks)
     ]
     weights = [call.result(timeout=120) for call in calls]
     assert weights[0] is not None and not any(weights[1:])
@@ -138,7 +140,7 @@ def test_1_2_and_3_ranks_and_accumulation_make_the_update_of_plain_torch(
     start = named(ToyPolicy.load(spec.model_path, lora=spec.lora).module.state_dict())
     assert max(float((expected[name] - start[name]).abs().max()) for name in expected) > 1e-2, "it did learn"
     for sharding, (ranks, micro_batch) in SHARDINGS.items():
-        found = trained_weights(processes, replace(spec, ranks=ranks, micro_batch=micro_batch))
+        found = trained_weights(processes, changed(spec, ranks=ranks, micro_batch=micro_batch))
         assert found.keys() == expected.keys()
         for name, value in found.items():
             np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=f"{sharding}: {name}")

@@ -10,7 +10,7 @@ import pytest
 
 from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.objectives.settings import GrpoSection
-from actors.learner.settings import OptimSection
+from actors.learner.settings import LearnerSection, OptimSection
 from actors.policy.settings import LoraSection
 from actors.records import Experience, RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience
 from actors.vdm.policy import VdmPolicy
@@ -58,9 +58,7 @@ def test_first_update_of_each_stage_has_ratio_exactly_one_and_learns(
         kind=kind,
         model_path=str(model),
         lora=LoraSection(rank=4, alpha=16.0),
-        ranks=2,
-        cpus=0.25,
-        micro_batch=2,
+        settings=LearnerSection(ranks=2, cpus=0.25, micro_batch=2),
         learning=GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence"),
         optim=OptimSection(lr=1e-3),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.learner.objectives.grpo import kl_estimate
+from actors.learner.spec import LearnerSpec
 from actors.policy import lora as lora_tools
 from actors.policy.protocol import PolicyOutput
 from actors.policy.settings import LoraSection
@@ -21,6 +23,11 @@ from actors.weights.transport import as_tensors, pack
 
 VOCAB, WIDTH, BLOCKS = 12, 16, 2
 POISON, RANDOM = 10, 11  # tokens that no random completion holds: after one comes NaN, after the other noise
+
+
+def changed(spec: LearnerSpec, **settings: Any) -> LearnerSpec:
+    """``spec`` with other ``settings`` of its group."""
+    return replace(spec, settings=spec.settings.model_copy(update=settings))
 
 
 class Block(nn.Module):

@@ -16,6 +16,7 @@ from actors.policy.settings import LoraSection
 from actors.records import EmbedRequest, EncodeRequest, RenderRequest, SdeSpec, VdmExperience
 from actors.vdm.embed_worker import EmbedWorker
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.settings import VdmPoolSection
 from actors.vdm.worker import VdmWorker
 from cluster.errors import CheckpointError
 from pipeline.fleet.conditions import Conditions
@@ -158,7 +159,7 @@ def test_the_embed_worker_pins_failures_and_holds_no_transformer(embedder, make_
 
 def test_clips_decoded_in_parts_and_text_let_go_change_nothing(tiny, policy, make_request):
     requests = [make_request(i, noise_seed=i) for i in range(3)]
-    one_by_one = VdmPolicy.load(tiny, decode_batch=1)
+    one_by_one = VdmPolicy.load(tiny, settings=VdmPoolSection(max_decode=1))
     one_by_one.embed([r.caption for r in requests])
     one_by_one.drop_text_encoder()
     assert "text_encoder" not in one_by_one.held()

@@ -11,6 +11,7 @@ import torch
 
 from actors.records import SdeSpec, VdmExperience
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.settings import VdmPoolSection
 
 SDE = SdeSpec("flow", 0.7, 0, 2)
 
@@ -63,7 +64,7 @@ def test_a_copied_transformer_keeps_the_two_times(tiny, requests):
 
 
 def test_captions_embedded_in_one_batch_differ_by_float_noise(tiny, requests):
-    alone, together = VdmPolicy.load(tiny), VdmPolicy.load(tiny, embed_batch=32)
+    alone, together = VdmPolicy.load(tiny), VdmPolicy.load(tiny, settings=VdmPoolSection(max_embed=32))
     calls: list[int] = []
     together.embedder.encoder.register_forward_hook(lambda _m, args, _out: calls.append(len(args[0])))
     ours, theirs = drawn(together, requests), drawn(alone, requests)
@@ -78,7 +79,7 @@ def test_captions_embedded_in_one_batch_differ_by_float_noise(tiny, requests):
 
 
 def test_channels_last_decodes_the_same_up_to_float_noise(tiny, requests):
-    last, first = VdmPolicy.load(tiny, channels_last=True), VdmPolicy.load(tiny)
+    last, first = VdmPolicy.load(tiny, settings=VdmPoolSection(channels_last=True)), VdmPolicy.load(tiny)
     convolution = next(m for m in last.vae.decoder.modules() if isinstance(m, torch.nn.Conv3d) and m.in_channels > 1)
     assert convolution.weight.is_contiguous(memory_format=torch.channels_last_3d)
     ours, theirs = drawn(last, requests), drawn(first, requests)
@@ -90,7 +91,7 @@ def test_channels_last_decodes_the_same_up_to_float_noise(tiny, requests):
 def test_compiled_blocks_draw_the_same_up_to_float_noise(tiny, requests, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "disable", False)
     torch._dynamo.reset()
-    compiled, plain = VdmPolicy.load(tiny, compile_blocks=True), VdmPolicy.load(tiny)
+    compiled, plain = VdmPolicy.load(tiny, settings=VdmPoolSection(compile_blocks=True)), VdmPolicy.load(tiny)
     counted = torch._dynamo.utils.counters
     counted.clear()
     ours, theirs = drawn(compiled, requests), drawn(plain, requests)

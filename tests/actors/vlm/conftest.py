@@ -22,6 +22,7 @@ def start_vlm(_ray_session: None) -> Callable[[Path], Any]:
 
     def start(folder: Path) -> Any:
         # A class made here travels by value: Ray's workers do not import this file.
+        from actors.vlm.settings import VlmPoolSection
         from actors.vlm.worker import VlmWorker
 
         class Worker(VlmWorker):
@@ -29,7 +30,7 @@ def start_vlm(_ray_session: None) -> Callable[[Path], Any]:
 
             async def text_at_end(self, on: bool, request: Any) -> bool:
                 """Make texts at a completion's end from now on, or token by token; return whether vLLM makes that of ``request``."""
-                self._engine.spec = replace(self._engine.spec, text_at_end=on)
+                self._engine.spec = replace(self._engine.spec, settings=VlmPoolSection(text_at_end=on))
                 return bool(self._engine._sampling(request).detokenize)
 
             async def complete_text(self, prompt: str, request: Any) -> list[tuple[list[int], list[float]]]:
@@ -58,7 +59,7 @@ def start_vlm(_ray_session: None) -> Callable[[Path], Any]:
                     kind.get_mrope_input_positions = spy
                 return list(self._seen)
 
-        options = {"lora_rank": 8, "kv_cache_mib": 64, "broadcast": True}
+        options = {"lora_rank": 8, "settings": VlmPoolSection(kv_cache_mib=64), "broadcast": True}
         actor = ray.remote(Worker).options(num_cpus=1, max_concurrency=64).remote("vlm-0", str(folder), **options)
         info = ray.get(actor.setup.remote(), timeout=500)
         assert info.name == "vlm-0" and info.model_hash

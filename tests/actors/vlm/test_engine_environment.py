@@ -10,7 +10,8 @@ import pytest
 
 SCRIPT = (
     "import torch._dynamo; from actors.vlm.engine_args import EngineSpec, prepare_environment\n"
-    "prepare_environment(EngineSpec('model', enforce_eager={eager})); print(torch._dynamo.config.disable)"
+    "from actors.vlm.settings import VlmPoolSection\n"
+    "prepare_environment(EngineSpec('model', VlmPoolSection(enforce_eager={eager}))); print(torch._dynamo.config.disable)"
 )
 
 

@@ -14,7 +14,7 @@ import ray
 
 from actors.learner.group import LearnerGroup, LearnerSpec
 from actors.learner.objectives.settings import GrpoSection
-from actors.learner.settings import OptimSection
+from actors.learner.settings import LearnerSection, OptimSection
 from actors.pool.pool import WorkerPool
 from actors.records import VdmExperience
 from actors.vdm.worker import VdmWorker
@@ -38,9 +38,7 @@ class Story:
             LearnerSpec(
                 kind="vdm",
                 model_path=self.folder,
-                ranks=2,
-                cpus=0.25,
-                micro_batch=2,
+                settings=LearnerSection(ranks=2, cpus=0.25, micro_batch=2),
                 learning=GrpoSection(clip_low=1e-3, clip_high=1e-3),
                 optim=OptimSection(lr=1e-3),
                 policy_kwargs={"components": ("transformer", "vae_encoder", "text_encoder")},

@@ -16,7 +16,7 @@ from cluster.errors import CheckpointError, ConfigError, DataError
 from pipeline.checkpoint import CheckpointStore, Inputs, TrainState
 from pipeline.checkpoint.inputs import SAMPLE_BYTES, WHOLE_BYTES, model_digest
 from pipeline.config import RunConfig, parse_config
-from pipeline.config.training import SftLoraSection
+from pipeline.config.training import SftLoraSection, SftOptimSection
 from pipeline.data.source import Cursor
 from pipeline.data.sources import run_inputs, training_source
 from pipeline.run.train import _Run, run_training
@@ -244,7 +244,9 @@ def test_a_supervised_run_continues_only_what_it_was_begun_with(tmp_path: Path, 
     (before.out / "checkpoints" / name).mkdir(parents=True)
     assert run_name(before) == name and other_runs(before) == []
     if what in ("lr", "placement"):
-        after = job(**{"lr": 0.5} if what == "lr" else {"placement": "SPREAD", "step_timeout_s": 9.0})
+        after = job(
+            **{"optim": SftOptimSection(lr=0.5)} if what == "lr" else {"placement": "SPREAD", "step_timeout_s": 9.0}
+        )
     else:
         dataset(tmp_path / "data", 41) if what == "data" else model(folder if what == "model" else adapter, 2.0)
         after = job()

@@ -21,10 +21,10 @@ import ray
 from actors.failures import attempt
 from actors.pool.pool import WorkerPool
 from actors.pool.protocol import WorkerInfo, worker_info
-from actors.pool.settings import PoolSection
+from actors.pool.settings import AutoscaleSection, PoolSection
 from cluster.resources import Ask, PlacementPlan, place
 from cluster.session import connect
-from pipeline.config.machinery import AutoscaleSection, ControlSection
+from pipeline.config.machinery import ControlSection
 from pipeline.control.monitor import supervised
 from pipeline.control.record import new_record
 

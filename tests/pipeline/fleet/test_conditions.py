@@ -39,4 +39,4 @@ def test_a_vdm_learner_loads_the_transformer_alone() -> None:
     config = load_config("toy", ["learner.micro_steps=1", "learner.reference_offload=true"])
     spec = learner_spec(config, Stage2(config, None), "vdm")  # type: ignore[arg-type]
     assert spec.policy_kwargs["components"] == ("transformer",)
-    assert (spec.micro_steps, spec.reference_offload) == (1, True)
+    assert (spec.settings.micro_steps, spec.settings.reference_offload) == (1, True)

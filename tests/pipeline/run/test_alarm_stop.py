@@ -63,7 +63,7 @@ def go(config: RunConfig, resume: bool = False) -> str:
     store = CheckpointStore(config.out / "checkpoints")
     checkpoint = store.latest() if resume else None
     stage, learner = FreezingStage(0, steps=len(MOTION)), SavingLearner()
-    alarms, first, cursor = AlarmWatch(config.alarms.settings, ("x",)), 0, None
+    alarms, first, cursor = AlarmWatch(config.alarms, ("x",)), 0, None
     if checkpoint is not None:
         state = checkpoint.state
         require_same_config(state, config)

@@ -27,6 +27,7 @@ def test_the_learner_holds_its_stages_own_sections(stage: str) -> None:
     section, kind = getattr(config, stage), STAGES[stage](config, None)  # type: ignore[arg-type]
     found = learner_spec(config, kind, kind.policies[0])
     assert found.optim is section.optim and found.learning is section.grpo and found.lora is section.lora
+    assert found.settings is config.learner
 
 
 def test_no_adapter_is_learnt_at_rank_0() -> None:
@@ -37,10 +38,11 @@ def test_completions_have_a_micro_batch_of_their_own_and_share_prompts() -> None
     learner = ["learner.micro_batch=6", "learner.micro_completions=24", "learner.shared_prompts=false"]
     config = load_config("toy", learner)
     one, two = (learner_spec(config, kind(config, None), kind.policies[0]) for kind in STAGES.values())  # type: ignore[arg-type]
-    assert (one.micro_batch, two.micro_batch) == (24, 6)
+    assert [spec.settings.at_once(spec.kind) for spec in (one, two)] == [24, 6]
     assert one.policy_kwargs["shared_prompts"] is False and "shared_prompts" not in two.policy_kwargs
     assert spec("stage1").policy_kwargs["shared_prompts"] is True
-    assert spec("stage1").micro_batch == spec("stage2").micro_batch == load_config("toy").learner.micro_batch
+    usual = spec("stage1").settings
+    assert usual.at_once("vlm") == usual.at_once("vdm") == load_config("toy").learner.micro_batch
 
 
 def test_the_thinkers_positions_are_those_of_the_engines_dtype() -> None:

@@ -18,13 +18,15 @@ from actors.vdm.wan.text_encoder import CaptionEmbedder
 from actors.vlm.policy import VlmPolicy
 from cluster.errors import ConfigError, DataError, PlacementError
 from pipeline.cli import app
+from pipeline.config.training import SftOptimSection
 from pipeline.sft import SftSettings, run_sft
 from pipeline.sft.captions import StoredCaptions, distinct_captions
 from pipeline.sft.command import run_tracked_sft
 from pipeline.sft.finetuning import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
-SETTINGS = SftSettings(steps=30, batch=8, lr=3e-3, warmup_steps=2, log_every=5, cpus=0.5)
+OPTIM = SftOptimSection(lr=3e-3, warmup_steps=2)
+SETTINGS = SftSettings(steps=30, batch=8, optim=OPTIM, log_every=5, cpus=0.5)
 
 
 def test_vlm_sft_lowers_the_loss_and_exports_a_model_that_has_it(
@@ -53,7 +55,7 @@ def test_vdm_sft_trains_the_text_encoder_too_and_exports_the_average(
     toy_shards: Path, tiny_vdm_dir: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "sft"
-    settings = replace(SETTINGS, train_text_encoder=True, ema=0.9)
+    settings = replace(SETTINGS, train_text_encoder=True, optim=OPTIM.model_copy(update={"ema": 0.9}))
     result = run_sft("vdm", tiny_vdm_dir, toy_shards / "train", out, settings)
     assert result.loss_last < 0.9 * result.loss_first
     before, after = VdmPolicy.load(tiny_vdm_dir), VdmPolicy.load(out)
@@ -65,13 +67,21 @@ def test_vdm_sft_trains_the_text_encoder_too_and_exports_the_average(
 @pytest.mark.chaos
 @pytest.mark.parametrize(
     "length",
-    [{"steps": 6}, {"steps": None, "max_wall_s": 2.0, "schedule": "constant", "checkpoint_every": 2}],
+    [
+        {"steps": 6, "optim": OPTIM.model_copy(update={"ema": 0.9})},
+        {
+            "steps": None,
+            "max_wall_s": 2.0,
+            "optim": OPTIM.model_copy(update={"ema": 0.9, "schedule": "constant"}),
+            "checkpoint_every": 2,
+        },
+    ],
     ids=["steps", "max_wall_s"],
 )
 def test_a_finished_run_called_again_trains_no_further(
     length: dict[str, Any], toy_shards: Path, tiny_vdm_dir: Path, tmp_path: Path
 ) -> None:
-    out, settings = tmp_path / "sft", replace(SETTINGS, ema=0.9, **length)
+    out, settings = tmp_path / "sft", replace(SETTINGS, **length)
     result = run_sft("vdm", tiny_vdm_dir, toy_shards / "train", out, settings)
     assert result.steps == result.history[-1]["step"]
     assert (settings.max_wall_s or 0.0) <= result.train_s < result.wall_s

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from cluster.errors import ConfigError
 from pipeline.cli import app
 from pipeline.config import load_config, parse_config
-from pipeline.config.training import SftLoraSection
+from pipeline.config.training import SftLoraSection, SftOptimSection
 from pipeline.data.decoder import VideoShape
 from pipeline.data.video import VideoLimits
 from pipeline.pretrain import Effort
@@ -21,14 +21,15 @@ def test_the_bundled_run_tunes_as_the_bundled_pair_was_tuned() -> None:
     run, effort = load_config("toy"), Effort()
     for kind in ("vlm", "vdm"):
         settings = sft_settings(run, kind)  # type: ignore[arg-type]
-        assert (settings.steps, settings.batch, settings.lr, settings.ranks, settings.ema) == (
+        assert (settings.steps, settings.batch, settings.optim.lr, settings.ranks, settings.optim.ema) == (
             effort.sft_steps,
             effort.sft_batch,
             effort.sft_lr,
             effort.sft_ranks,
             0.95,
         )
-        assert (settings.warmup_steps, settings.schedule) == (SftSettings().warmup_steps, SftSettings().schedule)
+        usual = SftSettings().optim
+        assert (settings.optim.warmup_steps, settings.optim.schedule) == (usual.warmup_steps, usual.schedule)
 
 
 def test_every_section_of_a_real_run_reaches_the_settings() -> None:
@@ -65,12 +66,7 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
         epochs=2.0,
         batch=128,
         micro_batch=2,
-        lr=1e-5,
-        schedule="cosine",
-        warmup_steps=500,
-        betas=(0.9, 0.95),
-        weight_decay=0.01,
-        ema=0.999,
+        optim=SftOptimSection(lr=1e-5, warmup_steps=500, betas=(0.9, 0.95), weight_decay=0.01, ema=0.999),
         lora=SftLoraSection(rank=8, alpha=16.0, targets=["to_q", "to_v"]),
         adapter="adapter",
         ranks=8,
@@ -90,6 +86,14 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
         log_every=5,
         policy_kwargs={"shift": 5.0, "shared_times": True, "vae_tiling": False},
     )
+
+
+def test_a_checkpoints_digest_and_sft_json_name_each_setting_flatly() -> None:
+    lora = SftLoraSection(rank=8, alpha=16.0)
+    facts = SftSettings(optim=SftOptimSection(lr=1e-5, ema=0.9), lora=lora, batch=4).facts()
+    named = ("lr", "schedule", "ema", "lora_rank", "lora_alpha", "lora_targets", "batch")
+    assert [facts[name] for name in named] == [1e-5, "cosine", 0.9, 8, 16.0, None, 4]
+    assert not {"optim", "lora"} & facts.keys()
 
 
 def test_a_run_without_a_length_is_asked_for_one_and_other_sections_are_heeded() -> None:

@@ -66,7 +66,7 @@ def scorer() -> Scorer:
 
 def begins(healthy: dict[str, float], failing: dict[str, float], *components: str) -> set[str]:
     """Watch a run that is healthy, then fails; returns the alarms of the failing steps. Healthy steps must have none."""
-    alarms = AlarmWatch(RunConfig().alarms.settings, components)
+    alarms = AlarmWatch(RunConfig().alarms, components)
     for step in range(HEALTHY_STEPS):
         assert alarms.see(step, healthy).began == {}
     told: set[str] = set()
@@ -301,7 +301,7 @@ def test_anchors_are_counted_for_the_step_that_drew_them() -> None:
 
 
 def test_lines_and_tags_say_what_when_and_since() -> None:
-    alarms = AlarmWatch(RunConfig().alarms.settings, ())
+    alarms = AlarmWatch(RunConfig().alarms, ())
     told = [(s, alarms.see(s, {"alarm/motion_ratio": m})) for s, m in enumerate((1.0, 0.03, 0.02, 0.01, 1.0, 0.9))]
     lines = [alarm_lines(step, watched) for step, watched in told]
     assert [len(found) for found in lines] == [0, 0, 1, 0, 0, 1]

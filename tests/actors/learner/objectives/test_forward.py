@@ -20,7 +20,7 @@ from actors.learner.objectives.awm import Awm
 from actors.learner.objectives.forward import square
 from actors.learner.objectives.nft import Nft
 from actors.learner.objectives.settings import AwmSection, NftSection, ObjectiveSection
-from actors.learner.settings import OptimSection
+from actors.learner.settings import LearnerSection, OptimSection
 from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import Trainer
 from actors.policy.settings import LoraSection
@@ -130,6 +130,7 @@ def spec_of(name: str, learning: ObjectiveSection | None = None, **changes) -> L
         "objective": name,
         "learning": learning or SETTINGS[name],
         "seed": 5,
+        "settings": LearnerSection(ranks=1),
     }
     return LearnerSpec(model_path="tiny", **(values | changes))
 

@@ -14,12 +14,13 @@ from actors.learner.batches import plan_batch
 from actors.learner.group import merge_reports
 from actors.learner.objectives.grpo import LOG_RATIO_BOUND
 from actors.learner.objectives.settings import GrpoSection
+from actors.learner.settings import LearnerSection
 from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import Trainer
 from actors.policy.settings import LoraSection
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 
-LORA = LoraSection(rank=2, alpha=8.0)
+LORA, ALONE = LoraSection(rank=2, alpha=8.0), LearnerSection(ranks=1)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_an_update_far_from_its_reference_is_applied_and_says_what_was_cut(mesh:
     with policy.reference():
         delta = (policy.forward(policy.collate(items)).logprobs - out.logprobs)[out.mask].detach()
     assert float(delta.max()) > 89  # exp would be infinite
-    spec = LearnerSpec("toy", "3", lora=LORA, learning=GrpoSection(kl_beta=0.1, kl_estimator=estimator))
+    spec = LearnerSpec("toy", "3", ALONE, lora=LORA, learning=GrpoSection(kl_beta=0.1, kl_estimator=estimator))
     trainer = Trainer(policy, spec, mesh, torch.device("cpu"))
     plan = plan_batch(items, ranks=1, micro_batch=32, updates=1)[0]
     metrics = merge_reports([trainer.update(plan)])
@@ -64,7 +65,7 @@ def test_an_engine_far_away_is_counted_too(mesh: DeviceMesh) -> None:
     """Engine and learner 90 nats apart in one completion of twelve; without an advantage it is not a number either."""
     items = experiences(4, 3)
     items[0] = replace(items[0], rollout_logprobs=items[0].rollout_logprobs - 90, advantage=0.0)
-    spec = LearnerSpec("toy", "3", lora=LORA, learning=GrpoSection(old_logprobs="rollout"))
+    spec = LearnerSpec("toy", "3", ALONE, lora=LORA, learning=GrpoSection(old_logprobs="rollout"))
     trainer = Trainer(ToyPolicy.load("3", lora=LORA), spec, mesh, torch.device("cpu"))
     metrics = merge_reports([trainer.update(plan_batch(items, ranks=1, micro_batch=32, updates=1)[0])])
     tokens = sum(len(item.token_ids) for item in items)
