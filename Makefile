@@ -30,9 +30,10 @@ help:
 setup: $(STAMP)
 
 # The constraints name every distribution, so pip installs them without resolving. The wheels in UNUSED are left out:
-# nothing here calls them, two of them do not load beside a CPU build of torch, and the third is a gigabyte.
+# nothing here calls them, two of them do not load beside a CPU build of torch, the third is a gigabyte, and the fourth is
+# imported by transformers wherever it lies, which costs every worker's start two seconds.
 # pip would compile tens of thousands of files to byte code one by one; warm_up.py compiles those that are imported.
-UNUSED := torchaudio|torchcodec|triton
+UNUSED := torchaudio|torchcodec|triton|scikit-learn
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 $(STAMP):
