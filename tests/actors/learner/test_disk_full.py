@@ -23,6 +23,8 @@ from cluster.storage import write_failure
 from tests.actors.learner.test_parity_ranks import SPEC
 from tests.actors.learner.toy_policy import experiences
 
+pytestmark = pytest.mark.slow
+
 TWO = replace(SPEC, ranks=2, lora=LoraSection(rank=2, alpha=8.0))
 UNLIMITED = resource.RLIM_INFINITY
 
