@@ -1,4 +1,4 @@
-"""What ``make test-fast`` runs starts no Ray and no vLLM: the rule, held against the files themselves."""
+"""What ``make test-fast`` runs starts no Ray: the rule, held against the text of the files."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ def test_a_file_whose_text_starts_ray_says_so() -> None:
         text = path.read_text()
         if not path.name.endswith("_ray.py") and STARTS.search(text) and "mark.ray" not in text:
             silent.append(str(path.relative_to(TESTS)))
-    assert silent == [Path(__file__).name]  # which writes the words down
+    assert silent == []
