@@ -15,11 +15,12 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Where byte code may not be written, every worker would compile the libraries anew, each taking some ten seconds more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test chaos bench check docs clean
+.PHONY: help setup demo test test-fast chaos bench check docs clean
 
 help:
 	@echo "make demo    install what is needed, then align the tiny pair with Joint-GRPO (runs/demo)"
 	@echo "make test    install what is needed, then run the test suite"
+	@echo "make test-fast  the tests that start no Ray and no vLLM and take no seconds: for people who edit"
 	@echo "make chaos   the long tests of faults and exact resume, then twenty minutes of random faults"
 	@echo "make bench   measure every claim of speed against its baseline, and write docs/results/benchmarks.md"
 	@echo "make check   lint, formatting, types and import layering"
@@ -30,9 +31,10 @@ help:
 setup: $(STAMP)
 
 # The constraints name every distribution, so pip installs them without resolving. The wheels in UNUSED are left out:
-# nothing here calls them, two of them do not load beside a CPU build of torch, and the third is a gigabyte.
+# nothing here calls them, two of them do not load beside a CPU build of torch, the third is a gigabyte, and the fourth is
+# imported by transformers wherever it lies, which costs every worker's start two seconds.
 # pip would compile tens of thousands of files to byte code one by one; warm_up.py compiles those that are imported.
-UNUSED := torchaudio|torchcodec|triton
+UNUSED := torchaudio|torchcodec|triton|scikit-learn
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 $(STAMP):
@@ -52,8 +54,15 @@ $(STAMP):
 demo: setup
 	$(BIN)/vans demo
 
+# LANES=2 runs the files in two processes side by side, each with a Ray of its own; 0 is one process.
+LANES ?= 0
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -n $(LANES)
+
+test-fast: setup
+	$(PYTEST) -n 2 -m "not (ray or vllm or slow or chaos or gpu)"
 
 # The tests that take longer than 20 seconds each, and 20 minutes of random faults.
 chaos: setup

@@ -98,15 +98,17 @@ def train(
     `ray job submit --working-dir . -- python -m pipeline train toy`
     """
     from pipeline.config import load_config
-    from pipeline.run.start import print_plan
-    from pipeline.run.train import run_training
 
-    run = load_config(config, overrides or [])
+    run = load_config(config, overrides or [])  # before torch loads: an error in the configuration is said at once
     if restart_data and not (resume or resume_if_any):
         raise typer.BadParameter("it goes with --resume or --resume-if-any", param_hint="--restart-data")
     if dry_run:
+        from pipeline.run.start import print_plan
+
         print_plan(run)
     else:
+        from pipeline.run.train import run_training
+
         run_training(run, resume=resume or ("if_any" if resume_if_any else False), restart_data=restart_data)
 
 

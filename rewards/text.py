@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU
 
 from rewards.errors import RewardError
 
 BLEU_ORDERS = (1, 2, 3, 4)
-
-_TOKENIZER = DefaultTokenizer(use_stemmer=True)
 
 _WITHOUT_SPACES = (
     *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF)),  # Thai and Lao, Myanmar, Khmer
@@ -34,10 +32,17 @@ _WITHOUT_SPACES = (
 """Blocks of scripts that put no space between words, first and last code point."""
 
 
+@cache
+def _tokenizer() -> Any:
+    from rouge_score.tokenizers import DefaultTokenizer  # brings nltk and scikit-learn, which take seconds to load
+
+    return DefaultTokenizer(use_stemmer=True)
+
+
 @lru_cache(maxsize=65536)
 def _tokens_of_word(word: str) -> tuple[str, ...]:
     # The tokenizer splits at everything but a-z and 0-9, white space among it: word by word it gives the same.
-    return tuple(_TOKENIZER.tokenize(word))
+    return tuple(_tokenizer().tokenize(word))
 
 
 def _english_tokens(text: str) -> list[str]:

@@ -48,6 +48,23 @@ import pytest  # noqa: E402 - the environment comes first
 
 from tests.s3_server import S3Server  # noqa: E402
 
+
+def starts_ray(item: pytest.Item) -> bool:
+    """Return whether the test needs Ray, vLLM or a GPU, by its marks, its file's name or its fixtures."""
+    marked = any(item.get_closest_marker(name) for name in ("ray", "vllm", "gpu"))
+    return marked or item.path.name.endswith("_ray.py") or "_ray_session" in getattr(item, "fixturenames", ())
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves tests out by their marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark every test that needs Ray; where two processes share the files, begin with those that take minutes."""
+    for item in items:
+        if starts_ray(item):
+            item.add_marker(pytest.mark.ray)
+    if hasattr(config, "workerinput"):  # pytest-xdist: a short file ends the run with both processes at work
+        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
 RAY_SLOTS = 8
 """CPU slots of the tests' Ray: more than cores, because the tiny workers share them."""
 

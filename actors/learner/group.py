@@ -11,18 +11,20 @@ import asyncio
 import re
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.learner.batches import plan_batch
-from actors.learner.rank import LearnerRank, RankInfo
 from actors.learner.spec import LearnerSpec
-from actors.learner.trainer import RankReport
 from actors.records import Experience
 from cluster.errors import PlacementError, TrainingError, VansError, WorkerTimeoutError
+
+if TYPE_CHECKING:  # a rank loads peft and transformers, which takes seconds; the driver needs neither
+    from actors.learner.rank import RankInfo
+    from actors.learner.trainer import RankReport
 
 __all__ = [
     "LOST",
@@ -94,6 +96,8 @@ class LearnerGroup:
             RankDiedError: a rank's process is gone.
             RankSilentError: a rank did not answer within ``start_timeout_s``; names it.
         """
+        from actors.learner.rank import LearnerRank
+
         spec = self.spec
         if self._pg is None:
             await self._place()

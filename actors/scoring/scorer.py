@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ import torch
 from actors.failures import BadSampleError, Failure, InfrastructureError, Outcome, attempt
 from actors.policy.cache import Cache, content_key
 from actors.records import ScoreRequest, Scores
-from actors.scoring.clip import ClipScorer
 from rewards.custom import CustomReward, call_reward, is_custom, load_reward
 from rewards.errors import RewardError
 from rewards.format import format_reward
@@ -30,6 +29,9 @@ from rewards.frechet import clip_frames_feature
 from rewards.signs import copying, frame_diagnostics
 from rewards.similarity import clip_score, clip_t, clip_v
 from rewards.text import rouge_l
+
+if TYPE_CHECKING:  # transformers, which takes seconds to load, is not needed to know which rewards there are
+    from actors.scoring.clip import ClipScorer
 
 VIDEO_FEATURES = "video_features"
 """Not a number: asks for the features of the Fréchet distance under ``Scores.features`` (``clip`` and ``target``)."""

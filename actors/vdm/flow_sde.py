@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from actors.records import NoiseSchedule, SdeSpec, derive_seed
@@ -33,6 +32,8 @@ def sigma_grid(steps: int, shift: float = 3.0) -> Tensor:
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: a sampler needs at least 1 denoising step")
+    from diffusers import FlowMatchEulerDiscreteScheduler  # loads for a second: a plan does without
+
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=shift)
     scheduler.set_timesteps(steps)
     return scheduler.sigmas.to(torch.float32)

@@ -17,13 +17,6 @@ import ray
 
 from actors.pool.pool import WorkerPool
 from actors.pool.settings import PoolSection
-from actors.scoring.worker import RewardWorker
-from actors.vdm.embed_worker import EmbedWorker
-from actors.vdm.wan.files import COMPONENTS
-from actors.vdm.worker import VdmWorker
-from actors.vlm.worker import VlmWorker
-from actors.weights.files import read_weights
-from actors.weights.transport import send
 from cluster.resources import Ask, Placement, PlacementPlan, place
 from cluster.session import Session, connect
 from pipeline.config import RunConfig
@@ -144,6 +137,9 @@ async def at_rest(fleet: Fleet) -> AsyncIterator[None]:
 
 async def serve_trained(pool: WorkerPool, folder: str | Path, version: int) -> None:
     """Make every worker of ``pool`` serve what a learner exported to ``folder``, adapter or whole model, as ``version``."""
+    from actors.weights.files import read_weights
+    from actors.weights.transport import send
+
     await pool.set_weights(version, send(await asyncio.to_thread(read_weights, folder, version)))
 
 
@@ -160,7 +156,11 @@ async def _start_all(pools: list[WorkerPool]) -> None:
 
 
 def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Placement], Callable[[str], Any]]]:
-    """Return, by pool, what makes its workers. Missing models of the pools to be started are found here, before they are."""
+    """Return, by pool, what makes its workers. Missing models of the pools to be started are found here, before they are.
+
+    The workers' modules, which load transformers, diffusers and more for seconds, are imported where a pool is made: a plan, or an
+    error in the configuration, needs none of them.
+    """
     models, vlm, vdm, reward = config.models, config.pools.vlm, config.pools.vdm, config.pools.reward
     embed = config.pools.embed
     roles = {"vlm": "vlm", "vdm": "vdm", "reward": "clip", "embed": "vdm"}
@@ -173,6 +173,8 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
     components = sorted({*config.stage1.rewards.weights, *config.stage2.rewards.weights})
 
     def make_vlm(placement: Placement) -> Callable[[str], Any]:
+        from actors.vlm.worker import VlmWorker
+
         actor = ray.remote(VlmWorker)
         return lambda name: actor.options(
             **placement.options("vlm", name), max_restarts=0, max_concurrency=max(64, 4 * vlm.max_inflight)
@@ -187,6 +189,9 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
         )
 
     def make_vdm(placement: Placement) -> Callable[[str], Any]:
+        from actors.vdm.wan.files import COMPONENTS
+        from actors.vdm.worker import VdmWorker
+
         exact = {"max_embed": 1, "compile_blocks": False} if config.deterministic else {}
         actor = ray.remote(VdmWorker)
         return lambda name: actor.options(**placement.options("vdm", name), max_restarts=0, max_concurrency=2).remote(
@@ -205,6 +210,8 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
         )
 
     def make_embed(placement: Placement) -> Callable[[str], Any]:
+        from actors.vdm.embed_worker import EmbedWorker
+
         actor = ray.remote(EmbedWorker)
         return lambda name: actor.options(**placement.options("embed", name), max_restarts=0, max_concurrency=2).remote(
             name,
@@ -216,6 +223,8 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
         )
 
     def make_reward(placement: Placement) -> Callable[[str], Any]:
+        from actors.scoring.worker import RewardWorker
+
         actor = ray.remote(RewardWorker)
         return lambda name: actor.options(
             **placement.options("reward", name), max_restarts=0, max_concurrency=2

@@ -152,7 +152,8 @@ def carry_out(job: SftJob, on_metrics: OnMetrics | None = None) -> SftResult:
         "model": job.model,
         "settings": job.settings.facts(),
     }
-    (job.out / "sft.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    told = json.dumps(facts, indent=2, default=lambda section: section.model_dump(mode="json"))  # the adapter's section
+    (job.out / "sft.json").write_text(told + "\n", "utf-8")
     return result
 
 

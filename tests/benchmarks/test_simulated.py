@@ -9,6 +9,8 @@ import pytest
 from tests.benchmarks import scheduling, streaming
 from tests.benchmarks.simulated import Recorded, VirtualLoop, simulate
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_clock_jumps_over_sleep_and_keeps_the_order_of_events() -> None:
     seen: list[tuple[str, float]] = []

@@ -16,6 +16,8 @@ from actors.vdm.lora import DEFAULT_TARGETS
 from actors.vdm.wan.vae import geometry_of
 from pipeline.fleet.models import ASSETS
 
+pytestmark = pytest.mark.slow
+
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 WAN14 = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 PAPER = (33, 352, 640, 6)  # frames, height, width, reference frames

@@ -24,6 +24,8 @@ from actors.vdm.policy import transformer_units
 from actors.vlm import adapter as vlm_adapter
 from actors.vlm.policy import model_units
 
+pytestmark = pytest.mark.slow
+
 SPEC = LoraSection(rank=8, alpha=32.0)
 WAN = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 30, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 40}
 QWEN = {"Qwen/Qwen2.5-VL-3B-Instruct": (36, 32), "Qwen/Qwen3-VL-4B-Instruct": (36, 24)}

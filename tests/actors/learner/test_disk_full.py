@@ -23,6 +23,8 @@ from cluster.storage import write_failure
 from tests.actors.learner.test_parity_ranks import SPEC
 from tests.actors.learner.toy_policy import changed, experiences
 
+pytestmark = pytest.mark.slow
+
 TWO = changed(replace(SPEC, lora=LoraSection(rank=2, alpha=8.0)), ranks=2)
 UNLIMITED = resource.RLIM_INFINITY
 

@@ -27,6 +27,8 @@ from actors.policy.settings import LoraSection
 from actors.records import VlmExperience, Weights
 from tests.actors.learner.toy_policy import ToyPolicy, changed, experiences
 
+pytestmark = pytest.mark.slow
+
 SPEC = LearnerSpec(
     kind="tests.actors.learner.toy_policy:ToyPolicy",
     model_path="3",

@@ -25,6 +25,8 @@ from actors.records import VideoQuestion
 from actors.vdm.policy import VdmPolicy
 from actors.vlm.policy import VlmPolicy
 
+pytestmark = pytest.mark.slow
+
 WORDS = (1, 14, 3, 1, 9, 2, 1, 30)
 """Words of the answers: the first half of the batch has fewer tokens than the second, and every micro-batch others."""
 HOST = "127.0.0.1"

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = (
     "import torch._dynamo; from actors.vlm.engine_args import EngineSpec, prepare_environment\n"
     "from actors.vlm.settings import VlmPoolSection\n"

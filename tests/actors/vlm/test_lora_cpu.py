@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 IN, RANK, PARTS, SLOTS = 24, 4, (16, 8, 8), 2
 
 

@@ -17,6 +17,8 @@ from actors.records import VideoQuestion
 from actors.vlm.inputs import PromptEncoder, time_interval
 from actors.vlm.policy import VlmPolicy
 
+pytestmark = pytest.mark.slow
+
 RATES = (0.05, 0.5, 1.2, 2.5, 8.0, 23.976, 29.97, 60.0)
 FOLDERS = {"qwen2.5-vl": "tiny_qwen25_dir", "qwen3-vl": "tiny_vlm_dir"}
 

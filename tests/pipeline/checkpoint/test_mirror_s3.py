@@ -40,6 +40,8 @@ from tests.pipeline.stages.test_feed import Numbers
 from tests.pipeline.stages.test_loop import Fleet
 from tests.s3_server import S3Server
 
+pytestmark = pytest.mark.slow
+
 NETWORK = "NETWORK_CONNECTION"
 
 

@@ -14,6 +14,8 @@ from pipeline import cli
 from pipeline.commands import doctor
 from pipeline.commands.doctor import PROBES, Probe, print_report, run_doctor
 
+pytestmark = pytest.mark.slow
+
 REAL = tuple(probe for probe in PROBES if probe.name in ("torchvision", "video (PyAV)"))
 
 

@@ -22,6 +22,8 @@ from pipeline.data.schema import ShardWriter, shard_paths
 from pipeline.data.toy.shards import write_toy
 from pipeline.data.video import encode_mp4
 
+pytestmark = pytest.mark.slow
+
 # Forks a process for each point at which an import changes its folder, and has SIGKILL end it right before that.
 SCRIPT = """
 import json, os, shutil, signal, sys

@@ -16,6 +16,8 @@ from pipeline.data.importers.cut import read_cuts
 from pipeline.data.real import MANIFEST, make_real, packaged_clips
 from pipeline.data.video import decode_video, probe
 
+pytestmark = pytest.mark.slow
+
 SMALL = ClipSpec(max_side=160)
 
 

@@ -24,6 +24,8 @@ from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import METRICS, EvaluationTable
 from tests.pipeline.evaluate.local import evaluate_predictions, truth_as_predictions
 
+pytestmark = pytest.mark.slow
+
 COUNT = 8
 
 

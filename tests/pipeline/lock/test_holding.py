@@ -27,6 +27,8 @@ from pipeline.lock.owner import Owner
 from pipeline.lock.slots import FolderSlot, StoreSlot
 from pipeline.support.location import Uri
 
+pytestmark = pytest.mark.slow
+
 HOLDER = """
 import sys, time
 from pathlib import Path

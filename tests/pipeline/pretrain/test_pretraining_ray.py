@@ -35,6 +35,7 @@ _QUICK = Effort(
     sft_steps=2,
     sft_samples=8,
     sft_batch=4,
+    sft_ranks=1,  # two ranks are the business of test_finetuning_ray.py
 )
 
 

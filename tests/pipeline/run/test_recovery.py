@@ -38,6 +38,8 @@ from pipeline.tracking.history import read_stages
 from tests.pipeline.stages.test_feed import Numbers
 from tests.pipeline.stages.test_loop import CountingStage, Fleet, Pool
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 
 

@@ -9,23 +9,48 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from cluster.errors import CheckpointError, DataError, VansError
+from pipeline.cli import app
 from pipeline.config import load_config
 from pipeline.data.video import encode_mp4
 from pipeline.fleet.models import resolve_adapter, resolve_model
 
 
-def vans(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=dict(os.environ))
+def vans(*arguments: str) -> Result:
+    """Run the command line in this process; what no command catches is raised here, as a traceback would be printed there."""
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
 def refused(*arguments: str) -> str:
     result = vans(*arguments)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr, result.stderr
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output, result.output
     return " ".join(result.stderr.split())
+
+
+HEAVY = "{'torch', 'transformers', 'diffusers', 'peft', 'vllm', 'mlflow', 'sklearn'} & set(sys.modules)"
+
+
+def test_a_mistake_in_the_configuration_is_told_by_the_program_before_it_loads_torch() -> None:
+    code = f"""import atexit, sys
+atexit.register(lambda: print(sorted({HEAVY})))
+from pipeline.cli import main
+main()"""
+    command = [sys.executable, "-c", code, "train", "toy", "stage1.rollout.group_siz=3", "--dry-run"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "did you mean 'group_size'" in result.stderr and "Traceback" not in result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_a_plan_and_a_run_s_first_checks_load_no_model_library() -> None:
+    """A driver only sends requests to the processes that hold models."""
+    code = f"import sys, pipeline.run.train; print(sorted({HEAVY} - {{'torch', 'mlflow'}}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_unknown_key() -> None:
@@ -34,14 +59,14 @@ def test_unknown_key() -> None:
 
 def test_dry_run_prints_the_run_and_its_placement() -> None:
     result = vans("train", "toy", "stage1.rollout.group_size=5", "--dry-run")
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.output
     assert "group_size: 5" in result.stdout
     assert "learner" in result.stdout and "needed" in result.stdout
 
 
 def test_dry_run_of_the_papers_run_resolves_it() -> None:
     result = vans("train", "vans_2node", "--dry-run")  # the longest chain of bases: vans_8gpu, vans_paper
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.output
     assert "Qwen/Qwen2.5-VL-3B-Instruct" in result.stdout and "base:" not in result.stdout
     assert "width: 640" in result.stdout and "workers: 10" in result.stdout
 
@@ -79,7 +104,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(toy_shards: Path, tmp_path
     assert "already holds a run" in message and "--resume" in message
 
 
-def test_more_ranks_than_the_cluster_has_room_for(toy_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.ray
+def test_more_ranks_than_the_cluster_has_room_for(ray_alone: None, toy_shards: Path, tmp_path: Path) -> None:
     data = (f"data.train={toy_shards}/train", f"data.eval={toy_shards}/test")
     message = refused("train", "toy", *data, f"out={tmp_path}/run", "learner.ranks=64", "cluster.local_cpus=4")
     assert "No room in the cluster" in message and "learner: 64" in message

@@ -13,11 +13,13 @@ from packaging.utils import canonicalize_name
 
 from pipeline.setup import install_seconds, torchvision_hook
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Left out by `make setup` (see the Makefile), and what builds the environment itself.
-NOT_INSTALLED = {"torchaudio", "torchcodec", "triton"}
+NOT_INSTALLED = {"torchaudio", "torchcodec", "triton", "scikit-learn"}
 NOT_PINNED = {"pip", "wheel", "vans-on-ray"}
 
 

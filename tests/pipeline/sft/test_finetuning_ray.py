@@ -51,13 +51,25 @@ def test_vlm_sft_lowers_the_loss_and_exports_a_model_that_has_it(
     assert after < 0.8 * before
 
 
-def test_vdm_sft_trains_the_text_encoder_too_and_exports_the_average(
+def test_the_command_tunes_an_artist_and_its_text_encoder_by_the_runs_configuration_and_exports_the_average(
     toy_shards: Path, tiny_vdm_dir: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "sft"
-    settings = replace(SETTINGS, train_text_encoder=True, optim=OPTIM.model_copy(update={"ema": 0.9}))
-    result = run_sft("vdm", tiny_vdm_dir, toy_shards / "train", out, settings)
-    assert result.loss_last < 0.9 * result.loss_first
+    arguments = ["sft", "vdm", "toy", f"models.vdm={tiny_vdm_dir}", "sft.vdm.steps=30", "sft.vdm.batch=8"]
+    arguments += [
+        "sft.vdm.optim.lr=3.0e-3",
+        "sft.vdm.optim.warmup_steps=2",
+        "sft.vdm.log_every=5",
+        "sft.vdm.optim.ema=0.9",
+    ]
+    arguments += ["sft.vdm.train_text_encoder=true", "learner.ranks=1", "learner.cpus=0.5"]
+    arguments += ["--data", str(toy_shards / "train"), "--out", str(out)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "in 30 steps" in result.output and (out / "mlflow.db").is_file()
+    told = json.loads((out / "sft.json").read_text())
+    assert told["samples"] == 24 and told["settings"]["ema"] == 0.9 and told["settings"]["train_text_encoder"] is True
+    assert told["loss_last"] < 0.9 * told["loss_first"]
     before, after = VdmPolicy.load(tiny_vdm_dir), VdmPolicy.load(out)
     assert before.embedder is not None and after.embedder is not None
     for old, new in ((before.module, after.module), (before.embedder.encoder, after.embedder.encoder)):
@@ -117,15 +129,3 @@ def test_what_cannot_work_is_said_before_training(toy_shards: Path, tiny_vlm_dir
     with pytest.raises(DataError):
         run_sft("vlm", tiny_vlm_dir, tmp_path / "nothing", tmp_path / "o")
     assert not (tmp_path / "o").exists(), "neither a folder nor an MLflow store of a run that never was"
-
-
-def test_the_command_tunes_by_the_runs_configuration(toy_shards: Path, tiny_vlm_dir: Path, tmp_path: Path) -> None:
-    arguments = ["sft", "vlm", "toy", f"models.vlm={tiny_vlm_dir}", "sft.vlm.steps=2", "sft.vlm.batch=4"]
-    arguments += ["learner.dtype=bfloat16", "learner.ranks=1", "video.vlm_height=64", "video.vlm_width=64"]
-    arguments += ["--data", str(toy_shards / "train"), "--out", str(tmp_path / "sft")]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    assert "in 2 steps" in result.output and (tmp_path / "sft" / "mlflow.db").is_file()
-    told = json.loads((tmp_path / "sft" / "sft.json").read_text())
-    assert told["samples"] == 24 and told["settings"]["dtype"] == "bfloat16" and told["settings"]["ema"] == 0.95
-    VlmPolicy.load(tmp_path / "sft")

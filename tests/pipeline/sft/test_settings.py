@@ -103,6 +103,10 @@ def test_a_run_without_a_length_is_asked_for_one_and_other_sections_are_heeded()
         sft_settings(load_config("toy", ["learner.ranks=3"]), "vlm")
     assert sft_settings(load_config("toy", ["sft.vdm.train_text_encoder=true"]), "vdm").train_text_encoder
     assert sft_settings(load_config("toy"), "vlm").policy_kwargs == {"engine_dtype": "float32"}
+    small = sft_settings(
+        load_config("toy", ["learner.dtype=bfloat16", "video.vlm_height=64", "video.vlm_width=96"]), "vlm"
+    )
+    assert small.dtype == "bfloat16" and (small.shape.vlm_height, small.shape.vlm_width) == (64, 96)
 
 
 def test_the_command_refuses_before_it_writes(tmp_path: Path) -> None:

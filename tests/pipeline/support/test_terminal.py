@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import logging, os, subprocess, sys, threading, time, warnings
 from pathlib import Path

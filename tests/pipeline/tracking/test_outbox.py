@@ -11,6 +11,8 @@ import pytest
 
 from pipeline.tracking.outbox import Outbox, Record, Unreachable
 
+pytestmark = pytest.mark.slow
+
 
 class Store:
     """Takes records while ``up``; ``held`` makes it hang instead."""

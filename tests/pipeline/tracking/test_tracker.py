@@ -23,6 +23,8 @@ from pipeline.tracking import Tracker, TrackingError
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import database_file, has_store, location
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -31,6 +31,8 @@ from cluster.errors import ConfigError, TrainingError
 from pipeline.config import load_config
 from tests.actors.learner.test_trainer import mesh  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"nft": NftSection(), "awm": AwmSection(weight=50.0)}
 
 

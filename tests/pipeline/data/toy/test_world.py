@@ -28,6 +28,8 @@ from pipeline.data.toy.world import SFT_WRONG_EVENTS
 from pipeline.data.video import decode_video
 from rewards.format import parse_answer
 
+pytestmark = pytest.mark.slow
+
 
 def test_sample_is_a_function_of_index_split_and_seed() -> None:
     one, again, other = (make_sample(5, "train", seed) for seed in (3, 3, 4))
