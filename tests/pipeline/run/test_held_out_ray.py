@@ -53,7 +53,8 @@ def curves(out: Path) -> tuple[Curves, dict[str, dict[str, str]]]:
     return found, {stage: run.data.tags for stage, run in stages.items()}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_stage_that_does_not_get_better_ends_and_the_best_is_exported(
     ray_local: None, toy_shards: Path, tmp_path: Path
 ) -> None:
