@@ -15,13 +15,14 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Where byte code may not be written, every worker would compile the libraries anew, each taking some ten seconds more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-fast chaos bench check docs clean
+.PHONY: help setup demo test test-fast chaos chaos-share bench check docs clean
 
 help:
 	@echo "make demo    install what is needed, then align the tiny pair with Joint-GRPO (runs/demo)"
 	@echo "make test    install what is needed, then run the test suite"
 	@echo "make test-fast  the tests that start no Ray and no vLLM and take no seconds: for people who edit"
 	@echo "make chaos   the long tests of faults and exact resume, then twenty minutes of random faults"
+	@echo "make chaos-share   fifteen minutes of those tests, others at every commit"
 	@echo "make bench   measure every claim of speed against its baseline, and write docs/results/benchmarks.md"
 	@echo "make check   lint, formatting, types and import layering"
 	@echo "make docs    write what in docs/ and cluster/manifests/examples comes from the code"
@@ -68,6 +69,10 @@ test-fast: setup
 chaos: setup
 	$(BIN)/python -m pytest -m chaos
 	rm -rf runs/chaos && $(BIN)/python tests/chaos/soak.py --minutes 20 --seed 0 --out runs/chaos
+
+# Fifteen minutes of them, others at every commit: what .ci/run runs.
+chaos-share: setup
+	$(BIN)/python -m tests.chaos.share --minutes 15
 
 # Each row in a process of its own, beside its baseline. Nothing else should run on the machine meanwhile.
 bench: setup

@@ -48,6 +48,7 @@ class Mirror:
 
     def __init__(self, root: Path | Uri, keep: int = 3) -> None:
         self.root, self.keep = root, keep
+        self.best = ""  # name of the checkpoint that stays beside the newest ones
 
     def require_unused(self) -> None:
         """Raise ConfigError where the mirror already holds checkpoints; StorageError where it cannot be read."""
@@ -161,7 +162,7 @@ class Mirror:
         write_bytes(target / MANIFEST, manifest)
 
     def _prune(self, newest: str) -> None:
-        """Remove all but the newest ``keep`` checkpoints of each stage, and uploads that were cut short.
+        """Remove all but the newest ``keep`` checkpoints of each stage and the best, and uploads that were cut short.
 
         One with a damaged manifest stays, for a person to look at.
         """
@@ -170,7 +171,7 @@ class Mirror:
         for stored in whole:
             stage = stored.name.rpartition("-step")[0]
             kept[stage] = kept.get(stage, 0) + 1
-            if kept[stage] > self.keep and stored.name != newest:
+            if kept[stage] > self.keep and stored.name not in (newest, self.best):
                 halves.append(stored.name)
         for name in halves:
             place = self.root / CHECKPOINTS / name

@@ -65,6 +65,7 @@ class CheckpointStore:
         self.root = Path(root)
         self.keep = keep
         self.in_use = in_use
+        self.best: Path | None = None  # stays, beside the newest ones
         self._require_owned = require_owned
 
     @contextmanager
@@ -150,7 +151,7 @@ class CheckpointStore:
         return [entry[-1] for entry in sorted(ranked, reverse=True)]
 
     def prune(self) -> list[Path]:
-        """Remove all but the newest ``keep`` checkpoints of each stage; returns what was removed.
+        """Remove all but the newest ``keep`` checkpoints of each stage, and the best; returns what was removed.
 
         One with a damaged manifest neither counts nor goes: it is left for a person to look at.
         """
@@ -158,7 +159,7 @@ class CheckpointStore:
         for stage in {path.name.rpartition("-step")[0] for path in self.paths()}:
             readable = [path for path in self.paths(stage) if _sequence(path) is not None]
             for path in readable[self.keep :]:
-                if path in self.in_use:
+                if path in self.in_use or path == self.best:
                     continue
                 shutil.rmtree(path)
                 removed.append(path)

@@ -73,7 +73,7 @@ def run_shape(config: str, overrides: Sequence[str], kind: Kind, site: Site) -> 
 
 
 def _on_shared_storage(run: RunConfig, site: Site) -> list[str]:
-    folders = {"out": run.out, "data.train": run.data.train, "data.eval": run.data.eval}
+    folders = {"out": run.out, "data.train": run.data.train, "data.eval": run.data.eval, "data.val": run.data.val}
     return [
         override_of(key, f"{site.shared}/{path}")
         for key, path in folders.items()

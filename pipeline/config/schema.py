@@ -86,6 +86,12 @@ class DataSection(Section):
     eval: Location = Field(
         Path("data/toy/test"), description="Folder of Parquet shards to evaluate on, path or URI; never trained on."
     )
+    val: Location | None = Field(
+        None,
+        description="Folder of Parquet shards that evaluate.every asks, path or URI: what is chosen is chosen on these, so that "
+        "data.eval is asked once. Never trained on.",
+        json_schema_extra=FREE,
+    )
     seed: int = Field(0, description="Seed of the sample order; the order is a pure function of (seed, epoch).")
     max_quarantine_ratio: Fraction = Field(
         0.05, description="Share of undecodable rows above which the run stops.", json_schema_extra=FREE
@@ -106,9 +112,25 @@ class DataSection(Section):
 
 
 class EvaluateSection(Section):
-    """Held-out evaluation."""
+    """Held-out evaluation: by ``vans evaluate`` on data.eval, and with ``every`` on data.val while a run trains."""
 
     samples: Positive = Field(96, description="Held-out samples.")
+    every: int = Field(
+        0,
+        ge=0,
+        description="Steps between evaluations while a stage trains, the first before its first step; 0 is off.",
+    )
+    subset: Positive = Field(
+        32,
+        description="Samples of data.val that they ask, the same each time: chosen by the run's seed and the samples' ids.",
+    )
+    metric: str = Field(
+        "clip_v",
+        description="Metric by which a checkpoint is the best, which is kept and exported as best; docs/evaluation.md lists them.",
+    )
+    stop_if_not_better: int = Field(
+        0, ge=0, description="Evaluations in a row without a new best of the stage after which it ends; 0 is never."
+    )
     render: RenderSection = Field(default_factory=RenderSection)
     text: GreedyTextSection = Field(default_factory=GreedyTextSection)
     seed: int = Field(1234, description="Seed of the evaluation's noise, the same for every system compared.")
@@ -213,6 +235,33 @@ class RunConfig(Section):
                 f"{', '.join(resting)} with {', '.join(stale)}: a pool that rests while the learner works cannot sample meanwhile; "
                 "set max_staleness: 0, or give the pool GPUs of its own and rest: false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _held_out(self) -> RunConfig:
+        if not self.evaluate.every:
+            return self
+        data = self.data
+        if data.val is None:
+            raise ValueError(
+                f"evaluate.every={self.evaluate.every} asks samples of data.val, which is not set: name a folder of shards that "
+                "is neither trained on nor reported on, such as data/toy/val"
+            )
+        for name in ("train", "eval"):
+            if str(data.val) == str(getattr(data, name)):
+                raise ValueError(
+                    f"data.val={data.val} is data.{name} too: a best that is chosen on what is trained on or reported on says "
+                    "nothing; name another folder"
+                )
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            apart = [f"{name}.optim.ema={stage.optim.ema:g}"] if stage.optim.ema else []
+            apart += [f"{name}.{stage.objective}.behaviour_decay"] if stage.learning.samples_apart() else []
+            if apart and stage.rollout.max_staleness:
+                raise ValueError(
+                    f"evaluate.every={self.evaluate.every} with {' and '.join(apart)} and {name}.rollout.max_staleness="
+                    f"{stage.rollout.max_staleness}: what an export holds would be served while rollouts are under way; set "
+                    "max_staleness: 0, or the other to 0"
+                )
         return self
 
     @model_validator(mode="after")

@@ -9,10 +9,11 @@ and is replaced by the row that follows. Not responsible for what is in the shar
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from actors.records import Sample, derive_seed
 from cluster.errors import DataError
 from pipeline.data.decoder import QuarantinedRow, Shard, VideoShape, block_items, decode_block
 from pipeline.data.folder import open_dataset, survey
+from pipeline.data.schema import open_shard
 from pipeline.data.video import VideoLimits
 from pipeline.support.location import Uri, parse_location
 
@@ -142,6 +144,22 @@ class SampleSource:
             while len(self._orders) > 2:  # an epoch and the one that follows
                 self._orders.popitem(last=False)
         return self._orders[epoch]
+
+    def ids(self) -> list[str]:
+        """Return the id of every row in stored order; no video is read."""
+        columns = []
+        for shard in self.shards:
+            with open_shard(shard) as file:
+                columns.append(file.read(columns=["id"]).column("id").to_pylist())
+        return [columns[place.shard][place.row] for place in self._places]
+
+    def only(self, rows: Sequence[int]) -> SampleSource:
+        """Return a source of the stored ``rows`` alone, in that order."""
+        part = copy.copy(self)
+        part._places = [self._places[row] for row in rows]
+        part.count, part.shuffle = len(rows), False
+        part._orders, part._seen, part._quarantine = OrderedDict(), set(), {}
+        return part
 
     # --- reading ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from actors.records import derive_seed
 from cluster.errors import StorageError
 from pipeline.checkpoint import DataFacts, Inputs, model_digests
 from pipeline.config import RunConfig
@@ -39,6 +40,17 @@ def training_source(config: RunConfig) -> SampleSource:
 def evaluation_source(config: RunConfig) -> SampleSource:
     """Return the held-out samples in stored order."""
     return _source(config, "eval", shuffle=False)
+
+
+def validation_source(config: RunConfig) -> SampleSource:
+    """Return the fixed subset of data.val that ``evaluate.every`` asks, in the order in which it was chosen.
+
+    A sample's rank depends on the run's seed and the sample's id alone, so that shards may be cut otherwise.
+    """
+    source = _source(config, "val", shuffle=False)
+    ids = source.ids()
+    ranked = sorted(range(len(ids)), key=lambda row: (derive_seed(config.seed, ids[row], "held out"), row))
+    return source.only(ranked[: config.evaluate.subset])
 
 
 def run_inputs(config: RunConfig, source: SampleSource) -> Inputs:

@@ -40,6 +40,17 @@ METRICS: dict[str, str] = {
 }
 """Metric → its heading, in the order of the table; what each means is in docs/evaluation.md."""
 
+
+def require_metric(name: str) -> bool:
+    """Return whether a higher ``name`` is better; raises ConfigError, with the known ones, where it is no metric of the table."""
+    if name not in METRICS:
+        known = ", ".join(f"{metric} {heading[-1]}" for metric, heading in METRICS.items())
+        raise ConfigError(
+            f"evaluate.metric={name!r} is not known. Known, and whether higher (↑) or lower (↓) is better: {known}"
+        )
+    return METRICS[name].endswith("↑")
+
+
 SIGNS: dict[str, str] = {
     "motion_ratio": "motion ÷ truth (1)",
     "copy_excess": "copy excess (0)",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.learner.group import LOST
 from cluster.errors import TrainingError
+from pipeline.run.held_out import HeldOut
 from pipeline.run.recovery import Restarts
 from pipeline.stages.alarms import AlarmWatch, alarm_lines, alarm_tags
 from pipeline.stages.feed import FeedCursor
@@ -35,11 +36,40 @@ class StepHook:
     alarms: AlarmWatch
     progress: Any
     restarts: Restarts
+    held_out: HeldOut | None = None
+    ended: FeedCursor | None = None  # where the next stage draws from, if this one ended before its last step
     saved: int = -1  # the step of the last checkpoint
     unsent: int = 0  # uploads to the mirror that have failed
     sent: str = ""  # the newest checkpoint that is whole in the mirror
 
-    async def __call__(self, report: StepReport) -> None:
+    async def begin(self, first: int, cursor: FeedCursor) -> None:
+        """Evaluate the pair that the stage begins with, and make good what a killed run did not come to."""
+        held, run = self.held_out, self.run
+        if held is None:
+            return
+        await asyncio.to_thread(held.export)
+        await run.stop.race(self.ask(first))
+        if held.is_best(self.stage.name, first):
+            await self.save(first, cursor, last=False)
+
+    async def ask(self, step: int) -> None:
+        """Evaluate the pair if it is due after ``step`` steps."""
+        if self.held_out is not None:
+            await self.held_out.ask(self.stage, self.learners, step, self.progress.say)
+
+    def tell_over(self, done: int) -> None:
+        """Say that the stage ends because its evaluations found nothing better."""
+        assert self.held_out is not None
+        best, section = self.held_out.standing.stage_best, self.run.config.evaluate
+        told = (
+            f"{self.stage.name} ends after {done} steps: {section.stop_if_not_better} evaluations in a row were not better in "
+            f"{section.metric} than step {best.step if best else 'none'} (evaluate.stop_if_not_better)"
+        )
+        self.progress.say(told)
+        self.run.tracker.log_tags({"vans.stopped_early": told})
+
+    async def __call__(self, report: StepReport) -> bool:
+        """Do all that; returns whether the stage ends here, because it has not got better for long enough."""
         run, section, done = self.run, self.run.config, report.step + 1
         self.progress.advance(step_note(report.metrics))
         watched = self.alarms.see(report.step, report.metrics)
@@ -54,8 +84,11 @@ class StepHook:
             for clip in (g.members[0].clip for g in report.batch.groups[:2]):
                 if clip is not None:
                     run.tracker.log_clip(clip.frames, clip.caption, report.step, fps=section.video.fps)
-        last = done == self.stage.section.steps or bool(watched.lasting)
-        if last or (section.checkpoint.every and done % section.checkpoint.every == 0):
+        held = self.held_out
+        over = held is not None and held.standing.asked == done and held.over
+        last = over or done == self.stage.section.steps or bool(watched.lasting)
+        best = held is not None and held.is_best(self.stage.name, done)
+        if last or best or (section.checkpoint.every and done % section.checkpoint.every == 0):
             await self.save(done, report.cursor, last=last)
         self.tell_uploads(report.step)
         if watched.lasting:
@@ -64,6 +97,10 @@ class StepHook:
                 f"row (alarms.stop_after): {'; '.join(watched.lasting.values())}. The checkpoint of this step is kept; to go on "
                 "all the same, resume with alarms.stop_after=0"
             )
+        if over:
+            self.ended = report.cursor
+            self.tell_over(done)
+        return over
 
     async def save(self, done: int, cursor: FeedCursor, *, last: bool) -> None:
         """Write the checkpoint from which step ``done`` is next, or tell why there is none.
@@ -76,6 +113,8 @@ class StepHook:
                 "the tracking store has not answered for %.0f s; the checkpoint is written all the same", FLUSH_S
             )
         told = await self.run.save(self.stage, self.learners, done, cursor, self.alarms.state, last=last)
+        if self.held_out is not None and self.held_out.is_best(self.stage.name, done):
+            await asyncio.to_thread(self.held_out.settle, told is None)
         if told is None:
             self.saved = done
             return

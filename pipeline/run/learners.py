@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from actors.learner.spec import LearnerSpec
@@ -14,11 +16,27 @@ from pipeline.stages.loop import Learners, Stage, pool_of
 from pipeline.stages.table import AnyStage
 
 
+def exports_otherwise(spec: LearnerSpec) -> bool:
+    """Return whether an export holds other weights than those that sample: a moving average, or those that sample follow slowly."""
+    return spec.optim.ema > 0 or spec.learning.samples_apart()
+
+
 async def serve_averages(stage: Stage, learners: Learners) -> None:
-    """Serve the moving average of each policy whose learner keeps one: it is the stage's result, which what comes next asks."""
+    """Serve what each learner exports, where other weights sampled: it is the stage's result, which what comes next asks."""
     for policy, learner in learners.items():
-        if learner.spec.optim.ema:
+        if exports_otherwise(learner.spec):
             await pool_of(stage, policy).set_weights(learner.version + 1, await learner.publish(averaged=True))
+
+
+@asynccontextmanager
+async def averages_served(stage: Stage, learners: Learners) -> AsyncIterator[None]:
+    """Within it the pools serve what an export would hold; afterwards, under versions above it, the weights themselves again."""
+    kept = {policy: learner for policy, learner in learners.items() if exports_otherwise(learner.spec)}
+    await serve_averages(stage, kept)
+    yield
+    for policy, learner in kept.items():
+        learner.first_version += 2
+        await pool_of(stage, policy).set_weights(learner.version, await learner.publish())
 
 
 def section_of(config: RunConfig, policy: str) -> Stage1Section | Stage2Section:

@@ -14,7 +14,9 @@ from pipeline.checkpoint import (
     require_same_config,
 )
 from pipeline.config import RunConfig, to_yaml
+from pipeline.evaluate.table import require_metric
 from pipeline.fleet.open import placement_plan
+from pipeline.run.best import BEST
 from pipeline.run.learners import export_name, section_of
 from pipeline.stages.stage2 import Stage2, window_warnings
 from pipeline.stages.table import STAGES
@@ -44,7 +46,8 @@ def has_checkpoint(config: RunConfig) -> bool:
 
 
 def print_plan(config: RunConfig) -> None:
-    """Print the resolved configuration and what it asks of the cluster."""
+    """Print the resolved configuration and what it asks of the cluster; raises ConfigError for an unknown metric."""
+    require_metric(config.evaluate.metric)
     console = terminal.console()
     console.print(to_yaml(config), highlight=False, markup=False)
     for warning in window_warnings(config):
@@ -79,7 +82,7 @@ def starting_point(config: RunConfig, resume: bool, restart_data: bool, mirror: 
     if mirror is None:
         checkpoint = store.latest()
     else:
-        checkpoint = newest_of_both(store, mirror, [export_name(config, policy) for policy in ("vlm", "vdm")])
+        checkpoint = newest_of_both(store, mirror, [*(export_name(config, policy) for policy in ("vlm", "vdm")), BEST])
     if checkpoint is None:
         where = store.root if mirror is None else f"{store.root} or {mirror.root}"
         raise CheckpointError(f"--resume: there is no checkpoint under {where}; start the run without --resume")
@@ -89,7 +92,8 @@ def starting_point(config: RunConfig, resume: bool, restart_data: bool, mirror: 
 
 
 def require_trainable(config: RunConfig) -> None:
-    """Raise ConfigError where a model that starts from an adapter is to be trained as full weights."""
+    """Raise ConfigError where a model that starts from an adapter is to be trained as full weights, or evaluate.metric is unknown."""
+    require_metric(config.evaluate.metric)
     for stage in STAGES[config.training]:
         for policy in stage.policies:
             steps = config.stage2.steps if stage is Stage2 else config.stage1.steps

@@ -28,7 +28,7 @@ from pipeline.checkpoint import (
 )
 from pipeline.config import RunConfig, to_yaml
 from pipeline.control.monitor import supervised_fleet
-from pipeline.data.source import Cursor
+from pipeline.data.source import Cursor, SampleSource
 from pipeline.data.sources import run_inputs, training_source
 from pipeline.evaluate.evaluation import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.predictions import Prediction
@@ -37,6 +37,8 @@ from pipeline.fleet.open import LEARNER, Fleet, at_rest, cluster_session, serve_
 from pipeline.lock import hold_all
 from pipeline.lock.holding import QUEUED_WAIT_S
 from pipeline.run.after_step import StepHook
+from pipeline.run.best import BEST, standing_of
+from pipeline.run.held_out import HeldOut, held_out_source
 from pipeline.run.learners import export_name, learner_spec, serve_averages
 from pipeline.run.recovery import Restarts, serve_restarted, train_with_restarts
 from pipeline.run.start import (
@@ -157,6 +159,7 @@ def _run_held(
         tracker.log_dataset(config.data.train, source.digest, source.count)
         if inputs.restarts:
             tracker.log_tags({"vans.data_restarts": "\n".join(inputs.restarts)})
+        held_source = held_out_source(config, tracker)
         feed = SampleFeed(source, batch_size=1)
         run = _Run(
             config,
@@ -168,6 +171,7 @@ def _run_held(
             uploads=uploads,
             inputs=inputs,
             require_owned=require_owned,
+            held_source=held_source,
         )
         try:
             return stop.run(run.go(evaluate))
@@ -191,11 +195,15 @@ class _Run:
     uploads: Uploads = field(default_factory=Uploads)
     inputs: Inputs = field(default_factory=Inputs)
     require_owned: Callable[[], None] = lambda: None  # raises where another process has taken the run's folder over
+    held_source: SampleSource | None = None
 
     def __post_init__(self) -> None:
         root = self.config.out / "checkpoints"
         self.store = CheckpointStore(root, self.config.checkpoint.keep, self.uploads.in_use, self.require_owned)
         self.failures = WriteFailures(self.store, self.config.checkpoint.max_failures)
+        self.held_out = HeldOut(
+            self.config, self.tracker, self.store, self.uploads, self.held_source, self.require_owned
+        )
 
     async def go(self, evaluate: bool) -> RunReport:
         started = time.monotonic()
@@ -207,12 +215,15 @@ class _Run:
             if state.mlflow_run_ids.get("parent") == self.tracker.run_id:
                 self.run_ids |= state.mlflow_run_ids
             self._offer_earlier(state)
+        if told := self.held_out.take_up(standing_of(state)):
+            self.console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
         with waiting(self.console, "starting the pools (vLLM engine, artist, scorers)"):
             samples = asyncio.create_task(asyncio.to_thread(load_samples, self.config)) if evaluate else None
             fleet_context = supervised_fleet(self.config)
             fleet = await fleet_context.__aenter__()
         try:
             self.report.wall_s["start"] = round(time.monotonic() - started, 1)
+            await self.held_out.load()
             if samples is not None:
                 self.report.samples = await samples
                 await self._answer(fleet, SYSTEMS[0])
@@ -248,6 +259,8 @@ class _Run:
             for policy in kind.policies:
                 if (folder := self.config.out / export_name(self.config, policy)).is_dir():
                     self.uploads.offer_export(folder)
+        if (best := self.config.out / BEST).is_dir():
+            self.uploads.offer_export(best)
         self.uploads.offer(self.checkpoint.path)
 
     async def _answer(self, fleet: Fleet, system: str) -> None:
@@ -270,9 +283,11 @@ class _Run:
             return
         started, began = time.monotonic(), self.feed.cursor
         first = self.checkpoint if state is not None and state.stage == stage.name else None
+        standing = self.held_out.standing.next_stage()
         restarts = Restarts(stage.name, self.config.learner.max_restarts, resume_command(self.config))
 
         async def attempt(here: Checkpoint | None) -> StageResult:
+            self.held_out.take_up(standing_of(here.state) if here else standing)
             return await self._attempt(kind(self.config, fleet), fleet, here, restarts)
 
         async def on_restart(told: str, here: Checkpoint | None) -> None:
@@ -311,14 +326,26 @@ class _Run:
             if restarts.count:
                 await serve_restarted(stage, learners, restored=here is not None)
             with bar(self.console, stage.title, stage.section.steps, first) as progress, self.stop.deferred():
-                hook = StepHook(self, stage, learners, alarms, progress, restarts)
+                held = self.held_out
+                hook = StepHook(self, stage, learners, alarms, progress, restarts, held)
                 try:
-                    result = await run_stage(stage, self.feed, learners, first_step=first, on_step=hook, stop=self.stop)
+                    await hook.begin(first, self.feed.cursor)
+                    if held.over:
+                        hook.tell_over(first)
+                        result = StageResult(stage.policies, first)
+                    else:
+                        ask = hook.ask if held.source is not None else None
+                        result = await run_stage(
+                            stage, self.feed, learners, first_step=first, on_step=hook, ask=ask, stop=self.stop
+                        )
                     if self.stop:  # asked for while the frozen models were compared
-                        raise StageStopped(stage.section.steps, self.feed.cursor)
+                        raise StageStopped(result.steps, self.feed.cursor)
                 except StageStopped as stopped:
                     await hook.keep(stopped)
                     raise asyncio.CancelledError from None
+            if hook.ended is not None and hook.ended != self.feed.cursor:  # rollouts of steps that never came had drawn
+                await asyncio.to_thread(self.feed.close)
+                self.feed = self.feed.at(hook.ended)
             for policy in stage.policies:
                 folder = self.config.out / export_name(self.config, policy)
                 self.require_owned()
@@ -358,7 +385,8 @@ class _Run:
             extra={
                 "versions": {pool.name: pool.stats().version for pool in stage.fleet.pools()} | trained,
                 "alarms": alarms.to_json(),
-            },
+            }
+            | self.held_out.remembered(),
         )
         with self.store.write(stage.name, step, state) as folder:
             async with at_rest(stage.fleet):

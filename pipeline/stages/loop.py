@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -95,6 +95,7 @@ class StepReport:
 
 
 StepHook = Callable[[StepReport], Any]
+Ask = Callable[[int], Awaitable[None]]
 
 
 async def run_stage(
@@ -104,10 +105,12 @@ async def run_stage(
     *,
     first_step: int = 0,
     on_step: StepHook,
+    ask: Ask | None = None,
     stop: StopRequest | None = None,
 ) -> StageResult:
-    """Train ``stage`` from ``first_step`` to its last; ``on_step`` (awaited) tracks, shows and checkpoints.
+    """Train ``stage`` from ``first_step`` to its last; ``on_step`` (awaited) tracks, shows and checkpoints, and ends it by True.
 
+    ``ask`` is awaited when a step's weights are served, with the number of steps done: the held-out evaluation.
     Raises StageStopped where ``stop`` asks for it: rollouts are cancelled, an update is waited for.
     """
     section, stop = stage.section, StopRequest() if stop is None else stop  # one without a request is false
@@ -139,15 +142,21 @@ async def run_stage(
             }
             metrics |= await learn(stage, learners, batch)
             metrics |= {"time/step_s": time.monotonic() - started, "data/quarantined": float(len(feed.quarantined))}
+            if ask is not None:
+                asked = time.monotonic()
+                await stop.race(ask(step + 1))
+                metrics["time/evaluate_s"] = time.monotonic() - asked
             before, since, pools, profiled = pools, profiled, pool_metrics(stage), time.monotonic()
             overlaps = section.rollout.max_staleness > 0
             metrics |= pools | profile(before, pools, metrics, profiled - since, overlaps=overlaps)
             metrics |= await cache_metrics(stage.fleet)
             result.history.append(metrics)
             result.ratio_max_dev = max(result.ratio_max_dev, metrics.get("learner/ratio_max_dev", 0.0))
-            await on_step(StepReport(step, metrics, batch, cursors.get(step + 1, feed.cursor)))
+            if await on_step(StepReport(step, metrics, batch, cursors.get(step + 1, feed.cursor))) is True:
+                result.steps = step + 1
+                break
         if stop:
-            raise StageStopped(section.steps, feed.cursor)
+            raise StageStopped(result.steps, feed.cursor)
     finally:
         for flight in flights:
             flight.cancel()

@@ -274,6 +274,8 @@ REST = Family(
                "The price of sharing, beside the slower first requests of the next rollout."),
         Metric("time/publish_s", "s", "New weights from the learner into every worker of the pool.",
                "Seconds; grows with full weights."),
+        Metric("time/evaluate_s", "s", "The held-out evaluation after the step's publication; 0 where none was due.",
+               "In `time/step_s` and `time/rollout_s` of its own step it is not; in `profile/step_s` it is."),
         Metric("checkpoint/failed", "checkpoints",
                "Checkpoints that could not be written, since the start; logged from the first one on.",
                "Make room: the run stops after checkpoint.max_failures in a row."),
@@ -337,9 +339,22 @@ EVAL = Family(
     ),
 )
 
+HELD_OUT = Family(
+    "Evaluation while a run trains",
+    "On the fixed subset of data.val that `evaluate.every` asks. The step is the number of steps done, so 0 is before the first.",
+    (
+        Metric("evaluate/<metric>", "as named", "A figure of `vans evaluate`'s table over the subset, diagnostics included.",
+               "The curve to choose by; the subset is small, so look at the trend."),
+        Metric("evaluate/best", "as evaluate.metric", "The stage's best value of evaluate.metric so far.",
+               "Flat for long: the stage has learnt what it will, or its settings are wrong."),
+        Metric("evaluate/since_best", "evaluations", "Evaluations of the stage since its best.",
+               "At evaluate.stop_if_not_better the stage ends."),
+    ),
+)
+
 # fmt: on
 
-FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, CACHES, REST, PROFILE, SFT, EVAL)
+FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, CACHES, REST, PROFILE, SFT, EVAL, HELD_OUT)
 
 
 @cache

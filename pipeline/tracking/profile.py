@@ -24,6 +24,7 @@ PARTS = {
     "pools give up memory": "time/rest_s",
     "update": "time/update_s",
     "publish": "time/publish_s",
+    "held-out evaluation": "time/evaluate_s",
 }
 
 

@@ -59,6 +59,10 @@ class ObjectiveSection(Section):
         description="Estimate of the KL; null is the policy's own: k3 over tokens, the closed form over denoising steps.",
     )
 
+    def samples_apart(self) -> bool:
+        """Return whether other weights sample than those that are learnt and exported."""
+        return False
+
     def forwards(self) -> float:
         """Return the passes without gradient that an experience gets for each that learns, the reference aside."""
         return 0.0
@@ -238,6 +242,10 @@ class NftSection(ForwardSection):
         "the learnt weights as they are.",
         json_schema_extra=cite("DiffusionNFT"),
     )
+
+    def samples_apart(self) -> bool:
+        """Whether those that sample follow slowly."""
+        return self.behaviour_decay > 0
 
 
 class AwmSection(ForwardSection):
