@@ -1,6 +1,6 @@
 """The artist: a diffusers Wan pipeline that draws the next event from a caption and reference frames.
 
-Responsible for loading, sampling clips as ODE or SDE, recomputing the log-probabilities of given trajectories (the
+Responsible for loading, velocities, recomputing the log-probabilities of given trajectories (the
 ``Trainable`` protocol) and the supervised loss. Sampler and learner get velocities from the one function
 :meth:`VdmPolicy.velocity` and steps from ``flow_sde.transition``. Not responsible for weight versions on the wire or
 for Ray (``worker``).
@@ -8,7 +8,6 @@ for Ray (``worker``).
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.failures import BadSampleError
 from actors.learner.adapters import fit, linear_layers
 from actors.learner.peft_folder import read_folder
 from actors.policy.cache import Cache, content_key
@@ -26,13 +24,9 @@ from actors.policy.lora import adapter_config, adapters_disabled, inject_lora, l
 from actors.policy.protocol import PolicyOutput, SupervisedLoss, torch_dtype
 from actors.policy.settings import LoraSection
 from actors.records import (
-    Clip,
     Experience,
     RenderRequest,
-    SdeSpec,
-    Trajectory,
     VdmExperience,
-    derive_seed,
 )
 from actors.vdm import flow_sde, lora, trajectories
 from actors.vdm.flow_sde import FlowMatchingSpec
@@ -43,7 +37,7 @@ from actors.vdm.wan import vae as wan_vae
 from actors.vdm.wan.family import ExactTimes, token_timesteps
 from actors.vdm.wan.files import COMPONENTS, Parts, held_bytes, load_parts, save_full
 from actors.vdm.wan.text_encoder import CaptionEmbedder, padded
-from cluster.errors import CheckpointError, TrainingError
+from cluster.errors import CheckpointError
 
 
 class VdmPolicy:
@@ -309,116 +303,7 @@ class VdmPolicy:
                 v = base + condition.guidance.view(-1, 1, 1, 1, 1) * (v - base)
         return v
 
-    # --- sampling ---
-
-    def check(self, request: RenderRequest) -> tuple[int, int, int, int]:
-        """Return the latent shape (C, F, h, w) of ``request``; BadSampleError says what is wrong with it."""
-        frames, name = request.reference_frames, f"{request.sample_id}[{request.index}]"
-        if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[-1] != 3:
-            raise BadSampleError(
-                f"{name}: reference frames must be uint8 (n, H, W, 3), got {frames.dtype} {frames.shape}"
-            )
-        if self.reference_frames is not None and len(frames) != self.reference_frames:
-            raise BadSampleError(
-                f"{name}: {len(frames)} reference frames, this policy is set to {self.reference_frames}"
-            )
-        if not request.caption.strip():
-            raise BadSampleError(f"{name}: the caption is empty")
-        if request.steps < 1 or not request.guidance >= 1.0:
-            raise BadSampleError(
-                f"{name}: steps={request.steps} must be at least 1 and guidance={request.guidance} at least 1"
-            )
-        if request.ends and request.sde is not None:
-            raise BadSampleError(f"{name}: ends are those of an ODE, and the request asks for an SDE")
-        if request.sde is not None:
-            flow_sde.check_window(request.sde, request.steps)
-        return self.geometry.latent_shape(request.num_frames, frames.shape[1], frames.shape[2], len(frames))
-
-    @torch.no_grad()
-    def sample(self, requests: Sequence[RenderRequest]) -> list[Clip]:
-        """Render ``requests``, in their order; those that agree in steps, sizes, guidance and SDE share a batch.
-
-        Noise is drawn per request from its own seeds, so a clip depends on its batch by float noise only. A request
-        with an SDE of positive level comes back with its trajectory. Raises BadSampleError for a request that can
-        never succeed.
-        """
-        groups: dict[tuple, list[int]] = defaultdict(list)
-        for i, request in enumerate(requests):
-            shape = self.check(request)
-            kind = request.steps, request.guidance, request.sde, request.ends
-            groups[(shape, len(request.reference_frames), *kind)].append(i)
-        clips: dict[int, Clip] = {}
-        for (shape, *_), rows in groups.items():
-            clips.update(zip(rows, self._sample_group([requests[i] for i in rows], shape), strict=True))
-        return [clips[i] for i in range(len(requests))]
-
-    def _sample_group(self, requests: list[RenderRequest], shape: tuple[int, int, int, int]) -> list[Clip]:
-        if not self.has_decoder:
-            raise CheckpointError("clips cannot be decoded: the policy was loaded without the component 'vae_decoder'")
-        encoded = self._encoded(requests)
-        latents, trajectories = self.sample_latents(requests, shape, encoded)
-        for request, finite in zip(requests, latents.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
-            if not finite:
-                raise TrainingError(
-                    f"{request.sample_id}[{request.index}]: sampling gave non-finite latents (weights v{self.version})"
-                )
-        frames = np.concatenate([wan_vae.decode_latents(self.vae, part) for part in latents.split(self.decode_batch)])
-        # What an SDE's clip was conditioned on goes with it, so that its learner needs no frozen models; whoever sent a
-        # condition has it.
-        made = [
-            None if trajectory is None or r.condition is not None else item.record()
-            for r, trajectory, item in zip(requests, trajectories, encoded, strict=True)
-        ]
-        return [
-            Clip(r.sample_id, r.index, r.caption, clip, self.version, trajectory, condition)
-            for r, clip, trajectory, condition in zip(requests, frames, trajectories, made, strict=True)
-        ]
-
-    @torch.no_grad()
-    def sample_latents(
-        self,
-        requests: Sequence[RenderRequest],
-        shape: tuple[int, int, int, int],
-        encoded: Sequence[Encoded] | None = None,
-    ) -> tuple[Tensor, list[Trajectory | None]]:
-        """Return the final latents (B, C, F, h, w) of requests that share everything but caption, frames and seeds.
-
-        ``encoded`` is what the requests are conditioned on, where it has been made.
-        """
-        first = requests[0]
-        condition = self.join(self._encoded(requests) if encoded is None else encoded, [r.guidance for r in requests])
-        sigmas = flow_sde.sigma_grid(first.steps, self.shift).to(self.device)
-        x = self._normal([r.noise_seed for r in requests], shape)
-        window = _stochastic_steps(first.sde)
-        before = x  # the state before the last step
-        noises = (
-            self._normal([derive_seed("sde", r.sde_seed) for r in requests], (len(window), *shape)) if window else x
-        )
-        states, logprobs = [], []
-        for i in range(first.steps):
-            sigma, following = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
-            v = self.velocity(x, sigma, condition)
-            before = x
-            if first.sde is None or i not in window:
-                x = flow_sde.ode_step(x, v, sigma, following)
-                continue
-            step = flow_sde.transition(x, v, sigma, following, sigmas[1], first.sde.schedule, first.sde.level)
-            states.append(x)
-            x = flow_sde.draw(step, noises[:, i - window.start])
-            logprobs.append(flow_sde.step_logprob(x, step))
-            if i == window.stop - 1:
-                states.append(x)
-        sde = first.sde
-        if first.ends:
-            states, logprobs, sde = [before, x], [], SdeSpec("flow", 0.0, first.steps - 1, 1)
-        elif sde is None or not window:
-            return x, [None] * len(requests)
-        path = torch.stack(states, dim=1).cpu().numpy()
-        logp = torch.stack(logprobs, dim=1).cpu().numpy() if logprobs else np.zeros((len(x), 0), np.float32)
-        grid = sigmas.cpu().numpy()
-        return x, [Trajectory(path[b], grid, logp[b], sde, r.guidance) for b, r in enumerate(requests)]
-
-    def _encoded(self, items: Sequence[RenderRequest | VdmExperience]) -> list[Encoded]:
+    def encoded(self, items: Sequence[RenderRequest | VdmExperience]) -> list[Encoded]:
         """Return what ``items`` are conditioned on: what came with them, or what this process makes."""
         if self.embedder is not None:
             self.embedder.embed([item.caption for item in items if item.condition is None])
@@ -429,17 +314,12 @@ class VdmPolicy:
             for item in items
         ]
 
-    def _normal(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Return standard normal noise (B, *shape), each row from its own seed on the CPU: equal on every device."""
-        rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(rows).to(self.device)
-
     # --- learning ---
 
     def collate(self, items: Sequence[Experience]) -> VdmBatch:
         """Return trajectories as one batch; they must agree in noise schedule, level and sizes."""
         vdm = [trajectories.experience(item) for item in items]
-        condition = self.join(self._encoded(vdm), [item.guidance for item in vdm])
+        condition = self.join(self.encoded(vdm), [item.guidance for item in vdm])
         return trajectories.collate(vdm, condition, self.device)
 
     def split(self, batch: VdmBatch, steps: int) -> list[tuple[slice, VdmBatch]]:
@@ -558,10 +438,3 @@ class VdmPolicy:
 def transformer_units(transformer: Any) -> list[nn.Module]:
     """Return what a WanTransformer3DModel is sharded and checkpointed by: its blocks."""
     return list(transformer.blocks)
-
-
-def _stochastic_steps(sde: SdeSpec | None) -> range:
-    """Return the steps that draw noise: none at level 0, which is the ODE."""
-    if sde is None or sde.level == 0:
-        return range(0)
-    return range(sde.window_start, sde.window_start + sde.window_size)

@@ -19,6 +19,7 @@ from actors.failures import Failure, InfrastructureError, Ok, Outcome, attempt, 
 from actors.offload import Offloader, module_tensors
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import Clip, RenderRequest
+from actors.vdm import sampling
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.wan.files import parameter_hash
 from actors.weights.transport import Delivery, fetch
@@ -126,7 +127,7 @@ class VdmWorker:
 
     def _refuse(self, request: RenderRequest) -> Failure | None:
         try:
-            self.policy.check(request)
+            sampling.check(self.policy, request)
         except Exception as error:  # noqa: BLE001 - classed and returned to the pool
             return failure_of(error)
         return None
@@ -141,7 +142,7 @@ class VdmWorker:
 
     def _sample(self, requests: list[RenderRequest]) -> list[Clip]:
         try:
-            return self.policy.sample(requests)
+            return sampling.sample(self.policy, requests)
         except torch.OutOfMemoryError as error:
             raise InfrastructureError(
                 f"{self.name}: out of memory while rendering {len(requests)} clips at once; "

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -268,6 +269,7 @@ def draw(
 ) -> list[Drawn | Unanswered]:
     """Draw every caption in ``said``. The artist is loaded only where there is one."""
     from actors.vdm.policy import VdmPolicy
+    from actors.vdm.sampling import sample as draw_clips
     from actors.vdm.settings import VdmPoolSection
 
     captions = {i: item.caption for i, item in enumerate(said) if isinstance(item, Said)}
@@ -291,7 +293,7 @@ def draw(
         requests = [
             render_request(config, sample, caption, i, render, noise_seed=noise) for i, caption in captions.items()
         ]
-        clips = dict(zip(captions, sample_each(artist.sample, requests), strict=True))
+        clips = dict(zip(captions, sample_each(partial(draw_clips, artist), requests), strict=True))
         progress.advance()
     found: list[Drawn | Unanswered] = []
     for i, item in enumerate(said):

@@ -18,6 +18,7 @@ from actors.records import RenderRequest, derive_seed
 from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.frames import select_reference_frames
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import sample
 from pipeline.data.toy.language import DRAWN_WORDINGS, caption_with, uniform_caption
 from pipeline.data.toy.scene import FRAMES
 from pipeline.data.toy.world import follow, make_sample
@@ -105,7 +106,7 @@ def artist_quality(policy: VdmPolicy, *, count: int = 96, seed: int = 0, split: 
             )
             for s, text in zip(samples, texts, strict=True)
         ]
-        clips = policy.sample(requests)
+        clips = sample(policy, requests)
         rates[name] = float(np.mean([follow(s.meta_json, c.frames) for s, c in zip(samples, clips, strict=True)]))
     return rates
 

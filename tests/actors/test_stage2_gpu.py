@@ -27,6 +27,7 @@ from actors.scoring.clip import ClipScorer
 from actors.scoring.scorer import Scorer
 from actors.scoring.worker import RewardWorker
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import sample
 from actors.vdm.worker import VdmWorker
 from pipeline.stages.advantages import group_advantages
 
@@ -98,7 +99,7 @@ async def everything(tmp_path: Path) -> None:
                 return list(await asyncio.gather(*(artist.submit(r) for r in requests(sde))))
 
             plain = await drawn(None)
-            alone = VdmPolicy.load(TINY / "vdm").sample(requests(None))
+            alone = sample(VdmPolicy.load(TINY / "vdm"), requests(None))
             for ours, theirs in zip(plain, alone, strict=True):  # the CPU's float32, convolutions in TF32 here
                 assert np.abs(ours.frames.astype(int) - theirs.frames).mean() < 1.0
 

@@ -38,6 +38,7 @@ from actors.policy.protocol import trainable_parameters  # noqa: E402
 from actors.policy.settings import LoraSection  # noqa: E402
 from actors.records import RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience  # noqa: E402
 from actors.vdm.policy import VdmPolicy  # noqa: E402
+from actors.vdm.sampling import sample, sample_latents  # noqa: E402
 from actors.vdm.settings import VdmPoolSection  # noqa: E402
 from actors.vdm.wan.files import Parts  # noqa: E402
 from actors.vdm.wan.text_encoder import CaptionEmbedder  # noqa: E402
@@ -102,8 +103,8 @@ def stage2(size: Size, meter: Meter) -> list[np.ndarray]:
         ]
 
     work = one.total * size.steps * size.group
-    meter.run("sample_full_sde", lambda: policy.sample_latents(requests(size.steps - 1), shape), work)
-    latents, paths = meter.run("sample_window", lambda: policy.sample_latents(requests(2), shape), work)
+    meter.run("sample_full_sde", lambda: sample_latents(policy, requests(size.steps - 1), shape), work)
+    latents, paths = meter.run("sample_window", lambda: sample_latents(policy, requests(2), shape), work)
     from actors.vdm.wan import vae as wan_vae
 
     decode = cost.decode_flops(model, *size.frames).total * size.group
@@ -118,7 +119,7 @@ def stage2(size: Size, meter: Meter) -> list[np.ndarray]:
     for name, window, found, repeat in (("stage2_update", 2, paths, 2), ("stage2_update_all_steps", 0, None, 1)):
         window = window or size.steps - 1
         if found is None:  # drawn only now: its states are larger than those of the window
-            _, found = policy.sample_latents(requests(window), shape)
+            _, found = sample_latents(policy, requests(window), shape)
         items = [
             VdmExperience("s", i, CAPTION, references, path, (-1.0) ** i)
             for i, path in enumerate(found)
@@ -279,7 +280,7 @@ def learner(meter: Meter) -> dict[str, float]:
     requests = [RenderRequest("s", i, CAPTION, frames, 9, 6, 1.0, 1, i, sde) for i in range(8)]
     items = [
         VdmExperience("s", c.index, CAPTION, frames, c.trajectory, (-1.0) ** i)
-        for i, c in enumerate(sampler.sample(requests))
+        for i, c in enumerate(sample(sampler, requests))
         if c.trajectory is not None
     ]
     (plan,) = plan_batch(items, ranks=1, micro_batch=8, updates=1)

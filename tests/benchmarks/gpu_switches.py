@@ -11,6 +11,7 @@ import torch
 
 from actors.records import RenderRequest
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import sample_latents
 from tests.benchmarks.gpu_meter import CAPTION, Meter, Size, frames_of
 
 
@@ -94,4 +95,4 @@ def compare_stock(policy: VdmPolicy, size: Size, meter: Meter) -> None:
             output_type="latent",
         ).frames.cpu()
 
-    meter.compare("stock_pipeline", lambda: policy.sample_latents(requests, shape)[0].cpu(), stock, size.rounds)
+    meter.compare("stock_pipeline", lambda: sample_latents(policy, requests, shape)[0].cpu(), stock, size.rounds)

@@ -23,6 +23,7 @@ from actors.scoring.scorer import Scorer
 from actors.vdm.flow_sde import WindowSchedule
 from actors.vdm.frames import select_reference_frames
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import sample
 from actors.weights.transport import as_tensors
 from pipeline.config import RunConfig, load_config
 from pipeline.data.toy.world import make_sample
@@ -81,7 +82,7 @@ class Artist:
         ]
         clips: list[Clip] = []
         for start in range(0, len(requests), self.config.pools.vdm.max_batch):
-            clips += self.sampler.sample(requests[start : start + self.config.pools.vdm.max_batch])
+            clips += sample(self.sampler, requests[start : start + self.config.pools.vdm.max_batch])
         return [clips[k * count : (k + 1) * count] for k in range(len(samples))]
 
     def rewards(self, samples: list[Sample], groups: list[list[Clip]]) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ from actors.learner.settings import LearnerSection, OptimSection
 from actors.policy.settings import LoraSection
 from actors.records import Experience, RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import sample
 from actors.vlm.policy import VlmPolicy
 from actors.weights.files import read_adapter
 from actors.weights.transport import receive
@@ -43,7 +44,7 @@ def vdm_items(folder: Path) -> list[Experience]:
     ]
     return [
         VdmExperience("s", c.index, c.caption, frames, c.trajectory, (-1.0) ** c.index)
-        for c in policy.sample(requests)
+        for c in sample(policy, requests)
         if c.trajectory is not None
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from actors.learner.batches import plan_batch
 from actors.learner.objectives.settings import GrpoSection
@@ -25,6 +24,7 @@ from actors.policy.protocol import trainable_parameters
 from actors.policy.settings import LoraSection
 from actors.records import RenderRequest, SdeSpec, VdmExperience
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import sample
 from actors.weights.transport import as_tensors
 from cluster.errors import CheckpointError
 from tests.actors.learner.toy_policy import ToyPolicy, changed, experiences
@@ -39,15 +39,6 @@ SPEC = LearnerSpec(
     learning=GrpoSection(clip_low=0.1, clip_high=0.1),
 )
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
-    """A process group of this process alone."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def toy(mesh: DeviceMesh, spec: LearnerSpec = SPEC) -> Trainer:
@@ -279,7 +270,7 @@ def guided(tiny_vdm_dir: Path) -> tuple[VdmPolicy, list[VdmExperience]]:
     ]
     items = [
         VdmExperience("s", c.index, c.caption, frames, c.trajectory, (-1.0) ** c.index)
-        for c in policy.sample(requests)
+        for c in sample(policy, requests)
         if c.trajectory is not None
     ]
     return policy, items
@@ -408,49 +399,3 @@ def test_however_it_is_cut_the_update_is_the_same(mesh: DeviceMesh, guided, loss
             assert other.sums[name] == pytest.approx(report.sums[name], rel=1e-3, abs=1e-6)
         assert other.sums["logp_diff_steps"] == report.sums["logp_diff_steps"]
         assert peak < 0.6 * most  # one step's activations at a time, of two
-
-
-# --- offloading -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("offload", ["optimizer", "all"])
-def test_offloading_changes_no_bit_and_frees_what_it_says(mesh: DeviceMesh, tmp_path: Path, offload: str) -> None:
-    spec = replace(
-        SPEC,
-        lora=None,
-        optim=SPEC.optim.model_copy(update={"ema": 0.9}),
-        learning=SPEC.learning.model_copy(update={"kl_beta": 0.1}),
-    )
-
-    def journey(spec: LearnerSpec, folder: Path) -> tuple[Trainer, list[dict[str, float]]]:
-        trainer, figures = Trainer(ToyPolicy.load("3"), spec, mesh, torch.device("cpu")), []
-        for seed in range(3):
-            with trainer.resident():
-                report = trainer.update(plan(experiences(2, 3, seed)), epochs=2)
-            figures.append(dict(report.sums) | report.common)
-            if seed == 1:
-                with trainer.resident():
-                    trainer.save(str(folder))
-        return trainer, figures
-
-    plain, figures = journey(spec, tmp_path / "plain")
-    trainer, offloaded = journey(changed(spec, offload=offload), tmp_path / "offloaded")
-    assert offloaded == figures
-
-    def bytes_of(tensors: list[torch.Tensor]) -> int:
-        return sum(getattr(t, "_local_tensor", t).untyped_storage().nbytes() for t in tensors)
-
-    moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
-    assert len(moments) == 3 * len(trainer.parameters) and trainer.average is not None and trainer.frozen is not None
-    assert bytes_of([*moments, *trainer.average.values]) == 0
-    weights = [*trainer.policy.module.parameters(), *trainer.frozen.parameters()]
-    assert (bytes_of(weights) == 0) == (offload == "all")
-
-    with trainer.resident():
-        assert_same(published(trainer, averaged=True), published(plain, averaged=True))
-        assert_same(published(trainer), published(plain))
-        trainer.restore(str(tmp_path / "plain"))
-    with trainer.resident():
-        trainer.update(plan(experiences(2, 3, 2)), epochs=2)
-    with trainer.resident():
-        assert_same(published(trainer), published(plain))  # restored, it goes on as the other did

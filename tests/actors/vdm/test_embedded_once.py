@@ -16,6 +16,7 @@ from actors.policy.settings import LoraSection
 from actors.records import EmbedRequest, EncodeRequest, RenderRequest, SdeSpec, VdmExperience
 from actors.vdm.embed_worker import EmbedWorker
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import sample
 from actors.vdm.settings import VdmPoolSection
 from actors.vdm.worker import VdmWorker
 from cluster.errors import CheckpointError
@@ -89,7 +90,7 @@ def test_a_learner_of_the_transformer_alone_repeats_the_sampler(lora_policy, tin
     requests = [make_request(i, guidance=guidance, sde=SDE) for i in range(3)]
     items = [
         VdmExperience(c.sample_id, c.index, c.caption, r.reference_frames, c.trajectory, 1.0, c.condition)
-        for c, r in zip(lora_policy.sample(requests), requests, strict=True)
+        for c, r in zip(sample(lora_policy, requests), requests, strict=True)
     ]
     learner = VdmPolicy.load(tiny, lora=LoraSection(rank=4, alpha=8.0), components=LEARNER)
     learner.load_adapter_state(lora_policy.adapter_state())
@@ -102,7 +103,7 @@ def test_a_learner_of_the_transformer_alone_repeats_the_sampler(lora_policy, tin
 
 
 def test_an_ode_clip_carries_no_condition(policy, make_request):
-    assert policy.sample([make_request()])[0].condition is None
+    assert sample(policy, [make_request()])[0].condition is None
 
 
 def test_a_group_asks_once_and_so_does_the_run(embedder, make_request):
@@ -163,7 +164,7 @@ def test_clips_decoded_in_parts_and_text_let_go_change_nothing(tiny, policy, mak
     one_by_one.embed([r.caption for r in requests])
     one_by_one.drop_text_encoder()
     assert "text_encoder" not in one_by_one.held()
-    for a, b in zip(one_by_one.sample(requests), policy.sample(requests), strict=True):
+    for a, b in zip(sample(one_by_one, requests), sample(policy, requests), strict=True):
         assert np.abs(a.frames.astype(int) - b.frames).max() <= 1  # another batch of the VAE: float noise only
     with pytest.raises(CheckpointError, match="has been let go"):
         one_by_one.embed(["another caption"])

@@ -21,6 +21,7 @@ from actors.records import SdeSpec, VdmExperience
 from actors.vdm import flow_sde
 from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import sample, sample_latents
 from cluster.errors import CheckpointError
 
 SDE = SdeSpec("flow", 0.7, 0, 2)
@@ -30,7 +31,7 @@ def experiences(policy, requests):
     """Sampled trajectories as the learner gets them."""
     return [
         VdmExperience(clip.sample_id, clip.index, clip.caption, request.reference_frames, clip.trajectory, 1.0)
-        for clip, request in zip(policy.sample(requests), requests, strict=True)
+        for clip, request in zip(sample(policy, requests), requests, strict=True)
     ]
 
 
@@ -107,7 +108,7 @@ def test_kl_to_the_disabled_adapter_is_the_closed_form(lora_policy, policy, make
 def test_a_fresh_adapter_changes_nothing(tiny, policy, make_request):
     fresh = VdmPolicy.load(tiny, lora=LoraSection(rank=4, alpha=8.0))
     request = make_request(sde=SDE)
-    assert np.array_equal(fresh.sample([request])[0].frames, policy.sample([request])[0].frames)
+    assert np.array_equal(sample(fresh, [request])[0].frames, sample(policy, [request])[0].frames)
     adapted = {name.split(".lora_A")[0] for name, _ in fresh.module.named_parameters() if "lora_A" in name}
     ends = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v")
     ends += ("attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -117,8 +118,8 @@ def test_a_fresh_adapter_changes_nothing(tiny, policy, make_request):
 def test_export_loads_in_peft_and_in_diffusers(lora_policy, tiny, make_request, tmp_path):
     lora_policy.export(tmp_path)
     request = make_request(references=0)
-    ours, _ = lora_policy.sample_latents([request], (16, 3, 4, 4))
-    base, _ = VdmPolicy.load(tiny).sample_latents([request], (16, 3, 4, 4))
+    ours, _ = sample_latents(lora_policy, [request], (16, 3, 4, 4))
+    base, _ = sample_latents(VdmPolicy.load(tiny), [request], (16, 3, 4, 4))
     assert (ours - base).abs().max() > 1e-2
 
     pipe = WanPipeline.from_pretrained(tiny)
@@ -146,7 +147,7 @@ def test_export_loads_in_peft_and_in_diffusers(lora_policy, tiny, make_request, 
     assert torch.allclose(peft, own, atol=1e-6)
 
     again = VdmPolicy.load(tiny, adapter=tmp_path, lora=LoraSection(rank=4, alpha=8.0))
-    assert torch.equal(again.sample_latents([request], (16, 3, 4, 4))[0], ours)
+    assert torch.equal(sample_latents(again, [request], (16, 3, 4, 4))[0], ours)
     with pytest.raises(CheckpointError, match="set them equal"):
         VdmPolicy.load(tiny, adapter=tmp_path, lora=LoraSection(rank=8, alpha=8.0))
 
@@ -171,10 +172,10 @@ def test_full_weights_export_is_a_pipeline_folder(tiny, make_request, tmp_path):
         policy.module.proj_out.bias += 0.1
     policy.export(tmp_path / "a")
     policy.export(tmp_path / "b", {name: tensor.clone() for name, tensor in policy.module.state_dict().items()})
-    expected = policy.sample([make_request()])[0].frames
+    expected = sample(policy, [make_request()])[0].frames
     for name in ("a", "b"):
         WanPipeline.from_pretrained(tmp_path / name)
-        assert np.array_equal(VdmPolicy.load(tmp_path / name).sample([make_request()])[0].frames, expected)
+        assert np.array_equal(sample(VdmPolicy.load(tmp_path / name), [make_request()])[0].frames, expected)
     with pytest.raises(CheckpointError, match="overwrite"):
         policy.export(tiny)
 

@@ -24,6 +24,7 @@ from actors.records import NoiseSchedule, RenderRequest, SdeSpec, VdmExperience
 from actors.vdm import flow_sde
 from actors.vdm.flow_sde import Transition
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import sample_latents
 
 LEVELS: dict[NoiseSchedule, float] = {"flow": 0.7, "wan": 0.9, "dance": 0.3, "cps": 0.5}
 SCHEDULES = get_args(NoiseSchedule)
@@ -288,7 +289,7 @@ def test_sampler_and_learner_logprobs_are_those_of_the_stock_transformer(
         make_request(i, references=0, caption=caption, guidance=guidance, sde=sde, steps=5)
         for i, caption in enumerate(captions)
     ]
-    _, paths = policy.sample_latents(requests, (16, 3, 4, 4))
+    _, paths = sample_latents(policy, requests, (16, 3, 4, 4))
     pipe = WanPipeline.from_pretrained(tiny)
     text, negative = pipe.encode_prompt(captions, do_classifier_free_guidance=guidance > 1, max_sequence_length=16)
     scored = torch.zeros(2, 3)

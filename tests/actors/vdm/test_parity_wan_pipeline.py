@@ -21,6 +21,7 @@ from torch import Tensor
 from actors.records import NoiseSchedule, RenderRequest, SdeSpec
 from actors.vdm.frames import frames_to_video, video_to_frames
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import check, sample, sample_latents
 from actors.vdm.wan import vae as wan_vae
 from pipeline.fleet.models import resolve_model
 
@@ -127,9 +128,9 @@ def our_rungs(case: Case, folder: str) -> dict[str, Tensor]:
     policy = VdmPolicy.load(folder, shift=case.shift)
     requests = requests_of(case)
     with Recorder(policy.module) as calls:
-        latents, _ = policy.sample_latents(requests, policy.check(requests[0]))
+        latents, _ = sample_latents(policy, requests, check(policy, requests[0]))
     video = wan_vae.decode_videos(policy.vae, latents) * 0.5 + 0.5
-    rendered = np.stack([clip.frames for clip in policy.sample(requests)])
+    rendered = np.stack([clip.frames for clip in sample(policy, requests)])
     assert np.array_equal(video_to_frames(video * 2 - 1), rendered)  # what a clip is made of
     return rungs_of(calls, latents, video, case.guidance > 1)
 
@@ -183,9 +184,9 @@ def test_the_ladder_tells_another_sampler(ladder: Any, change: dict[str, float])
 def test_noise_of_level_zero_is_the_stock_loop(policy: VdmPolicy, ladder: Any, schedule: NoiseSchedule) -> None:
     """a = 0 reproduces the ODE exactly, and so the stock pipeline; no trajectory comes back."""
     case = CASES[0]
-    ode, none = policy.sample_latents(requests_of(case), policy.check(requests_of(case)[0]))
+    ode, none = sample_latents(policy, requests_of(case), check(policy, requests_of(case)[0]))
     requests = requests_of(case, sde=SdeSpec(schedule, 0.0, 0, 3), sde_seed=9)
-    latents, paths = policy.sample_latents(requests, policy.check(requests[0]))
+    latents, paths = sample_latents(policy, requests, check(policy, requests[0]))
     assert torch.equal(latents, ode) and paths == none == [None, None]
     assert (latents - ladder(case)[1]["loop"][-2:]).abs().max() <= TOLERANCE
 
@@ -222,13 +223,13 @@ def test_encoded_targets_are_the_stock_vaes_mode_normalised(
 def test_disabled_adapter_is_bitwise_the_base_model(lora_policy: VdmPolicy, policy: VdmPolicy, tiny: Path) -> None:
     """The reference policy: velocities, sampled latents and clips are those of the pipeline without an adapter."""
     case = CASES[1]
-    requests, shape = requests_of(case), policy.check(requests_of(case)[0])
-    base = policy.sample_latents(requests, shape)[0]
+    requests, shape = requests_of(case), check(policy, requests_of(case)[0])
+    base = sample_latents(policy, requests, shape)[0]
     with lora_policy.reference():
-        assert torch.equal(lora_policy.sample_latents(requests, shape)[0], base)
-        disabled = lora_policy.sample(requests)
-    assert all(np.array_equal(a.frames, b.frames) for a, b in zip(disabled, policy.sample(requests), strict=True))
-    assert (lora_policy.sample_latents(requests, shape)[0] - base).abs().max() > 1e-2  # and on again, it matters
+        assert torch.equal(sample_latents(lora_policy, requests, shape)[0], base)
+        disabled = sample(lora_policy, requests)
+    assert all(np.array_equal(a.frames, b.frames) for a, b in zip(disabled, sample(policy, requests), strict=True))
+    assert (sample_latents(lora_policy, requests, shape)[0] - base).abs().max() > 1e-2  # and on again, it matters
     stock = WanTransformer3DModel.from_pretrained(tiny, subfolder="transformer")
     generator = torch.Generator().manual_seed(3)
     for batch, (f, h, w), time in ((1, (1, 2, 2), 0.0), (2, (3, 4, 4), 999.0), (3, (2, 4, 6), 412.5)):

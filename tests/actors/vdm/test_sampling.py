@@ -13,6 +13,7 @@ from actors.failures import BadSampleError
 from actors.records import SdeSpec
 from actors.vdm.frames import frames_to_video, select_reference_frames, video_to_frames
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import check, sample, sample_latents
 from cluster.errors import CheckpointError, ConfigError
 
 SHAPE = (16, 3, 4, 4)
@@ -77,7 +78,7 @@ def test_times_reach_the_model_in_float32(policy, make_request):
 def test_only_the_window_is_stochastic_and_the_last_step_is_ode(policy, make_request, schedule):
     sde = SdeSpec(schedule, 0.5, 1, 2)
     request = make_request(sde=sde)
-    latents, (path,) = policy.sample_latents([request], SHAPE)
+    latents, (path,) = sample_latents(policy, [request], SHAPE)
     assert path.latents.shape == (3, *SHAPE) and path.logprobs.shape == (2,) and path.sigmas.shape == (5,)
     assert np.isfinite(path.logprobs).all()
     condition = policy.condition([request.caption], [request.reference_frames], [1.0])
@@ -89,7 +90,7 @@ def test_only_the_window_is_stochastic_and_the_last_step_is_ode(policy, make_req
         after = torch.from_numpy(path.latents[2:])
         last = after + (sigmas[4] - sigmas[3]) * policy.velocity(after, sigmas[3:4], condition)
     assert torch.allclose(latents, last, atol=1e-5)
-    other = policy.sample_latents([make_request(sde=sde, sde_seed=99)], SHAPE)[1][0]
+    other = sample_latents(policy, [make_request(sde=sde, sde_seed=99)], SHAPE)[1][0]
     assert np.array_equal(other.latents[0], path.latents[0]) and not np.allclose(other.latents[1], path.latents[1])
 
 
@@ -101,25 +102,25 @@ def test_a_clip_depends_on_its_own_seeds_only(policy, make_request):
         make_request(3, references=0),
         make_request(4, sde=SDE),
     ]
-    together = policy.sample(mixed)
+    together = sample(policy, mixed)
     assert [clip.index for clip in together] == [0, 1, 2, 3, 4]
     for clip, request in zip(together, mixed):
-        alone = policy.sample([request])[0]
+        alone = sample(policy, [request])[0]
         assert np.abs(clip.frames.astype(int) - alone.frames).max() <= 1
         if request.sde is not None:
             assert np.allclose(clip.trajectory.latents, alone.trajectory.latents, atol=1e-5)
             assert np.allclose(clip.trajectory.logprobs, alone.trajectory.logprobs, atol=1e-5)
-    again = policy.sample(mixed)
+    again = sample(policy, mixed)
     assert all(np.array_equal(a.frames, b.frames) for a, b in zip(together, again))
 
 
 def test_a_group_may_share_its_initial_noise(policy, make_request):
-    shared = policy.sample([make_request(i, sde=SDE, noise_seed=3) for i in range(3)])
+    shared = sample(policy, [make_request(i, sde=SDE, noise_seed=3) for i in range(3)])
     starts = [clip.trajectory.latents[0] for clip in shared]
     assert np.array_equal(starts[0], starts[1]) and np.array_equal(starts[0], starts[2])
     ends = [clip.trajectory.latents[-1] for clip in shared]
     assert not np.allclose(ends[0], ends[1]) and not np.allclose(ends[1], ends[2])
-    own = policy.sample([make_request(i, sde=SDE, noise_seed=i) for i in range(2)])
+    own = sample(policy, [make_request(i, sde=SDE, noise_seed=i) for i in range(2)])
     assert not np.allclose(own[0].trajectory.latents[0], own[1].trajectory.latents[0])
 
 
@@ -135,9 +136,9 @@ def test_requests_that_cannot_succeed_say_why(policy, make_request):
         ({"guidance": 0.5}, "guidance=0.5"),
     ):
         with pytest.raises(BadSampleError, match=words):
-            policy.sample([make_request(**change)])
+            sample(policy, [make_request(**change)])
     with pytest.raises(ConfigError, match="does not fit 4 denoising steps"):
-        policy.sample([make_request(sde=SdeSpec("flow", 0.7, 2, 2))])
+        sample(policy, [make_request(sde=SdeSpec("flow", 0.7, 2, 2))])
 
 
 def test_reference_frames_are_spread_and_end_with_the_last():
@@ -160,9 +161,9 @@ def test_a_policy_loads_only_what_it_needs(tiny, make_request, tmp_path):
     assert learner.vae.decoder is None
     assert learner.encode_references(make_request().reference_frames).shape == (16, 2, 4, 4)
     with pytest.raises(CheckpointError, match="vae_decoder"):
-        learner.sample([make_request()])
+        sample(learner, [make_request()])
     with pytest.raises(BadSampleError, match="set to 2"):
-        learner.check(make_request(references=1))
+        check(learner, make_request(references=1))
     bare = VdmPolicy.load(tiny, components=("transformer",))
     with pytest.raises(CheckpointError, match="text_encoder"):
         bare.embed(["red"])

@@ -11,6 +11,7 @@ import torch
 
 from actors.records import SdeSpec, VdmExperience
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import sample
 from actors.vdm.settings import VdmPoolSection
 
 SDE = SdeSpec("flow", 0.7, 0, 2)
@@ -18,7 +19,7 @@ SDE = SdeSpec("flow", 0.7, 0, 2)
 
 def drawn(policy: VdmPolicy, requests: list) -> tuple[np.ndarray, np.ndarray]:
     """Return the clips as integers, and the log-probabilities."""
-    clips = policy.sample(requests)
+    clips = sample(policy, requests)
     return np.stack([c.frames for c in clips]).astype(int), np.stack([c.trajectory.logprobs for c in clips])
 
 
@@ -43,7 +44,7 @@ def test_two_times_embedded_once_are_the_same_bits(tiny, requests):
 def test_two_times_give_the_learner_the_same_gradient(tiny, requests):
     items = [
         VdmExperience(c.sample_id, c.index, c.caption, r.reference_frames, c.trajectory, 1.0, c.condition)
-        for c, r in zip(VdmPolicy.load(tiny).sample(requests), requests, strict=True)
+        for c, r in zip(sample(VdmPolicy.load(tiny), requests), requests, strict=True)
     ]
     gradients = []
     for on in (True, False):

@@ -11,6 +11,7 @@ from actors.failures import Failure, Ok
 from actors.policy.lora import adapter_config
 from actors.records import SdeSpec
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import sample
 from actors.vdm.worker import VdmWorker
 from actors.weights.transport import pack, send
 from cluster.errors import CheckpointError
@@ -48,7 +49,7 @@ def test_published_adapters_come_and_go_and_the_base_stays(worker, lora_policy, 
     assert call(worker.load_weights, 7, refs) == 7
     tuned = call(worker.process, [request])[0].value
     assert tuned.weights_version == 7 and base.weights_version == 0
-    assert np.array_equal(tuned.frames, lora_policy.sample([request])[0].frames)
+    assert np.array_equal(tuned.frames, sample(lora_policy, [request])[0].frames)
     assert not np.array_equal(tuned.frames, base.frames)
     assert call(worker.weights_hash) == base_hash.split(":")[0] + ":7"
     call(worker.load_weights, 0, None)
@@ -74,7 +75,7 @@ def test_full_weights_come_and_go(tiny, ray_local, make_request):
         tuned.module.proj_out.bias += 0.1
     local.load_weights(3, send(pack(3, "full", tuned.module.state_dict())))
     clip = local.process([make_request()])[0].value
-    assert clip.weights_version == 3 and np.array_equal(clip.frames, tuned.sample([make_request()])[0].frames)
+    assert clip.weights_version == 3 and np.array_equal(clip.frames, sample(tuned, [make_request()])[0].frames)
     assert local.weights_hash().split(":")[0] != before.split(":")[0]
     local.load_weights(0, None)
     assert np.array_equal(local.process([make_request()])[0].value.frames, frames) and local.weights_hash() == before
@@ -93,7 +94,7 @@ def test_full_weights_and_adapters_replace_each_other(tiny, ray_local, make_requ
     local.load_weights(1, send(adapter))
     adapted = local.process([make_request()])[0].value.frames
     local.load_weights(2, send(whole))
-    assert np.array_equal(local.process([make_request()])[0].value.frames, tuned.sample([make_request()])[0].frames)
+    assert np.array_equal(local.process([make_request()])[0].value.frames, sample(tuned, [make_request()])[0].frames)
     local.load_weights(3, send(adapter))  # on the folder's own weights, not on the ones before
     assert np.array_equal(local.process([make_request()])[0].value.frames, adapted)
     assert local.weights_hash() == f"{base}:3"
@@ -132,7 +133,7 @@ def test_a_resting_worker_wakes_for_whatever_needs_it(worker, lora_policy, make_
     call(worker.load_weights, 7, refs)
     call(worker.rest)
     tuned = call(worker.process, [request])[0].value.frames
-    assert np.array_equal(tuned, lora_policy.sample([request])[0].frames)
+    assert np.array_equal(tuned, sample(lora_policy, [request])[0].frames)
     call(worker.load_weights, 0, None)
 
 

@@ -58,6 +58,7 @@ def test_full_weights_go_from_stage_to_stage_and_into_the_evaluation(
     before, after = (report.predictions[system] for system in SYSTEMS)
     assert not same(before, after)
     from actors.vdm.policy import VdmPolicy  # what the pool drew is what the exported folder draws
+    from actors.vdm.sampling import sample as draw
 
     torch.set_num_threads(1)
     artist = VdmPolicy.load(out / "vdm_model", shift=config.models.flow_shift)
@@ -66,7 +67,7 @@ def test_full_weights_go_from_stage_to_stage_and_into_the_evaluation(
     )
     noise = derive_seed(config.evaluate.seed, sample.id, "noise")
     request = render_request(config, sample, prediction.caption, 0, config.evaluate.render, noise_seed=noise)
-    drawn = artist.sample([request])[0].frames.astype(int)
+    drawn = draw(artist, [request])[0].frames.astype(int)
     assert np.abs(drawn - prediction.frames.astype(int)).max() <= 1
 
     # Resumed behind stage 1: the pools start from the base, and are given what the folders hold.

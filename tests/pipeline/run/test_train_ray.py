@@ -177,12 +177,13 @@ def test_the_exported_adapters_load_in_peft_and_diffusers(run: tuple[RunConfig, 
 
 def test_the_tuned_artist_draws_otherwise_than_the_base(run: tuple[RunConfig, RunReport]) -> None:
     from actors.vdm.policy import VdmPolicy
+    from actors.vdm.sampling import sample
 
     config, report = run
     torch.set_num_threads(1)
     request = RenderRequest("s", 0, "the red circle rises", report.samples[0].context[[0, -1]], 9, 4, 1.0, 7)
     base, tuned = (
-        VdmPolicy.load(resolve_model("tiny", "vdm"), adapter=adapter).sample([request])[0].frames
+        sample(VdmPolicy.load(resolve_model("tiny", "vdm"), adapter=adapter), [request])[0].frames
         for adapter in (None, str(config.out / "vdm_adapter"))
     )
     assert base.shape == tuned.shape == (9, 32, 32, 3)

@@ -26,6 +26,7 @@ from actors.learner.trainer import Trainer
 from actors.policy.settings import LoraSection
 from actors.records import RenderRequest, VdmExperience
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import check, sample, sample_latents
 from actors.vdm.trajectories import noised
 from cluster.errors import ConfigError, TrainingError
 from pipeline.config import load_config
@@ -160,7 +161,7 @@ def rollout(artist: VdmPolicy) -> list[VdmExperience]:
     ]
     return [
         VdmExperience(c.sample_id, c.index, c.caption, frames, c.trajectory, (-1.0) ** c.index, c.condition)
-        for c in artist.sample(requests)
+        for c in sample(artist, requests)
         if c.trajectory is not None
     ]
 
@@ -193,9 +194,9 @@ def test_a_rollout_hands_on_its_end_and_the_step_before(artist: VdmPolicy, rollo
     assert path.latents.shape[0] == 2 and path.logprobs.shape == (0,) and path.sde.level == 0
     assert (path.sde.window_start, path.guidance) == (2, 2.0)
     plain = RenderRequest("s0", 0, rollout[0].caption, rollout[0].reference_frames, 9, 3, 2.0, noise_seed=0)
-    assert artist.sample([plain])[0].trajectory is None
-    assert np.array_equal(artist.sample([plain])[0].frames, artist.sample([replace(plain, ends=True)])[0].frames)
-    latents, _ = artist.sample_latents([plain], artist.check(plain))
+    assert sample(artist, [plain])[0].trajectory is None
+    assert np.array_equal(sample(artist, [plain])[0].frames, sample(artist, [replace(plain, ends=True)])[0].frames)
+    latents, _ = sample_latents(artist, [plain], check(artist, plain))
     torch.testing.assert_close(torch.from_numpy(path.latents[-1].copy()), latents[0], atol=1e-5, rtol=1e-5)
 
 
