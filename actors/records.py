@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from actors.vdm.schedules import NoiseSchedule
+
 SampleKind = Literal["procedural", "predictive"]
-NoiseSchedule = Literal["flow", "wan", "dance", "cps"]
 
 
 def derive_seed(*parts: Any) -> int:

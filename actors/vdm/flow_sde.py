@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from actors.records import NoiseSchedule, SdeSpec, derive_seed
+from actors.records import SdeSpec, derive_seed
+from actors.vdm.schedules import SCHEDULES, NoiseSchedule
+from actors.vdm.settings import WindowKind
 from cluster.errors import ConfigError
 
-WindowKind = Literal["fixed", "progressive", "random"]
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -60,21 +61,16 @@ def ode_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
 
 
 def noise_scale(sigma: Tensor, sigma_second: Tensor, schedule: NoiseSchedule, level: float) -> Tensor:
-    """Return s(sigma) of the SDE (not of ``cps``), same shape as ``sigma``.
+    """Return s(sigma) of the SDE (``schedules``; not of ``cps``), same shape as ``sigma``.
 
-    ``flow``: level * sqrt(sigma / (1 - sigma)), with ``sigma_second`` (the grid's second sigma) in the denominator at
-    sigma = 1. ``wan``: level * sigma, i.e. linear from 0 at the data to ``level`` at the noise. ``dance``: the
-    constant ``level``.
+    ``sigma_second`` is the grid's second sigma, () or (B,).
     """
-    if schedule == "flow":
-        return level * torch.sqrt(sigma / (1 - torch.where(sigma >= 1, sigma_second, sigma)))
-    if schedule == "wan":
-        return level * sigma
-    if schedule == "dance":
-        return torch.full_like(sigma, level)
-    raise ConfigError(
-        f"noise schedule {schedule!r} has no s(sigma); the schedules are {', '.join(get_args(NoiseSchedule))}"
-    )
+    row = SCHEDULES.get(schedule)
+    if row is None or row.scale is None:
+        known = ", ".join(name for name, row in SCHEDULES.items() if row.scale is not None)
+        raise ConfigError(f"noise schedule {schedule!r} has no s(sigma); those that have one are {known}")
+    scale: Tensor = row.scale(sigma, sigma_second, level)
+    return scale
 
 
 def transition(
@@ -93,7 +89,7 @@ def transition(
     x, v = x.float(), v.float()
     if level == 0:
         return Transition(ode_step(x, v, sigma, sigma_next), torch.zeros_like(sigma))
-    if schedule == "cps":
+    if SCHEDULES[schedule].scale is None:
         std = sigma_next * math.sin(level * math.pi / 2)
         data, noise = x - _rows(sigma, x) * v, x + _rows(1 - sigma, x) * v
         keep = torch.sqrt(torch.clamp(sigma_next**2 - std**2, min=0))
@@ -143,13 +139,12 @@ def check_window(spec: SdeSpec, steps: int) -> None:
             f"SDE window [{spec.window_start}, {end}) does not fit {steps} denoising steps: it needs at least one step "
             f"and must end at or before step {steps - 1}, because the last step is always an ODE step"
         )
-    if spec.schedule not in get_args(NoiseSchedule):
+    if spec.schedule not in SCHEDULES:
+        raise ConfigError(f"unknown noise schedule {spec.schedule!r}; the schedules are {', '.join(SCHEDULES)}")
+    most = SCHEDULES[spec.schedule].most
+    if not 0 <= spec.level <= most:
         raise ConfigError(
-            f"unknown noise schedule {spec.schedule!r}; the schedules are {', '.join(get_args(NoiseSchedule))}"
-        )
-    if spec.level < 0 or (spec.schedule == "cps" and spec.level > 1):
-        raise ConfigError(
-            f"noise level {spec.level} of schedule {spec.schedule!r} must be at least 0 (and at most 1 for cps)"
+            f"noise level {spec.level} of schedule {spec.schedule!r} must be at least 0 (and at most {most:g})"
         )
 
 
@@ -167,7 +162,7 @@ def surplus_noise(sigmas: Tensor, schedule: NoiseSchedule, level: float) -> Tens
     is 0 for ``cps``, which keeps the variance (arXiv 2509.05952 shows the surplus of the others).
     """
     sigma, following = sigmas[:-2], sigmas[1:-1]
-    if schedule == "cps":
+    if SCHEDULES[schedule].scale is None:
         return torch.zeros_like(sigma)
     variance = noise_scale(sigma, sigmas[1], schedule, level) ** 2 * (sigma - following)
     return torch.sqrt(variance * (sigma - following) / sigma + (variance / (2 * sigma)) ** 2) / following

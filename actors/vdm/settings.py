@@ -4,12 +4,15 @@ command line reads them.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actors.pool.settings import PoolSection
-from actors.settings import Positive
+from actors.settings import Positive, Section, cite
+from actors.vdm.schedules import SCHEDULES, NoiseSchedule
+
+WindowKind = Literal["fixed", "progressive", "random"]
 
 
 class VdmPoolSection(PoolSection):
@@ -55,3 +58,50 @@ class EmbedPoolSection(PoolSection):
         1024,
         description="Driver memory for embeddings and latents; what falls out of it is made again when it is asked for.",
     )
+
+
+class SdeSection(Section):
+    """Stochastic sampling of the flow (Flow-GRPO, DanceGRPO, MixGRPO window)."""
+
+    schedule: NoiseSchedule = Field(
+        "flow",
+        description="Noise schedule s(sigma): "
+        + ", ".join(f"{name} {row.says}" for name, row in SCHEDULES.items())
+        + ".",
+        json_schema_extra=cite("Flow-GRPO", "DanceGRPO", "CPS"),
+    )
+    level: float = Field(
+        0.7,
+        gt=0,
+        description="Noise level: a (flow; cps, at most 1), eta (dance, 0.25-0.3) or sigma_max (wan).",
+        json_schema_extra=cite("Flow-GRPO", "DanceGRPO", "CPS"),
+    )
+    window_size: Positive = Field(
+        2,
+        description="Stochastic, trained steps per trajectory; the other steps follow the ODE.",
+        json_schema_extra=cite("MixGRPO"),
+    )
+    window_range: Annotated[tuple[int, int], Field(strict=False)] | None = Field(
+        None,
+        description="Steps [first, last) within which the window moves; default: all whose noise the steps after them can "
+        "remove, by the sigma grid (flow_sde.removable_steps).",
+        json_schema_extra=cite("MixGRPO", "CPS"),
+    )
+    window_schedule: WindowKind = Field(
+        "random",
+        description="How the window moves: not at all, towards the data and over again, or by chance (seeded).",
+        json_schema_extra=cite("MixGRPO"),
+    )
+    window_every: Positive = Field(
+        1, description="Steps (rollout batches) between moves of the window.", json_schema_extra=cite("MixGRPO")
+    )
+    same_latent: bool = Field(
+        True, description="All members of a group start from the same noise.", json_schema_extra=cite("DanceGRPO")
+    )
+
+    @model_validator(mode="after")
+    def _level(self) -> SdeSection:
+        most = SCHEDULES[self.schedule].most
+        if self.level > most:
+            raise ValueError(f"level={self.level}: with schedule={self.schedule} level is at most {most:g}")
+        return self

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.records import Conditioning, Experience, NoiseSchedule, Trajectory, VdmExperience
+from actors.records import Conditioning, Experience, Trajectory, VdmExperience
 from actors.vdm.flow_sde import noisy_pair, shift_sigma
+from actors.vdm.schedules import NoiseSchedule
 
 
 @dataclass(frozen=True)

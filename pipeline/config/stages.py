@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from actors.learner.objectives.settings import (
-    AwmSection,
-    CispoSection,
-    FlowGrpoSection,
-    GspoSection,
-    NftSection,
-    ObjectiveSection,
-    TokenGrpoSection,
-)
+from actors.learner.objectives.settings import FlowLearning, Learning, TokenLearning
 from actors.learner.settings import OptimSection
 from actors.policy.settings import LoraSection
 from actors.settings import FREE, Fraction, Positive, Section, cite
+from actors.vdm.settings import SdeSection
 
 
 class RolloutSection(Section):
@@ -91,52 +84,7 @@ class RewardsSection(Section):
     )
 
 
-class SdeSection(Section):
-    """Stochastic sampling of the flow (Flow-GRPO, DanceGRPO, MixGRPO window)."""
-
-    schedule: Literal["flow", "wan", "dance", "cps"] = Field(
-        "flow",
-        description="Noise schedule s(sigma): flow a*sqrt(sigma/(1-sigma)), wan linear from 0 at the data, dance "
-        "constant, cps coefficients-preserving.",
-        json_schema_extra=cite("Flow-GRPO", "DanceGRPO", "CPS"),
-    )
-    level: float = Field(
-        0.7,
-        gt=0,
-        description="Noise level: a (flow; cps, at most 1), eta (dance, 0.25-0.3) or sigma_max (wan).",
-        json_schema_extra=cite("Flow-GRPO", "DanceGRPO", "CPS"),
-    )
-    window_size: Positive = Field(
-        2,
-        description="Stochastic, trained steps per trajectory; the other steps follow the ODE.",
-        json_schema_extra=cite("MixGRPO"),
-    )
-    window_range: Annotated[tuple[int, int], Field(strict=False)] | None = Field(
-        None,
-        description="Steps [first, last) within which the window moves; default: all whose noise the steps after them can "
-        "remove, by the sigma grid (flow_sde.removable_steps).",
-        json_schema_extra=cite("MixGRPO", "CPS"),
-    )
-    window_schedule: Literal["fixed", "progressive", "random"] = Field(
-        "random",
-        description="How the window moves: not at all, towards the data and over again, or by chance (seeded).",
-        json_schema_extra=cite("MixGRPO"),
-    )
-    window_every: Positive = Field(
-        1, description="Steps (rollout batches) between moves of the window.", json_schema_extra=cite("MixGRPO")
-    )
-    same_latent: bool = Field(
-        True, description="All members of a group start from the same noise.", json_schema_extra=cite("DanceGRPO")
-    )
-
-    @model_validator(mode="after")
-    def _level(self) -> SdeSection:
-        if self.schedule == "cps" and self.level > 1:
-            raise ValueError(f"level={self.level}: with schedule=cps the angle is level*pi/2, so level is at most 1")
-        return self
-
-
-class StageSection(Section):
+class StageSection(Learning):
     """What both stages have in common."""
 
     steps: int = Field(100, ge=0, description="Rollout batches to train on; 0 skips the stage.")
@@ -146,14 +94,6 @@ class StageSection(Section):
     rewards: RewardsSection = Field(default_factory=RewardsSection)
     optim: OptimSection = Field(default_factory=OptimSection)
     lora: LoraSection = Field(default_factory=LoraSection)
-
-    objective: Literal["grpo"] = Field("grpo", description="Way to learn.", json_schema_extra=cite("GRPO"))
-
-    @property
-    def learning(self) -> ObjectiveSection:
-        """The settings of the objective that the stage learns by."""
-        settings: ObjectiveSection = getattr(self, self.objective)
-        return settings
 
     @model_validator(mode="after")
     def _min_group(self) -> StageSection:
@@ -165,18 +105,10 @@ class StageSection(Section):
         return self
 
 
-class Stage1Section(StageSection):
+class Stage1Section(TokenLearning, StageSection):
     """Visualization-friendly VLM tuning (paper, stage 1)."""
 
     rewards: RewardsSection = Field(RewardsSection(weights={"format": 1.0, "rouge_l": 1.0, "clip_v": 1.0}))
-    objective: Literal["grpo", "gspo", "cispo"] = Field(  # type: ignore[assignment]
-        "grpo",
-        description="Way to learn (docs/objectives.md); its settings stand in the section of its name, and the others are not read.",
-        json_schema_extra=cite("GRPO", "GSPO", "CISPO"),
-    )
-    grpo: TokenGrpoSection = Field(default_factory=TokenGrpoSection)
-    gspo: GspoSection = Field(default_factory=GspoSection)
-    cispo: CispoSection = Field(default_factory=CispoSection)
     dedupe: bool = Field(True, description="Render equal captions of a group once.")
 
     @model_validator(mode="after")
@@ -189,18 +121,10 @@ class Stage1Section(StageSection):
         return self
 
 
-class Stage2Section(StageSection):
+class Stage2Section(FlowLearning, StageSection):
     """Context-faithful VDM adaptation (paper, stage 2)."""
 
     rewards: RewardsSection = Field(RewardsSection(weights={"clip_v": 1.0, "clip_score": 1.0}))
-    objective: Literal["grpo", "nft", "awm"] = Field(  # type: ignore[assignment]
-        "grpo",
-        description="Way to learn (docs/objectives.md); its settings stand in the section of its name, and the others are not read.",
-        json_schema_extra=cite("GRPO", "DiffusionNFT", "AWM"),
-    )
-    grpo: FlowGrpoSection = Field(default_factory=FlowGrpoSection)
-    nft: NftSection = Field(default_factory=NftSection)
-    awm: AwmSection = Field(default_factory=AwmSection)
     sde: SdeSection = Field(default_factory=SdeSection)
     anchor_min_rouge: Fraction = Field(
         0.6,

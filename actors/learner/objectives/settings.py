@@ -264,3 +264,41 @@ class AwmSection(ForwardSection):
         "likelihood's weight would be half their number.",
         json_schema_extra=cite("AWM"),
     )
+
+
+class Learning(Section):
+    """How a stage learns: the name of the objective, and a section of each one's settings under its name."""
+
+    objective: str = Field("grpo", description="Way to learn.", json_schema_extra=cite("GRPO"))
+
+    @property
+    def learning(self) -> ObjectiveSection:
+        """The settings of the objective that the stage learns by."""
+        settings: ObjectiveSection = getattr(self, self.objective)
+        return settings
+
+
+class TokenLearning(Learning):
+    """What stage 1 may learn by: tokens with their log-probabilities."""
+
+    objective: Literal["grpo", "gspo", "cispo"] = Field(
+        "grpo",
+        description="Way to learn (docs/objectives.md); its settings stand in the section of its name, and the others are not read.",
+        json_schema_extra=cite("GRPO", "GSPO", "CISPO"),
+    )
+    grpo: TokenGrpoSection = Field(default_factory=TokenGrpoSection)
+    gspo: GspoSection = Field(default_factory=GspoSection)
+    cispo: CispoSection = Field(default_factory=CispoSection)
+
+
+class FlowLearning(Learning):
+    """What stage 2 may learn by: denoising steps with their log-probabilities, or final latents."""
+
+    objective: Literal["grpo", "nft", "awm"] = Field(
+        "grpo",
+        description="Way to learn (docs/objectives.md); its settings stand in the section of its name, and the others are not read.",
+        json_schema_extra=cite("GRPO", "DiffusionNFT", "AWM"),
+    )
+    grpo: FlowGrpoSection = Field(default_factory=FlowGrpoSection)
+    nft: NftSection = Field(default_factory=NftSection)
+    awm: AwmSection = Field(default_factory=AwmSection)

@@ -229,7 +229,7 @@ def test_levels_at_their_bounds(schedule):
     with pytest.raises(ConfigError, match="at least 0"):
         flow_sde.check_window(SdeSpec(schedule, -1e-6, 0, 1), steps=4)
     if schedule == "cps":
-        with pytest.raises(ConfigError, match="at most 1 for cps"):
+        with pytest.raises(ConfigError, match="at most 1"):
             flow_sde.check_window(SdeSpec(schedule, 1.0 + 1e-6, 0, 1), steps=4)
     else:
         flow_sde.check_window(SdeSpec(schedule, 1.5, 0, 1), steps=4)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +18,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
-from actors.records import NoiseSchedule, RenderRequest, SdeSpec
+from actors.records import RenderRequest, SdeSpec
 from actors.vdm.frames import frames_to_video, video_to_frames
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.sampling import check, sample, sample_latents
+from actors.vdm.schedules import SCHEDULES, NoiseSchedule
 from actors.vdm.wan import vae as wan_vae
 from pipeline.fleet.models import resolve_model
 
@@ -180,7 +181,7 @@ def test_the_ladder_tells_another_sampler(ladder: Any, change: dict[str, float])
         assert (ours[rung] - theirs[rung]).abs().max() > 100 * TOLERANCE, rung
 
 
-@pytest.mark.parametrize("schedule", get_args(NoiseSchedule))
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_noise_of_level_zero_is_the_stock_loop(policy: VdmPolicy, ladder: Any, schedule: NoiseSchedule) -> None:
     """a = 0 reproduces the ODE exactly, and so the stock pipeline; no trajectory comes back."""
     case = CASES[0]
