@@ -9,7 +9,7 @@ import mlflow
 import numpy as np
 import pytest
 
-from actors.weights import read_weights
+from actors.weights.files import read_weights
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import load_config
 from pipeline.run.train import run_training

@@ -30,7 +30,6 @@ from actors.vdm.sampling import check, sample, sample_latents
 from actors.vdm.trajectories import noised
 from cluster.errors import ConfigError, TrainingError
 from pipeline.config import load_config
-from tests.actors.learner.test_trainer import mesh  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.slow
 
@@ -167,7 +166,7 @@ def rollout(artist: VdmPolicy) -> list[VdmExperience]:
 
 
 @pytest.fixture
-def trainer_of(artist: VdmPolicy, mesh: DeviceMesh) -> Callable[[LearnerSpec], Trainer]:  # noqa: F811
+def trainer_of(artist: VdmPolicy, mesh: DeviceMesh) -> Callable[[LearnerSpec], Trainer]:
     def make(spec: LearnerSpec) -> Trainer:
         return Trainer(copy.deepcopy(artist), spec, mesh, torch.device("cpu"))
 
