@@ -16,6 +16,7 @@ import ray
 
 from actors.pool.pool import WorkerPool
 from cluster.resources import Ask, Placement, PlacementPlan, place
+from tests.actors.pool.limits import limits
 from tests.actors.pool.test_pool_ray import Squarer, ready, run, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -30,8 +31,8 @@ class Slow(Squarer):
         return super().load_weights(version, payload)
 
 
-def placed_pool(room: Placement, folder: Path, cls: type = Squarer, **limits: Any) -> WorkerPool:
-    spec = {"workers": 2, "max_batch": 1, "start_timeout_s": 60.0, "request_timeout_s": 2.0} | limits
+def placed_pool(room: Placement, folder: Path, cls: type = Squarer, **changes: Any) -> WorkerPool:
+    spec = {"workers": 2, "max_batch": 1, "start_timeout_s": 60.0, "request_timeout_s": 2.0} | changes
     actor = ray.remote(cls)
 
     def make(name: str) -> Any:
