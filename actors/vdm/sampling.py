@@ -97,11 +97,11 @@ def sample_latents(
     first = requests[0]
     condition = policy.join(policy.encoded(requests) if encoded is None else encoded, [r.guidance for r in requests])
     sigmas = flow_sde.sigma_grid(first.steps, policy.shift).to(policy.device)
-    x = _normal([r.noise_seed for r in requests], shape, policy.device)
+    x = normal([r.noise_seed for r in requests], shape, policy.device)
     window = _stochastic_steps(first.sde)
     before = x  # the state before the last step
     noises = (
-        _normal([derive_seed("sde", r.sde_seed) for r in requests], (len(window), *shape), policy.device)
+        normal([derive_seed("sde", r.sde_seed) for r in requests], (len(window), *shape), policy.device)
         if window
         else x
     )
@@ -130,7 +130,7 @@ def sample_latents(
     return x, [Trajectory(path[b], grid, logp[b], sde, r.guidance) for b, r in enumerate(requests)]
 
 
-def _normal(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+def normal(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
     """Return standard normal noise (B, *shape), each row from its own seed on the CPU: equal on every device."""
     rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device)

@@ -11,7 +11,7 @@ import torch
 
 from actors.records import RenderRequest
 from actors.vdm.policy import VdmPolicy
-from actors.vdm.sampling import sample_latents
+from actors.vdm.sampling import normal, sample_latents
 from tests.benchmarks.gpu_meter import CAPTION, Meter, Size, frames_of
 
 
@@ -47,7 +47,10 @@ def compare_compiled(policy: VdmPolicy, size: Size, meter: Meter) -> None:
     references = frames_of((size.references, *size.frames[1:]), 0)
     condition = policy.condition([CAPTION] * size.group, [references] * size.group, [1.0] * size.group)
     shape = policy.geometry.latent_shape(size.frames[0], *size.frames[1:], size.references)
-    latents, sigma = policy._normal(list(range(size.group)), shape), torch.full((size.group,), 0.7, device=meter.device)
+    latents, sigma = (
+        normal(list(range(size.group)), shape, policy.device),
+        torch.full((size.group,), 0.7, device=meter.device),
+    )
     plain = policy.module
     compiled = copy.deepcopy(plain)
 
@@ -86,7 +89,7 @@ def compare_stock(policy: VdmPolicy, size: Size, meter: Meter) -> None:
     def stock() -> torch.Tensor:
         return pipe(
             prompt_embeds=text,
-            latents=policy._normal(list(range(size.group)), shape),
+            latents=normal(list(range(size.group)), shape, policy.device),
             num_frames=size.frames[0],
             height=size.frames[1],
             width=size.frames[2],
