@@ -24,6 +24,8 @@ import pytest
 from rich.console import Console
 
 from actors.learner.group import RankDiedError, RankSilentError
+from actors.learner.objectives.settings import TokenGrpoSection
+from actors.learner.settings import OptimSection
 from actors.records import Sample
 from cluster.errors import CheckpointWriteError, TrainingError
 from pipeline.checkpoint import Checkpoint, CheckpointStore
@@ -68,8 +70,8 @@ class CountingLearner:
     first_version: int = 0
 
     class spec:
-        class optim:
-            ema = 0.0
+        optim = OptimSection()
+        learning = TokenGrpoSection()
 
     @property
     def version(self) -> int:
