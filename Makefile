@@ -70,7 +70,7 @@ chaos: setup
 	$(BIN)/python -m pytest -m chaos
 	rm -rf runs/chaos && $(BIN)/python tests/chaos/soak.py --minutes 20 --seed 0 --out runs/chaos
 
-# Fifteen minutes of them, others at every commit: what .ci/run runs.
+# Fifteen minutes of them, others at every commit.
 chaos-share: setup
 	$(BIN)/python -m tests.chaos.share --minutes 15
 

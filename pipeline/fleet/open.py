@@ -33,9 +33,8 @@ def pool_sections(config: RunConfig) -> dict[str, PoolSection]:
     """
     pools = config.pools
     embed = {"embed": pools.embed} if pools.embed.workers else {}
-    alone = (
-        {"max_batch": 1} if config.deterministic else {}
-    )  # vLLM makes its batches itself, and is told so at its start
+    # vLLM makes its batches itself, and is asked for single ones at its start.
+    alone = {"max_batch": 1} if config.deterministic else {}
     others = {**embed, "vdm": pools.vdm, "reward": pools.reward}
     return {"vlm": pools.vlm} | {name: pool.model_copy(update=alone) for name, pool in others.items()}
 

@@ -16,25 +16,25 @@ from pipeline.stages.loop import Learners, Stage, pool_of
 from pipeline.stages.table import AnyStage
 
 
-def exports_otherwise(spec: LearnerSpec) -> bool:
-    """Return whether an export holds other weights than those that sample: a moving average, or those that sample follow slowly."""
-    return spec.optim.ema > 0 or spec.learning.samples_apart()
+def _averaged(learners: Learners) -> Learners:
+    """Return the learners whose exports hold other weights than those that sample: an average, or what these follow slowly."""
+    specs = {policy: learner.spec for policy, learner in learners.items()}
+    return {p: learners[p] for p, spec in specs.items() if spec.optim.ema > 0 or spec.learning.samples_apart()}
 
 
 async def serve_averages(stage: Stage, learners: Learners) -> None:
     """Serve what each learner exports, where other weights sampled: it is the stage's result, which what comes next asks."""
-    for policy, learner in learners.items():
-        if exports_otherwise(learner.spec):
-            await pool_of(stage, policy).set_weights(learner.version + 1, await learner.publish(averaged=True))
+    for policy, learner in _averaged(learners).items():
+        await pool_of(stage, policy).set_weights(learner.version + 1, await learner.publish(averaged=True))
 
 
 @asynccontextmanager
 async def averages_served(stage: Stage, learners: Learners) -> AsyncIterator[None]:
     """Within it the pools serve what an export would hold; afterwards, under versions above it, the weights themselves again."""
-    kept = {policy: learner for policy, learner in learners.items() if exports_otherwise(learner.spec)}
-    await serve_averages(stage, kept)
+    await serve_averages(stage, learners)
     yield
-    for policy, learner in kept.items():
+    # Not where the block raises: an error there ends the stage, or its learners are begun anew and serve.
+    for policy, learner in _averaged(learners).items():
         learner.first_version += 2
         await pool_of(stage, policy).set_weights(learner.version, await learner.publish())
 

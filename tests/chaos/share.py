@@ -1,9 +1,9 @@
 """``python -m tests.chaos.share``: as many chaos tests as a time allows, in an order that the commit decides.
 
-CI cannot run all of them on every change. Files come in the order of a digest of their name and the commit, so that the next
-commit runs others; a file's tests keep their order, because they share what it starts. A test whose own time limit is longer than
-the share is left to ``make chaos``. The test that is running when the time is up is ended with all that it started, and is
-neither a pass nor a failure: the exit status is 0 unless a test has failed or pytest itself has.
+They take too long to run all of them on every change. Files come in the order of a digest of their name and the commit, so that
+the next commit runs others; a file's tests keep their order, because they share what it starts. A test whose own time limit is
+longer than the share is left to ``make chaos``. The test that is running when the time is up is ended with all that it started,
+and is neither a pass nor a failure: the exit status is 0 unless a test has failed or pytest itself has.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def layout_of(path: Path, reading: Reading) -> Layout:
     raise DataError(f"{path} is no file of VANS-Data: {'; '.join(lacking.values())}. It has: {found or 'nothing'}")
 
 
-def read_rows(path: Path, reading: Reading = Reading()) -> Iterator[Candidate | Rejected]:
+def read_rows(path: Path, reading: Reading) -> Iterator[Candidate | Rejected]:
     """Yield the rows of one CSV, each as a candidate or with the reason why it cannot be one."""
     layout = layout_of(path, reading)
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:

@@ -22,6 +22,7 @@ from pipeline.data.importers.inspect import inspect
 from pipeline.data.importers.jsonl import import_jsonl, read_entries
 from pipeline.data.importers.vans import import_vans
 from pipeline.data.importers.vans_csv import COLUMNS, read_rows
+from pipeline.data.importers.vans_row import Reading
 from pipeline.data.schema import SCHEMA, Row, ShardWriter
 from pipeline.data.video import decode_video, encode_mp4, probe
 from tests.pipeline.data.numbered import GOP, encoded, numbers
@@ -328,7 +329,7 @@ def test_fuzz_no_path_leaves_the_clips_folder(clips: Path, text: str) -> None:
 def test_fuzz_any_bytes_after_a_header_are_rows_or_reasons(tmp_path: Path, body: bytes) -> None:
     path = tmp_path / "fuzz.csv"
     path.write_bytes(b"\xef\xbb\xbf" + ",".join(COLUMNS).encode() + b"\r\n" + body)
-    for item in read_rows(path):
+    for item in read_rows(path, Reading()):
         assert isinstance(item, Candidate) or (isinstance(item, Rejected) and item.reason)
 
 

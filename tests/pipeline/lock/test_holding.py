@@ -108,8 +108,8 @@ def test_a_killed_owner_is_recognised_at_once(tmp_path: Path) -> None:
 def test_another_process_with_the_owner_s_number_is_not_the_owner(tmp_path: Path) -> None:
     other = dataclasses.replace(Owner.here("vans train"), pid=os.getppid(), started="1")
     (tmp_path / LOCK).write_bytes(other.content())
-    with hold(tmp_path, "vans train"):
-        pass
+    with hold(tmp_path, "vans train") as lock:
+        assert Owner.parse((tmp_path / LOCK).read_bytes()).token == lock.owner.token != other.token
 
 
 def test_sigterm_gives_the_lock_back_and_ends_the_process_as_ever(tmp_path: Path) -> None:
@@ -183,6 +183,7 @@ def test_a_damaged_lock_is_one_of_which_nothing_is_known(tmp_path: Path, content
     (tmp_path / LOCK).write_bytes(content)
     with hold(tmp_path, "vans train") as lock:
         lock.require()
+        assert Owner.parse((tmp_path / LOCK).read_bytes()).token == lock.owner.token
 
 
 def test_beats_overwrite_the_note_in_place_with_the_same_length() -> None:

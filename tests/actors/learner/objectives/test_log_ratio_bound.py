@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from actors.learner.batches import plan_batch
 from actors.learner.group import merge_reports
@@ -21,15 +19,6 @@ from actors.policy.settings import LoraSection
 from tests.actors.learner.toy_policy import ToyPolicy, experiences
 
 LORA, ALONE = LoraSection(rank=2, alpha=8.0), LearnerSection(ranks=1)
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
-    """A process group of this process alone."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def far_policy() -> ToyPolicy:
