@@ -22,6 +22,12 @@ def data_toy(
     test: Annotated[int, typer.Option(help="Test samples, and as many for validation.")] = 256,
     sft: Annotated[int, typer.Option(help="Samples of `sft` and of `artist`, which `vans sft` is for.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
+    language: Annotated[
+        str,
+        typer.Option(
+            metavar="en|zh|mixed", help="What it speaks; of a mixed one every fourth block of four is Chinese."
+        ),
+    ] = "en",
 ) -> None:
     """Write the toy world: procedural and predictive samples with mp4 clips, as Parquet shards.
 
@@ -30,7 +36,7 @@ def data_toy(
     from pipeline.data.toy.shards import write_toy
     from pipeline.support.location import parse_location
 
-    counts = write_toy(out, train=train, test=test, seed=seed, sft=sft, artist=sft)
+    counts = write_toy(out, train=train, test=test, seed=seed, sft=sft, artist=sft, language=language)
     terminal.console().print(
         f"wrote {', '.join(f'{count} {split}' for split, count in counts.items())} samples to {out}\n"
         f"look at them with: vans data inspect {parse_location(out) / 'train'}",

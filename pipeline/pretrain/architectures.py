@@ -22,9 +22,12 @@ from transformers import (
     Qwen3VLVideoProcessor,
     UMT5Config,
     UMT5EncoderModel,
+    VideoMAEConfig,
+    VideoMAEImageProcessor,
+    VideoMAEModel,
 )
 
-from pipeline.data.toy.scene import SIZE
+from pipeline.data.toy.scene import FRAMES, SIZE
 
 from .tokenizers import CHAT_TEMPLATE, qwen_tokenizer, word_tokenizer
 
@@ -168,6 +171,31 @@ def build_tiny_clip(folder: str | Path, seed: int = 0) -> Path:
     """Saves a random-weight CLIP folder: model and processor."""
     build_tiny_clip_model(seed).save_pretrained(str(folder), safe_serialization=True)
     clip_processor().save_pretrained(str(folder))
+    return Path(folder)
+
+
+def build_tiny_video_encoder(folder: str | Path, seed: int = 0) -> Path:
+    """Saves a random-weight VideoMAE of 0.35M parameters and its processor: clips (B, 9, 3, 32, 32) to 48 tokens of width 96.
+
+    A token spans 3 frames of 8x8 pixels, so that the first layer sees motion.
+    """
+    torch.manual_seed(seed)
+    config = VideoMAEConfig(
+        image_size=SIZE,
+        patch_size=8,
+        num_frames=FRAMES,
+        tubelet_size=3,
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=192,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    VideoMAEModel(config).save_pretrained(str(folder), safe_serialization=True)
+    size = {"height": SIZE, "width": SIZE}
+    processor = VideoMAEImageProcessor(size={"shortest_edge": SIZE}, crop_size=size, image_mean=_HALF, image_std=_HALF)
+    processor.save_pretrained(str(folder))
     return Path(folder)
 
 

@@ -21,7 +21,7 @@ from actors.vdm.policy import VdmPolicy
 from actors.vdm.sampling import sample
 from pipeline.data.toy.language import DRAWN_WORDINGS, caption_with, uniform_caption
 from pipeline.data.toy.scene import FRAMES
-from pipeline.data.toy.world import follow, make_sample
+from pipeline.data.toy.world import follow, language_of, make_sample
 
 from .loop import Average, Tick, cosine, no_tick
 from .muon import MuonAdam
@@ -40,10 +40,10 @@ class Drawing:
 
 
 def drawings(count: int, seed: int) -> list[Drawing]:
-    """The ``artist`` split's first ``count`` samples as training items."""
+    """The ``artist`` split's first ``count`` samples, a quarter of them Chinese, as training items."""
     items = []
     for index in range(count):
-        sample = make_sample(index, "artist", seed)
+        sample = make_sample(index, "artist", seed, language_of(index, "mixed"))
         references = select_reference_frames(sample.input_frames, REFERENCE_FRAMES)
         items.append(Drawing(references, sample.caption, sample.target_frames))
     return items
@@ -83,12 +83,15 @@ def train_artist(
 
 
 def artist_quality(policy: VdmPolicy, *, count: int = 96, seed: int = 0, split: str = "val") -> dict[str, float]:
-    """Event-following rate on held-out scenes: captions of seen wordings, the third wordings, and ground-truth captions."""
+    """Event-following rate on held-out scenes: captions of seen wordings (English, and Chinese), the third wordings, and
+    ground-truth captions.
+    """
     rates = {}
     rng = np.random.default_rng(derive_seed("artist-quality", seed))
     samples = [make_sample(i, split, seed) for i in range(count)]
     captions = {
         "follow_seen": [uniform_caption(s.event, rng, DRAWN_WORDINGS) for s in samples],
+        "follow_seen_zh": [uniform_caption(s.event, rng, DRAWN_WORDINGS, "zh") for s in samples],
         "follow_unseen": [caption_with(s.event, (2, 2, 2)) for s in samples],
         "follow_ground_truth": [s.caption for s in samples],
     }

@@ -1,11 +1,11 @@
-"""Trains the tiny CLIP on clips and captions of the toy world, all wordings.
+"""Trains the tiny CLIP on single frames and texts of the toy world, all wordings, English and Chinese.
 
-Responsible for the contrastive training and its quality line. A clip's feature is the mean over frames of unit frame
-features, so that its product with a text feature is exactly the CLIP-T that the metrics report.
+Responsible for the contrastive training and its quality line. It is what real CLIPs are, an image model. Its texts are of two
+kinds, as on the web: what there is to see, and what has happened. The first kind makes features of one scene alike whatever
+happens in it, so that a still picture of the right scene earns CLIP-V. The second kind belongs to the frames of an event's later
+half alone, so that a clip earns CLIP-T by those, and a frozen clip earns none.
 
-Texts are of two kinds, as on the web: what happens, and what there is to see. The second kind makes features of one scene alike
-whatever happens in it, so that a still picture of the right scene earns some CLIP-V, as real CLIPs grant it, while its CLIP-T with a
-caption of an event stays low.
+What a frame cannot show is not asked of it: an object that has faded away or turned white is not named by its colour.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
-from pipeline.data.toy.language import COLOURS, SHAPES, Event, uniform_caption
-from pipeline.data.toy.scene import FRAMES, Scene, all_events, render
+from actors.records import derive_seed
+from pipeline.data.toy.language import Event, LanguageCode, sight, uniform_caption
+from pipeline.data.toy.scene import SIZE, Scene, Thing, all_events, event_frames, render
 from pipeline.data.toy.world import draw_scene
 
 from .loop import Tick, cosine, no_tick
 from .muon import MuonAdam
 
-_SCENES, _EVENTS_PER_SCENE, _STILLS = 20, 4, 20
-_SCENE_WEIGHT = 2.0
+_SCENES, _EVENTS_PER_SCENE, _RESTING, _SIGHTS = 24, 5, 32, 2
+_SIGHT_WEIGHT = 2.0
 """Against 1 for events. Above it a still picture of the scene earns more CLIP-V than a wrong event, as with real CLIPs."""
-_FRAMES_SEEN = 4
+_CHINESE = 0.25
+_CHANGED = 0.5
+"""Progress from which a frame shows its event."""
+_LAST_SEEN = {"fade": 5 / 6, "whiten": 5 / 6}
+"""Progress to which the colour of an object can be told, of the events that end without it."""
 
 
 def pixels(frames: np.ndarray) -> torch.Tensor:
@@ -48,57 +53,89 @@ def text_features(model: CLIPModel, processor: CLIPProcessor, texts: list[str]) 
     return F.normalize(model.text_projection(pooled), dim=-1)
 
 
-def scene_text(scene: Scene, rng: np.random.Generator) -> str:
-    """What there is to see, in any order and wording: ``the red disc the azure block``."""
-    things = [scene.things[i] for i in rng.permutation(len(scene.things))]
-    words = [(COLOURS[t.colour][int(rng.integers(3))], SHAPES[t.shape][int(rng.integers(3))]) for t in things]
-    return " ".join(f"the {colour} {shape}" for colour, shape in words)
-
-
 @dataclass(frozen=True, eq=False)
-class _Batch:
-    """Clips (N, T', H, W, 3), the first of them with ``events``, and which of ``scenes`` each clip (N,) shows."""
+class Frame:
+    """One frame uint8 (H, W, 3) of ``scene``, in which ``event`` has come to pass by ``progress`` 0..1."""
 
-    clips: np.ndarray
-    events: list[Event]
-    scenes: list[Scene]
-    shown: list[int]
+    pixels: np.ndarray
+    scene: Scene
+    event: Event
+    progress: float
+
+    @property
+    def shows_event(self) -> bool:
+        """Whether the event can be told from the frame."""
+        return _CHANGED <= self.progress <= _LAST_SEEN.get(self.event.verb, 1.0)
+
+    def states(self) -> dict[tuple[str, str], set[str]]:
+        """What can be said of each object that can be named: ``""`` (that it is there) and its states."""
+        found = {}
+        for thing in self.scene.things:
+            name = (thing.colour, thing.shape)
+            if name != (self.event.colour, self.event.shape) or self.progress < _CHANGED:
+                found[name] = {"", _place(thing)}
+            elif self.progress <= _LAST_SEEN.get(self.event.verb, 1.0):
+                changed = {"grow": "large", "shrink": "small", "fade": "faint", "whiten": "pale"}
+                found[name] = {"", changed.get(self.event.verb, "")}
+        return found
 
 
-def _batch(rng: np.random.Generator) -> _Batch:
-    """Events of one scene are each other's hard negatives, and so is the scene in which nothing happens."""
-    clips, events, shown = [], [], []
-    scenes = [draw_scene(rng, "train") for _ in range(_SCENES)]
-    for number, scene in enumerate(scenes):
+def _place(thing: Thing) -> str:
+    return f"{'top' if thing.y < SIZE / 2 else 'bottom'} {'left' if thing.x < SIZE / 2 else 'right'}"
+
+
+def _frames(rng: np.random.Generator) -> list[Frame]:
+    """Frames of several events of one scene, which are each other's hard negatives, and frames in which nothing has happened yet."""
+    frames = []
+    for number in range(_SCENES):
+        scene = draw_scene(rng, "train")
         options = all_events(scene)
         for i in rng.permutation(len(options))[:_EVENTS_PER_SCENE]:
-            clips.append(render(scene, options[i]))
-            events.append(options[i])
-            shown.append(number)
-    clips.extend(render(scene, None) for scene in scenes[:_STILLS])
-    # One frame from each part of the clip, so that four stand for nine.
-    picks = np.sort(rng.permutation(FRAMES)[:_FRAMES_SEEN])
-    return _Batch(np.stack(clips)[:, picks], events, scenes, [*shown, *range(_STILLS)])
+            last = round(6 * _LAST_SEEN.get(options[i].verb, 1.0))
+            frames.append(clip_frame(scene, options[i], int(rng.integers(3, last + 1)) / 6))
+        for _ in range(_RESTING * (number + 1) // _SCENES - _RESTING * number // _SCENES):
+            frames.append(clip_frame(scene, options[int(rng.integers(len(options)))], int(rng.integers(0, 2)) / 6))
+    return frames
+
+
+def clip_frame(scene: Scene, event: Event, progress: float) -> Frame:
+    """The frame of ``scene`` in which ``event`` has come to pass by ``progress``, 0..1."""
+    return Frame(event_frames(scene, event, np.array([progress]))[0], scene, event, progress)
+
+
+def _language(rng: np.random.Generator) -> LanguageCode:
+    return "zh" if rng.random() < _CHINESE else "en"
+
+
+def _sights(frames: list[Frame], rng: np.random.Generator) -> tuple[list[str], torch.Tensor]:
+    """Texts (N,) of what some of ``frames`` (M,) show, a few objects and at most one state each, and where they are true (N, M)."""
+    texts, truth = [], []
+    states = [frame.states() for frame in frames]
+    for frame in rng.permutation(len(frames))[: _SIGHTS * _SCENES]:
+        seen = list(states[frame])
+        named = [seen[i] for i in rng.permutation(len(seen))[: int(rng.integers(1, len(seen) + 1))]]
+        claims = [(name, "") for name in named]
+        if rng.random() < 0.5:
+            claims[0] = (named[0], str(rng.choice(sorted(states[frame][named[0]]))))
+        texts.append(sight([(*name, state) for name, state in claims], rng, _language(rng)))
+        truth.append([all(state in shown.get(name, ()) for name, state in claims) for shown in states])
+    return texts, torch.tensor(truth)
 
 
 def _loss(model: CLIPModel, processor: CLIPProcessor, rng: np.random.Generator) -> torch.Tensor:
-    batch = _batch(rng)
-    n, t = batch.clips.shape[:2]
-    video = frame_features(model, pixels(batch.clips).flatten(0, 1)).reshape(n, t, -1).mean(1)
-    texts = [uniform_caption(e, rng) for e in batch.events] + [scene_text(s, rng) for s in batch.scenes]
-    count = len(batch.events)
-    event, scene = text_features(model, processor, texts).split([count, len(batch.scenes)])
+    frames = _frames(rng)
+    image = frame_features(model, pixels(np.stack([frame.pixels for frame in frames])))
+    told = [frame for frame in frames if frame.shows_event]
+    events = [uniform_caption(frame.event, rng, language=_language(rng)) for frame in told]
+    sights, seen = _sights(frames, rng)
+    event, sighted = text_features(model, processor, events + sights).split([len(events), len(sights)])
     scale = model.logit_scale.exp().clamp(max=50.0)
-    # A text picks its clips among all clips and stills; a clip picks its texts.
-    same = torch.tensor([[a == b for b in batch.events] for a in batch.events])
-    happens = _contrast(scale * event @ video.T, F.pad(same, (0, n - count)))
-    keys = [s.key() for s in batch.scenes]
-    seen = torch.tensor([[key == keys[i] for i in batch.shown] for key in keys])
-    return happens + _SCENE_WEIGHT * _contrast(scale * scene @ video.T, seen)
+    same = torch.tensor([[f.shows_event and f.event == t.event for f in frames] for t in told])
+    return _contrast(scale * event @ image.T, same) + _SIGHT_WEIGHT * _contrast(scale * sighted @ image.T, seen)
 
 
 def _contrast(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-    """Symmetric cross entropy of (texts, clips) logits; ``same`` are the matching pairs, and a clip without one picks none."""
+    """Symmetric cross entropy of (texts, frames) logits; ``same`` are the matching pairs, and a frame without one picks none."""
     rows, matched = same.float(), same.any(0)
     columns = rows[:, matched]
     return (
@@ -108,8 +145,8 @@ def _contrast(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
 
 
 def train_clip(model: CLIPModel, processor: CLIPProcessor, *, steps: int, seed: int, tick: Tick = no_tick) -> None:
-    """Trains in place for ``steps`` steps of 80 captioned clips and 12 still ones."""
-    rng = np.random.default_rng(seed)
+    """Trains in place for ``steps`` steps of 120 frames that show an event and 32 that show none."""
+    rng = np.random.default_rng(derive_seed("clip", seed))
     torch.manual_seed(seed)
     model.train()
     optimizer = MuonAdam(model, lr=0.02, adam_lr=2e-3)
@@ -125,12 +162,14 @@ def train_clip(model: CLIPModel, processor: CLIPProcessor, *, steps: int, seed: 
 def clip_quality(model: CLIPModel, processor: CLIPProcessor, *, scenes: int = 60, seed: int = 1) -> dict[str, float]:
     """On held-out scenes: does a caption pick its clip among all outcomes of its scene, and how cosines compare.
 
-    ``retrieval_in_scene`` is over 17 or 25 clips that differ in the event alone, ``retrieval_across_scenes`` over clips of other
-    scenes. ``clip_v_still`` and ``clip_v_wrong`` are what a still clip and another event in the scene earn as CLIP-V.
+    ``retrieval_in_scene`` is over 17 or 25 clips that differ in the event alone, ``retrieval_in_scene_zh`` the same by Chinese
+    captions, ``retrieval_across_scenes`` over clips of other scenes. ``clip_t_right``, ``clip_t_still`` and ``clip_t_wrong`` are
+    the mean cosines of a caption with its clip, with a frozen one and with other events of the scene; ``clip_v_still`` and
+    ``clip_v_wrong`` are what a frozen clip and another event earn as CLIP-V.
     """
     rng = np.random.default_rng(seed)
     model.eval()
-    hits, right, still, wrong, looks_still, looks_wrong = [], [], [], [], [], []
+    hits, hits_zh, right, still, wrong, looks_still, looks_wrong = [], [], [], [], [], [], []
     chosen_clips, chosen_texts, chosen_events = [], [], []
     for _ in range(scenes):
         scene = draw_scene(rng, "val")
@@ -145,6 +184,8 @@ def clip_quality(model: CLIPModel, processor: CLIPProcessor, *, scenes: int = 60
         cosines = text_features(model, processor, captions) @ video.T
         picked = cosines.argmax(1).numpy()
         hits.extend(picked == np.arange(len(events)))
+        chinese = [uniform_caption(e, rng, language="zh") for e in events]
+        hits_zh.extend((text_features(model, processor, chinese) @ video.T).argmax(1).numpy() == np.arange(len(events)))
         diagonal = cosines.diagonal()
         right.extend(diagonal.tolist())
         still.extend(cosines[:, -1].tolist())
@@ -157,6 +198,7 @@ def clip_quality(model: CLIPModel, processor: CLIPProcessor, *, scenes: int = 60
     across = [chosen_events[int(cosines[i].argmax())] == event for i, event in enumerate(chosen_events)]
     return {
         "retrieval_in_scene": float(np.mean(hits)),
+        "retrieval_in_scene_zh": float(np.mean(hits_zh)),
         "retrieval_across_scenes": float(np.mean(across)),
         "clip_t_right": float(np.mean(right)),
         "clip_t_still": float(np.mean(still)),

@@ -1,9 +1,9 @@
-"""``vans pretrain``: the tiny pair and the tiny CLIP from random weights, with a measured quality line for each.
+"""``vans pretrain``: the tiny pair, the tiny CLIP and a tiny video encoder from random weights, with a measured quality line each.
 
 Responsible for the order of the parts, the processes they run in, progress, and the folder that comes out. Two lanes run side
-by side, one thread each: VAE then artist, CLIP then thinker. Then both models of the pair are fine-tuned by ``pipeline.sft``,
-the code a real run uses (Ray Train, FSDP2, Ray Data), on shards of the toy world: the result is the SFT pair that Joint-GRPO
-starts from. Every part is a pure function of (seed, effort) and the parts before it.
+by side, one thread each: VAE then artist; CLIP, thinker, video encoder. Then both models of the pair are fine-tuned by
+``pipeline.sft``, the code a real run uses (Ray Train, FSDP2, Ray Data), on shards of the toy world, a quarter of them Chinese: the
+result is the SFT pair that Joint-GRPO starts from. Every part is a pure function of (seed, effort) and the parts before it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.support import terminal
 from pipeline.support.progress import Bar, bar, bars, waiting
 
 SFT = "sft"
-LANES: tuple[tuple[str, ...], ...] = (("vae", "artist"), ("clip", "thinker"))
+LANES: tuple[tuple[str, ...], ...] = (("vae", "artist"), ("clip", "thinker", "video"))
 PARTS = (*(part for lane in LANES for part in lane), SFT)
 _POLL_S = 1.0
 
@@ -39,14 +39,15 @@ class Effort:
     """How long each part trains. The defaults are what the bundled tiny models were trained with."""
 
     vae_steps: int = 1200
-    clip_steps: int = 700
-    artist_steps: int = 1200
-    artist_samples: int = 3000
-    thinker_steps: int = 700
-    thinker_samples: int = 4000
+    clip_steps: int = 1500
+    artist_steps: int = 1400
+    artist_samples: int = 4000
+    thinker_steps: int = 900
+    thinker_samples: int = 5000
+    video_steps: int = 500
     quality_samples: int = 128
     sft_steps: int = 300
-    sft_samples: int = 2048
+    sft_samples: int = 2560
     sft_batch: int = 64
     sft_lr: float = 3e-4
     sft_ranks: int = 2
@@ -60,8 +61,9 @@ def pretrain(
     parts: tuple[str, ...] = PARTS,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Trains ``parts`` (a part needs the one before it in its lane, trained now or before) and writes vlm/, vdm/, clip/ and
-    quality.json into ``out_dir``. Returns what quality.json holds. Raises TrainingError with the traceback of a part that failed.
+    """Trains ``parts`` (the artist needs a VAE, trained now or before) and writes vlm/, vdm/, clip/, video/ and quality.json.
+
+    Returns what quality.json holds. Raises TrainingError with the traceback of a part that failed.
     """
     console = console or terminal.console()
     effort = effort or Effort()
@@ -95,7 +97,7 @@ def _pretrain(out: Path, seed: int, effort: Effort, parts: tuple[str, ...], cons
     _forget_paths(out)
     quality["seed"], quality["effort"] = seed, asdict(effort)
     quality["wall_s"] = round(time.monotonic() - started, 1)
-    quality["size_mb"] = {name: round(_size(out / name) / 2**20, 2) for name in ("vlm", "vdm", "clip")}
+    quality["size_mb"] = {name: round(_size(out / name) / 2**20, 2) for name in ("vlm", "vdm", "clip", "video")}
     (out / "quality.json").write_text(json.dumps(quality, indent=2, sort_keys=True) + "\n")
     console.print(f"the tiny pair is in {out}: {quality['size_mb']} MB, {quality['wall_s'] / 60:.1f} min")
     return quality
@@ -165,7 +167,8 @@ def _fine_tune(out: Path, seed: int, effort: Effort, quality: dict[str, Any], co
     with tempfile.TemporaryDirectory(prefix="vans-pretrain-") as scratch, connect():
         data = Path(scratch) / "data"
         with waiting(console, "writing the fine-tuning data as Parquet shards"):
-            write_toy(data, train=1, test=0, seed=seed, sft=effort.sft_samples, artist=effort.sft_samples)
+            rows = effort.sft_samples
+            write_toy(data, train=1, test=0, seed=seed, sft=rows, artist=rows, language="mixed")
         for part, kind, split in (("thinker", "vlm", "sft"), ("artist", "vdm", "artist")):
             tuned = Path(scratch) / kind
             with bar(console, f"sft {part}", effort.sft_steps) as progress:
@@ -288,11 +291,25 @@ def _train_clip(out: Path, seed: int, effort: Effort, tick: Callable[[int, int, 
     return clip_quality(model, clip_processor(), scenes=effort.quality_samples // 2)
 
 
+def _train_video(out: Path, seed: int, effort: Effort, tick: Callable[[int, int, float], None]) -> Mapping[str, float]:
+    from transformers import VideoMAEModel
+
+    from .architectures import build_tiny_video_encoder
+    from .video_encoder import train_video_encoder, video_quality
+
+    shutil.rmtree(out / "video", ignore_errors=True)
+    folder = build_tiny_video_encoder(out / "video", seed)
+    model = VideoMAEModel.from_pretrained(folder)
+    train_video_encoder(model, steps=effort.video_steps, seed=seed, tick=tick)
+    model.save_pretrained(folder, safe_serialization=True)
+    return video_quality(model, scenes=effort.quality_samples // 2)
+
+
 def _train_thinker(
     out: Path, seed: int, effort: Effort, tick: Callable[[int, int, float], None]
 ) -> Mapping[str, float]:
     from actors.vlm.policy import VlmPolicy
-    from pipeline.data.toy.world import make_sample
+    from pipeline.data.toy.world import language_of, make_sample
 
     from .architectures import build_tiny_vlm
     from .thinker import thinker_quality, train_thinker
@@ -300,7 +317,7 @@ def _train_thinker(
     shutil.rmtree(out / "vlm", ignore_errors=True)
     folder = build_tiny_vlm(out / "vlm", seed)
     policy = VlmPolicy.load(folder, cache_size=effort.thinker_samples)
-    samples = [make_sample(i, "sft", seed) for i in range(effort.thinker_samples)]
+    samples = [make_sample(i, "sft", seed, language_of(i, "mixed")) for i in range(effort.thinker_samples)]
     train_thinker(policy, samples, steps=effort.thinker_steps, seed=seed, tick=tick)
     policy.export(folder)
     return thinker_quality(policy, count=effort.quality_samples)
@@ -311,6 +328,7 @@ _TRAIN: dict[str, Callable[[Path, int, Effort, Callable[[int, int, float], None]
     "artist": _train_artist,
     "clip": _train_clip,
     "thinker": _train_thinker,
+    "video": _train_video,
 }
 _QUALITY: dict[str, Callable[[Path, Effort], Mapping[str, float]]] = {
     "artist": _measure_artist,

@@ -15,7 +15,7 @@ from transformers.video_utils import VideoMetadata
 from actors.records import derive_seed
 from actors.vlm.inputs import video_prompt
 from actors.vlm.policy import VlmPolicy
-from pipeline.data.toy.language import drawable, parse_caption
+from pipeline.data.toy.language import drawable, language_in, parse_caption
 from pipeline.data.toy.world import ToySample, make_sample
 from rewards.format import parse_answer
 from rewards.text import rouge_l
@@ -79,7 +79,10 @@ def answer(policy: VlmPolicy, samples: list[ToySample], videos: list[np.ndarray]
 
 
 def thinker_quality(policy: VlmPolicy, *, count: int = 128, seed: int = 0, split: str = "val") -> dict[str, float]:
-    """On held-out samples: format, event and wording of sampled answers, greedy ones, and ones about somebody else's video."""
+    """On held-out samples: format, event and wording of sampled answers, greedy ones, and ones about somebody else's video.
+
+    ``event_zh`` is of greedy answers to Chinese questions, and counts Chinese answers alone.
+    """
     samples = [make_sample(i, split, seed) for i in range(count)]
     videos = [s.input_frames for s in samples]
     strangers = videos[2:] + videos[:2]  # 2, because neighbours can share one input clip
@@ -94,4 +97,14 @@ def thinker_quality(policy: VlmPolicy, *, count: int = 128, seed: int = 0, split
         result[f"format_{name}"] = float(np.mean([a is not None for a in answers]))
         result[f"drawable_{name}"] = float(np.mean([drawable(c) for c in captions]))
         result[f"rouge_l_{name}"] = float(np.mean([rouge_l(c, s.caption) for c, s in zip(captions, samples)]))
+    chinese = [make_sample(i, split, seed, "zh") for i in range(count)]
+    replies = [parse_answer(text) for text in answer(policy, chinese, videos, sample=False)]
+    result["event_zh"] = float(
+        np.mean(
+            [
+                a is not None and language_in(a.caption) == "zh" and parse_caption(a.caption) == s.event
+                for a, s in zip(replies, chinese)
+            ]
+        )
+    )
     return result

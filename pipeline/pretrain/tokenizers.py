@@ -6,10 +6,10 @@ Responsible for three fast tokenizers that ``AutoTokenizer`` loads from a folder
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.toy.language import caption_words, grammar_corpus
+from pipeline.data.toy.language import LANGUAGES, caption_words, grammar_corpus
 
 QWEN_SPECIAL = [
     "<|endoftext|>",
@@ -53,18 +53,19 @@ _PADDING, _UNKNOWN = "<pad>", "<unk>"
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the grammar (about 550 tokens), with Qwen's special tokens; any UTF-8 text can be encoded."""
+    """Byte-level BPE over both grammars (about 850 tokens), with Qwen's special tokens; any UTF-8 text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=640,
+        vocab_size=1024,
         min_frequency=2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(grammar_corpus() + _FORMAT_WORDS * 50 + _number_lines(), trainer)
+    corpus = [line for language in LANGUAGES for line in grammar_corpus(language)]
+    tokenizer.train_from_iterator(corpus + _FORMAT_WORDS * 50 + _number_lines(), trainer)
     # Specials come last, as in Qwen's own vocabulary.
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -83,17 +84,23 @@ def _number_lines() -> list[str]:
 
 
 def word_tokenizer(*, max_length: int, clip: bool) -> PreTrainedTokenizerFast:
-    """Whole-word tokenizer over the caption words: lower-cased; unknown words become ``<unk>``.
+    """Whole-word tokenizer over the words that captions and CLIP's texts hold: lower-cased; unknown words become ``<unk>``.
+
+    English words stand between spaces. Chinese text is cut at the wordings it holds, the longest first.
 
     ``clip=True`` frames a text in begin and end tokens and makes the end token the highest id, which CLIP pools at.
     ``clip=False`` ends it with ``</s>`` as UMT5 does, pad id 0.
     """
-    words = caption_words()
+    chinese = caption_words("zh")
+    words = [*caption_words("en"), *chinese]
     specials = [_PADDING, _UNKNOWN] + ([] if clip else ["</s>"])
     vocabulary = specials + words + (["<start>", "<end>"] if clip else [])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=_UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    cut = "|".join(sorted(chinese, key=len, reverse=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(cut), "isolated"), pre_tokenizers.Whitespace()]
+    )
     if clip:
         ends = [("<start>", vocabulary.index("<start>")), ("<end>", vocabulary.index("<end>"))]
         tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)

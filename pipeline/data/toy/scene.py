@@ -109,8 +109,15 @@ def render(scene: Scene, event: Event | None) -> np.ndarray:
     """
     if event is None:
         return _paint(scene, {}, FRAMES)
-    progress = np.minimum(1.0, np.arange(FRAMES) * _SPEED)
-    return _paint(scene, {_index(scene, event): (event.verb, progress)}, FRAMES)
+    return event_frames(scene, event, np.minimum(1.0, np.arange(FRAMES) * _SPEED))
+
+
+def event_frames(scene: Scene, event: Event, progress: np.ndarray) -> np.ndarray:
+    """Frames (N, 32, 32, 3) uint8 of the scene in which the event has come to pass by ``progress`` (N,), 0..1.
+
+    Raises ValueError when the scene has no such object.
+    """
+    return _paint(scene, {_index(scene, event): (event.verb, progress)}, len(progress))
 
 
 def render_there_and_back(scene: Scene, events: tuple[Event, ...]) -> np.ndarray:

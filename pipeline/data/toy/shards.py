@@ -15,8 +15,9 @@ from pipeline.data.schema import Row, ShardWriter
 from pipeline.data.video import encode_mp4
 from pipeline.support.location import Uri, parse_location
 
+from .language import SPOKEN
 from .scene import FPS
-from .world import ToySample, make_sample
+from .world import ToySample, language_of, make_sample
 
 
 def toy_row(sample: ToySample) -> Row:
@@ -43,22 +44,26 @@ def write_toy(
     val: int | None = None,
     sft: int = 0,
     artist: int = 0,
+    language: str = "en",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, int]:
     """Writes ``out_dir/{train,val,test}`` and, where asked for, ``sft`` and ``artist``; returns rows per split.
 
-    ``val`` (default: as many as ``test``) is for choosing, ``test`` for reporting. ``sft`` holds the VLM's SFT answers,
-    30% of them wrong; ``artist`` the VDM's SFT pairs, 22% of them mismatched. Rows are a pure function of ``seed``.
-    ``progress(split, done, total)`` is called after every row. What an interrupted call has written is kept. Raises
-    DataError for a negative count, for a run without training rows, and when a folder already holds a dataset.
+        ``val`` (default: as many as ``test``) is for choosing, ``test`` for reporting. ``sft`` holds the VLM's SFT answers,
+    30% of them wrong; ``artist`` the VDM's SFT pairs, 22% of them mismatched. Rows are a pure function of ``seed`` and
+        ``language``, one of ``SPOKEN``. ``progress(split, done, total)`` is called after every row. What an interrupted call has
+        written is kept. Raises DataError for a negative count, for another language, for a run without training rows, and when a
+        folder already holds a dataset.
     """
     counts = {"train": train, "val": test if val is None else val, "test": test, "sft": sft, "artist": artist}
     for split, count in counts.items():
         if count < 0 or (split == "train" and count == 0):
             raise DataError(f"{split}={count}: a toy dataset needs at least 1 training row and no negative count")
+    if language not in SPOKEN:
+        raise DataError(f"language={language}: the toy world speaks {', '.join(SPOKEN)}")
     out = parse_location(out_dir)
     plans = {
-        split: {"command": "toy", "split": split, "rows": count, "seed": seed}
+        split: {"command": "toy", "split": split, "rows": count, "seed": seed, "language": language}
         for split, count in counts.items()
         if count
     }
@@ -69,7 +74,7 @@ def write_toy(
         count = counts[split]
         with ShardWriter(out / split, plan=plan) as writer:
             for index in range(writer.count, count):
-                writer.write(toy_row(make_sample(index, split, seed)))
+                writer.write(toy_row(make_sample(index, split, seed, language_of(index, language))))
                 if progress is not None:
                     progress(split, index + 1, count)
     return {split: count for split, count in counts.items() if count}

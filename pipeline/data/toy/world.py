@@ -24,13 +24,15 @@ from actors.records import VideoQuestion
 from .language import (
     COLOURS,
     DRAWN_WORDINGS,
+    LANGUAGES,
     OPPOSITE,
-    QUESTIONS,
     SHAPES,
     VERBS,
     Event,
+    LanguageCode,
     head_caption,
     parse_caption,
+    thought_of,
     uniform_caption,
 )
 from .scene import BACKGROUNDS, FPS, SLOTS, Scene, Thing, all_events, render, render_there_and_back
@@ -62,6 +64,7 @@ class ToySample:
     scene: Scene
     event: Event
     noisy: bool = False
+    language: LanguageCode = "en"
 
     @property
     def asked(self) -> VideoQuestion:
@@ -79,7 +82,14 @@ class ToySample:
         things = [[t.colour, t.shape, t.x, t.y] for t in self.scene.things]
         event = [self.event.colour, self.event.shape, self.event.verb]
         return json.dumps(
-            {"world": "toy", "background": self.scene.background, "things": things, "event": event, "noisy": self.noisy}
+            {
+                "world": "toy",
+                "language": self.language,
+                "background": self.scene.background,
+                "things": things,
+                "event": event,
+                "noisy": self.noisy,
+            }
         )
 
 
@@ -112,10 +122,10 @@ def _draw_any_scene(rng: np.random.Generator) -> Scene:
     count = int(rng.integers(2, 4))
     style = rng.random()
     names: list[tuple[str, str]] = []
-    colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(list(SHAPES)))
+    colour, shape = str(rng.choice(COLOURS)), str(rng.choice(SHAPES))
     while len(names) < count:
-        c = colour if style < _SHARED_COLOUR else str(rng.choice(list(COLOURS)))
-        s = shape if _SHARED_COLOUR <= style < _SHARED_COLOUR + _SHARED_SHAPE else str(rng.choice(list(SHAPES)))
+        c = colour if style < _SHARED_COLOUR else str(rng.choice(COLOURS))
+        s = shape if _SHARED_COLOUR <= style < _SHARED_COLOUR + _SHARED_SHAPE else str(rng.choice(SHAPES))
         if (c, s) not in names:
             names.append((c, s))
     slots = rng.permutation(len(SLOTS))[:count]
@@ -137,20 +147,19 @@ class _Story:
     answer: Event
 
 
-def _procedural(rng: np.random.Generator, scene: Scene) -> _Story:
+def _procedural(rng: np.random.Generator, scene: Scene, language: LanguageCode) -> _Story:
     order = [scene.things[i] for i in rng.permutation(len(scene.things))]
-    verb = str(rng.choice(list(VERBS)))
-    question = str(rng.choice(QUESTIONS["next"]))
+    verb = str(rng.choice(VERBS))
+    question = str(rng.choice(LANGUAGES[language].questions["next"]))
     shown = (_event(order[0], verb), _event(order[1], OPPOSITE[verb]))
     return _Story(shown, question, _event(order[2] if len(order) == 3 else order[0], verb))
 
 
-def _predictive(rng: np.random.Generator, scene: Scene, branch: int) -> _Story:
+def _predictive(rng: np.random.Generator, scene: Scene, language: LanguageCode, branch: int) -> _Story:
     """``branch`` 0 or 1 picks the question; the clip is drawn from ``rng`` before the branch matters."""
     order = [scene.things[i] for i in rng.permutation(len(scene.things))]
-    verb = str(rng.choice(list(VERBS)))
+    verb = str(rng.choice(VERBS))
     first, other = order[0], order[1]
-    name = f"{COLOURS[other.colour][0]} {SHAPES[other.shape][0]}"
     stories = [
         ("again", _event(first, verb)),
         ("reversed", _event(first, OPPOSITE[verb])),
@@ -158,7 +167,8 @@ def _predictive(rng: np.random.Generator, scene: Scene, branch: int) -> _Story:
         ("opposite", _event(other, OPPOSITE[verb])),
     ]
     asked, answer = stories[rng.permutation(len(stories))[branch]]
-    return _Story((_event(first, verb),), str(rng.choice(QUESTIONS[asked])).format(name=name), answer)
+    question = str(rng.choice(LANGUAGES[language].questions[asked])).format(name=_event(other, verb).name(language))
+    return _Story((_event(first, verb),), question, answer)
 
 
 def _stream(seed: int, *path: object) -> np.random.Generator:
@@ -171,8 +181,15 @@ def possible_outcomes(scene: Scene) -> list[Event]:
     return all_events(scene)
 
 
-def make_sample(index: int, split: str, seed: int = 0) -> ToySample:
-    """Sample ``index`` of a split: a pure function of (index, split, seed).
+def language_of(index: int, spoken: str) -> LanguageCode:
+    """The language of sample ``index`` in a dataset that speaks ``spoken``, one of ``SPOKEN``. Samples of one clip share it."""
+    if spoken == "mixed":
+        spoken = "zh" if index // _KIND_BLOCK % 4 == 3 else "en"
+    return next(code for code in LANGUAGES if code == spoken)
+
+
+def make_sample(index: int, split: str, seed: int = 0, language: LanguageCode = "en") -> ToySample:
+    """Sample ``index`` of a split: a pure function of (index, split, seed, language). Languages share scenes, events and clips.
 
     Of four consecutive samples two are procedural; the other two are predictive and share one input clip, with two
     questions and two futures. ``sft`` captions use all wordings evenly and name a wrong event in 30% of the rows;
@@ -180,11 +197,13 @@ def make_sample(index: int, split: str, seed: int = 0) -> ToySample:
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the toy world has {', '.join(SPLITS)}")
+    if language not in LANGUAGES:
+        raise ValueError(f"unknown language {language!r}; the toy world speaks {', '.join(LANGUAGES)}")
     block, place = divmod(index, _KIND_BLOCK)
     kind = "procedural" if place < 2 else "predictive"
     rng = _stream(seed, split, block, min(place, 2))
     scene = draw_scene(rng, split if split in ("train", "val", "test") else "train")
-    story = _procedural(rng, scene) if kind == "procedural" else _predictive(rng, scene, branch=place - 2)
+    story = _procedural(rng, scene, language) if kind == "procedural" else _predictive(rng, scene, language, place - 2)
 
     words = _stream(seed, split, index, "words")
     told, drawn, noisy = story.answer, story.answer, False
@@ -196,23 +215,23 @@ def make_sample(index: int, split: str, seed: int = 0) -> ToySample:
     else:
         target = render(scene, drawn)
     if split == "sft":
-        caption = uniform_caption(told, words)
+        caption = uniform_caption(told, words, language=language)
     elif split == "artist":
-        caption = uniform_caption(told, words, DRAWN_WORDINGS)
+        caption = uniform_caption(told, words, DRAWN_WORDINGS, language)
     else:
-        caption = head_caption(told, words)
-    thought = " then ".join(e.plain() for e in story.shown) + " so " + told.plain()
+        caption = head_caption(told, words, language)
     return ToySample(
         id=f"toy-{seed}-{split}-{index:06d}",
         kind=kind,
         question=story.question,
         caption=caption,
-        thought=thought,
+        thought=thought_of(story.shown, told, language),
         input_frames=render_there_and_back(scene, story.shown),
         target_frames=target,
         scene=scene,
         event=story.answer,
         noisy=noisy,
+        language=language,
     )
 
 

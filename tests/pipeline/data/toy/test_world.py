@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,17 @@ from pipeline.data.toy import (
     render,
     write_toy,
 )
-from pipeline.data.toy.language import COLOURS, OPPOSITE, SHAPES, VERBS, caption_with, caption_words
+from pipeline.data.toy.language import (
+    COLOURS,
+    LANGUAGES,
+    OPPOSITE,
+    SHAPES,
+    VERBS,
+    LanguageCode,
+    caption_with,
+    caption_words,
+    language_in,
+)
 from pipeline.data.toy.shards import ensure_toy
 from pipeline.data.toy.world import SFT_WRONG_EVENTS
 from pipeline.data.video import decode_video
@@ -49,24 +61,69 @@ def test_splits_share_no_scene_and_no_scene_event_combination() -> None:
     assert not scenes["train"] & scenes["test"]
 
 
-def test_every_wording_parses_to_its_event_and_only_known_wordings_are_drawable() -> None:
-    assert len(caption_words()) == len(set(caption_words()))
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_wording_parses_to_its_event_and_only_known_wordings_are_drawable(language: LanguageCode) -> None:
     for colour in COLOURS:
         for shape in SHAPES:
             for verb in VERBS:
                 event = Event(colour, shape, verb)
                 for wordings in ((0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 2), (2, 2, 2)):
-                    caption = caption_with(event, wordings)
-                    assert parse_caption(caption) == event
+                    caption = caption_with(event, wordings, language)
+                    assert parse_caption(caption) == event and language_in(caption) == language
                     assert drawable(caption) == (2 not in wordings)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "the red circle", "the red circle grows bigger", "red red circle grows", "a dog barks"]
+    "text",
+    [
+        "",
+        "the red circle",
+        "the red circle grows bigger",
+        "red red circle grows",
+        "a dog barks",
+        "红色的圆形",
+        "红色的圆形上升了",
+        "the 红色的圆形上升",
+        "圆形红色上升",
+    ],
 )
 def test_sentences_outside_the_grammar_do_not_parse(text: str) -> None:
     assert parse_caption(text) is None
-    assert not drawable(text)
+    assert not drawable(text) and language_in(text) is None
+
+
+def test_the_languages_tell_the_same_samples_in_their_own_words() -> None:
+    for split in SPLITS:
+        for i in range(24):
+            english, chinese = make_sample(i, split), make_sample(i, split, language="zh")
+            assert (english.scene, english.event, english.noisy) == (chinese.scene, chinese.event, chinese.noisy)
+            assert np.array_equal(english.input_frames, chinese.input_frames)
+            assert np.array_equal(english.target_frames, chinese.target_frames)
+            assert parse_caption(english.caption) == parse_caption(chinese.caption) is not None
+            assert drawable(english.caption) == drawable(chinese.caption)
+            assert (language_in(english.caption), language_in(chinese.caption)) == ("en", "zh")
+            assert not re.search("[a-z]", chinese.question + chinese.thought + chinese.caption)
+            assert json.loads(chinese.meta_json)["language"] == "zh"
+    with pytest.raises(ValueError, match="unknown language 'fr'; the toy world speaks en, zh"):
+        make_sample(0, "test", language="fr")  # type: ignore[arg-type]
+
+
+def test_no_chinese_wording_holds_another_so_that_a_text_is_cut_in_one_way() -> None:
+    words = caption_words("zh")
+    assert len(words) == len(set(words)) == 3 * (len(COLOURS) + len(SHAPES) + len(VERBS)) + 1 + 8
+    assert [(a, b) for a in words for b in words if a != b and a in b] == []
+
+
+def test_a_mixed_dataset_is_a_quarter_chinese_by_whole_blocks(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    write_toy(tmp_path, train=32, test=0, language="mixed")
+    rows = pq.read_table(shard_paths(tmp_path / "train")[0]).to_pylist()
+    told = [json.loads(row["meta"])["language"] for row in rows]
+    assert told == ["en"] * 12 + ["zh"] * 4 + ["en"] * 12 + ["zh"] * 4
+    assert [language_in(row["caption"]) for row in rows] == told
+    with pytest.raises(DataError, match="language=fr: the toy world speaks en, zh, mixed"):
+        write_toy(tmp_path / "other", train=1, test=0, language="fr")
 
 
 def test_true_clips_follow_and_still_or_wrong_clips_do_not() -> None:
