@@ -76,7 +76,7 @@ def sampled(fleet: Fleet, config: RunConfig, step: int = 0) -> list[Trajectory]:
     """Trajectories of one group of ``step``."""
     stage, item = Stage2(config, fleet), sample()  # type: ignore[arg-type]
     group = asyncio.run(
-        stage.group(item, Anchor("", item.caption, 1.0), str(step), sde_spec(stage.config, stage.window, step))
+        stage.group(item, Anchor("", item.caption, 1.0), str(step), sde_spec(stage.config, stage.window, step, item.id))
     )
     assert group is not None and not group.failures
     return [m.clip.trajectory for m in group.members if m.clip is not None and m.clip.trajectory is not None]
@@ -132,7 +132,7 @@ def test_guidance_is_part_of_the_sampled_policy(fleet: Fleet) -> None:
 
 def starts(config: RunConfig, steps: int = 12) -> list[int]:
     stage = Stage2(config, None)  # type: ignore[arg-type]
-    return [sde_spec(stage.config, stage.window, step).window_start for step in range(steps)]
+    return [sde_spec(stage.config, stage.window, step, "s").window_start for step in range(steps)]
 
 
 def test_window_moves_as_its_schedule_says() -> None:
