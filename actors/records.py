@@ -103,6 +103,7 @@ class SdeSpec:
     level: float
     window_start: int
     window_size: int
+    reach: tuple[int, int] | None = None  # steps [first, last) within which the window was placed; None: its own
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,8 @@ PAPERS = {
     "Flow-GRPO": "arXiv:2505.05470",
     "DanceGRPO": "arXiv:2505.07818",
     "MixGRPO": "arXiv:2507.21802",
+    "Flash-GRPO": "arXiv:2605.15980",
+    "GRPO-Guard": "arXiv:2510.22319",
     "CPS": "arXiv:2509.05952",
     "DiffusionNFT": "arXiv:2509.16117",
     "AWM": "arXiv:2509.25050",

@@ -193,8 +193,8 @@ class Trainer:
                 if part.output is not None:
                     outputs.append(part.output)
             if outputs and item.old is None:
-                item.old = torch.cat([out.logprobs for out in outputs], dim=1)
-                self._compare(report, item, PolicyOutput(item.old, torch.cat([out.mask for out in outputs], dim=1)))
+                item.old = PolicyOutput.joined(outputs)
+                self._compare(report, item, item.old)
             count += self.objective.count(item, outputs)
         if first:
             self._gate(deviation, report)

@@ -47,6 +47,22 @@ class PolicyOutput:
     std: Tensor | None = None  # (B, T) float32, standard deviation of the Gaussian step (flow policies)
     entropy: Tensor | None = None  # (B, T) float32, detached; 0 where the mask is False
 
+    def steps(self, cut: slice) -> PolicyOutput:
+        """Return the steps ``cut`` of it: log-probabilities, mask and means."""
+        return PolicyOutput(
+            self.logprobs[:, cut], self.mask[:, cut], mean=None if self.mean is None else self.mean[:, cut]
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[PolicyOutput]) -> PolicyOutput:
+        """Return consecutive parts as one: log-probabilities, mask and means, where all have them."""
+        means = [part.mean for part in parts if part.mean is not None]
+        return cls(
+            torch.cat([part.logprobs for part in parts], dim=1),
+            torch.cat([part.mask for part in parts], dim=1),
+            mean=torch.cat(means, dim=1) if len(means) == len(parts) else None,
+        )
+
 
 @dataclass
 class SupervisedLoss:

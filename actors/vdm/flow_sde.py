@@ -20,7 +20,7 @@ from torch import Tensor
 
 from actors.records import SdeSpec, derive_seed
 from actors.vdm.schedules import SCHEDULES, NoiseSchedule
-from actors.vdm.settings import WindowKind
+from actors.vdm.settings import WindowKind, WindowPer
 from cluster.errors import ConfigError
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -124,6 +124,35 @@ def kl_gaussian(mean: Tensor, reference_mean: Tensor, std: Tensor, *, batch_dims
     return squared / (2 * std**2)
 
 
+def rectification(sigmas: Tensor, sde: SdeSpec) -> Tensor:
+    """Return lambda / mean lambda of the window's steps, float32 (window_size,): the temporal gradient rectification of Flash-GRPO.
+
+    sigmas: (steps + 1,), the whole grid. The mean is over all steps of all windows that ``sde.reach`` has room for, so that the
+    weights are 1 on average over a run, and no weight depends on the batch that it is in.
+
+    How much a step's log-density learns from a velocity depends on where it is. With x' = mean + std eps,
+
+        d log p / d v = (x' - mean) / std^2 · d mean / d v = eps · (d mean / d v) / std,
+
+    and lambda = std / |d mean / d v| undoes it: lambda · |d log p / d v| = |eps| at every step. The mean is linear in v, so
+    :func:`transition` of x = 0 and v = 1 is its derivative, whatever the schedule. For those with an s(sigma) that is
+
+        1 / lambda = sqrt(dsigma) / s + s · sqrt(dsigma) (1 - sigma) / (2 sigma)    with dsigma = sigma - sigma'.
+
+    This is the formula of arXiv 2605.15980, and its code's (Shredded-Pork/Flash-GRPO), whose loss is the surrogate times lambda
+    over its mean; there the mean is the batch's.
+    """
+    start, size = sde.window_start, sde.window_size
+    first, last = sde.reach or (start, start + size)
+    now = sigmas[first:last]
+    unit = torch.ones(len(now), 1, dtype=sigmas.dtype, device=sigmas.device)
+    step = transition(
+        torch.zeros_like(unit), unit, now, sigmas[first + 1 : last + 1], sigmas[1], sde.schedule, sde.level
+    )
+    weights = step.std / step.mean[:, 0].abs()
+    return weights[start - first : start - first + size] / weights.unfold(0, size, 1).mean()
+
+
 def _rows(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.dim() - value.dim()))
 
@@ -189,8 +218,8 @@ class WindowSchedule:
     steps.
 
     ``fixed`` stays at ``first``; ``progressive`` moves one step towards the data and starts over at the end (MixGRPO);
-    ``random`` jumps, as a pure function of (seed, number of moves). It has no state: a step's window follows from its
-    number.
+    ``random`` jumps, as a pure function of (seed, number of moves), and with ``per="prompt"`` of the prompt too: each group has
+    a window of its own (Flash-GRPO, arXiv 2605.15980). It has no state: a window follows from the step's number and the prompt.
     """
 
     kind: WindowKind
@@ -199,6 +228,7 @@ class WindowSchedule:
     size: int
     every: int = 1
     seed: int = 0
+    per: WindowPer = "batch"
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(WindowKind):
@@ -210,14 +240,25 @@ class WindowSchedule:
                 f"an SDE window of {self.size} steps cannot move within [{self.first}, {self.last}) every {self.every} "
                 f"optimizer steps: size must be 1…{max(self.last - self.first, 1)} and every at least 1"
             )
+        if self.per == "prompt" and self.kind != "random":
+            raise ConfigError(f"a window per prompt is drawn by chance: schedule random, not {self.kind}")
 
-    def start_at(self, step: int) -> int:
-        """Return the first step of the window that is in force at optimizer step ``step``."""
+    def start_at(self, step: int, prompt: str = "") -> int:
+        """Return the first step of the window that is in force at optimizer step ``step``, for the group of ``prompt`` (its
+        sample's id; not read with ``per="batch"``).
+        """
         moves, places = step // self.every, self.last - self.first - self.size + 1
         if self.kind == "fixed":
             return self.first
-        offset = moves if self.kind == "progressive" else derive_seed(self.seed, "sde window", moves)
-        return self.first + offset % places
+        if self.kind == "progressive":
+            return self.first + moves % places
+        own = () if self.per == "batch" else (prompt,)
+        return self.first + derive_seed(self.seed, "sde window", moves, *own) % places
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The steps [first, last) that its windows cover in the course of a run."""
+        return self.first, self.first + self.size if self.kind == "fixed" else self.last
 
 
 @dataclass(frozen=True)

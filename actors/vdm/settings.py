@@ -13,6 +13,7 @@ from actors.settings import Positive, Section, cite
 from actors.vdm.schedules import SCHEDULES, NoiseSchedule
 
 WindowKind = Literal["fixed", "progressive", "random"]
+WindowPer = Literal["batch", "prompt"]
 
 
 class VdmPoolSection(PoolSection):
@@ -92,6 +93,12 @@ class SdeSection(Section):
         description="How the window moves: not at all, towards the data and over again, or by chance (seeded).",
         json_schema_extra=cite("MixGRPO"),
     )
+    window_per: WindowPer = Field(
+        "batch",
+        description="Whether a rollout batch has one window, or each prompt one of its own that its group shares: then a batch learns "
+        "from more of the steps, and a group is still compared at equal steps. prompt needs window_schedule: random.",
+        json_schema_extra=cite("Flash-GRPO"),
+    )
     window_every: Positive = Field(
         1, description="Steps (rollout batches) between moves of the window.", json_schema_extra=cite("MixGRPO")
     )
@@ -104,4 +111,13 @@ class SdeSection(Section):
         most = SCHEDULES[self.schedule].most
         if self.level > most:
             raise ValueError(f"level={self.level}: with schedule={self.schedule} level is at most {most:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _per_prompt(self) -> SdeSection:
+        if self.window_per == "prompt" and self.window_schedule != "random":
+            raise ValueError(
+                f"window_per=prompt with window_schedule={self.window_schedule}: a prompt's window is drawn by chance; use "
+                "window_schedule: random, or window_per: batch"
+            )
         return self

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.records import Conditioning, Experience, Trajectory, VdmExperience
-from actors.vdm.flow_sde import noisy_pair, shift_sigma
+from actors.vdm.flow_sde import noisy_pair, rectification, shift_sigma
 from actors.vdm.schedules import NoiseSchedule
 
 
@@ -64,9 +64,15 @@ class VdmBatch:
     sigmas: Tensor  # float32 (W, 2, B): sigma and next sigma
     second: Tensor  # float32 (B,): each grid's second sigma
     mask: Tensor  # bool (B, W)
+    rectified: Tensor  # float32 (B, W): lambda / mean lambda of each step (flow_sde.rectification); 1 of an ODE's and of padding
     condition: Condition
     schedule: NoiseSchedule
     level: float
+
+    @property
+    def spans(self) -> Tensor:
+        """sigma - next sigma of each step, float32 (B, W), > 0."""
+        return (self.sigmas[:, 0] - self.sigmas[:, 1]).T
 
 
 def window_parts(batch: VdmBatch, steps: int) -> list[tuple[slice, VdmBatch]]:
@@ -81,6 +87,7 @@ def window_parts(batch: VdmBatch, steps: int) -> list[tuple[slice, VdmBatch]]:
                 after=batch.after[cut],
                 sigmas=batch.sigmas[cut],
                 mask=batch.mask[:, cut],
+                rectified=batch.rectified[:, cut],
             ),
         )
         for cut in cuts
@@ -151,10 +158,19 @@ def collate(items: Sequence[VdmExperience], condition: Condition, device: torch.
         sigmas=tensor([[[p.sigmas[i + j + d] for p, i, j in zip(paths, first, row)] for d in (0, 1)] for row in picks]),
         second=tensor([path.sigmas[1] for path in paths]),
         mask=torch.tensor([[k < path.sde.window_size for k in range(longest)] for path in paths], device=device),
+        rectified=torch.stack([_rectified(path, longest) for path in paths]).to(device),
         condition=condition,
         schedule=paths[0].sde.schedule,
         level=paths[0].sde.level,
     )
+
+
+def _rectified(path: Trajectory, length: int) -> Tensor:
+    weights = torch.ones(length)
+    if path.sde.level > 0:
+        grid = torch.from_numpy(np.array(path.sigmas, dtype=np.float32))  # Ray's arrays are read-only
+        weights[: path.sde.window_size] = rectification(grid, path.sde)
+    return weights
 
 
 def _kind(path: Trajectory) -> tuple:

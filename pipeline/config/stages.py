@@ -10,6 +10,7 @@ from actors.learner.objectives.settings import FlowLearning, Learning, TokenLear
 from actors.learner.settings import OptimSection
 from actors.policy.settings import LoraSection
 from actors.settings import FREE, Fraction, Positive, Section, cite
+from actors.vdm.schedules import SCHEDULES
 from actors.vdm.settings import SdeSection
 
 
@@ -150,6 +151,12 @@ class Stage2Section(FlowLearning, StageSection):
     def _window(self) -> Stage2Section:
         if self.learning.samples == "ends":
             return self
+        if self.grpo.step_balance == "ratio_norm" and SCHEDULES[self.sde.schedule].scale is None:
+            with_scale = ", ".join(name for name, row in SCHEDULES.items() if row.scale is not None)
+            raise ValueError(
+                f"grpo.step_balance=ratio_norm with sde.schedule={self.sde.schedule}: the normalised ratio is that of an SDE with an "
+                f"s(sigma), which this schedule has not; use step_balance: rectify, or one of the schedules {with_scale}"
+            )
         first, last = self.sde.window_range or (0, self.render.steps - 1)
         if last <= first and self.sde.window_range:
             raise ValueError(

@@ -16,7 +16,7 @@ from pipeline.stages.groups import RolloutBatch
 from pipeline.stages.refill import step_of
 from pipeline.stages.requests import render_request
 from pipeline.stages.stage1 import Stage1, completion_experiences
-from pipeline.stages.stage2 import sde_spec, sde_window, trajectory_experiences
+from pipeline.stages.stage2 import mean_start, sde_spec, sde_window, trajectory_experiences
 
 
 @dataclass
@@ -48,7 +48,7 @@ class AllInOne(Stage1):
 
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """Return what stage 1 measures, and where the window of ``step`` stands."""
-        return {**super().metrics(batch, step), "sde/window_start": float(self.window.start_at(step))}
+        return {**super().metrics(batch, step), "sde/window_start": mean_start(self.window, batch, step)}
 
     def _render(self, sample: Sample, caption: str, index: int, step: str) -> RenderRequest:
         seed = (self.config.seed, self.name, step, sample.id)
@@ -60,6 +60,6 @@ class AllInOne(Stage1):
             index,
             two.render,
             noise_seed=derive_seed(*seed, "noise", 0 if two.sde.same_latent else index),
-            sde=sde_spec(self.config, self.window, step_of(step)),
+            sde=sde_spec(self.config, self.window, step_of(step), sample.id),
             sde_seed=derive_seed(*seed, "sde", index),
         )

@@ -70,7 +70,7 @@ class Stage2:
         A refill (``wave`` > 0) may come back with fewer, or none; the step's own samples may not.
         """
         tasks: list[asyncio.Task[Group | None]] = []
-        spec, key = sde_spec(self.config, self.window, step), draw_key(step, wave)
+        key = draw_key(step, wave)
         seen = self._seen.setdefault(step, [])
         for _ in range(self.section.anchor_max_draws):
             samples = await feed.draw(count - len(tasks))
@@ -82,7 +82,7 @@ class Stage2:
                     self._lost.setdefault(step, []).append(anchor.failure)
                 if anchor.caption is None or anchor.rouge_l < self.section.anchor_min_rouge:
                     continue
-                name = f"stage2 step {key} {sample.id}"
+                name, spec = f"stage2 step {key} {sample.id}", sde_spec(self.config, self.window, step, sample.id)
                 tasks.append(asyncio.create_task(self.group(sample, anchor, key, spec), name=name))
             if len(tasks) == count:
                 return tasks
@@ -138,7 +138,7 @@ class Stage2:
         seen = self._seen.pop(step, [])
         kept = [a.rouge_l >= self.section.anchor_min_rouge and a.caption is not None for a in seen]
         sde = self.section.learning.samples == "steps"
-        metrics = {"sde/window_start": float(self.window.start_at(step))} if sde else {}
+        metrics = {"sde/window_start": mean_start(self.window, batch, step)} if sde else {}
         if seen:
             metrics |= {
                 "anchor/kept": float(np.sum(kept)),
@@ -198,6 +198,7 @@ def sde_window(config: RunConfig) -> WindowSchedule:
         size=sde.window_size,
         every=sde.window_every,
         seed=config.seed,
+        per=sde.window_per,
     )
 
 
@@ -235,11 +236,19 @@ def _grid(config: RunConfig) -> str:
     )
 
 
-def sde_spec(config: RunConfig, window: WindowSchedule, step: int) -> SdeSpec:
-    """Return how the trajectories of ``step`` are sampled."""
+def sde_spec(config: RunConfig, window: WindowSchedule, step: int, sample_id: str) -> SdeSpec:
+    """Return how the trajectories of ``step`` about the sample are sampled: alike for its whole group."""
     # Of the step, not of the number of updates so far: with staleness a batch is drawn before its turn.
-    start, sde = window.start_at(step), config.stage2.sde
-    return SdeSpec(schedule=sde.schedule, level=sde.level, window_start=start, window_size=sde.window_size)
+    start, sde = window.start_at(step, sample_id), config.stage2.sde
+    return SdeSpec(sde.schedule, sde.level, start, sde.window_size, window.reach)
+
+
+def mean_start(window: WindowSchedule, batch: RolloutBatch, step: int) -> float:
+    """Return the first step of the window of ``step``, or the mean over the groups where each has its own."""
+    if window.per == "batch":
+        return float(window.start_at(step))
+    starts = [window.start_at(step, group.sample.id) for group in batch.groups]
+    return float(np.mean(starts)) if starts else 0.0
 
 
 def trajectory_experiences(batch: RolloutBatch, reference_frames: int) -> list[Experience]:

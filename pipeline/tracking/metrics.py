@@ -94,8 +94,8 @@ STAGE2 = Family(
                "Should be 0; the reasons are in the log, and the run stops above rollout.max_failed_ratio."),
         Metric("anchor/rouge_l", "ratio", "ROUGE-L of the anchor captions against ground truth, before the filter.",
                "Constant up to sampling: the thinker is frozen."),
-        Metric("sde/window_start", "step", "First denoising step of the stochastic, trained window.",
-               "Moves as sde.window_schedule says."),
+        Metric("sde/window_start", "step", "First denoising step of the stochastic, trained window; with sde.window_per: prompt the "
+               "mean over the batch's groups.", "Moves as sde.window_schedule says."),
     ),
 )
 

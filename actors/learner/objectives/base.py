@@ -38,7 +38,7 @@ class Prepared:
     batch: Any
     advantages: Tensor  # (B,)
     rollout: Tensor  # (B, T); T is 0 where the sampler gave no log-probabilities
-    old: Tensor | None = None  # (B, T)
+    old: PolicyOutput | None = None  # of the policy before the first update, detached
 
 
 @dataclass

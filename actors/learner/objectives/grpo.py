@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from actors.learner.objectives.balance import balanced
 from actors.learner.objectives.base import LossStats, Models, Part, Prepared, Step
-from actors.learner.objectives.settings import GrpoSection, TokenGrpoSection
+from actors.learner.objectives.settings import FlowGrpoSection, GrpoSection, StepBalance, TokenGrpoSection
 from actors.policy.protocol import PolicyOutput
 
 LOSS_NORMS = ("token", "sequence", "constant")
@@ -149,6 +150,8 @@ def grpo_loss(
     importance_cap: float = 2.0,
     lengths: Tensor | None = None,
     kl_log_ratio: Tensor | None = None,
+    log_ratio: Tensor | None = None,
+    step_weights: Tensor | None = None,
     correction: str = "token_tis",
     level: Level = "token",
     surrogate: Surrogate = clipped_surrogate,
@@ -175,6 +178,8 @@ def grpo_loss(
         importance_cap: C of the truncation, > 0.
         lengths: (B,) steps that count in each whole trajectory, where T is only a part of them (``sequence`` divides by
             it); None: the mask's own.
+        log_ratio: (B, T) differentiable, what stands in the place of logp − logp_old; None: that itself.
+        step_weights: (B, T) by which the surrogate of each step is multiplied, and the KL is not; None: 1.
         correction: how ``rollout_logprobs`` weigh (see :func:`importance_weights`).
         level: ``token``: a ratio per step. ``sequence``: one per trajectory, the geometric mean of its steps'.
         surrogate: what a step's ratio and advantage come to, the clipped one by default.
@@ -190,11 +195,13 @@ def grpo_loss(
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     # Padding may hold anything; where() before exp() keeps it out of the value and of the gradient.
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    log_ratio = torch.where(mask, logprobs - old_logprobs if log_ratio is None else log_ratio, 0.0)
     if level == "sequence":
         log_ratio = (log_ratio.sum(-1) / mask.sum(-1).clamp(min=1))[:, None].expand_as(log_ratio)
     ratio = torch.exp(bounded(log_ratio))
     per_step = surrogate(torch.where(mask, logprobs, 0.0), ratio, advantages, clip_low, clip_high)
+    if step_weights is not None:
+        per_step = per_step * step_weights
     truncated, exponents = 0.0, [log_ratio]
     if rollout_logprobs is not None:
         weights = importance_weights(old_logprobs, rollout_logprobs, mask, importance_cap, correction)
@@ -260,6 +267,12 @@ class Grpo:
                 "loss_norm=constant needs the longest possible trajectory, e.g. the longest completion in tokens"
             )
         self.settings, self.longest = settings, longest
+        self.balance: StepBalance = settings.step_balance if isinstance(settings, FlowGrpoSection) else "none"
+
+    def _kept(self, out: PolicyOutput) -> PolicyOutput:
+        """Return what later updates of the same batch need of ``out``; means are as large as latents."""
+        mean = out.mean.detach() if self.balance == "ratio_norm" and out.mean is not None else None
+        return PolicyOutput(out.logprobs.detach(), out.mask, mean=mean)
 
     def gate_tolerance(self, dtype: str) -> float | None:
         """A fifth of the clip range; no gate where the samples count as the engine's."""
@@ -277,7 +290,7 @@ class Grpo:
             for item in step:
                 with torch.no_grad():
                     out = models.policy.forward(item.batch)
-                item.old = out.logprobs.detach()
+                item.old = self._kept(out)
                 note(item, out)
 
     def part(self, models: Models, item: Prepared, piece: tuple[slice, Any, Tensor | None], step: Step) -> Part:
@@ -285,15 +298,19 @@ class Grpo:
         steps, batch, lengths = piece
         out = models.policy.forward(batch)
         mask = out.mask if item.micro.real else torch.zeros_like(out.mask)
-        old = out.logprobs.detach() if item.old is None else item.old[:, steps]
+        kept = self._kept(out)
+        old = kept if item.old is None else item.old.steps(steps)
         kl, kl_log_ratio = self._kl(models, batch, out)
+        log_ratio, step_weights = balanced(self.balance, out, old, batch)
         # Divided by the global count after the last micro-batch: only then is it known, and gradients are linear in it.
         loss, stats = self.loss(
             out.logprobs,
-            old,
+            old.logprobs,
             item.advantages,
             mask,
             rollout_logprobs=item.rollout[:, steps],
+            log_ratio=log_ratio,
+            step_weights=step_weights,
             kl=kl,
             kl_log_ratio=kl_log_ratio,
             lengths=lengths,
@@ -304,7 +321,7 @@ class Grpo:
         sums = {name: value for name, value in asdict(stats).items() if name not in unused}
         if out.entropy is not None:
             sums["entropy"] = float(torch.where(mask, out.entropy, 0.0).sum())
-        return Part(loss, sums, stats.ratio_max_dev, PolicyOutput(out.logprobs.detach(), out.mask))
+        return Part(loss, sums, stats.ratio_max_dev, kept)
 
     def count(self, item: Prepared, outputs: Sequence[PolicyOutput]) -> float:
         """Return the micro-batch's share of the count (see :func:`normaliser`)."""
@@ -336,6 +353,8 @@ class Grpo:
         kl: Tensor | None = None,
         kl_log_ratio: Tensor | None = None,
         lengths: Tensor | None = None,
+        log_ratio: Tensor | None = None,
+        step_weights: Tensor | None = None,
     ) -> tuple[Tensor, LossStats]:
         """Return the sum over the micro-batch and its statistics (see :func:`grpo_loss`)."""
         settings = self.settings
@@ -355,6 +374,8 @@ class Grpo:
             correction=settings.rollout_correction if isinstance(settings, TokenGrpoSection) else "token_tis",
             lengths=lengths,
             kl_log_ratio=kl_log_ratio,
+            log_ratio=log_ratio,
+            step_weights=step_weights,
             level=self.level,
             surrogate=self.surrogate,
         )

@@ -11,6 +11,8 @@ from pydantic import Field, field_validator
 
 from actors.settings import Positive, Section, cite
 
+StepBalance = Literal["none", "rectify", "ratio_norm"]
+
 
 class ObjectiveSection(Section):
     """What every objective has: advantages, the reference, and how often a rollout batch is learnt from."""
@@ -156,6 +158,14 @@ class FlowGrpoSection(GrpoSection):
         "closed",
         description="The KL of two Gaussian steps of equal std has a closed form; estimators would only add variance.",
         json_schema_extra=cite("Flow-GRPO"),
+    )
+
+    step_balance: StepBalance = Field(
+        "none",
+        description="How steps of different noise are made to learn alike (docs/objectives.md): not at all; by a weight of each step's "
+        "surrogate (rectify); or by a ratio that is normalised over steps and a surrogate divided by the step's length in sigma "
+        "(ratio_norm), which needs clip ranges some hundred times smaller and a schedule with an s(sigma). The KL is weighed by none.",
+        json_schema_extra=cite("Flash-GRPO", "GRPO-Guard"),
     )
 
     @field_validator("kl_estimator", mode="before")

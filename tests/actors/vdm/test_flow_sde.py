@@ -107,6 +107,25 @@ def test_window_kinds():
     assert starts != [WindowSchedule("random", first=2, last=9, size=3, seed=5).start_at(step) for step in range(200)]
 
 
+def test_each_prompt_has_a_window_of_its_own():
+    """Of the run's seed, the step and the prompt alone, and spread over all places."""
+    windows = WindowSchedule("random", first=2, last=9, size=3, every=2, seed=4, per="prompt")
+    starts = {(step, f"s{i}"): windows.start_at(step, f"s{i}") for step in range(0, 40, 2) for i in range(30)}
+    counts = [list(starts.values()).count(place) for place in range(2, 7)]
+    assert sum(counts) == 600 and min(counts) > 80  # 120 are expected at each of five places
+    assert len({starts[0, f"s{i}"] for i in range(30)}) == 5 == len({starts[step, "s0"] for step in range(0, 40, 2)})
+    again = WindowSchedule("random", first=2, last=9, size=3, every=2, seed=4, per="prompt")
+    assert {key: again.start_at(*key) for key in reversed(starts)} == starts
+    assert again.start_at(1, "s0") == starts[0, "s0"]  # it moves every second step
+    other = WindowSchedule("random", first=2, last=9, size=3, every=2, seed=5, per="prompt")
+    assert {key: other.start_at(*key) for key in starts} != starts
+    batch = WindowSchedule("random", first=2, last=9, size=3, seed=4)
+    assert all(batch.start_at(step, "s0") == batch.start_at(step) for step in range(20)), "a batch's is no prompt's"
+    with pytest.raises(ConfigError, match="schedule random, not fixed"):
+        WindowSchedule("fixed", first=2, last=9, size=3, per="prompt")
+    assert windows.reach == (2, 9) and WindowSchedule("fixed", first=2, last=9, size=3).reach == (2, 5)
+
+
 @pytest.mark.parametrize("kind", ["fixed", "progressive", "random"])
 def test_a_window_follows_from_the_steps_number_alone(kind):
     """So nothing has to be remembered: a resumed run asks for the step it is at."""

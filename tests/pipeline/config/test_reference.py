@@ -23,7 +23,7 @@ SWITCHES = {
     "stage1.optim": "lr warmup_steps schedule ema",
     "stage1.lora": "rank alpha",
     "stage2.render": "guidance",
-    "stage2.sde": "schedule level window_size window_range window_schedule window_every same_latent",
+    "stage2.sde": "schedule level window_size window_range window_schedule window_every window_per same_latent",
     "stage2": "anchor_min_rouge",
 }
 

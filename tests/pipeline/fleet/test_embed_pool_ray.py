@@ -141,7 +141,7 @@ def test_with_and_without_the_pool_the_same_is_drawn(seen: Seen, tiny_vdm_dir: P
     )
     stage = Stage2(config, fleet)  # type: ignore[arg-type]
     for group in seen.batches[0].batch.groups:
-        anchor, spec = Anchor("", group.sample.caption, 1.0), sde_spec(config, stage.window, 0)
+        anchor, spec = Anchor("", group.sample.caption, 1.0), sde_spec(config, stage.window, 0, group.sample.id)
         alone = asyncio.run(stage.group(group.sample, anchor, "0", spec))
         assert alone is not None and len(alone.members) == len(group.members) == GROUP
         for a, b in zip(alone.members, group.members, strict=True):

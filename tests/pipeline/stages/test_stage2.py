@@ -76,7 +76,7 @@ def sampled(fleet: Fleet, config: RunConfig, step: int = 0) -> list[Trajectory]:
     """Trajectories of one group of ``step``."""
     stage, item = Stage2(config, fleet), sample()  # type: ignore[arg-type]
     group = asyncio.run(
-        stage.group(item, Anchor("", item.caption, 1.0), str(step), sde_spec(stage.config, stage.window, step))
+        stage.group(item, Anchor("", item.caption, 1.0), str(step), sde_spec(stage.config, stage.window, step, item.id))
     )
     assert group is not None and not group.failures
     return [m.clip.trajectory for m in group.members if m.clip is not None and m.clip.trajectory is not None]
@@ -132,7 +132,7 @@ def test_guidance_is_part_of_the_sampled_policy(fleet: Fleet) -> None:
 
 def starts(config: RunConfig, steps: int = 12) -> list[int]:
     stage = Stage2(config, None)  # type: ignore[arg-type]
-    return [sde_spec(stage.config, stage.window, step).window_start for step in range(steps)]
+    return [sde_spec(stage.config, stage.window, step, "s").window_start for step in range(steps)]
 
 
 def test_window_moves_as_its_schedule_says() -> None:
@@ -155,6 +155,38 @@ def test_the_window_that_is_told_is_the_steps_own() -> None:
     assert told == starts(config) and len(set(told)) > 1
     both = AllInOne(config, None)  # type: ignore[arg-type]
     assert [both.metrics(RolloutBatch((), (), ()), step)["sde/window_start"] for step in range(12)] == told
+
+
+def test_with_a_window_per_prompt_a_group_shares_its_own(fleet: Fleet) -> None:
+    config = settings(window_schedule="random", window_per="prompt", window_size=1)
+    stage, found = Stage2(config, fleet), {}  # type: ignore[arg-type]
+    for number in range(6):
+        item = sample(number)
+        spec = sde_spec(config, stage.window, 3, item.id)
+        group = asyncio.run(stage.group(item, Anchor("", item.caption, 1.0), "3", spec))
+        assert group is not None and not group.failures
+        (window,) = {m.clip.trajectory.sde for m in group.members if m.clip is not None and m.clip.trajectory}
+        assert window == spec and window.reach == (stage.window.first, stage.window.last)
+        found[item.id] = (group, window.window_start)
+    starts = [start for _, start in found.values()]
+    assert len(set(starts)) > 1, "other prompts have others"
+    batch = RolloutBatch(tuple(group for group, _ in found.values()), (), ())
+    assert stage.metrics(batch, 3)["sde/window_start"] == pytest.approx(np.mean(starts))
+    both = AllInOne(config, None)  # type: ignore[arg-type]
+    assert both._render(item, "x", 0, "3").sde == spec, "all-in-one asks for the same"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"window_per": "prompt", "window_schedule": "progressive"}, "window_schedule: random"),
+        ({"window_per": "group"}, "'batch' or 'prompt'"),
+        ({"schedule": "cps", "level": 0.5}, "one of the schedules flow, wan, dance"),
+    ],
+)
+def test_windows_and_balances_that_cannot_be(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_config({"stage2": {"sde": keys, "grpo": {"step_balance": "ratio_norm"}}})
 
 
 def test_the_default_range_follows_from_the_grid() -> None:
