@@ -55,8 +55,8 @@ $(STAMP):
 demo: setup
 	$(BIN)/vans demo
 
-# LANES=2 runs the files in two processes side by side, each with a Ray of its own; 0 is one process.
-LANES ?= 0
+# The files are shared by two processes side by side, each with a Ray of its own; LANES=0 is one process, for less memory.
+LANES ?= 2
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 test: setup
