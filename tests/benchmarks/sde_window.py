@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,12 +55,12 @@ class Artist:
         assert weights is not None
         self.sampler.load_adapter_state(as_tensors(weights))
 
-    def draw(self, samples: list[Sample], sde: SdeSpec | None, count: int, ends: bool = False) -> list[list[Clip]]:
+    def draw(self, samples: list[Sample], count: int, kind: Literal["held out", "steps", "ends"]) -> list[list[Clip]]:
         """Return ``count`` clips of each sample's true caption, those of a group from one noise, unless only their ``ends`` count.
 
         A rollout takes the run's number of steps, and what is held out ten.
         """
-        rollout = sde is not None or ends
+        rollout, ends, sde = kind != "held out", kind == "ends", self.config.stage2.sde
         requests = [
             RenderRequest(
                 s.id,
@@ -74,7 +74,15 @@ class Artist:
                     self.config.seed, self.steps if rollout else "held out", s.id, *([i] if ends else [])
                 ),
                 sde_seed=derive_seed(self.config.seed, self.steps, s.id, i),
-                sde=sde,
+                sde=SdeSpec(
+                    sde.schedule,
+                    sde.level,
+                    self.window.start_at(self.steps, s.id),
+                    self.window.size,
+                    self.window.reach,
+                )
+                if kind == "steps"
+                else None,
                 ends=ends,
             )
             for s in samples
@@ -102,10 +110,8 @@ class Artist:
 
     def rollout(self, samples: list[Sample]) -> list[Experience]:
         """Return the trajectories of the groups of ``samples`` with their advantages."""
-        sde, learning = self.config.stage2.sde, self.config.stage2.learning
-        spec = SdeSpec(sde.schedule, sde.level, self.window.start_at(self.steps), self.window.size)
-        ends = learning.samples == "ends"
-        groups = self.draw(samples, None if ends else spec, GROUP, ends)
+        learning = self.config.stage2.learning
+        groups = self.draw(samples, GROUP, learning.samples)
         advantages, _ = group_advantages(self.rewards(samples, groups), learning.std_norm)
         items: list[Experience] = []
         for group, values in zip(groups, advantages, strict=True):
@@ -156,7 +162,7 @@ def windows(seed: int) -> tuple[WindowSchedule, WindowSchedule]:
 
 def held_out(artist: Artist, samples: list[Sample]) -> float:
     """Return the mean reward of clips drawn without noise on the way."""
-    return float(np.mean(artist.rewards(samples, artist.draw(samples, None, 1))))
+    return float(np.mean(artist.rewards(samples, artist.draw(samples, 1, "held out"))))
 
 
 def measure(size: Size) -> Result:

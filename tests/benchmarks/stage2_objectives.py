@@ -19,27 +19,37 @@ from actors.scoring.scorer import Scorer
 from pipeline.config import load_config
 from pipeline.data.toy.world import make_sample
 from pipeline.fleet.models import resolve_model
+from pipeline.stages.stage2 import sde_window
 from tests.benchmarks.bench import Check, Result, Size, medians
-from tests.benchmarks.sde_window import PROMPTS, Artist, held_out, one_rank, toys, windows
+from tests.benchmarks.sde_window import PROMPTS, Artist, held_out, one_rank, toys
 
 SEARCHED: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo": (
         ("render.steps=8", "optim.lr=1e-3"),
-        ("render.steps=6", "optim.lr=1e-3"),
         ("render.steps=6", "optim.lr=3e-3"),
+        ("render.steps=6", "optim.lr=3e-3", "grpo.kl_beta=0.0"),
+        ("render.steps=6", "optim.lr=3e-3", "grpo.epochs_per_batch=4"),
+        ("render.steps=6", "optim.lr=3e-3", "sde.window_per=prompt", "grpo.step_balance=rectify"),
+        ("render.steps=6", "optim.lr=3e-3", "sde.window_size=1", "sde.window_per=prompt", "grpo.step_balance=rectify"),
     ),
     "nft": (
         ("render.steps=6", "optim.lr=1e-3"),
         ("render.steps=6", "optim.lr=3e-3"),
+        ("render.steps=6", "optim.lr=1e-3", "nft.epochs_per_batch=8"),
         ("render.steps=6", "optim.lr=3e-3", "nft.kl_beta=0.1"),
+        ("render.steps=5", "optim.lr=2e-3", "nft.beta=0.3"),
+        ("render.steps=6", "optim.lr=3e-3", "nft.advantage_max=1.0", "nft.behaviour_decay=0.5"),
     ),
     "awm": (
-        ("render.steps=6", "optim.lr=1e-3"),
         ("render.steps=6", "optim.lr=1e-3", "awm.weight=10"),
         ("render.steps=6", "optim.lr=3e-3", "awm.weight=10"),
+        ("render.steps=6", "optim.lr=3e-3", "awm.weight=30"),
+        ("render.steps=6", "optim.lr=3e-3", "awm.weight=10", "awm.kl_beta=0.1"),
+        ("render.steps=6", "optim.lr=1e-3", "awm.weight=10", "awm.epochs_per_batch=8"),
+        ("render.steps=5", "optim.lr=2e-3", "awm.weight=10", "awm.clip_low=0.5", "awm.clip_high=0.5"),
     ),
 }
-"""Keys of ``stage2``; the others are the toy run's."""
+"""Keys of ``stage2``; the others are the toy run's, with a moving window of two steps."""
 CHOSEN = {"grpo": 2, "nft": 0, "awm": 2}
 """Which of them was best on val, by the mean over its seeds."""
 UNIT = "of CLIP-V + CLIPScore"
@@ -57,7 +67,8 @@ def trained(
 ) -> Artist:
     """Return the artist after ``budget_s`` CPU seconds of stage 2 by ``name``."""
     overrides = ["learner.ranks=1", f"seed={seed}", f"stage2.objective={name}", *(f"stage2.{key}" for key in keys)]
-    artist = Artist(load_config("toy", overrides), mesh, scorer, windows(seed)[0])
+    config = load_config("toy", overrides)
+    artist = Artist(config, mesh, scorer, sde_window(config))
     end = time.process_time() + budget_s
     while time.process_time() < end:
         artist.step(toys(1000 + artist.steps * prompts, prompts))
