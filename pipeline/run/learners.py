@@ -15,7 +15,7 @@ from actors.records import derive_seed
 from actors.weights.broadcast import BroadcastSpec
 from pipeline.config import RunConfig
 from pipeline.config.stages import Stage1Section, Stage2Section
-from pipeline.fleet.models import resolve_adapter, resolve_model
+from pipeline.fleet.models import resolve_adapter, resolve_model, vdm_options
 from pipeline.fleet.open import LEARNER, Fleet, at_rest
 from pipeline.stages.loop import Learners, Stage, pool_of
 from pipeline.stages.table import AnyStage
@@ -90,7 +90,7 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
         "engine_dtype": config.pools.vlm.dtype,
     }
     if policy == "vdm":  # every trajectory comes with what it was conditioned on
-        options = {"shift": models.flow_shift, "shared_times": models.shared_times, "components": ("transformer",)}
+        options = {**vdm_options(config), "components": ("transformer",)}
     model = resolve_model(getattr(models, policy), policy)  # type: ignore[arg-type]
     return LearnerSpec(
         kind=policy,
