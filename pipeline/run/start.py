@@ -91,7 +91,7 @@ def beginning(config: RunConfig, resume: bool, restart_data: bool, mirror: Mirro
 
     Raises ConfigError, DataError, StorageError or CheckpointError where it may not begin, or not go on.
     """
-    checkpoint = _starting_point(config, resume, restart_data, mirror)
+    checkpoint = starting_point(config, resume, restart_data, mirror)
     source = training_source(config)
     inputs = run_inputs(config, source)
     if checkpoint is None:
@@ -110,7 +110,8 @@ def cursor_of(state: TrainState, inputs: Inputs) -> FeedCursor:
     return FeedCursor.from_json(state.cursor)
 
 
-def _starting_point(config: RunConfig, resume: bool, restart_data: bool, mirror: Mirror | None) -> Checkpoint | None:
+def starting_point(config: RunConfig, resume: bool, restart_data: bool, mirror: Mirror | None) -> Checkpoint | None:
+    """Return the checkpoint that a run of ``config`` goes on from, brought back from its mirror if need be; None for a new run."""
     store = CheckpointStore(config.out / "checkpoints", config.checkpoint.keep)
     if not resume:
         if store.paths():

@@ -215,7 +215,7 @@ class Run:
             self.feed = SampleFeed(self.feed.source, self.feed.batch_size, cursor_of(state, self.inputs))
             if state.mlflow_run_ids.get("parent") == self.tracker.run_id:
                 self.run_ids.update(state.mlflow_run_ids)
-            self._offer_earlier(state)
+            self.offer_earlier(state)
         if told := self.held_out.take_up(standing_of(state)):
             self.console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
         with waiting(self.console, "starting the pools (vLLM engine, artist, scorers)"):
@@ -245,7 +245,7 @@ class Run:
                 await fleet_context.__aexit__(None, None, None)
         return self.report
 
-    def _offer_earlier(self, state: TrainState) -> None:
+    def offer_earlier(self, state: TrainState) -> None:
         """Send what a run that is continued may not have sent; what the mirror has already is not sent again."""
         assert self.checkpoint is not None
         kinds = STAGES[self.config.training]

@@ -61,6 +61,14 @@ class World:
         if error is not None:
             raise error
 
+    @asynccontextmanager
+    async def learners_open(self, *_: object) -> AsyncIterator[Any]:
+        """Start a learner that counts, in place of a run's groups."""
+        learner = CountingLearner(self)
+        await learner.start()
+        self.learners.append(learner)
+        yield {"vlm": learner}
+
 
 @dataclass
 class CountingLearner:
@@ -163,19 +171,12 @@ def go(config: RunConfig, world: World, *, staleness: int = 0, signal_at: int = 
     def kind(config: RunConfig, fleet: Fleet) -> ServedStage:
         return ServedStage(staleness, steps=STEPS, fleet=fleet, world=world, signal_at=signal_at)
 
-    @asynccontextmanager
-    async def counters(*_: object) -> AsyncIterator[Any]:
-        learner = CountingLearner(world)
-        await learner.start()
-        world.learners.append(learner)
-        yield {"vlm": learner}
-
     with (
         stop_on_signals(lambda stop: stopped_message(config, stop)) as stop,
         Tracker.start(config, resume_run_id=ids.get("parent"), strict=False) as tracker,
     ):
         ids = ids | {"parent": tracker.run_id}
-        run = Run(config, tracker, paper, feed, checkpoint, run_ids=ids, stop=stop, open_learners=counters)
+        run = Run(config, tracker, paper, feed, checkpoint, run_ids=ids, stop=stop, open_learners=world.learners_open)
         stop.run(run.stage(kind, fleet, state))  # type: ignore[arg-type]
     return paper.file.getvalue()  # type: ignore[attr-defined]
 
