@@ -25,7 +25,7 @@ from pipeline.data.decoder import shown_rate
 from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.sources import video_limits
 from pipeline.data.video import decode_timed, decode_video, encode_mp4
-from pipeline.fleet.models import resolve_adapter, resolve_model
+from pipeline.fleet.models import resolve_adapter, resolve_model, vdm_options
 from pipeline.stages.requests import render_request
 from pipeline.support import terminal
 from pipeline.support.harmless import in_markup, short
@@ -280,10 +280,8 @@ def draw(
             model,
             dtype=config.pools.vdm.dtype,
             adapter=adapter,
-            shift=config.models.flow_shift,
-            shared_times=config.models.shared_times,
             settings=VdmPoolSection(max_decode=config.pools.vdm.max_decode),
-            vae_tiling=config.video.vae_tiling,
+            **vdm_options(config),
         )
         render = config.evaluate.render
         artist.embed([*captions.values(), *([artist.negative_prompt] if render.guidance != 1.0 else [])])

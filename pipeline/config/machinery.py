@@ -1,4 +1,4 @@
-"""Sections of the machinery: pools, learner group, cluster, tracking, checkpoints, alarms."""
+"""Sections of the machinery: weights, cluster, tracking, checkpoints, alarms."""
 
 from __future__ import annotations
 
@@ -6,23 +6,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from actors.pool.settings import PoolSection
 from actors.settings import Positive, Section
-from actors.vdm.settings import EmbedPoolSection, VdmPoolSection
-from actors.vlm.settings import VlmPoolSection
 from cluster.layout import Strategy
 from pipeline.support.harmless import redacted
 from pipeline.support.location import Location
 from rewards.alarms import AlarmSettings
-
-
-class PoolsSection(Section):
-    """The pools, sized independently."""
-
-    vlm: VlmPoolSection = Field(default_factory=VlmPoolSection)
-    embed: EmbedPoolSection = Field(default_factory=EmbedPoolSection)
-    vdm: VdmPoolSection = Field(default_factory=VdmPoolSection)
-    reward: PoolSection = Field(default_factory=PoolSection)
 
 
 class WeightsSection(Section):

@@ -18,12 +18,12 @@ from pipeline.config.machinery import (
     CheckpointSection,
     ClusterSection,
     ControlSection,
-    PoolsSection,
     TrackingSection,
     WeightsSection,
 )
 from pipeline.config.stages import GreedyTextSection, RenderSection, Stage1Section, Stage2Section
 from pipeline.config.training import SftSection
+from pipeline.fleet.kinds import PoolsSection
 from pipeline.support.location import LocalPath, Location, Uri, opened
 
 
@@ -279,17 +279,10 @@ class RunConfig(Section):
     def _determinism(self) -> RunConfig:
         if not self.deterministic:
             return self
-        sections = self.pools
-        pools = {
-            "vlm": sections.vlm,
-            "embed": sections.embed,
-            "vdm": sections.vdm,
-            "reward": sections.reward,
-            "learner": self.learner,
-        }
+        sections = {f"pools.{name}": getattr(self.pools, name) for name in type(self.pools).model_fields}
         reasons = [
-            f"{'learner' if name == 'learner' else f'pools.{name}'}.{key}={value}"
-            for name, section in pools.items()
+            f"{name}.{key}={value}"
+            for name, section in (sections | {"learner": self.learner}).items()
             for key, exact in (("gpus", 0.0), ("dtype", "float32"))
             if (value := getattr(section, key, exact)) != exact
         ]

@@ -1,11 +1,14 @@
-"""Where a configured model name points: the bundled tiny pair, a local folder, or a hub name."""
+"""Where a configured model name points, the bundled tiny pair, a local folder or a hub name, and how a run loads its artist."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import CheckpointError
+
+if TYPE_CHECKING:  # the sections of the pools, whose rows resolve models, are part of it
+    from pipeline.config import RunConfig
 
 ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
 Role = Literal["vlm", "vdm", "clip"]
@@ -59,6 +62,15 @@ def resolve_adapter(name: str | None, role: Literal["vlm", "vdm"], model: str) -
         raise CheckpointError(f"{where}: {error}") from error
     fit(tensors, config, model_layers(model, role), role, where)
     return str(folder)
+
+
+def vdm_options(config: RunConfig) -> dict[str, Any]:
+    """Return what every load of the artist has in common: how it reads its times, and how its VAE cuts frames."""
+    return {
+        "shift": config.models.flow_shift,
+        "shared_times": config.models.shared_times,
+        "vae_tiling": config.video.vae_tiling,
+    }
 
 
 def _adapter_hint(folder: Path, role: Role) -> str:

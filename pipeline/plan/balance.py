@@ -19,7 +19,7 @@ import numpy as np
 from cluster.errors import PlacementError
 
 ROLES = ("vlm", "vdm", "reward", "learner")
-"""What GPUs are split over. The embed pool, where there is one, stands with the scorers: both are small beside the others."""
+"""What GPUs are split over. Every other pool stands with the scorers (:func:`standing`): they are small beside these."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class StageDemand:
         """Return the step's seconds from those of its demands, by name."""
         by_role: dict[str, np.ndarray] = {}
         for demand in self.demands:
-            by_role[demand.role] = by_role.get(demand.role, np.asarray(0.0)) + seconds[demand.name]
-        by_role["reward"] = by_role.get("reward", np.asarray(0.0)) + by_role.pop("embed", np.asarray(0.0))
+            role = standing(demand.role)
+            by_role[role] = by_role.get(role, np.asarray(0.0)) + seconds[demand.name]
         parts = [by_role.get(role, np.asarray(0.0)) for role in ROLES]
         if colocated:
             return sum(parts, np.asarray(self.switch_s))
@@ -135,13 +135,13 @@ def best_split(
     total = np.where(allowed, total, np.inf)
     best = np.unravel_index(int(np.argmin(total)), total.shape)
     split = {role: int(counts[role][best]) for role in ROLES}
-    workers = {**split, "vlm": split["vlm"] // engine_gpus, "embed": split["reward"]}
+    workers = {role: split[standing(role)] for role in _asked(stages)} | {"vlm": split["vlm"] // engine_gpus}
     return Split(split, {stage.name: stage.seconds(workers) for stage in stages}, float(total[best]))
 
 
 def shared_split(stages: Sequence[StageDemand], gpus: int) -> Split:
     """Return what colocated roles come to: each stage of a step on all ``gpus``, one after another."""
-    everywhere = dict.fromkeys((*ROLES, "embed"), gpus)
+    everywhere = dict.fromkeys(_asked(stages), gpus)
     step_s = {stage.name: stage.seconds(everywhere, colocated=True) for stage in stages}
     return Split(
         dict.fromkeys(ROLES, gpus), step_s, sum(stage.steps * step_s[stage.name] for stage in stages), colocated=True
@@ -150,4 +150,8 @@ def shared_split(stages: Sequence[StageDemand], gpus: int) -> Split:
 
 def standing(role: str) -> str:
     """Return which of ROLES ``role`` shares its GPUs with in a split."""
-    return "reward" if role == "embed" else role
+    return role if role in ROLES else "reward"
+
+
+def _asked(stages: Sequence[StageDemand]) -> set[str]:
+    return {demand.role for stage in stages for demand in stage.demands}

@@ -15,6 +15,7 @@ from actors.architectures import memory as training
 from actors.learner.batches import prompts_read
 from cluster.hardware import GIB
 from pipeline.config import RunConfig
+from pipeline.fleet.open import pool_sections
 from pipeline.plan.models import BYTES, Models
 
 USABLE = 0.95
@@ -77,10 +78,7 @@ def processes(config: RunConfig, models: Models, gib: float) -> tuple[Process, .
         if section.steps or config.training == "all_in_one"
     ]
     return (
-        _engine(config, models, gib),
-        *([_embedder(config, models)] if config.pools.embed.workers else []),
-        _sampler(config, models),
-        _scorer(config, models),
+        *(_worker(name, config, models, gib) for name in pool_sections(config)),
         *(_vlm_learner(config, models) if policy == "vlm" else _vdm_learner(config, models) for policy, _ in learners),
     )
 
@@ -110,6 +108,16 @@ def encoding_bytes(models: Models, frames: int, height: int, width: int) -> floa
     """Return the bytes of the largest moment of encoding ``frames`` reference frames at once, in float32."""
     vae = models.vdm.components["vae"]
     return frames * (height * width // int(vae.get("patch_size") or 1) ** 2) * 4.0 * int(vae["base_dim"]) * 6
+
+
+def _worker(name: str, config: RunConfig, models: Models, gib: float) -> Process:
+    """Return a worker of the pool ``name``; of one that this module does not know, what every process on a GPU takes."""
+    known = {"embed": _embedder, "vdm": _sampler, "reward": _scorer}
+    if name == "vlm":
+        return _engine(config, models, gib)
+    if name in known:
+        return known[name](config, models)
+    return Process(name, f"{name} worker", {"CUDA context": CONTEXT}, rests=getattr(config.pools, name).rest)
 
 
 def _engine(config: RunConfig, models: Models, gib: float) -> Process:

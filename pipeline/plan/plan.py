@@ -16,8 +16,8 @@ from cluster.layout import ClusterView, PlacementPlan, shortfall
 from cluster.packing import Gpu, Member, pack
 from pipeline.config import RunConfig
 from pipeline.config.load import apply_override, parse_config
-from pipeline.fleet.open import LEARNER, placement_plan
-from pipeline.plan.balance import Split, StageDemand, best_split, shared_split
+from pipeline.fleet.open import LEARNER, placement_plan, pool_sections
+from pipeline.plan.balance import Split, StageDemand, best_split, shared_split, standing
 from pipeline.plan.demands import PUBLISH_BANDWIDTH, stage_demands
 from pipeline.plan.measured import Measured
 from pipeline.plan.memory import CONTEXT, USABLE, VLLM_BATCH_TOKENS, Process, processes, sequences_in_cache
@@ -66,8 +66,8 @@ class Plan:
 
     @property
     def colocated(self) -> bool:
-        """Whether roles share GPUs, so that they work one after another; scorers and embedders beside others hardly count."""
-        return any(len({member.role for member in gpu.members} - {"reward", "embed"}) > 1 for gpu in self.gpus)
+        """Whether roles share GPUs, so that they work one after another; scorers, and what stands with them, hardly count."""
+        return any(len({standing(member.role) for member in gpu.members} - {"reward"}) > 1 for gpu in self.gpus)
 
     def step_s(self, stage: StageDemand) -> float:
         """Return the seconds of a step of ``stage`` as configured."""
@@ -137,22 +137,19 @@ def switching(stages: Iterable[StageDemand], kinds: Iterable[Process]) -> tuple[
 
 def overrides(config: RunConfig, split: Split) -> str:
     """Return the overrides with which ``config`` has ``split``."""
-    engine, embeds = config.pools.vlm.tensor_parallel, config.pools.embed.workers > 0
+    engine, pools = config.pools.vlm.tensor_parallel, list(pool_sections(config))
     if split.colocated:
         count = split.gpus["vdm"]
-        pools = ["pools.vlm", *(["pools.embed"] if embeds else []), "pools.vdm", "pools.reward"]
-        each = [f"{pool}.workers={count} {pool}.gpus=0.2" for pool in pools]
+        each = [f"pools.{pool}.workers={count} pools.{pool}.gpus=0.2" for pool in pools]
         stale = [f"{stage}.rollout.max_staleness=0" for stage in ("stage1", "stage2") if _staleness(config, stage)]
         share = f"pools.vlm.gpu_memory_utilization={split.engine_share:g} pools.vlm.kv_cache_mib=null"
         ranks = f"learner.ranks={count} learner.gpus=0.2"
         return " ".join(["cluster.layout=colocated", *each, ranks, *RESTING, *stale, share])
-    gpus, small = split.gpus, 0.5 if embeds else 1
-    embed = f" pools.embed.workers={gpus['reward']} pools.embed.gpus={small}" if embeds else ""
-    return (
-        f"cluster.layout=disaggregated pools.vlm.workers={gpus['vlm'] // engine} pools.vlm.gpus={engine}{embed} "
-        f"pools.vdm.workers={gpus['vdm']} pools.vdm.gpus=1 pools.reward.workers={gpus['reward']} pools.reward.gpus={small} "
-        f"learner.ranks={gpus['learner']} learner.gpus=1"
-    )
+    gpus, together = split.gpus, sum(standing(pool) == "reward" for pool in pools)
+    shares = {"vlm": engine, "vdm": 1.0}
+    counts = {pool: gpus[standing(pool)] for pool in pools} | {"vlm": gpus["vlm"] // engine}
+    each = [f"pools.{p}.workers={counts[p]} pools.{p}.gpus={shares.get(p, 1 / together):g}" for p in pools]
+    return " ".join(["cluster.layout=disaggregated", *each, f"learner.ranks={gpus['learner']} learner.gpus=1"])
 
 
 def _staleness(config: RunConfig, stage: str) -> int:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
+from rich.console import Console
+
+from actors.learner.group import LearnerGroup
 from actors.learner.spec import LearnerSpec
 from actors.records import derive_seed
 from actors.weights.broadcast import BroadcastSpec
 from pipeline.config import RunConfig
 from pipeline.config.stages import Stage1Section, Stage2Section
-from pipeline.fleet.models import resolve_adapter, resolve_model
+from pipeline.fleet.models import resolve_adapter, resolve_model, vdm_options
+from pipeline.fleet.open import LEARNER, Fleet, at_rest
 from pipeline.stages.loop import Learners, Stage, pool_of
 from pipeline.stages.table import AnyStage
+from pipeline.support.progress import waiting
+
+OpenLearners = Callable[[RunConfig, AnyStage, Fleet, Console], AbstractAsyncContextManager[Learners]]
+"""Starts the learner groups of a stage, and ends them with the block."""
 
 
 def _averaged(learners: Learners) -> Learners:
@@ -26,6 +35,26 @@ async def serve_averages(stage: Stage, learners: Learners) -> None:
     """Serve what each learner exports, where other weights sampled: it is the stage's result, which what comes next asks."""
     for policy, learner in _averaged(learners).items():
         await pool_of(stage, policy).set_weights(learner.version + 1, await learner.publish(averaged=True))
+
+
+@asynccontextmanager
+async def learners_open(config: RunConfig, stage: AnyStage, fleet: Fleet, console: Console) -> AsyncIterator[Learners]:
+    """Start a learner group for each policy that ``stage`` trains, and end them with the block."""
+    group, ranks = fleet.placement.group(LEARNER), config.learner.ranks
+    bundles = fleet.placement.bundles(LEARNER)
+    learners = {
+        policy: LearnerGroup(
+            learner_spec(config, stage, policy), group, bundles[i * ranks : (i + 1) * ranks] if group else None
+        )
+        for i, policy in enumerate(stage.policies)
+    }
+    try:
+        with waiting(console, f"starting the {' and the '.join(learners)} learner ({ranks} ranks)"):
+            async with at_rest(fleet):
+                await asyncio.gather(*(learner.start() for learner in learners.values()))
+        yield learners
+    finally:
+        await asyncio.gather(*(learner.close() for learner in learners.values()))
 
 
 @asynccontextmanager
@@ -61,7 +90,7 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
         "engine_dtype": config.pools.vlm.dtype,
     }
     if policy == "vdm":  # every trajectory comes with what it was conditioned on
-        options = {"shift": models.flow_shift, "shared_times": models.shared_times, "components": ("transformer",)}
+        options = {**vdm_options(config), "components": ("transformer",)}
     model = resolve_model(getattr(models, policy), policy)  # type: ignore[arg-type]
     return LearnerSpec(
         kind=policy,

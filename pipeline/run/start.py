@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 
 from cluster.errors import CheckpointError, ConfigError
 from pipeline.checkpoint import (
     Checkpoint,
     CheckpointStore,
+    Inputs,
     Mirror,
+    TrainState,
+    compare_inputs,
     free_besides,
     newest_of_both,
     require_same_config,
 )
 from pipeline.config import RunConfig, to_yaml
+from pipeline.data.source import Cursor, SampleSource
+from pipeline.data.sources import run_inputs, training_source
 from pipeline.evaluate.table import require_metric
 from pipeline.fleet.open import placement_plan
 from pipeline.run.best import BEST
 from pipeline.run.learners import export_name, section_of
+from pipeline.stages.feed import FeedCursor
 from pipeline.stages.stage2 import Stage2, window_warnings
 from pipeline.stages.table import STAGES
 from pipeline.support import terminal
@@ -69,7 +76,42 @@ def mirror_of(config: RunConfig) -> Mirror | None:
     return None if section.mirror is None else Mirror(section.mirror, section.keep)
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins: at ``checkpoint`` (None: step 0), with the data of ``source``; ``told`` is for people, line by line."""
+
+    checkpoint: Checkpoint | None
+    source: SampleSource
+    inputs: Inputs
+    told: tuple[str, ...] = ()
+
+
+def beginning(config: RunConfig, resume: bool, restart_data: bool, mirror: Mirror | None) -> Beginning:
+    """Return where the run of ``config`` begins; nothing is started.
+
+    Raises ConfigError, DataError, StorageError or CheckpointError where it may not begin, or not go on.
+    """
+    checkpoint = starting_point(config, resume, restart_data, mirror)
+    source = training_source(config)
+    inputs = run_inputs(config, source)
+    if checkpoint is None:
+        return Beginning(None, source, inputs)
+    state, where = checkpoint.state, str(checkpoint.path)
+    earlier = Inputs.from_json(state.inputs)
+    inputs, told = compare_inputs(earlier, inputs, state.cursor, where=where, restart_data=restart_data)
+    return Beginning(checkpoint, source, inputs, tuple(told))
+
+
+def cursor_of(state: TrainState, inputs: Inputs) -> FeedCursor:
+    """Return where a run of ``inputs`` that goes on at ``state`` draws: the beginning, where the data were begun anew since then."""
+    earlier = Inputs.from_json(state.inputs)
+    if len(inputs.restarts) > len(earlier.restarts) and not inputs.continues(earlier):
+        return FeedCursor(Cursor())
+    return FeedCursor.from_json(state.cursor)
+
+
 def starting_point(config: RunConfig, resume: bool, restart_data: bool, mirror: Mirror | None) -> Checkpoint | None:
+    """Return the checkpoint that a run of ``config`` goes on from, brought back from its mirror if need be; None for a new run."""
     store = CheckpointStore(config.out / "checkpoints", config.checkpoint.keep)
     if not resume:
         if store.paths():

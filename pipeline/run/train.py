@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
-from actors.learner.group import LearnerGroup
 from actors.records import Sample
 from pipeline.checkpoint import (
     Checkpoint,
@@ -22,36 +20,35 @@ from pipeline.checkpoint import (
     Mirror,
     TrainState,
     Uploads,
-    WriteFailures,
-    compare_inputs,
     uploads_to,
 )
 from pipeline.config import RunConfig, to_yaml
 from pipeline.control.monitor import supervised_fleet
-from pipeline.data.source import Cursor, SampleSource
-from pipeline.data.sources import run_inputs, training_source
+from pipeline.data.source import SampleSource
 from pipeline.evaluate.evaluation import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.table import EvaluationTable
-from pipeline.fleet.open import LEARNER, Fleet, at_rest, cluster_session, serve_trained
+from pipeline.fleet.open import Fleet, at_rest, cluster_session, serve_trained
 from pipeline.lock import hold_all
 from pipeline.lock.holding import QUEUED_WAIT_S
-from pipeline.run.after_step import StepHook
+from pipeline.run.after_step import OnStep, StepHook
 from pipeline.run.best import BEST, standing_of
 from pipeline.run.held_out import HeldOut, held_out_source
-from pipeline.run.learners import export_name, learner_spec, serve_averages
+from pipeline.run.keep import Keeper
+from pipeline.run.learners import OpenLearners, export_name, learners_open, serve_averages
 from pipeline.run.recovery import Restarts, serve_restarted, train_with_restarts
 from pipeline.run.start import (
+    beginning,
+    cursor_of,
     has_checkpoint,
     mirror_of,
     require_trainable,
     resume_command,
-    starting_point,
     stopped_message,
 )
 from pipeline.stages.alarms import AlarmWatch
-from pipeline.stages.feed import FeedCursor, SampleFeed
-from pipeline.stages.loop import Learners, StageResult, StageStopped, pool_of, run_stage
+from pipeline.stages.feed import SampleFeed
+from pipeline.stages.loop import StageResult, StageStopped, pool_of, run_stage
 from pipeline.stages.stage2 import window_warnings
 from pipeline.stages.table import STAGES, AnyStage
 from pipeline.support import terminal
@@ -88,8 +85,12 @@ def run_training(
     restart_data: bool = False,
     evaluate: bool = False,
     console: Console | None = None,
+    on_step: OnStep | None = None,
 ) -> RunReport:
     """Run both stages of ``config``; with ``evaluate`` the pair answers the held-out samples before and after.
+
+    ``on_step`` is called with the stage's name and the report of each optimizer step, when all else that follows the step is done:
+    its figures are on their way to MLflow, its checkpoint is written. An error that it raises ends the run.
 
     ``resume="if_any"`` continues where there is a checkpoint and else starts; where another process has the folder, it waits for
     that one's end, QUEUED_WAIT_S at most, because it may be writing its last checkpoint. ``restart_data``: a resumed run whose
@@ -115,7 +116,7 @@ def run_training(
         stop_on_signals(lambda stop: stopped_message(config, stop)) as stop,
         hold_all(places, "vans train", wait_s=QUEUED_WAIT_S if resume == "if_any" else 0.0, tell=tell) as require_owned,
     ):
-        return _run_held(config, mirror, resume, restart_data, evaluate, console, stop, require_owned)
+        return _run_held(config, mirror, resume, restart_data, evaluate, console, stop, require_owned, on_step)
 
 
 def _run_held(
@@ -127,18 +128,13 @@ def _run_held(
     console: Console,
     stop: StopRequest,
     require_owned: Callable[[], None],
+    on_step: OnStep | None,
 ) -> RunReport:
     """Run ``config`` in a folder that is this process's own."""
     going_on = has_checkpoint(config) if resume == "if_any" else bool(resume)
-    checkpoint = starting_point(config, going_on, restart_data, mirror)
-    source = training_source(config)
-    inputs = run_inputs(config, source)
-    told: list[str] = []
-    if checkpoint is not None:
-        state, where = checkpoint.state, str(checkpoint.path)
-        earlier = Inputs.from_json(state.inputs)
-        inputs, told = compare_inputs(earlier, inputs, state.cursor, where=where, restart_data=restart_data)
-    for line in told:
+    start = beginning(config, going_on, restart_data, mirror)
+    checkpoint, source, inputs = start.checkpoint, start.source, start.inputs
+    for line in start.told:
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     config.out.mkdir(parents=True, exist_ok=True)
     terminal.keep_log_in(config.out)
@@ -161,7 +157,7 @@ def _run_held(
             tracker.log_tags({"vans.data_restarts": "\n".join(inputs.restarts)})
         held_source = held_out_source(config, tracker)
         feed = SampleFeed(source, batch_size=1)
-        run = _Run(
+        run = Run(
             config,
             tracker,
             console,
@@ -172,6 +168,7 @@ def _run_held(
             inputs=inputs,
             require_owned=require_owned,
             held_source=held_source,
+            on_step=on_step,
         )
         try:
             return stop.run(run.go(evaluate))
@@ -181,7 +178,7 @@ def _run_held(
 
 
 @dataclass
-class _Run:
+class Run:
     """The state of one run while it goes on."""
 
     config: RunConfig
@@ -196,25 +193,29 @@ class _Run:
     inputs: Inputs = field(default_factory=Inputs)
     require_owned: Callable[[], None] = lambda: None  # raises where another process has taken the run's folder over
     held_source: SampleSource | None = None
+    on_step: OnStep | None = None
+    open_learners: OpenLearners = learners_open
 
     def __post_init__(self) -> None:
         root = self.config.out / "checkpoints"
         self.store = CheckpointStore(root, self.config.checkpoint.keep, self.uploads.in_use, self.require_owned)
-        self.failures = WriteFailures(self.store, self.config.checkpoint.max_failures)
         self.held_out = HeldOut(
             self.config, self.tracker, self.store, self.uploads, self.held_source, self.require_owned
+        )
+        self.keeper = Keeper(
+            self.config, self.store, self.tracker, self.uploads, self.inputs, self.held_out, self.run_ids
         )
 
     async def go(self, evaluate: bool) -> RunReport:
         started = time.monotonic()
-        self.run_ids = {"parent": self.tracker.run_id}
+        self.run_ids["parent"] = self.tracker.run_id
         self.report.run_id, self.report.tracking_uri = self.tracker.run_id, self.tracker.uri
         state = self.checkpoint.state if self.checkpoint else None
         if state is not None:
-            self.feed = SampleFeed(self.feed.source, self.feed.batch_size, self._cursor(state))
+            self.feed = SampleFeed(self.feed.source, self.feed.batch_size, cursor_of(state, self.inputs))
             if state.mlflow_run_ids.get("parent") == self.tracker.run_id:
-                self.run_ids |= state.mlflow_run_ids
-            self._offer_earlier(state)
+                self.run_ids.update(state.mlflow_run_ids)
+            self.offer_earlier(state)
         if told := self.held_out.take_up(standing_of(state)):
             self.console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
         with waiting(self.console, "starting the pools (vLLM engine, artist, scorers)"):
@@ -228,7 +229,7 @@ class _Run:
                 self.report.samples = await samples
                 await self._answer(fleet, SYSTEMS[0])
             for kind in STAGES[self.config.training]:
-                await self._stage(kind, fleet, state)
+                await self.stage(kind, fleet, state)
             if evaluate:
                 await self._answer(fleet, SYSTEMS[1])
                 self.report.table = await score_systems(
@@ -244,14 +245,7 @@ class _Run:
                 await fleet_context.__aexit__(None, None, None)
         return self.report
 
-    def _cursor(self, state: TrainState) -> FeedCursor:
-        """Return where a run that goes on at ``state`` draws: the beginning, where the data were begun anew since then."""
-        earlier = Inputs.from_json(state.inputs)
-        if len(self.inputs.restarts) > len(earlier.restarts) and not self.inputs.continues(earlier):
-            return FeedCursor(Cursor())
-        return FeedCursor.from_json(state.cursor)
-
-    def _offer_earlier(self, state: TrainState) -> None:
+    def offer_earlier(self, state: TrainState) -> None:
         """Send what a run that is continued may not have sent; what the mirror has already is not sent again."""
         assert self.checkpoint is not None
         kinds = STAGES[self.config.training]
@@ -270,7 +264,7 @@ class _Run:
         )
         self.report.wall_s["evaluate"] = round(self.report.wall_s.get("evaluate", 0.0) + time.monotonic() - started, 1)
 
-    async def _stage(self, kind: type[AnyStage], fleet: Fleet, state: TrainState | None) -> None:
+    async def stage(self, kind: type[AnyStage], fleet: Fleet, state: TrainState | None) -> None:
         """Train one stage, or load what it made before the run was interrupted."""
         stage = kind(self.config, fleet)
         if stage.section.steps == 0:
@@ -299,7 +293,7 @@ class _Run:
             self.tracker.log_tags({"vans.restart": f"{restarts.count}: {told}"})
             self.tracker.replay()
             await asyncio.to_thread(self.feed.close)
-            self.feed = self.feed.at(self._cursor(here.state) if here else began)
+            self.feed = self.feed.at(cursor_of(here.state, self.inputs) if here else began)
 
         with self.tracker.stage(stage.name, resume_run_id=self.run_ids.get(stage.name)) as run_id:
             self.run_ids[stage.name] = run_id
@@ -314,7 +308,7 @@ class _Run:
         state = here.state if here else None
         first = state.step if state else 0
         alarms = AlarmWatch(self.config.alarms, tuple(stage.section.rewards.weights))
-        async with self._learners(stage, fleet) as learners:
+        async with self.open_learners(self.config, stage, fleet, self.console) as learners:
             if here is not None and state is not None:
                 alarms.state = AlarmState.from_json(state.extra["alarms"])
                 async with at_rest(fleet):
@@ -327,7 +321,9 @@ class _Run:
                 await serve_restarted(stage, learners, restored=here is not None)
             with bar(self.console, stage.title, stage.section.steps, first) as progress, self.stop.deferred():
                 held = self.held_out
-                hook = StepHook(self, stage, learners, alarms, progress, restarts, held)
+                hook = StepHook(
+                    self.config, self.keeper, stage, learners, alarms, progress, restarts, self.stop, held, self.on_step
+                )
                 try:
                     await hook.begin(first, self.feed.cursor)
                     if held.over:
@@ -355,60 +351,3 @@ class _Run:
                 self.uploads.offer_export(folder)
             await serve_averages(stage, learners)
         return result
-
-    async def save(
-        self, stage: AnyStage, learners: Learners, step: int, cursor: FeedCursor, alarms: AlarmState, *, last: bool
-    ) -> str | None:
-        """Write a checkpoint from which ``step`` is the next step; returns a warning where the run goes on without it.
-
-        Raises CheckpointWriteError where it does not: the ``last`` of a stage, or one too many in a row.
-        """
-        what = f"{stage.name} after {step} steps"
-        told = await self.failures.attempt(self._write(stage, learners, step, cursor, alarms), what, last=last)
-        if told is None:
-            path = self.store.root / f"{stage.name}-step{step:06d}"
-            self.tracker.log_checkpoint(path)
-            self.uploads.offer(path)
-        return told
-
-    async def _write(
-        self, stage: AnyStage, learners: Learners, step: int, cursor: FeedCursor, alarms: AlarmState
-    ) -> None:
-        trained = {policy: learner.version for policy, learner in learners.items()}
-        state = TrainState.of(
-            self.config,
-            stage.name,
-            step,
-            cursor=cursor.to_json(),
-            mlflow_run_ids=dict(self.run_ids),
-            inputs=self.inputs.to_json(),
-            extra={
-                "versions": {pool.name: pool.stats().version for pool in stage.fleet.pools()} | trained,
-                "alarms": alarms.to_json(),
-            }
-            | self.held_out.remembered(),
-        )
-        with self.store.write(stage.name, step, state) as folder:
-            async with at_rest(stage.fleet):
-                for policy, learner in learners.items():
-                    await learner.save(str(folder / f"{policy}_learner"))
-                    await learner.export(str(folder / export_name(self.config, policy)))
-
-    @asynccontextmanager
-    async def _learners(self, stage: AnyStage, fleet: Fleet) -> AsyncIterator[Learners]:
-        """Start a learner group for each policy that ``stage`` trains, and end them with the block."""
-        group, ranks = fleet.placement.group(LEARNER), self.config.learner.ranks
-        bundles = fleet.placement.bundles(LEARNER)
-        learners = {
-            policy: LearnerGroup(
-                learner_spec(self.config, stage, policy), group, bundles[i * ranks : (i + 1) * ranks] if group else None
-            )
-            for i, policy in enumerate(stage.policies)
-        }
-        try:
-            with waiting(self.console, f"starting the {' and the '.join(learners)} learner ({ranks} ranks)"):
-                async with at_rest(fleet):
-                    await asyncio.gather(*(learner.start() for learner in learners.values()))
-            yield learners
-        finally:
-            await asyncio.gather(*(learner.close() for learner in learners.values()))

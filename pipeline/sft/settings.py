@@ -18,6 +18,7 @@ from pipeline.config.training import SftLoraSection, SftModelSection, SftOptimSe
 from pipeline.data.decoder import VideoShape
 from pipeline.data.sources import video_limits, video_shape
 from pipeline.data.video import VideoLimits
+from pipeline.fleet.models import vdm_options
 
 Kind = Literal["vlm", "vdm"]
 
@@ -128,13 +129,7 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         placement_timeout_s=config.cluster.placement_timeout_s,
         step_timeout_s=learner.step_timeout_s,
         log_every=section.log_every,
-        policy_kwargs={
-            "shift": config.models.flow_shift,
-            "shared_times": config.models.shared_times,
-            "vae_tiling": config.video.vae_tiling,
-        }
-        if kind == "vdm"
-        else {"engine_dtype": config.pools.vlm.dtype},
+        policy_kwargs=vdm_options(config) if kind == "vdm" else {"engine_dtype": config.pools.vlm.dtype},
     )
 
 

@@ -29,7 +29,6 @@ from pipeline.support.interrupt import StopRequest
 
 log = logging.getLogger(__name__)
 
-POLICIES = ("vlm", "vdm")
 T = TypeVar("T")
 
 
@@ -299,8 +298,7 @@ def pool_of(stage: Stage, policy: str) -> WorkerPool:
 
 async def frozen_hashes(stage: Stage, learners: Learners) -> tuple[frozenset[str], ...]:
     """Return what must not change: the weights of the pools that are not trained, CLIP's included, and the learners' base."""
-    frozen = [pool_of(stage, policy) for policy in POLICIES if policy not in stage.policies]
-    frozen += [pool for pool in (stage.fleet.embed, stage.fleet.reward) if pool is not None]
+    frozen = [pool for pool in stage.fleet.pools() if pool.name not in stage.policies]
     pools = [frozenset((await pool.call_all("weights_hash")).values()) for pool in frozen]
     async with at_rest(stage.fleet):
         return (*pools, frozenset([await learner.base_hash() for learner in learners.values()]))

@@ -229,7 +229,7 @@ def cluster(
         more = (limits or {}).get(name, {})
         of_pool = limits_of(**(known | {"workers": count, "request_timeout_s": 1e6, "probe_every_s": 1e6} | more))
         pools.append(WorkerPool(name, lambda worker: worker, *of_pool, transport=transports[name]))
-    return Cluster(config, transports, Fleet(*pools, placement=cast(Placement, None)))
+    return Cluster(config, transports, Fleet(dict(zip(POOLS, pools, strict=True)), cast(Placement, None)))
 
 
 def sample(number: int) -> Sample:

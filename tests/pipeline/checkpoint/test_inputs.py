@@ -19,7 +19,8 @@ from pipeline.config import RunConfig, parse_config
 from pipeline.config.training import SftLoraSection, SftOptimSection
 from pipeline.data.source import Cursor
 from pipeline.data.sources import run_inputs, training_source
-from pipeline.run.train import _Run, run_training
+from pipeline.run.start import beginning, cursor_of
+from pipeline.run.train import run_training
 from pipeline.sft.finetuning import SftJob, other_runs, prepare, run_name
 from pipeline.sft.settings import SftSettings
 from pipeline.stages.feed import FeedCursor
@@ -53,35 +54,12 @@ def checkpoint(config: RunConfig, **changes: object) -> CheckpointStore:
     return store
 
 
-class Reached(Exception):
-    """Nothing was refused: the run would start its cluster now."""
+def resumed(config: RunConfig, restart_data: bool = False) -> str:
+    """What a run that is resumed tells before its cluster starts."""
+    return "\n".join(beginning(config, True, restart_data, None).told)
 
 
-@pytest.fixture
-def resumed(monkeypatch: pytest.MonkeyPatch):
-    """Resume a run up to where its cluster would start; returns what was told, and the inputs that it would note."""
-    seen: list[Inputs] = []
-
-    def reached(config: RunConfig, source: object) -> Inputs:
-        seen.append(run_inputs(config, source))  # type: ignore[arg-type]
-        return seen[-1]
-
-    def session(config: RunConfig) -> object:
-        raise Reached
-
-    monkeypatch.setattr("pipeline.run.train.cluster_session", session)
-    monkeypatch.setattr("pipeline.run.train.run_inputs", reached)
-
-    def resume(config: RunConfig, **options: bool) -> str:
-        told = io.StringIO()
-        with pytest.raises(Reached):
-            run_training(config, resume=True, console=Console(file=told, width=2000), **options)
-        return told.getvalue()
-
-    return resume
-
-
-def test_the_same_data_go_on_without_a_word(tmp_path: Path, resumed) -> None:
+def test_the_same_data_go_on_without_a_word(tmp_path: Path) -> None:
     dataset(tmp_path / "data", 40)
     config = run(tmp_path)
     checkpoint(config)
@@ -91,7 +69,7 @@ def test_the_same_data_go_on_without_a_word(tmp_path: Path, resumed) -> None:
     )
 
 
-def test_data_that_lie_elsewhere_are_the_same_data(tmp_path: Path, resumed) -> None:
+def test_data_that_lie_elsewhere_are_the_same_data(tmp_path: Path) -> None:
     dataset(tmp_path / "data", 40)
     config = run(tmp_path)
     checkpoint(config)
@@ -120,7 +98,7 @@ def changed(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how", ["80 rows", "8 rows", "other captions", "rewritten by hand", "shards in another order", "a shard more"]
 )
-def test_other_data_are_refused_until_they_are_begun_anew(tmp_path: Path, how: str, resumed) -> None:
+def test_other_data_are_refused_until_they_are_begun_anew(tmp_path: Path, how: str) -> None:
     folder = dataset(tmp_path / "data", 40)
     config = run(tmp_path)
     before = run_inputs(config, training_source(config)).data
@@ -152,18 +130,17 @@ def test_a_fresh_beginning_is_at_row_0_is_noted_and_holds_for_earlier_checkpoint
     new = run_inputs(config, training_source(config))
     inputs, told = compare_inputs(old, new, AT, where="here", restart_data=True)
     assert list(inputs.restarts) == told and inputs.data == new.data
-    made = _Run(config, None, Console(file=io.StringIO()), None, None, inputs=inputs)  # type: ignore[arg-type]
     before = TrainState("stage1", 7, cursor=AT, inputs=old.to_json())
     after = TrainState("stage1", 8, cursor={**AT, "position": 3}, inputs=Inputs.from_json(inputs.to_json()).to_json())
-    assert made._cursor(before) == FeedCursor(Cursor(0, 0))
-    assert made._cursor(after) == FeedCursor(Cursor(0, 3), 1)
+    assert cursor_of(before, inputs) == FeedCursor(Cursor(0, 0))
+    assert cursor_of(after, inputs) == FeedCursor(Cursor(0, 3), 1)
     again, told = compare_inputs(Inputs.from_json(after.inputs), new, after.cursor, where="there", restart_data=True)
     assert (again.restarts, told) == (inputs.restarts, [])
     with pytest.raises(DataError, match="has 8 rows, and reading was to go on at row 29"):
         training_source(config).dataset(Cursor(0, 29))
 
 
-def test_a_checkpoint_that_names_no_data_is_read_and_that_is_told(tmp_path: Path, resumed) -> None:
+def test_a_checkpoint_that_names_no_data_is_read_and_that_is_told(tmp_path: Path) -> None:
     dataset(tmp_path / "data", 40)
     config = run(tmp_path)
     checkpoint(config, inputs={})
@@ -206,7 +183,7 @@ def model(folder: Path, value: float, size: int = 10) -> Path:
     return folder
 
 
-def test_other_files_of_a_model_are_refused(tmp_path: Path, resumed) -> None:
+def test_other_files_of_a_model_are_refused(tmp_path: Path) -> None:
     dataset(tmp_path / "data", 40)
     config = run(tmp_path, models={"vlm": str(model(tmp_path / "vlm", 1.0))})
     checkpoint(config)

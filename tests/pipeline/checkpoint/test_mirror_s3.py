@@ -31,11 +31,11 @@ from pipeline.data.sources import training_source
 from pipeline.data.toy.shards import write_toy
 from pipeline.data.video import VideoLimits
 from pipeline.run.start import mirror_of, starting_point
-from pipeline.run.train import run_training
+from pipeline.run.train import Run, run_training
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.support.location import Uri, listing, open_store, opened, parse_location, read_bytes, remove
 from pipeline.tracking import Tracker
-from tests.pipeline.run.test_recovery import STEPS, Run, ServedStage, ServingPool, World
+from tests.pipeline.run.test_recovery import STEPS, ServedStage, ServingPool, World
 from tests.pipeline.stages.test_feed import Numbers
 from tests.pipeline.stages.test_loop import Fleet
 from tests.s3_server import S3Server
@@ -116,14 +116,16 @@ def go(config: RunConfig, world: World, kind: type[ServedStage] = ServedStage, *
         Tracker.start(config, resume_run_id=ids.get("parent"), strict=False) as tracker,
         uploads_to(mirror, section.max_failures, section.mirror_timeout_s, paper) as sent,
     ):
-        run = Run(config, tracker, paper, feed, checkpoint, run_ids=ids | {"parent": tracker.run_id}, uploads=sent)
-        run.world = world
+        ids = ids | {"parent": tracker.run_id}
+        run = Run(
+            config, tracker, paper, feed, checkpoint, run_ids=ids, uploads=sent, open_learners=world.learners_open
+        )
         world.sent = sent  # type: ignore[attr-defined]
         if state is not None:
-            run._offer_earlier(state)
+            run.offer_earlier(state)
         fleet = Fleet(vlm=ServingPool("vlm", world=world))
         stage: Any = lambda config, fleet: kind(0, steps=STEPS, fleet=fleet, world=world)  # noqa: E731
-        run.stop.run(run._stage(stage, fleet, state))  # type: ignore[arg-type]
+        run.stop.run(run.stage(stage, fleet, state))  # type: ignore[arg-type]
     return paper.file.getvalue()  # type: ignore[attr-defined]
 
 

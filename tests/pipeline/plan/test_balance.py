@@ -34,8 +34,9 @@ def test_a_step_waits_for_what_cannot_overlap() -> None:
     assert STAGE.bottleneck(WORKERS) in (DRAW, LEARN) and STAGE.bottleneck({**WORKERS, "vdm": 8}) is LEARN
 
 
-def test_embedding_stands_with_the_scorers() -> None:
-    embed = Demand("embed", "embed", units=8, unit_s=10.0)
+@pytest.mark.parametrize("pool", ["embed", "one that is yet to come"])
+def test_any_other_pool_stands_with_the_scorers(pool: str) -> None:
+    embed = Demand("embed", pool, units=8, unit_s=10.0)
     stage = StageDemand("stage1", 10, (embed, DRAW, SCORE), ahead=True)
     split = best_split([stage], 9)
     assert split.gpus["reward"] == 3 and split.gpus["vdm"] == 4  # 30 + 2.2 s beside 32 s

@@ -20,7 +20,7 @@ from pipeline.checkpoint import CheckpointStore, require_same_config
 from pipeline.config import RunConfig, load_config
 from pipeline.run.after_step import StepHook
 from pipeline.run.recovery import Restarts
-from pipeline.run.train import _Run
+from pipeline.run.train import Run
 from pipeline.stages.alarms import AlarmWatch
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import Group, Member
@@ -58,7 +58,7 @@ class SavingLearner(Learner):
 
 
 def go(config: RunConfig, resume: bool = False) -> str:
-    """Run the stage to its end or to the error that stops it, as ``_Run._stage`` does; returns the console's text."""
+    """Run the stage to its end or to the error that stops it, as ``Run.stage`` does; returns the console's text."""
     paper = Console(file=io.StringIO(), width=200)
     store = CheckpointStore(config.out / "checkpoints")
     checkpoint = store.latest() if resume else None
@@ -74,9 +74,10 @@ def go(config: RunConfig, resume: bool = False) -> str:
     parent = checkpoint.state.mlflow_run_ids["parent"] if checkpoint else None
     try:
         with Tracker.start(config, resume_run_id=parent, strict=False) as tracker, tracker.stage("stage1"):
-            run = _Run(config, tracker, paper, feed, checkpoint, run_ids={"parent": tracker.run_id})
+            run = Run(config, tracker, paper, feed, checkpoint, run_ids={"parent": tracker.run_id})
             with bar(paper, "stage 1", len(MOTION), first) as progress:
-                hook = StepHook(run, stage, {"vlm": learner}, alarms, progress, Restarts("stage1", 0, "vans train"))  # type: ignore[arg-type]
+                restarts = Restarts("stage1", 0, "vans train")
+                hook = StepHook(config, run.keeper, stage, {"vlm": learner}, alarms, progress, restarts)  # type: ignore[arg-type]
                 asyncio.run(run_stage(stage, feed, {"vlm": learner}, first_step=first, on_step=hook))  # type: ignore[arg-type]
     finally:
         paper.file.flush()

@@ -18,7 +18,7 @@ from pipeline.checkpoint import TrainState
 from pipeline.config import RunConfig, load_config
 from pipeline.run.learners import export_name, learner_spec, serve_averages
 from pipeline.run.start import require_trainable
-from pipeline.run.train import _Run
+from pipeline.run.train import Run
 from pipeline.stages.all_in_one import AllInOne
 from pipeline.stages.stage1 import Stage1
 
@@ -58,10 +58,10 @@ def test_all_in_one_serves_the_average_of_each_policy_that_keeps_one(vlm: float,
 
 def test_a_stage_of_no_steps_hands_nothing_on_when_the_run_is_resumed(tmp_path: Path) -> None:
     config = load_config("toy", [f"out={tmp_path}", "stage1.steps=0", "stage2.anchor=truth"])
-    run = _Run(config, None, Console(file=io.StringIO()), None, None)  # type: ignore[arg-type]
+    run = Run(config, None, Console(file=io.StringIO()), None, None)  # type: ignore[arg-type]
     fleet = SimpleNamespace(vlm=Pool())
     state = TrainState("stage2", 1, extra={"versions": {"vlm": 0, "vdm": 1}})
-    asyncio.run(run._stage(Stage1, fleet, state))  # type: ignore[arg-type]
+    asyncio.run(run.stage(Stage1, fleet, state))  # type: ignore[arg-type]
     assert fleet.vlm == Pool()
 
 

@@ -31,7 +31,7 @@ from cluster.errors import CheckpointWriteError, TrainingError
 from pipeline.checkpoint import Checkpoint, CheckpointStore
 from pipeline.config import RunConfig, load_config
 from pipeline.run.start import stopped_message
-from pipeline.run.train import _Run
+from pipeline.run.train import Run
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import Group
 from pipeline.support.interrupt import RunStopped, stop_on_signals
@@ -60,6 +60,14 @@ class World:
         error = self.faults.get((method, self.calls[method]))
         if error is not None:
             raise error
+
+    @asynccontextmanager
+    async def learners_open(self, *_: object) -> AsyncIterator[Any]:
+        """Start a learner that counts, in place of a run's groups."""
+        learner = CountingLearner(self)
+        await learner.start()
+        self.learners.append(learner)
+        yield {"vlm": learner}
 
 
 @dataclass
@@ -135,19 +143,6 @@ class ServedStage(CountingStage):
         return await super().group(sample, step)
 
 
-class Run(_Run):
-    """A run whose learners are counters."""
-
-    world: World
-
-    @asynccontextmanager
-    async def _learners(self, stage: Any, fleet: Any) -> AsyncIterator[Any]:
-        learner = CountingLearner(self.world)
-        await learner.start()
-        self.world.learners.append(learner)
-        yield {"vlm": learner}
-
-
 def settings(out: Path, *more: str) -> RunConfig:
     name = out.parent.name
     return load_config(
@@ -180,9 +175,9 @@ def go(config: RunConfig, world: World, *, staleness: int = 0, signal_at: int = 
         stop_on_signals(lambda stop: stopped_message(config, stop)) as stop,
         Tracker.start(config, resume_run_id=ids.get("parent"), strict=False) as tracker,
     ):
-        run = Run(config, tracker, paper, feed, checkpoint, run_ids=ids | {"parent": tracker.run_id}, stop=stop)
-        run.world = world
-        stop.run(run._stage(kind, fleet, state))  # type: ignore[arg-type]
+        ids = ids | {"parent": tracker.run_id}
+        run = Run(config, tracker, paper, feed, checkpoint, run_ids=ids, stop=stop, open_learners=world.learners_open)
+        stop.run(run.stage(kind, fleet, state))  # type: ignore[arg-type]
     return paper.file.getvalue()  # type: ignore[attr-defined]
 
 

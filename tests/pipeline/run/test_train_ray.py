@@ -10,7 +10,6 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
@@ -27,6 +26,7 @@ from pipeline.data.video import decode_video, probe
 from pipeline.evaluate.evaluation import write_report
 from pipeline.fleet.models import resolve_model
 from pipeline.run.train import SYSTEMS, RunReport, run_training
+from pipeline.stages.loop import StepReport
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 STEPS, GROUP, PROMPTS = 2, 4, 4
@@ -66,20 +66,15 @@ def kill_a_renderer() -> int:
 @pytest.fixture(scope="module")
 def run(ray_alone: None, toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunReport]:
     config = settings(tmp_path_factory.mktemp("e2e") / "run", toy_shards)
-    import pipeline.run.train as module
+    seen: list[tuple[str, int]] = []
 
-    killed: list[int] = []
-    hook = module.StepHook.__call__
+    def kill_once(stage: str, step: StepReport) -> None:
+        if not seen:
+            kill_a_renderer()
+        seen.append((stage, step.step))
 
-    async def kill_once(self: Any, report: Any) -> None:
-        await hook(self, report)
-        if not killed:
-            killed.append(kill_a_renderer())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.StepHook, "__call__", kill_once)
-        report = run_training(config, evaluate=True)
-    assert killed
+    report = run_training(config, evaluate=True, on_step=kill_once)
+    assert seen == [(stage, step) for stage in ("stage1", "stage2") for step in range(STEPS)]
     return config, report
 
 

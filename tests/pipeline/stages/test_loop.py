@@ -61,12 +61,11 @@ class Fleet:
     def receivers(self) -> int:
         return 1
 
-    embed: Any = None
     conditions: Any = None
     resting: tuple[str, ...] = ()
 
     def pools(self) -> tuple[Pool, ...]:
-        return (self.vlm, self.vdm)
+        return (self.vlm, self.vdm, self.reward)
 
 
 @dataclass

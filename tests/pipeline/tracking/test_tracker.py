@@ -222,14 +222,14 @@ def test_a_checkpoint_comes_after_the_figures_of_its_steps(config: RunConfig, mo
     found: list[list[tuple[int, float]]] = []
     with Tracker.start(config) as tracker:
 
-        class Run:
+        class Keeper:
             async def save(self, *_: object, **__: object) -> None:
                 found.append(history(tracker, "stage1", "reward/total_mean"))
 
-        run = Run()
-        run.tracker = tracker  # type: ignore[attr-defined]
+        keeper = Keeper()
+        keeper.tracker = tracker  # type: ignore[attr-defined]
         alarms = AlarmWatch(config.alarms, ())
-        hook = StepHook(run, None, {}, alarms, None, Restarts("stage1", 0, ""))  # type: ignore[arg-type]
+        hook = StepHook(config, keeper, None, {}, alarms, None, Restarts("stage1", 0, ""))  # type: ignore[arg-type]
         with tracker.stage("stage1"):
             tracker.log_metrics({"reward/total_mean": 0.5}, 1)
             asyncio.run(hook.save(2, FeedCursor(Cursor(0, 0)), last=False))

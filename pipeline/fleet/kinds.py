@@ -1,0 +1,119 @@
+"""The table of pools: for each kind its section in a run's YAML, and a row that says which workers it has.
+
+Responsible for what a kind is to a run: settings, worker, the worker's arguments. Not responsible for starting pools (``open``) or for
+what is asked of them (``pipeline.stages``). The command line reads the sections: workers are imported where a pool is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from actors.pool.settings import PoolSection
+from actors.settings import Section
+from actors.vdm.settings import EmbedPoolSection, VdmPoolSection
+from actors.vlm.settings import VlmPoolSection
+from pipeline.fleet.models import resolve_adapter, resolve_model, vdm_options
+
+if TYPE_CHECKING:  # a run's configuration is made of these sections
+    from pipeline.config import RunConfig
+
+
+class PoolsSection(Section):
+    """The pools, sized independently."""
+
+    vlm: VlmPoolSection = Field(default_factory=VlmPoolSection)
+    embed: EmbedPoolSection = Field(default_factory=EmbedPoolSection)
+    vdm: VdmPoolSection = Field(default_factory=VdmPoolSection)
+    reward: PoolSection = Field(default_factory=PoolSection)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of pool. Its key in ``KINDS`` is the name of its field in ``PoolsSection``."""
+
+    worker: str
+    """``module:Class`` of its workers (``actors.pool.protocol``)."""
+    arguments: Callable[[RunConfig], Mapping[str, Any]]
+    """Keyword arguments of a worker beside its name; raises CheckpointError where a model is missing."""
+    calls: Callable[[Any], int] = lambda section: 2
+    """Calls that a worker's process takes at once, by its section: the call under way, and a ping."""
+    alone: Mapping[str, Any] = field(default_factory=lambda: {"max_batch": 1})
+    """What a deterministic run changes in its section, so that a request shares its call with no other."""
+
+    def load(self) -> type:
+        """Return the workers' class; loads what it needs, which takes seconds."""
+        module, _, name = self.worker.partition(":")
+        found: type = getattr(importlib.import_module(module), name)
+        return found
+
+
+def _vlm(config: RunConfig) -> dict[str, Any]:
+    models, rank = config.models, config.stage1.lora.rank
+    path = resolve_model(models.vlm, "vlm")
+    return {
+        "model_path": path,
+        "adapter": resolve_adapter(models.vlm_adapter, "vlm", path),
+        "settings": config.pools.vlm,
+        "lora_rank": rank,
+        "broadcast": config.weights.transport == "collective" and rank == 0,
+        "alone": config.deterministic,
+    }
+
+
+def _embed(config: RunConfig) -> dict[str, Any]:
+    section = config.pools.embed
+    return {
+        "model_path": resolve_model(config.models.vdm, "vdm"),
+        "dtype": section.dtype,
+        "device": device(section),
+        "threads": max(1, int(section.cpus)),
+        "vae_tiling": config.video.vae_tiling,
+    }
+
+
+def _vdm(config: RunConfig) -> dict[str, Any]:
+    models, section = config.models, config.pools.vdm
+    path = resolve_model(models.vdm, "vdm")
+    exact = {"max_embed": 1, "compile_blocks": False} if config.deterministic else {}
+    embedded = {"components": ("transformer", "vae_decoder")} if config.pools.embed.workers else {}
+    return {
+        "model_path": path,
+        "adapter": resolve_adapter(models.vdm_adapter, "vdm", path),
+        "dtype": section.dtype,
+        "device": device(section),
+        "options": {
+            **vdm_options(config),
+            **embedded,
+            "settings": section.model_copy(update=exact),
+        },
+    }
+
+
+def _reward(config: RunConfig) -> dict[str, Any]:
+    section = config.pools.reward
+    return {
+        "clip_path": resolve_model(config.models.clip, "clip"),
+        "components": sorted({*config.stage1.rewards.weights, *config.stage2.rewards.weights}),
+        "device": device(section),
+        "custom_timeout_s": section.request_timeout_s / 2,
+    }
+
+
+def device(section: PoolSection) -> str:
+    """Return the device of a pool's workers."""
+    return "cuda" if section.gpus > 0 else "cpu"
+
+
+KINDS: dict[str, Kind] = {
+    # vLLM makes its batches itself, and is asked for single ones at its start.
+    "vlm": Kind("actors.vlm.worker:VlmWorker", _vlm, lambda section: max(64, 4 * section.max_inflight), alone={}),
+    "embed": Kind("actors.vdm.embed_worker:EmbedWorker", _embed),
+    "vdm": Kind("actors.vdm.worker:VdmWorker", _vdm),
+    "reward": Kind("actors.scoring.worker:RewardWorker", _reward),
+}
+"""The kinds of pools in the order of a step. A run has those with workers."""

@@ -1,0 +1,33 @@
+"""The table of pools agrees with the sections that a user writes and with the workers that it names."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from actors.pool.protocol import Worker
+from pipeline.config import load_config
+from pipeline.fleet.kinds import KINDS, PoolsSection
+
+pytestmark = pytest.mark.slow
+
+
+def test_each_section_of_pools_has_its_row_in_the_order_of_a_step() -> None:
+    assert list(PoolsSection.model_fields) == list(KINDS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("overrides", [[], ["deterministic=true", "pools.embed.workers=1"]])
+def test_a_row_gives_its_workers_what_they_take(name: str, overrides: list[str]) -> None:
+    config, kind = load_config("toy", overrides), KINDS[name]
+    worker = kind.load()
+    inspect.signature(worker).bind("a name", **kind.arguments(config))
+    methods = [method for method, _ in inspect.getmembers(Worker, inspect.isfunction) if not method.startswith("_")]
+    assert {"setup", "load_weights", "weights_hash"} <= set(methods)
+    assert [method for method in methods if not callable(getattr(worker, method, None))] == []
+
+
+def test_an_engine_may_be_asked_for_all_that_it_has_in_flight_and_more() -> None:
+    pools = load_config("toy", ["pools.vlm.max_inflight=100"]).pools
+    assert (KINDS["vlm"].calls(pools.vlm), KINDS["vdm"].calls(pools.vdm)) == (400, 2)
