@@ -12,7 +12,10 @@ import pytest
 from actors.weights.files import read_weights
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import load_config
+from pipeline.data.toy.language import language_in
+from pipeline.data.toy.shards import write_toy
 from pipeline.run.train import run_training
+from pipeline.stages.loop import StepReport
 from pipeline.tracking.profile import read_profiles
 from pipeline.tracking.store import PARENT_TAG, STAGE_TAG
 from tests.processes import command, kill, until
@@ -55,18 +58,26 @@ def curves(out: Path) -> tuple[Curves, dict[str, dict[str, str]]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_stage_that_does_not_get_better_ends_and_the_best_is_exported(
-    ray_local: None, toy_shards: Path, tmp_path: Path
+def test_a_chinese_run_evaluates_itself_ends_a_stage_that_gets_no_better_and_exports_the_best(
+    ray_local: None, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
+    out, shards = tmp_path / "run", tmp_path / "toy"
+    write_toy(shards, train=8, test=4, language="zh")
+    captions: list[str] = []
+
+    def see(stage: str, report: StepReport) -> None:
+        captions.extend(m.caption for g in report.batch.groups for m in g.members if m.caption)
+
     small = ["stage1.steps=4", "stage2.steps=1", "pools.vdm.workers=1", "learner.ranks=1"]
     small += ["evaluate.stop_if_not_better=1", "stage1.optim.lr=1e-12"]  # nothing moves, so no answer changes …
     small += ["deterministic=true"]  # … by the rounding of its batch either
-    config = load_config("toy", overrides(out, toy_shards, *small))
-    report = run_training(config)
+    config = load_config("toy", overrides(out, shards, *small))
+    report = run_training(config, on_step=see)
     assert [(name, stage.steps) for name, stage in report.stages.items()] == [("stage1", 1), ("stage2", 1)]
 
+    assert len(captions) >= 8 and sum(language_in(text) == "zh" for text in captions) > len(captions) / 2
     found, tags = curves(out)
+    assert all(0.1 < value <= 1 for _, value in found["stage1/evaluate/rouge_l"])  # read by characters
     for stage in ("stage1", "stage2"):
         assert [step for step, _ in found[f"{stage}/evaluate/clip_v"]] == [0, 1]
     (_, base), (_, same) = found["stage1/evaluate/clip_v"]
