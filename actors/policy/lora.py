@@ -6,7 +6,7 @@ Responsible for what both policies and the learner need of ``peft``. Not respons
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,18 @@ def inject_lora(module: nn.Module, spec: LoraSection, default_targets: Iterable[
             with torch.no_grad():
                 parameter.copy_(values)
     return module
+
+
+def resolved(spec: LoraSection, layers: Collection[str], default_targets: Iterable[str]) -> LoraSection:
+    """Return ``spec`` with the full names of the layers that its targets, or else ``default_targets``, name."""
+    targets = spec.targets or tuple(default_targets)
+    found = sorted(n for n in layers if any(n == t or n.endswith(f".{t}") for t in targets))
+    return spec.model_copy(update={"targets": found})
+
+
+def same_shape(one: LoraSection, other: LoraSection) -> bool:
+    """Return whether two adapters, whose targets are modules' full names, have the same rank, alpha and modules."""
+    return (one.rank, one.alpha, set(one.targets or ())) == (other.rank, other.alpha, set(other.targets or ()))
 
 
 def has_lora(module: nn.Module) -> bool:

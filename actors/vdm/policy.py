@@ -18,9 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from actors.learner.adapters import fit, linear_layers
-from actors.learner.peft_folder import read_folder
 from actors.policy.cache import Cache, content_key
-from actors.policy.lora import adapter_config, adapters_disabled, inject_lora, load_adapter_tensors, peft_names
+from actors.policy.lora import (
+    adapter_config,
+    adapters_disabled,
+    inject_lora,
+    load_adapter_tensors,
+    peft_names,
+    resolved,
+    same_shape,
+)
 from actors.policy.protocol import PolicyOutput, SupervisedLoss, torch_dtype
 from actors.policy.settings import LoraSection
 from actors.records import (
@@ -28,15 +35,16 @@ from actors.records import (
     RenderRequest,
     VdmExperience,
 )
-from actors.vdm import flow_sde, lora, trajectories
+from actors.vdm import flow_sde, trajectories
 from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.frames import frames_to_video
 from actors.vdm.settings import VdmPoolSection
 from actors.vdm.trajectories import Condition, Encoded, Noised, VdmBatch
 from actors.vdm.wan import vae as wan_vae
-from actors.vdm.wan.family import ExactTimes, token_timesteps
+from actors.vdm.wan.family import LORA_TARGETS, ExactTimes, token_timesteps
 from actors.vdm.wan.files import COMPONENTS, Parts, held_bytes, load_parts, save_full
 from actors.vdm.wan.text_encoder import CaptionEmbedder, padded
+from actors.weights.files import read_folder, write_folder
 from cluster.errors import CheckpointError
 
 
@@ -126,8 +134,8 @@ class VdmPolicy:
 
     def inject(self, spec: LoraSection, seed: int = 0) -> None:
         """Put a fresh adapter, drawn from ``seed``, into the transformer; everything else is frozen."""
-        inject_lora(self.module, spec, lora.DEFAULT_TARGETS, seed)
-        self.adapter = lora.resolved(spec, self._layers)
+        inject_lora(self.module, spec, LORA_TARGETS, seed)
+        self.adapter = resolved(spec, self._layers, LORA_TARGETS)
 
     def add_adapter(self, folder: str | Path, spec: LoraSection | None = None) -> None:
         """Put the PEFT adapter of ``folder`` into the transformer; ``spec``, where given, must have its shape."""
@@ -140,7 +148,7 @@ class VdmPolicy:
                 "text_encoder, or train an adapter of the transformer alone"
             )
         saved = self.put_adapter(tensors, config, str(folder))
-        if spec is not None and not lora.same_shape(saved, lora.resolved(spec, self._layers)):
+        if spec is not None and not same_shape(saved, resolved(spec, self._layers, LORA_TARGETS)):
             raise CheckpointError(
                 f"the adapter in {folder} has rank {saved.rank}, alpha {saved.alpha:g} and {len(saved.targets or ())} modules, but "
                 f"the configuration asks for {spec}; set them equal"
@@ -155,7 +163,7 @@ class VdmPolicy:
         fitted = fit(tensors, config, self._layers, "vdm", where)
         if self.adapter is None:
             self.inject(fitted.spec)
-        elif not lora.same_shape(self.adapter, fitted.spec):
+        elif not same_shape(self.adapter, fitted.spec):
             raise CheckpointError(f"{where}: the adapter {fitted.spec} does not fit the injected one {self.adapter}")
         self.load_adapter_state(fitted.apply(tensors))
         return fitted.spec
@@ -175,7 +183,7 @@ class VdmPolicy:
     def export(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the trained weights: a PEFT folder that diffusers reads too; without LoRA a WanPipeline folder."""
         if self.adapter is not None:
-            lora.write_adapter(folder, adapter_config(self.module), self.adapter_state(state))
+            write_folder(folder, adapter_config(self.module), self.adapter_state(state), diffusers=True)
             return
         encoder = self.embedder.encoder if self.embedder is not None and self.embedder.trained else None
         save_full(self.folder, folder, self.module, state, encoder)

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import nn
 
 from actors.learner.adapters import fit, linear_layers
-from actors.learner.peft_folder import read_folder
 from actors.policy.lora import inject_lora, load_adapter_tensors
 from actors.policy.settings import LoraSection
+from actors.weights.files import read_folder
 from cluster.errors import CheckpointError
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

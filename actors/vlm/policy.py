@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from actors.failures import BadSampleError
 from actors.learner.objectives.grpo import kl_estimate
-from actors.learner.peft_folder import write_folder
 from actors.loading import load_whole
 from actors.policy.lora import adapter_config, adapters_disabled, has_lora, peft_names
 from actors.policy.protocol import PolicyOutput, SupervisedLoss, torch_dtype
@@ -28,6 +27,7 @@ from actors.vlm.adapter import inject
 from actors.vlm.inputs import EncodedPrompt, PromptEncoder
 from actors.vlm.prompt import BAN_BIAS, banned_token_ids, check_text, load_processor
 from actors.vlm.rows import VlmBatch, join
+from actors.weights.files import write_folder
 from cluster.errors import CheckpointError
 from rewards.format import parse_answer
 

@@ -1,19 +1,71 @@
-"""Weights as ordinary folders: an adapter as PEFT writes it, or the whole model of transformers or diffusers."""
+"""Weights as ordinary folders: an adapter as PEFT writes it, or the whole model of transformers or diffusers.
+
+Responsible for the files and nothing else. Whether an adapter fits a model is ``actors.learner.adapters``'. Tensors are read and
+written without Ray; :class:`Weights`, which travel, need it.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from actors.learner.peft_folder import is_adapter, read_folder, write_folder
 from actors.records import Weights
-from actors.weights.transport import as_tensors, pack
 from cluster.errors import CheckpointError
 
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
 MODELS = ("model.safetensors", "transformer/diffusion_pytorch_model.safetensors")
 """Where a whole model keeps the weights that are trained: a transformers model's own, a WanPipeline's transformer."""
+_PREFIX = "base_model.model."
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Return whether ``folder`` says that it is an adapter."""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an adapter's configuration and tensors; CheckpointError says which file is missing or broken."""
+    source = Path(folder)
+    missing = [name for name in (CONFIG, TENSORS) if not (source / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{source} is not a PEFT adapter folder: {' and '.join(missing)} not found in it")
+    try:
+        config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(str(source / TENSORS))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{source} holds a damaged adapter: {type(error).__name__}: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{source} holds a damaged adapter: {CONFIG} is not an object")
+    return config, tensors
+
+
+def write_folder(
+    folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, diffusers: bool = False
+) -> Path:
+    """Write PEFT-named ``tensors`` as an adapter that vLLM, peft and transformers load; returns the folder.
+
+    ``diffusers`` adds the file of the same weights that a WanPipeline's ``load_lora_weights`` reads. Tensors are written before the
+    configuration, so a folder with a configuration is complete.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if diffusers:
+        from diffusers import WanPipeline  # takes seconds to import
+
+        bare = {name.removeprefix(_PREFIX): tensor.clone() for name, tensor in plain.items()}
+        shape = {name: config[name] for name in ("r", "lora_alpha", "target_modules")}
+        WanPipeline.save_lora_weights(target, transformer_lora_layers=bare, transformer_lora_adapter_metadata=shape)
+    save_file(plain, str(target / TENSORS), metadata={"format": "pt"})
+    (target / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return target
 
 
 def write_adapter(weights: Weights, folder: str | Path) -> Path:
@@ -22,17 +74,23 @@ def write_adapter(weights: Weights, folder: str | Path) -> Path:
         raise CheckpointError(
             f"weights version {weights.version} are full weights, not an adapter; export the model folder instead"
         )
+    from actors.weights.transport import as_tensors
+
     return write_folder(folder, weights.adapter_config, as_tensors(weights))
 
 
 def read_adapter(folder: str | Path, version: int = 0) -> Weights:
     """Read a PEFT adapter folder; CheckpointError says which file is missing or broken."""
+    from actors.weights.transport import pack
+
     config, tensors = read_folder(folder)
     return pack(version, "lora", tensors, config)
 
 
 def read_model(folder: str | Path, version: int = 0) -> Weights:
     """Read a whole model's weights (kind ``full``), in one file or in shards; CheckpointError says what is missing."""
+    from actors.weights.transport import pack
+
     source = Path(folder)
     for name in MODELS:
         whole, index = source / name, source / f"{name}.index.json"

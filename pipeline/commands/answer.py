@@ -26,7 +26,7 @@ from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.sources import video_limits
 from pipeline.data.video import decode_timed, decode_video, encode_mp4
 from pipeline.fleet.models import resolve_adapter, resolve_model, vdm_options
-from pipeline.stages.requests import render_request
+from pipeline.stages.requests import completion_request, render_request
 from pipeline.support import terminal
 from pipeline.support.harmless import in_markup, short
 from pipeline.support.progress import Bar, bar
@@ -156,17 +156,10 @@ def load_video(config: RunConfig, video: Path) -> Sample:
     return Sample(video.stem, "predictive", "", "", seen, context, fps=fps, context_frames=context)
 
 
-def completion_request(config: RunConfig, sample: Sample, question: str, seed: int) -> CompletionRequest:
+def question_request(config: RunConfig, sample: Sample, question: str, seed: int) -> CompletionRequest:
     """Return what the engine is asked: ``question`` about the video of ``sample``."""
-    text = config.evaluate.text
-    return CompletionRequest(
-        sample_id=sample.id,
-        asked=replace(sample, question=question).asked,
-        n=1,
-        seed=derive_seed(seed, sample.id, question),
-        temperature=text.temperature,
-        max_tokens=text.max_tokens,
-    )
+    asked = replace(sample, question=question)
+    return completion_request(asked, config.evaluate.text, derive_seed(seed, sample.id, question))
 
 
 def split_model(config: RunConfig, role: Literal["vlm", "vdm"], given: str | None) -> tuple[str, str | None]:
@@ -235,7 +228,7 @@ async def ask(
 
     async def said_to(question: str) -> Said | Unanswered:
         try:
-            completions: list[Completion] = await engine.generate(completion_request(config, sample, question, seed))
+            completions: list[Completion] = await engine.generate(question_request(config, sample, question, seed))
         except (BadSampleError, InfrastructureError) as error:
             return Unanswered(question, str(error))
         return captioned(question, completions[0].text)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from actors.pool.errors import SampleFailed
-from actors.records import Completion, CompletionRequest, Sample, derive_seed
+from actors.records import Completion, Sample, derive_seed
 from pipeline.config import RunConfig
 from pipeline.evaluate.predictions import Prediction
 from pipeline.fleet.open import Fleet
-from pipeline.stages.requests import render, render_request
+from pipeline.stages.requests import completion_request, render, render_request
 from rewards.format import parse_answer
 
 
@@ -35,14 +35,7 @@ async def answer_samples(
 async def answer_one(config: RunConfig, fleet: Fleet, sample: Sample) -> Prediction:
     """Answer one sample: the thinker's caption, drawn by the artist as an ODE."""
     section = config.evaluate
-    request = CompletionRequest(
-        sample_id=sample.id,
-        asked=sample.asked,
-        n=1,
-        seed=derive_seed(section.seed, sample.id, "text"),
-        temperature=section.text.temperature,
-        max_tokens=section.text.max_tokens,
-    )
+    request = completion_request(sample, section.text, derive_seed(section.seed, sample.id, "text"))
     try:
         completions: list[Completion] = await fleet.vlm.submit(request)
         text = completions[0].text

@@ -26,6 +26,7 @@ from pipeline.data.video import VideoLimits
 from pipeline.evaluate.figures import Answered
 from pipeline.evaluate.predictions import Prediction, check_cover
 from pipeline.evaluate.table import EvaluationTable, build_table
+from pipeline.stages.requests import score_request
 from rewards.alarms import AlarmSettings
 
 Score = Callable[[ScoreRequest], Awaitable[Scores]]
@@ -173,16 +174,8 @@ def _request(sample: Sample, prediction: Prediction) -> ScoreRequest:
         components += CLIP_METRICS
         if prediction.caption.strip():
             components.append("clip_t")
-    return ScoreRequest(
-        sample_id=sample.id,
-        index=prediction.index,
-        components=tuple(components),
-        text=prediction.text,
-        caption=prediction.caption,
-        reference_caption=sample.caption,
-        target_frames=sample.target_frames,
-        last_input_frame=sample.context[-1],
-        clip=prediction.frames,
+    return score_request(
+        sample, prediction.index, tuple(components), prediction.text, prediction.caption, prediction.frames
     )
 
 

@@ -53,7 +53,7 @@ def resolve_adapter(name: str | None, role: Literal["vlm", "vdm"], model: str) -
         return None
     folder = Path(name).expanduser().resolve()
     from actors.learner.adapters import fit, model_layers  # torch and peft take seconds to import
-    from actors.learner.peft_folder import read_folder
+    from actors.weights.files import read_folder
 
     where = f"models.{role}_adapter={name!r}"
     try:

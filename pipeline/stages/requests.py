@@ -1,17 +1,33 @@
-"""How a caption about a sample becomes a request to the VDM pool; the same for training, evaluation and answers."""
+"""What the pools are asked about a sample, a completion, a clip and its scores; the same for training, evaluation and answers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from actors.records import Clip, RenderRequest, Sample, SdeSpec
+import numpy as np
+
+from actors.pool.errors import SampleFailed
+from actors.records import Clip, CompletionRequest, RenderRequest, Sample, ScoreRequest, SdeSpec
 from actors.vdm.frames import select_reference_frames
 from pipeline.config.schema import RunConfig
-from pipeline.config.stages import RenderSection
+from pipeline.config.stages import RenderSection, TextSamplingSection
+from pipeline.stages.groups import Group, Member
 
 if TYPE_CHECKING:  # `vans answer` draws without pools
     from pipeline.fleet.open import Fleet
+
+
+def completion_request(sample: Sample, text: TextSamplingSection, seed: int, n: int = 1) -> CompletionRequest:
+    """Return the request for ``n`` answers of the thinker to the question of ``sample``."""
+    return CompletionRequest(
+        sample_id=sample.id,
+        asked=sample.asked,
+        n=n,
+        seed=seed,
+        temperature=text.temperature,
+        max_tokens=text.max_tokens,
+    )
 
 
 def render_request(
@@ -50,3 +66,33 @@ async def render(fleet: Fleet, request: RenderRequest) -> Clip:
     request = replace(request, condition=await fleet.conditions.of(request))
     clip = await fleet.vdm.submit(request)
     return clip if clip.trajectory is None else replace(clip, condition=request.condition)
+
+
+def score_request(
+    sample: Sample, index: int, components: tuple[str, ...], text: str, caption: str, frames: np.ndarray | None
+) -> ScoreRequest:
+    """Return the request for the scores of one answer to ``sample``; ``frames`` uint8 (T, H, W, 3) are those of its clip."""
+    return ScoreRequest(
+        sample_id=sample.id,
+        index=index,
+        components=components,
+        text=text,
+        caption=caption,
+        reference_caption=sample.caption,
+        target_frames=sample.target_frames,
+        last_input_frame=sample.context[-1],
+        clip=frames,
+    )
+
+
+def collect(sample: Sample, done: list[Member | BaseException]) -> Group:
+    """Return the group of the members that succeeded; a data failure leaves the group, anything else is raised."""
+    members, failures = [], []
+    for result in done:
+        if isinstance(result, SampleFailed):
+            failures.append(str(result))
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            members.append(result)
+    return Group(sample, tuple(members), tuple(failures))

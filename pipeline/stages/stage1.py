@@ -12,24 +12,14 @@ from typing import ClassVar
 import numpy as np
 
 from actors.pool.errors import SampleFailed
-from actors.records import (
-    Clip,
-    Completion,
-    CompletionRequest,
-    Experience,
-    Sample,
-    ScoreRequest,
-    Scores,
-    VlmExperience,
-    derive_seed,
-)
+from actors.records import Clip, Completion, Experience, Sample, Scores, VlmExperience, derive_seed
 from actors.scoring.scorer import TEXT_ONLY
 from pipeline.config import RunConfig
 from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
-from pipeline.stages.requests import render, render_request
+from pipeline.stages.requests import collect, completion_request, render, render_request, score_request
 from rewards.format import parse_answer
 
 
@@ -58,13 +48,15 @@ class Stage1:
 
     async def group(self, sample: Sample, step: str) -> Group | None:
         """Complete, parse, render and score one group; it has no members when the sample itself is unusable."""
+        section, seed = self.section, derive_seed(self.config.seed, self.name, step, sample.id, "text")
+        request = completion_request(sample, section.text, seed, section.rollout.group_size)
         try:
-            completions: list[Completion] = await self.fleet.vlm.submit(self._completion_request(sample, step))
+            completions: list[Completion] = await self.fleet.vlm.submit(request)
         except SampleFailed as error:
-            return Group(sample, (), (str(error),) * self.section.rollout.group_size)
+            return Group(sample, (), (str(error),) * section.rollout.group_size)
         captions = [answer.caption if (answer := parse_answer(c.text)) else None for c in completions]
-        draws = not TEXT_ONLY.issuperset(self.section.rewards.weights)  # else nobody would look at the clips
-        keys = [caption if self.section.dedupe else (caption, i) for i, caption in enumerate(captions)]
+        draws = not TEXT_ONLY.issuperset(section.rewards.weights)  # else nobody would look at the clips
+        keys = [caption if section.dedupe else (caption, i) for i, caption in enumerate(captions)]
         renders: dict[object, asyncio.Task[Clip]] = {}
         for i, (key, caption) in enumerate(zip(keys, captions, strict=True)):
             if draws and caption is not None and key not in renders:
@@ -83,7 +75,7 @@ class Stage1:
         names = tuple(self.section.rewards.weights)
         wanted = names if caption is not None else tuple(n for n in names if n == "format")
         scores: Scores = await self.fleet.reward.submit(
-            score_request(sample, index, wanted, completion.text, caption or "", clip)
+            score_request(sample, index, wanted, completion.text, caption or "", None if clip is None else clip.frames)
         )
         # A malformed answer has no caption and no video: what judges them is 0 by definition, not by imputation.
         values = {name: scores.values.get(name, 0.0) for name in names} if caption is None else scores.values
@@ -109,16 +101,6 @@ class Stage1:
         captions = [m.caption for g in batch.groups for m in g.members]
         return {"rollout/format_rate": float(np.mean([bool(c) for c in captions]))} if captions else {}
 
-    def _completion_request(self, sample: Sample, step: str) -> CompletionRequest:
-        return CompletionRequest(
-            sample_id=sample.id,
-            asked=sample.asked,
-            n=self.section.rollout.group_size,
-            seed=derive_seed(self.config.seed, self.name, step, sample.id, "text"),
-            temperature=self.section.text.temperature,
-            max_tokens=self.section.text.max_tokens,
-        )
-
     def _render(self, sample: Sample, caption: str, index: int, step: str):
         # One noise per group: the caption alone makes the difference, and equal captions are equal clips.
         seed = derive_seed(self.config.seed, self.name, step, sample.id, "noise")
@@ -143,34 +125,3 @@ def completion_experiences(batch: RolloutBatch) -> list[Experience]:
                 )
             )
     return items
-
-
-def score_request(
-    sample: Sample, index: int, components: tuple[str, ...], text: str, caption: str, clip: Clip | None
-) -> ScoreRequest:
-    """Return the reward pool's request for one answer to ``sample``."""
-    context = sample.context
-    return ScoreRequest(
-        sample_id=sample.id,
-        index=index,
-        components=components,
-        text=text,
-        caption=caption,
-        reference_caption=sample.caption,
-        target_frames=sample.target_frames,
-        last_input_frame=context[-1],
-        clip=None if clip is None else clip.frames,
-    )
-
-
-def collect(sample: Sample, done: list[Member | BaseException]) -> Group:
-    """Return the group of the members that succeeded; a data failure leaves the group, anything else is raised."""
-    members, failures = [], []
-    for result in done:
-        if isinstance(result, SampleFailed):
-            failures.append(str(result))
-        elif isinstance(result, BaseException):
-            raise result
-        else:
-            members.append(result)
-    return Group(sample, tuple(members), tuple(failures))

@@ -14,7 +14,7 @@ import numpy as np
 
 from actors.policy.cache import content_key
 from actors.pool.errors import SampleFailed
-from actors.records import Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
+from actors.records import Completion, Experience, Sample, SdeSpec, VdmExperience, derive_seed
 from actors.vdm.flow_sde import WindowSchedule, removable_steps
 from actors.vdm.frames import select_reference_frames
 from cluster.errors import ConfigError, TrainingError
@@ -23,8 +23,7 @@ from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
-from pipeline.stages.requests import render, render_request
-from pipeline.stages.stage1 import collect, score_request
+from pipeline.stages.requests import collect, completion_request, render, render_request, score_request
 from rewards.errors import RewardError
 from rewards.format import parse_answer
 from rewards.text import rouge_l
@@ -126,7 +125,9 @@ class Stage2:
         )
         clip = await render(self.fleet, request)
         names = tuple(self.section.rewards.weights)
-        scores = await self.fleet.reward.submit(score_request(sample, index, names, anchor.text, anchor.caption, clip))
+        scores = await self.fleet.reward.submit(
+            score_request(sample, index, names, anchor.text, anchor.caption, clip.frames)
+        )
         return Member(index, anchor.caption, scores, None, clip, clip.weights_version)
 
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]:
@@ -158,15 +159,9 @@ class Stage2:
         asked = (sample.id, sample.question, sample.fps, content_key(sample.input_frames))
         text = self._greedy.get(asked) if greedy else None  # the thinker is frozen, so its greedy answer never changes
         if text is None:
-            request = CompletionRequest(
-                sample_id=sample.id,
-                asked=sample.asked,
-                n=1,
-                seed=derive_seed(self.config.seed, "stage2", step, sample.id, "anchor"),
-                temperature=self.section.text.temperature,
-                max_tokens=self.section.text.max_tokens,
-            )
+            seed = derive_seed(self.config.seed, "stage2", step, sample.id, "anchor")
             try:
+                request = completion_request(sample, self.section.text, seed)
                 completions: list[Completion] = await self.fleet.vlm.submit(request)
             except SampleFailed as error:
                 return Anchor("", None, 0.0, str(error))

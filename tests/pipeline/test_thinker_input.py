@@ -17,7 +17,7 @@ import pytest
 from actors.records import Completion, CompletionRequest, Sample, Scores, VideoQuestion
 from actors.vlm.inputs import PromptEncoder
 from actors.vlm.policy import VlmPolicy
-from pipeline.commands.answer import completion_request, load_video
+from pipeline.commands.answer import load_video, question_request
 from pipeline.config import RunConfig, parse_config
 from pipeline.data.decoder import Shard, VideoShape, block_items, decode_block
 from pipeline.data.schema import Row, ShardWriter
@@ -115,7 +115,7 @@ def test_five_ways_make_one_input(
     video, sample = write_clip(tmp_path, frames, seconds)
     assert sample.fps == pytest.approx((frames - 1) / seconds, rel=1e-4) and sample.fps != config.video.fps
     asked = asked_in_rollouts(config, sample)
-    asked["answer"] = completion_request(config, load_video(config, video), QUESTION, 0).asked
+    asked["answer"] = question_request(config, load_video(config, video), QUESTION, 0).asked
     policy, engine = VlmPolicy.load(folder), VllmInputs(folder, "float32")
     completion = Completion("?", np.array([5, 6], np.int32), np.zeros(2, np.float32), "stop", 0)
     member = Member(0, "", Scores("s", 0, {}), completion)

@@ -1,4 +1,4 @@
-"""How Wan's transformer reads a clip: the time of each token.
+"""How Wan's transformer reads a clip, the time of each token, and where an adapter goes.
 
 Reference latents stand before the target's along time. Their tokens carry timestep 0, and no parameter is new
 (arXiv 2511.16669, section on the VDM).
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from actors.failures import BadSampleError
 from actors.vdm.flow_sde import NUM_TRAIN_TIMESTEPS
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+"""Layers of each block that an adapter is put into by default."""
 
 
 def token_timesteps(sigma: Tensor, references: int, shape: Sequence[int], patch: tuple[int, int, int]) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from actors.architectures import Architecture, architecture, cost
 from actors.policy.lora import inject_lora
 from actors.policy.settings import LoraSection
-from actors.vdm.lora import DEFAULT_TARGETS
+from actors.vdm.wan.family import LORA_TARGETS
 from actors.vdm.wan.vae import geometry_of
 from pipeline.fleet.models import ASSETS
 
@@ -69,7 +69,7 @@ def test_an_update_of_the_wan_transformer(clip: tuple[int, int, int, int], lora:
     model = vdm(WAN)
     module: Any = model.meta("transformer")
     if lora:
-        inject_lora(module, LoraSection(rank=8, alpha=32.0), DEFAULT_TARGETS)
+        inject_lora(module, LoraSection(rank=8, alpha=32.0), LORA_TARGETS)
     channels, frames, rows, columns = cost.latent_shape(model, *clip[:3])
     tokens = cost.vdm_tokens(model, *clip)
     latents = meta(1, channels, frames + clip[3], rows, columns)

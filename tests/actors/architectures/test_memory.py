@@ -16,7 +16,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLay
 from actors.architectures import memory
 from actors.policy.lora import inject_lora
 from actors.policy.settings import LoraSection
-from actors.vdm.lora import DEFAULT_TARGETS as WAN_TARGETS
+from actors.vdm.wan.family import LORA_TARGETS as WAN_TARGETS
 from actors.vlm.adapter import DEFAULT_TARGETS as QWEN_TARGETS
 
 WIDTH, TOKENS, TEXT, HEAD = 256, 300, 64, 64

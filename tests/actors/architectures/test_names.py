@@ -14,15 +14,15 @@ from torch import nn
 
 from actors.architectures import architecture, cost, memory
 from actors.learner.adapters import fit, linear_layers
-from actors.learner.peft_folder import read_folder
 from actors.learner.sharding import shard, unit_names
-from actors.policy.lora import adapter_config, inject_lora, peft_names
+from actors.policy.lora import adapter_config, inject_lora, peft_names, resolved, same_shape
 from actors.policy.protocol import trainable_parameters
 from actors.policy.settings import LoraSection
-from actors.vdm import lora as vdm_lora
 from actors.vdm.policy import transformer_units
+from actors.vdm.wan.family import LORA_TARGETS
 from actors.vlm import adapter as vlm_adapter
 from actors.vlm.policy import model_units
+from actors.weights.files import read_folder, write_folder
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ QWEN_LAYERS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p i
 
 
 def adapted_wan(name: str) -> nn.Module:
-    return inject_lora(architecture(name, "vdm").meta("transformer"), SPEC, vdm_lora.DEFAULT_TARGETS)
+    return inject_lora(architecture(name, "vdm").meta("transformer"), SPEC, LORA_TARGETS)
 
 
 def adapted_qwen(name: str) -> nn.Module:
@@ -132,7 +132,7 @@ def test_diffusers_and_peft_read_the_artists_adapter(name: str, tmp_path: Path) 
 
     module = adapted_wan(name)
     tensors = {n: torch.zeros(t.shape, dtype=torch.bfloat16) for n, t in peft_names(module.state_dict()).items()}
-    vdm_lora.write_adapter(tmp_path, adapter_config(module), tensors)
+    write_folder(tmp_path, adapter_config(module), tensors, diffusers=True)
     state, metadata = WanPipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
     names = {f"transformer.blocks.{i}.{p}" for i, p in product(range(WAN[name]), WAN_LAYERS)}
     assert {n.rpartition(".lora_")[0] for n in state} == names and len(state) == 2 * len(names)
@@ -141,7 +141,7 @@ def test_diffusers_and_peft_read_the_artists_adapter(name: str, tmp_path: Path) 
     other: Any = architecture(name, "vdm").meta("transformer")
     layers = linear_layers(other)
     fitted = fit(again, config, layers, "vdm", "here")
-    assert vdm_lora.same_shape(fitted.spec, vdm_lora.resolved(SPEC, layers)) and again.keys() == tensors.keys()
+    assert same_shape(fitted.spec, resolved(SPEC, layers, LORA_TARGETS)) and again.keys() == tensors.keys()
     other.load_lora_adapter(state, prefix="transformer", metadata=None, low_cpu_mem_usage=True)
     loaded = {n.rpartition(".lora_A.")[0] for n, _ in other.named_parameters() if ".lora_A." in n}
     assert {f"transformer.{n}" for n in loaded} == names

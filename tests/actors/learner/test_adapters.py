@@ -13,12 +13,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from actors.learner.adapters import Role, fit, model_layers
-from actors.learner.peft_folder import write_folder
 from actors.policy.lora import adapter_config
 from actors.policy.settings import LoraSection
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
 from actors.vlm.policy import VlmPolicy, load_model
+from actors.weights.files import write_folder
 from actors.weights.transport import Delivery
 from cluster.errors import CheckpointError
 from pipeline.fleet.models import resolve_adapter

@@ -95,8 +95,7 @@ def seen(tiny_vdm_dir: Path, tiny_clip_dir: Path) -> Seen:
                 held["learner"] = await asyncio.gather(*(rank.held.remote() for rank in learner.ranks))
             finally:
                 await learner.close()
-            assert fleet.embed is not None
-            (counts,) = (await fleet.embed.call_all("counters")).values()
+            (counts,) = (await fleet.named["embed"].call_all("counters")).values()
         return Seen(result, reports, held, counts["captions"], counts["references"])
 
     return asyncio.run(asyncio.wait_for(story(), 550))
