@@ -73,8 +73,9 @@ class SdeSection(Section):
     )
     level: float = Field(
         0.7,
-        gt=0,
-        description="Noise level: a (flow; cps, at most 1), eta (dance, 0.25-0.3) or sigma_max (wan).",
+        ge=0,
+        description="Noise level: a (flow; cps, at most 1), eta (dance, 0.25-0.3) or sigma_max (wan). 0 is the ODE, from whose steps "
+        "nothing can be learnt.",
         json_schema_extra=cite("Flow-GRPO", "DanceGRPO", "CPS"),
     )
     window_size: Positive = Field(

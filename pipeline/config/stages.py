@@ -151,6 +151,12 @@ class Stage2Section(FlowLearning, StageSection):
     def _window(self) -> Stage2Section:
         if self.learning.samples == "ends":
             return self
+        if self.sde.level == 0:
+            ends = [name for name, section in self.ways().items() if section.samples == "ends"]
+            raise ValueError(
+                f"objective={self.objective} with sde.level=0: it learns from stochastic steps with their log-probabilities, and at "
+                f"level 0 the rollout is an ODE, which has none; use a level above 0, such as 0.7, or objective: {' or '.join(ends)}"
+            )
         if self.grpo.step_balance == "ratio_norm" and SCHEDULES[self.sde.schedule].scale is None:
             with_scale = ", ".join(name for name, row in SCHEDULES.items() if row.scale is not None)
             raise ValueError(

@@ -56,7 +56,8 @@ class Stage2:
     _lost: dict[int, list[str]] = field(default_factory=dict)  # by step: why samples got no group
 
     def __post_init__(self) -> None:
-        self.window = sde_window(self.config)
+        # An ODE has no window, and a grid of few steps may have no place for one.
+        self.window = sde_window(self.config) if self.section.learning.samples == "steps" else None
 
     @property
     def section(self):
@@ -81,7 +82,8 @@ class Stage2:
                     self._lost.setdefault(step, []).append(anchor.failure)
                 if anchor.caption is None or anchor.rouge_l < self.section.anchor_min_rouge:
                     continue
-                name, spec = f"stage2 step {key} {sample.id}", sde_spec(self.config, self.window, step, sample.id)
+                name = f"stage2 step {key} {sample.id}"
+                spec = None if self.window is None else sde_spec(self.config, self.window, step, sample.id)
                 tasks.append(asyncio.create_task(self.group(sample, anchor, key, spec), name=name))
             if len(tasks) == count:
                 return tasks
@@ -100,17 +102,17 @@ class Stage2:
         """Return, once, why samples that were drawn for ``step`` got no group: as often as they would have trajectories."""
         return [reason for reason in self._lost.pop(step, []) for _ in range(self.section.rollout.group_size)]
 
-    async def group(self, sample: Sample, anchor: Anchor, step: str, spec: SdeSpec) -> Group | None:
-        """Sample, and score, G trajectories of the anchor caption."""
+    async def group(self, sample: Sample, anchor: Anchor, step: str, spec: SdeSpec | None) -> Group | None:
+        """Sample, and score, G trajectories of the anchor caption: as an SDE, or without ``spec`` the ends of an ODE."""
         done = await asyncio.gather(
             *(self._member(sample, anchor, i, step, spec) for i in range(self.section.rollout.group_size)),
             return_exceptions=True,
         )
         return collect(sample, done)
 
-    async def _member(self, sample: Sample, anchor: Anchor, index: int, step: str, spec: SdeSpec) -> Member:
+    async def _member(self, sample: Sample, anchor: Anchor, index: int, step: str, spec: SdeSpec | None) -> Member:
         assert anchor.caption is not None
-        seed, ends = (self.config.seed, "stage2", step, sample.id), self.section.learning.samples == "ends"
+        seed, ends = (self.config.seed, "stage2", step, sample.id), spec is None
         request = render_request(
             self.config,
             sample,
@@ -119,7 +121,7 @@ class Stage2:
             self.section.render,
             # Of one noise an ODE has one end: a group that differs by its ends needs a noise for each member.
             noise_seed=derive_seed(*seed, "noise", 0 if self.section.sde.same_latent and not ends else index),
-            sde=None if ends else spec,
+            sde=spec,
             ends=ends,
             sde_seed=derive_seed(*seed, "sde", index),
         )
@@ -138,8 +140,7 @@ class Stage2:
         """Return what only stage 2 measures, over the anchors that ``step`` has drawn."""
         seen = self._seen.pop(step, [])
         kept = [a.rouge_l >= self.section.anchor_min_rouge and a.caption is not None for a in seen]
-        sde = self.section.learning.samples == "steps"
-        metrics = {"sde/window_start": mean_start(self.window, batch, step)} if sde else {}
+        metrics = {} if self.window is None else {"sde/window_start": mean_start(self.window, batch, step)}
         if seen:
             metrics |= {
                 "anchor/kept": float(np.sum(kept)),

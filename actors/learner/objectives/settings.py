@@ -164,7 +164,7 @@ class FlowGrpoSection(GrpoSection):
         "none",
         description="How steps of different noise are made to learn alike (docs/objectives.md): not at all; by a weight of each step's "
         "surrogate (rectify); or by a ratio that is normalised over steps and a surrogate divided by the step's length in sigma "
-        "(ratio_norm), which needs clip ranges some hundred times smaller and a schedule with an s(sigma). The KL is weighed by none.",
+        "(ratio_norm), which needs far smaller clip ranges and a schedule with an s(sigma). The KL is weighed by none.",
         json_schema_extra=cite("Flash-GRPO", "GRPO-Guard"),
     )
 
@@ -284,8 +284,12 @@ class Learning(Section):
     @property
     def learning(self) -> ObjectiveSection:
         """The settings of the objective that the stage learns by."""
-        settings: ObjectiveSection = getattr(self, self.objective)
-        return settings
+        return self.ways()[self.objective]
+
+    def ways(self) -> dict[str, ObjectiveSection]:
+        """Return the settings of every objective that the stage may learn by, by its name."""
+        sections = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: section for name, section in sections if isinstance(section, ObjectiveSection)}
 
 
 class TokenLearning(Learning):

@@ -40,7 +40,7 @@ def test_resolved_yaml_is_the_same_run(tmp_path) -> None:
         (["stage2.sde.window_range=[4, 2]"], "holds no step"),
         (["stage2.sde.window_range=[-1, 3]"], "leaves the schedule"),
         (["stage2.render.steps=1", "stage2.sde.window_range=null"], "longer than the 0 steps"),
-        (["stage2.sde.level=0"], "stage2.sde.level=0"),
+        (["stage2.sde.level=0"], "or objective: nft or awm"),
         (["stage2.sde={schedule: cps, level: 1.2}"], "at most 1"),
         (["stage2.grpo.kl_estimator=k3"], "the flow's KL has a closed form"),
         (["stage1.grpo.kl_estimator=closed"], "'k1', 'k2' or 'k3'"),

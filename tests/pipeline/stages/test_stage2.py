@@ -176,6 +176,16 @@ def test_with_a_window_per_prompt_a_group_shares_its_own(fleet: Fleet) -> None:
     assert both._render(item, "x", 0, "3").sde == spec, "all-in-one asks for the same"
 
 
+def test_a_forward_process_objective_gets_the_ends_of_odes_from_noises_of_their_own(fleet: Fleet) -> None:
+    config, item = parse_config({"stage2": {**settings().stage2.model_dump(), "objective": "nft"}}), sample()
+    stage = Stage2(config, fleet)  # type: ignore[arg-type]
+    group = asyncio.run(stage.group(item, Anchor("", item.caption, 1.0), "0", None))
+    assert group is not None and len(group.members) == GROUP
+    paths = [e.trajectory for e in stage.experiences(RolloutBatch((group,), (), (np.array([1.0, 0.0, -1.0]),)), "vdm")]
+    assert {(path.sde.level, path.latents.shape[0], len(path.logprobs)) for path in paths} == {(0.0, 2, 0)}
+    assert len({path.latents[-1].tobytes() for path in paths}) == GROUP
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [

@@ -30,6 +30,8 @@ from actors.vdm.sampling import check, sample, sample_latents
 from actors.vdm.trajectories import noised
 from cluster.errors import ConfigError, TrainingError
 from pipeline.config import load_config
+from pipeline.stages.groups import RolloutBatch
+from pipeline.stages.stage2 import Stage2
 
 pytestmark = pytest.mark.slow
 
@@ -256,25 +258,6 @@ def test_the_distance_to_the_reference_holds_the_policy_back(trainer_of, rollout
     assert found[0.0] == [0.0] * 3 and found[50.0][0] > found[50.0][2] > 0
 
 
-def test_a_restart_repeats_an_undisturbed_run_bit_for_bit(trainer_of, rollout, tmp_path: Path) -> None:
-    spec = spec_of("nft", NftSection(behaviour_decay=0.5))
-    straight, first = trainer_of(spec), trainer_of(spec)
-    for _ in range(2):
-        straight.update(plan(rollout), epochs=2)
-    first.update(plan(rollout), epochs=2)
-    first.save(str(tmp_path / "here"))
-    again = trainer_of(spec)
-    again.restore(str(tmp_path / "here"))
-    assert equal(adapter(again), adapter(first))  # the weights that sample came back too
-    again.update(plan(rollout), epochs=2)
-    assert equal(adapter(again), adapter(straight))
-    assert all(torch.equal(a, b) for a, b in zip(local(again), local(straight), strict=True))
-
-
-def local(trainer: Trainer) -> list[Tensor]:
-    return [p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in trainer.parameters]
-
-
 def test_the_weights_that_sample_are_published_and_follow_slowly(trainer_of, rollout) -> None:
     at_once, slow = trainer_of(spec_of("nft")), trainer_of(spec_of("nft", NftSection(behaviour_decay=0.75)))
     start = adapter(slow)
@@ -317,6 +300,11 @@ def test_the_gate_is_looked_at_when_it_is_due(trainer_of, rollout) -> None:
         (["stage2.objective=ppo"], "'grpo', 'nft' or 'awm'"),
         (["stage1.objective=nft"], "'grpo', 'gspo' or 'cispo'"),
         (["stage2.objective=nft", "stage2.nft.min_group=99"], "nft.min_group=99"),
+        (["stage2.objective=nft", "stage2.nft.advantage_max=0"], "nft.advantage_max=0: .* greater than 0"),
+        (["stage2.objective=nft", "stage2.nft.behaviour_decay=1"], "nft.behaviour_decay=1: .* less than 1"),
+        (["stage2.objective=nft", "stage2.rollout.group_size=1"], "at least 2 trajectories"),
+        (["stage2.objective=awm", "stage2.awm.weight=0"], "awm.weight=0: .* greater than 0"),
+        (["stage2.ppo.beta=1"], "known keys: .*grpo, nft, awm"),
     ],
 )
 def test_what_cannot_be_is_refused_at_the_start(overrides: list[str], words: str) -> None:
@@ -324,7 +312,11 @@ def test_what_cannot_be_is_refused_at_the_start(overrides: list[str], words: str
         load_config("toy", overrides)
 
 
-def test_a_rollout_of_two_steps_is_enough() -> None:
-    """An SDE window needs room in the grid; an ODE's end does not."""
-    run = load_config("toy", ["stage2.objective=nft", "stage2.render.steps=2", "stage2.sde.window_range=null"])
-    assert run.stage2.learning.samples == "ends"
+@pytest.mark.parametrize("keys", [("render.steps=2",), ("render.steps=1",), ("render.steps=6", "sde.level=0")])
+def test_a_rollout_of_few_steps_is_enough(keys: tuple[str, ...]) -> None:
+    """An SDE window needs room in the grid; an ODE's end does not, and the SDE's settings are not read."""
+    overrides = ["stage2.objective=nft", "stage2.sde.window_range=null", *(f"stage2.{key}" for key in keys)]
+    stage = Stage2(load_config("toy", overrides), None)  # type: ignore[arg-type]
+    assert stage.window is None and "sde/window_start" not in stage.metrics(RolloutBatch((), (), ()), 0)
+    with pytest.raises(ConfigError, match=r"window_size|level=0"):
+        Stage2(load_config("toy", [*overrides, "stage2.objective=grpo"]), None)  # type: ignore[arg-type]
