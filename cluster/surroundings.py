@@ -17,6 +17,9 @@ from cluster.packages import preference
 
 LONGEST_TEMPORARY = 38
 """Longest name of a folder for temporary files: Ray's sockets below it need 69 of the 107 bytes that a socket's path may have."""
+COLLECT_AFTER_S = 20.0
+"""How long a process does without the garbage collector at its start, in seconds. It would go over all that the imports make, again
+and again: a quarter of the time that torch, transformers, diffusers and vLLM take to import."""
 _LINK = re.compile(r"(tcp|udp|sctp)://")
 
 log = logging.getLogger(__name__)
@@ -43,17 +46,34 @@ def service_links(environ: Mapping[str, str]) -> list[str]:
 
 def worker_hook(root: str | None) -> Callable[[], None]:
     """Return what Ray runs in each worker before anything else (see :func:`cluster.packages.preference`)."""
-    prefer = preference(root)
+    prefer, import_first = preference(root), collector_later()
 
     def set_up() -> None:
         import os
 
+        import_first()
         for name, value in list(os.environ.items()):
             if name.endswith("_PORT") and value.startswith(("tcp://", "udp://", "sctp://")):
                 del os.environ[name]
         prefer()
 
     return set_up
+
+
+def collector_later() -> Callable[[], None]:
+    """Return what switches the garbage collector off in this process for ``COLLECT_AFTER_S``; it stands alone, as Ray's hook must."""
+    seconds = COLLECT_AFTER_S
+
+    def import_first() -> None:
+        import gc
+        import threading
+
+        gc.disable()
+        timer = threading.Timer(seconds, gc.enable)
+        timer.daemon = True
+        timer.start()
+
+    return import_first
 
 
 def _settle_home(environ: MutableMapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from cluster.manifests.shape import Site
+from cluster.surroundings import collector_later
 from pipeline.commands.data import data
 from pipeline.commands.program import Config, Out, Overrides, Program, local, print_plain, wide_console
 from pipeline.support import terminal
@@ -30,6 +31,7 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """Run the command line."""
+    collector_later()()
     app()
 
 

@@ -5,6 +5,7 @@ The environment is set before anything heavy is imported, because torch, vLLM an
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,9 @@ for _name in (
 ):
     os.environ.pop(_name, None)
 
+# Collecting imports torch, transformers, diffusers and more: the garbage collector would go over all that again and again.
+gc.disable()
+
 import pytest  # noqa: E402 - the environment comes first
 
 from tests.s3_server import S3Server  # noqa: E402
@@ -65,6 +69,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the garbage collector work from here on, and leave what the imports made alone."""
+    gc.enable()
+    gc.freeze()
+
+
 RAY_SLOTS = 8
 """CPU slots of the tests' Ray: more than cores, because the tiny workers share them."""
 
@@ -73,9 +83,12 @@ def start_ray() -> None:
     """Start the embedded Ray of the tests, unless one is running in this process."""
     import ray
 
+    from cluster.session import runtime_env
+
     if not ray.is_initialized():
         ray.init(
             address="local",
+            runtime_env=runtime_env(os.environ, {}, embedded=True),  # as a run's workers have it
             num_cpus=RAY_SLOTS,
             object_store_memory=200 * 2**20,
             include_dashboard=False,

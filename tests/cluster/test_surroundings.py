@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import pickle
 import pwd
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from cluster.session import ClusterError, _start_embedded, runtime_env
 from cluster.storage import disk_error
-from cluster.surroundings import LONGEST_TEMPORARY, service_links, settle
+from cluster.surroundings import LONGEST_TEMPORARY, service_links, settle, worker_hook
 
 
 def test_what_kubernetes_makes_of_a_service_s_name_is_dropped_and_nothing_else() -> None:
@@ -40,6 +42,7 @@ def test_what_kubernetes_makes_of_a_service_s_name_is_dropped_and_nothing_else()
 def test_workers_drop_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     import cloudpickle
 
+    monkeypatch.setattr("cluster.surroundings.COLLECT_AFTER_S", 0.0)
     hook = pickle.loads(cloudpickle.dumps(runtime_env({}, {}, embedded=False)["worker_process_setup_hook"]))
     monkeypatch.setenv("VLLM_PORT", "tcp://10.0.0.1:8000")
     monkeypatch.setenv("MASTER_PORT", "29500")
@@ -49,6 +52,21 @@ def test_workers_drop_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cluster." not in cloudpickle.dumps(hook).decode("latin-1").replace("cluster.packages", "").replace(
         "cluster.surroundings", ""
     )
+
+
+def test_a_worker_imports_its_libraries_without_the_garbage_collector_and_has_it_back_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.surroundings.COLLECT_AFTER_S", 0.2)
+    try:
+        worker_hook(None)()
+        assert not gc.isenabled()
+        deadline = time.monotonic() + 10
+        while not gc.isenabled():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("home", ["", "/proc/nowhere", "relative"])
