@@ -1,19 +1,18 @@
 """Contact sheets: clips as strips of frames with their texts, several of them as one picture.
 
-Responsible for pictures alone; nothing here scores. Drawn with Pillow in the DejaVu fonts that matplotlib brings along.
+Responsible for pictures alone; nothing here scores. Drawn with Pillow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.data.fonts import font_for
 from pipeline.support.harmless import printable
 from rewards.similarity import resample_frames
 
@@ -53,7 +52,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Strip]]], path: Path, *, ti
     sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, top + sum(h + MARGIN for h in heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((MARGIN, MARGIN - 2), _one_line(title), font=_font(22, bold=True), fill=INK)
+        draw.text((MARGIN, MARGIN - 2), _one_line(title), font=font_for(title, 22, bold=True), fill=INK)
     y = top
     for rank, height in zip(ranks, heights):
         for column, card in enumerate(rank):
@@ -73,12 +72,13 @@ def _card(heading: str, strips: Sequence[Strip]) -> Image.Image:
     texts = [_label(s) for s in strips]
     heights = [max(THUMB_HEIGHT if p is None else p.height, t.height) for p, t in zip(pictures, texts)]
     width = PAD + 8 + LABEL_WIDTH + film + PAD
-    lines = _wrapped(heading, _font(16, bold=True), width - 2 * PAD)
+    bold = font_for(heading, 16, bold=True)
+    lines = _wrapped(heading, bold, width - 2 * PAD)
     top = PAD + 22 * len(lines) + 8
     card = Image.new("RGB", (width, top + sum(h + 10 for h in heights) + PAD - 10), CARD)
     draw = ImageDraw.Draw(card)
     for i, line in enumerate(lines):
-        draw.text((PAD, PAD - 3 + 22 * i), line, font=_font(16, bold=True), fill=INK)
+        draw.text((PAD, PAD - 3 + 22 * i), line, font=bold, fill=INK)
     y = top
     for i, (picture, text, height) in enumerate(zip(pictures, texts, heights)):
         accent = ACCENTS[i] if i < len(ACCENTS) else ACCENTS[2 + (i - 2) % (len(ACCENTS) - 2)]
@@ -87,7 +87,7 @@ def _card(heading: str, strips: Sequence[Strip]) -> Image.Image:
         if picture is None:
             box = (PAD + 8 + LABEL_WIDTH, y, width - PAD - 1, y + height - 1)
             draw.rounded_rectangle(box, 6, outline=LINE)
-            draw.text((box[0] + 14, y + height // 2), "no video", font=_font(13), fill=SOFT, anchor="lm")
+            draw.text((box[0] + 14, y + height // 2), "no video", font=font_for("no video", 13), fill=SOFT, anchor="lm")
         else:
             card.paste(picture, (PAD + 8 + LABEL_WIDTH, y))
         y += height + 10
@@ -99,9 +99,12 @@ def _label(strip: Strip) -> Image.Image:
     name, _, caption = strip.label.partition("\n")
     width = LABEL_WIDTH - 24
     runs = [
-        (_wrapped(name, _font(13, bold=True), width), _font(13, bold=True), SOFT, 18),
-        (_wrapped(caption, _font(14), width), _font(14), INK, 19),
-        (_wrapped(strip.note, _font(11), width), _font(11), SOFT, 15),
+        (_wrapped(text, font, width), font, colour, step)
+        for text, font, colour, step in (
+            (name, font_for(name, 13, bold=True), SOFT, 18),
+            (caption, font_for(caption, 14), INK, 19),
+            (strip.note, font_for(strip.note, 11), SOFT, 15),
+        )
     ]
     image = Image.new("RGB", (width, sum(len(lines) * step for lines, _, _, step in runs) + 2), CARD)
     draw, y = ImageDraw.Draw(image), 0
@@ -153,12 +156,6 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 def _one_line(text: str) -> str:
     return printable(" ".join(text.split()), 200)
-
-
-@lru_cache(maxsize=16)
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 def _rounded(size: tuple[int, int]) -> Image.Image:
