@@ -1,7 +1,7 @@
 """Row 13: what stage 2 learns in equal CPU time, by each objective, beside GRPO on the SDE window.
 
-``python -m tests.benchmarks.stage2_objectives`` prints the search on val that the settings below were chosen by: equally many
-configurations for each objective.
+``python -m tests.benchmarks.stage2_objectives [OBJECTIVE …]`` prints the search on val that the settings below were chosen by:
+equally many configurations for each objective.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -75,16 +76,16 @@ def trained(
     return artist
 
 
-def search(seeds: int = 2, budget_s: float = 40.0, clips: int = 128) -> None:
-    """Print the gain on val of every configuration, seed by seed."""
+def search(names: Sequence[str], seeds: int = 2, budget_s: float = 40.0, clips: int = 128) -> None:
+    """Print the gain on val of every configuration of ``names``, seed by seed."""
     torch.set_num_threads(1)
     scorer = Scorer(ClipScorer(resolve_model("tiny", "clip")), diagnostics=False)
     samples = val(FIRST_VAL, clips)
     with one_rank() as mesh:
         starts = [held_out(trained("grpo", (), seed, 0.0, PROMPTS, mesh, scorer), samples) for seed in range(seeds)]
         for place in range(max(map(len, SEARCHED.values()))):
-            for name, configurations in SEARCHED.items():
-                keys, gains, steps = configurations[place], [], []
+            for name in names:
+                keys, gains, steps = SEARCHED[name][place], [], []
                 for seed in range(seeds):
                     artist = trained(name, keys, seed, budget_s, PROMPTS, mesh, scorer)
                     gains.append(held_out(artist, samples) - starts[seed])
@@ -154,4 +155,4 @@ def interval(name: str, differences: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    search(*(int(value) for value in sys.argv[1:2]))
+    search(sys.argv[1:] or list(SEARCHED))
