@@ -40,14 +40,17 @@ def load_policy(kind: str, model: str, settings: SftSettings, samples: int, devi
     are other arguments of its load.
     """
     target, _, name = POLICIES[kind].partition(":")
-    options: dict[str, Any] = {"cache_bytes": settings.cache_mib * 2**20, "reference_frames": settings.reference_frames}
+    options: dict[str, Any] = {
+        "cache_bytes": settings.tuning.cache_mib * 2**20,
+        "reference_frames": settings.reference_frames,
+    }
     if kind == "vlm":
-        fits = samples * settings.shape.row_bytes <= settings.cache_mib * 2**20
+        fits = samples * settings.shape.row_bytes <= settings.tuning.cache_mib * 2**20
         options = {"cache_size": samples if fits else 64}
     return getattr(importlib.import_module(target), name).load(
         model,
         dtype="float32",
-        lora=settings.lora if settings.lora.rank else None,
+        lora=settings.tuning.lora if settings.tuning.lora.rank else None,
         seed=settings.seed,
         adapter=settings.adapter,
         device=str(device),
@@ -66,7 +69,7 @@ class Loop:
         settings, context = self.settings, ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        torch.set_num_threads(max(1, int(settings.cpus)))
+        torch.set_num_threads(max(1, int(settings.learner.cpus)))
         captions, more = None, {}
         if self.kind == "vdm" and not settings.train_text_encoder:
             # First, so that the encoder has gone when the transformer comes.
@@ -78,15 +81,15 @@ class Loop:
         if captions is not None:
             self.policy.embedder = captions
         mesh: DeviceMesh = init_device_mesh(self.device.type, (self.world,))
-        dtype = torch_dtype(settings.dtype)
+        dtype = torch_dtype(settings.learner.dtype)
         set_compute_dtype(self.policy, dtype)
         self.nets = nn.ModuleDict({"module": self.policy.module})
-        shard(self.policy.module, self.policy.fsdp_units, mesh, dtype, settings.activation_checkpointing)
+        shard(self.policy.module, self.policy.fsdp_units, mesh, dtype, settings.learner.activation_checkpointing)
         if settings.train_text_encoder:
             encoder = self.policy.train_text_encoder()
             shard(encoder, [], mesh, dtype, False)
             self.nets["text_encoder"] = encoder
-        self.optimizer = Optimizer(self.nets, settings.optim, self.total, f"sft {self.kind}")
+        self.optimizer = Optimizer(self.nets, settings.tuning.optim, self.total, f"sft {self.kind}")
         self.began: float | None = None  # when the steps since the last checkpoint began, on this rank's clock
         self.trained_before = 0.0  # seconds of training up to the last checkpoint, earlier starts included
 
@@ -98,7 +101,7 @@ class Loop:
         # Of the step, so that a run that was cut short draws the noise that it would have drawn.
         torch.manual_seed(derive_seed("sft", settings.seed, self.rank, self.step))
         parameters = self.optimizer.parameters
-        total = accumulate(self.policy, self.nets.values(), batch, settings.micro_batch, parameters, self.world)
+        total = accumulate(self.policy, self.nets.values(), batch, settings.tuning.micro_batch, parameters, self.world)
         return total, self.optimizer.step(total).grad_norm
 
     @property
@@ -115,7 +118,7 @@ class Loop:
 
     def done(self) -> bool:
         """Return whether the last step is done or ``max_wall_s`` are over, on all ranks alike."""
-        wall = self.settings.max_wall_s
+        wall = self.settings.tuning.max_wall_s
         return self.step >= self.total or (wall is not None and self.train_s() >= wall)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -148,7 +151,7 @@ class Loop:
         """Write the (averaged) weights as an ordinary folder, on rank 0."""
         average = self.optimizer.average
         gather = gather_state if average is None else average.gather
-        states = {n: gather(net, trainable_only=self.settings.lora.rank > 0) for n, net in self.nets.items()}
+        states = {n: gather(net, trainable_only=self.settings.tuning.lora.rank > 0) for n, net in self.nets.items()}
         if self.rank == 0:
             policy = self.policy
             if "text_encoder" in states:  # a whole encoder to save, beside the sharded one
@@ -161,14 +164,14 @@ class Loop:
 def train_loop(config: dict[str, Any]) -> None:
     """Train to the last step, logging to the driver's mailbox; the entry point of Ray Train."""
     loop = Loop(config)
-    settings = loop.settings
+    tuning = loop.settings.tuning
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         loop.restore(checkpoint)
     items = Items(
         ray.train.get_dataset_shard("train"),
         loop.kind,
-        settings,
+        loop.settings,
         config["shards"],
         loop.rank,
         loop.samples,
@@ -185,7 +188,7 @@ def train_loop(config: dict[str, Any]) -> None:
         loss, norm = loop.train_step(batch)
         losses.append(loss)
         last = loop.done()
-        if len(losses) == settings.log_every or last:
+        if len(losses) == tuning.log_every or last:
             quarantined = torch.tensor(float(len(items.quarantined)), device=loop.device)
             torch.distributed.all_reduce(quarantined)
             metrics = {
@@ -195,12 +198,12 @@ def train_loop(config: dict[str, Any]) -> None:
                 "lr": loop.optimizer.adamw.param_groups[0]["lr"],
                 "skipped": float(loop.optimizer.skipped),
                 "quarantined": float(quarantined),
-                "samples_per_s": settings.batch * len(losses) / max(time.monotonic() - started, 1e-9),
+                "samples_per_s": tuning.batch * len(losses) / max(time.monotonic() - started, 1e-9),
             }
             losses, started = [], time.monotonic()
             if loop.rank == 0:
                 config["mailbox"].add.remote(metrics)
-        if settings.checkpoint_every and loop.step % settings.checkpoint_every == 0 and not last:
+        if tuning.checkpoint_every and loop.step % tuning.checkpoint_every == 0 and not last:
             loop.save()
         if last:
             break

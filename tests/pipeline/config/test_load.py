@@ -218,7 +218,8 @@ def test_the_real_runs_say_how_to_tune_both_models_first(name: str) -> None:
     run = load_config(name)
     for kind in ("vlm", "vdm"):
         settings = sft_settings(run, kind)
-        assert settings.epochs == 1 and settings.activation_checkpointing and settings.dtype == "bfloat16"
+        assert settings.tuning.epochs == 1 and settings.learner.activation_checkpointing
+        assert settings.learner.dtype == "bfloat16"
     adapter = run.sft.vlm.lora
     if adapter.rank:  # Joint-GRPO goes on from it, and has no other reference than the model below it
         assert (adapter.rank, adapter.alpha) == (run.stage1.lora.rank, run.stage1.lora.alpha)
