@@ -78,7 +78,7 @@ def test_resolved_yaml_is_the_same_run(tmp_path) -> None:
             ["pools.vlm.rest=true", "stage1.rollout.max_staleness=1"],
             "pools.vlm.rest=true with stage1.rollout.max_staleness=1",
         ),
-        (["learner.offload=everything"], "'none', 'optimizer' or 'all'"),
+        (["learner.offload=everything"], "learner.offload='everything': Input should be 'none', 'optimizer' or 'all'"),
     ],
 )
 def test_mistakes_are_named(overrides: list[str], expected: str) -> None:
