@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,16 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from actors.learner.average import Average, Behaviour
+from actors.learner.average import Behaviour
 from actors.learner.batches import MicroBatch, RankPlan
-from actors.learner.checkpoint import load_tensors, optimizer_tensors, read_facts, save_tensors
+from actors.learner.checkpoint import read_facts, save_tensors
 from actors.learner.objectives.base import Prepared, RankReport, Step
 from actors.learner.objectives.table import make_objective
+from actors.learner.optimizer import Optimizer
 from actors.learner.sharding import gather_state, parameter_hash, shard, sync_gradients
-from actors.learner.spec import LearnerSpec, learning_rate
+from actors.learner.spec import LearnerSpec
 from actors.offload import Offloader, module_tensors
 from actors.policy import lora
 from actors.policy.protocol import (
@@ -38,7 +37,6 @@ from actors.policy.protocol import (
     scale_gradients,
     set_compute_dtype,
     torch_dtype,
-    trainable_parameters,
 )
 from actors.records import Experience, VdmExperience, Weights
 from actors.weights.transport import pack
@@ -67,9 +65,6 @@ class Trainer:
         self.policy, self.spec, self.device = policy, spec, device
         self.rank, self.world = mesh.get_local_rank(), mesh.size()
         self.objective = make_objective(spec.objective, spec.learning, spec.longest)
-        self.version = 0
-        self.steps = 0  # optimizer steps tried, skipped ones included; drives the learning rate
-        self.skipped = 0
         dtype = torch_dtype(spec.settings.dtype)
         policy.module.eval()
         set_compute_dtype(policy, dtype)
@@ -82,19 +77,16 @@ class Trainer:
             units = [self.frozen.get_submodule(n) for n in names]
             shard(self.frozen, units, mesh, dtype, checkpointing=False, offload=spec.settings.reference_offload)
         shard(policy.module, policy.fsdp_units, mesh, dtype, spec.settings.activation_checkpointing)
-        self.parameters = trainable_parameters(policy.module)
-        if not self.parameters:
-            raise TrainingError(
-                f"{spec.name}: the policy has no parameter that requires grad, so there is nothing to train"
-            )
-        optim = spec.optim
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
-        )
-        self.average = Average(self.parameters, optim.ema) if optim.ema > 0 else None
+        self.optimizer = Optimizer(policy.module, spec.optim, spec.total_steps, spec.name)
+        self.parameters = self.optimizer.parameters
         self.sampled = Behaviour(self.parameters) if self.objective.keeps_behaviour else None
         self._offloader = Offloader(device) if spec.settings.offload != "none" else None
         self.offload()
+
+    @property
+    def version(self) -> int:
+        """The version of the trained weights: the number of updates that changed them."""
+        return self.optimizer.applied
 
     # --- memory
     # -----------------------------------------------------------------------------------------------------------
@@ -118,11 +110,9 @@ class Trainer:
 
     def _offloaded(self) -> Iterator[Tensor]:
         """Yield what moves between host and device: the optimizer's state and the average, or the parameters too."""
-        for state in self.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
-        for copy_ in (self.average, self.sampled):
-            if copy_ is not None:
-                yield from copy_.values
+        yield from self.optimizer.held()
+        if self.sampled is not None:
+            yield from self.sampled.values
         if self.spec.settings.offload == "all":
             yield from module_tensors(self.policy.module, self.frozen, *getattr(self.policy, "frozen_parts", ()))
 
@@ -155,14 +145,14 @@ class Trainer:
             self._step(step, report, first=index == 0, gate=gate)
         if self.sampled is not None:
             self.sampled.follow(self.objective.behaviour_decay)
-        report.common |= {"skipped": float(self.skipped), "updates": float(len(order))}
+        report.common |= {"skipped": float(self.optimizer.skipped), "updates": float(len(order))}
         return report
 
     def _gate_due(self, coming: int) -> bool:
         """Return whether one of the ``coming`` optimizer steps is a multiple of ``gate_every``: the same after a restart."""
         if self.objective.gate_tolerance(self.spec.settings.dtype) is None:
             return False
-        return -self.steps % self.objective.settings.gate_every < coming
+        return -self.optimizer.steps % self.objective.settings.gate_every < coming
 
     def _counters(self) -> dict[str, float]:
         """Return what the policy counts of its inputs' processing, where it does."""
@@ -178,8 +168,8 @@ class Trainer:
     def _step(self, step: list[Prepared], report: RankReport, first: bool, gate: bool) -> None:
         count = total = deviation = 0.0
         sums: dict[str, float] = defaultdict(float)
-        here = Step(self.spec.seed, self.steps, first, gate)
-        self.optimizer.zero_grad(set_to_none=True)
+        here = Step(self.spec.seed, self.optimizer.steps, first, gate)
+        self.optimizer.adamw.zero_grad(set_to_none=True)
         for k, item in enumerate(step):
             pieces, outputs = self._parts(item), []
             for p, piece in enumerate(pieces):
@@ -249,39 +239,18 @@ class Trainer:
             )
 
     def _apply(self, total: float, count: float, report: RankReport) -> None:
-        optim = self.spec.optim
         sum_total, sum_count = self._reduce([total, count], dist.ReduceOp.SUM)
         if sum_count == 0:
             raise TrainingError(f"{self.spec.name}: no item of the batch has a step that counts (all masks are empty)")
         scale_gradients(self.parameters, self.world / sum_count)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, optim.max_grad_norm, foreach=True)
-        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        lr = learning_rate(optim, self.steps, self.spec.total_steps)
-        self.steps += 1
+        stepped = self.optimizer.step(sum_total)
         report.sums["loss"] += total / sum_count
-        report.common["lr"] = lr
-        if math.isfinite(grad_norm) and math.isfinite(sum_total):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+        report.common["lr"] = stepped.lr
+        if stepped.applied:
             if self.sampled is not None:
                 self.sampled.same = False
-            if self.average is not None:
-                self.average.update(self.version)
-            self.version += 1
-            report.common["grad_norm"] = grad_norm
+            report.common["grad_norm"] = stepped.grad_norm
             report.sums["applied"] += 1.0 / self.world
-        else:
-            self.skipped += 1
-            if self.skipped > optim.max_skipped_steps:
-                raise TrainingError(
-                    f"{self.spec.name}: {self.skipped} optimizer steps had a non-finite loss or gradient (loss "
-                    f"{sum_total}, "
-                    f"gradient norm {grad_norm}), more than max_skipped_steps={optim.max_skipped_steps}; lower the "
-                    "learning "
-                    "rate, or look at the rewards and inputs of this batch"
-                )
-        self.optimizer.zero_grad(set_to_none=True)
 
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -320,7 +289,7 @@ class Trainer:
 
     def _gather(self, adapter: bool, averaged: bool) -> dict[str, Tensor]:
         """Return the trained weights, or their average where one is kept, whole on rank 0."""
-        values = self.average if averaged else self.sampled
+        values = self.optimizer.average if averaged else self.sampled
         if values is not None:
             return values.gather(self.policy.module, trainable_only=adapter)
         return gather_state(self.policy.module, trainable_only=adapter)
@@ -345,31 +314,16 @@ class Trainer:
     # --- checkpoints
     # ------------------------------------------------------------------------------------------------------
 
-    def _states(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the optimizer's state dict, and all tensors as they are stored."""
-        if not self.optimizer.state:  # torch fills it by a step of rate 0, which would count as the first one
-            get_state_dict(self.policy.module, self.optimizer)
-            for values in self.optimizer.state.values():
-                values["step"].zero_()
-        model, optimizer = get_state_dict(
-            self.policy.module, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
-        )
-        tensors: dict[str, Any] = {"model": model, "optimizer": optimizer_tensors(optimizer)}
-        if self.average is not None:
-            tensors["average"] = self.average.state()
-        if self.sampled is not None:
-            tensors["behaviour"] = self.sampled.state()
-        return optimizer, tensors
-
     def save(self, folder: str) -> None:
         """Write trained weights, optimizer, RNG and counters as a distributed checkpoint that any number of ranks
         restores. CheckpointWriteError, on all ranks, where one of them cannot write.
         """
         try:
-            save_tensors(self._states()[1] | {"rng": {f"rank{self.rank}": torch.get_rng_state()}}, folder)
+            save_tensors(self.optimizer.tensors() | self._own() | self._rng(), folder)
         except CheckpointException as error:  # raised on all ranks; no Exception, so Ray would not carry it
             raise self._unwritten(folder, error) from None
-        facts = self._facts() | {"version": self.version, "steps": self.steps, "skipped": self.skipped}
+        counters = {"version": self.version, "steps": self.optimizer.steps, "skipped": self.optimizer.skipped}
+        facts = self._facts() | counters
         text = json.dumps(facts | {"ranks": self.world}, indent=2) + "\n"
         self._first_rank_writes(folder, lambda: Path(folder, STATE_FILE).write_text(text, "utf-8"))
 
@@ -415,21 +369,17 @@ class Trainer:
                 raise CheckpointError(
                     f"{folder} was saved with {name}={facts.get(name)}, this learner has {name}={value}"
                 )
-        optimizer, state = self._states()
-        if self.rank < facts["ranks"]:
-            state["rng"] = {f"rank{self.rank}": torch.get_rng_state()}
-        load_tensors(state, folder)
-        options = StateDictOptions(ignore_frozen_params=True, strict=False)
-        set_state_dict(
-            self.policy.module,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=optimizer,
-            options=options,
-        )
-        if "rng" in state:
-            torch.set_rng_state(state["rng"][f"rank{self.rank}"])
-        self.version, self.steps, self.skipped = facts["version"], facts["steps"], facts["skipped"]
+        read = self.optimizer.restore(folder, self._own() | (self._rng() if self.rank < facts["ranks"] else {}))
+        if "rng" in read:
+            torch.set_rng_state(read["rng"][f"rank{self.rank}"])
+        self.optimizer.steps, self.optimizer.skipped = facts["steps"], facts["skipped"]
+
+    def _own(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the optimizer's tensors, equal for any number of ranks."""
+        return {} if self.sampled is None else {"behaviour": self.sampled.state()}
+
+    def _rng(self) -> dict[str, Any]:
+        return {"rng": {f"rank{self.rank}": torch.get_rng_state()}}
 
     def _facts(self) -> dict[str, Any]:
         spec = self.spec.lora

@@ -151,16 +151,20 @@ def _follow_lanes(
 
 def _fine_tune(out: Path, seed: int, effort: Effort, quality: dict[str, Any], console: Console) -> None:
     """SFT of thinker and artist by ``vans sft``'s own code, then their quality lines again: the ones that count."""
+    from actors.learner.settings import LearnerSection
     from cluster.session import connect
-    from pipeline.config.training import SftOptimSection
+    from pipeline.config.training import SftModelSection, SftOptimSection
     from pipeline.data.toy import write_toy
     from pipeline.sft import SftSettings, run_sft
 
     settings = SftSettings(
-        steps=effort.sft_steps,
-        batch=effort.sft_batch,
-        optim=SftOptimSection(lr=effort.sft_lr, ema=0.95),
-        ranks=effort.sft_ranks,
+        SftModelSection(
+            steps=effort.sft_steps,
+            batch=effort.sft_batch,
+            optim=SftOptimSection(lr=effort.sft_lr, ema=0.95),
+            checkpoint_every=0,
+        ),
+        LearnerSection(ranks=effort.sft_ranks, cpus=1.0, placement="PACK"),
         seed=seed,
         reference_frames=2,
     )

@@ -36,7 +36,7 @@ def frozen_captions(
     """Return an embedder without an encoder that knows every caption of ``shards`` and the negative prompt.
 
     Collective: all ``world`` ranks call it, with a ``folder`` that all of them see. The encoder computes in
-    ``settings.dtype``. Raises CheckpointError for a model that is no WanPipeline.
+    ``settings.learner.dtype``. Raises CheckpointError for a model that is no WanPipeline.
     """
     source = pipeline_folder(model)
     captions = sorted({*distinct_captions(shards), settings.policy_kwargs.get("negative_prompt", "")})
@@ -50,7 +50,7 @@ def frozen_captions(
     stored = StoredCaptions([path for own in files for path in own], device)
     tokenizer = AutoTokenizer.from_pretrained(source / "tokenizer")
     limit = settings.policy_kwargs.get("max_text_tokens")
-    return CaptionEmbedder(None, tokenizer, limit, settings.cache_mib * 2**20, stored=stored)
+    return CaptionEmbedder(None, tokenizer, limit, settings.tuning.cache_mib * 2**20, stored=stored)
 
 
 def distinct_captions(shards: Sequence[str]) -> set[str]:
@@ -98,9 +98,9 @@ def _file(folder: Path, rank: int, world: int, first: int) -> Path:
 
 def _write(source: Path, settings: SftSettings, captions: list[str], files: list[Path], device: torch.device) -> None:
     """Embed ``captions`` into ``files``; the encoder is freed on return."""
-    encoder, tokenizer = load_text_encoder(source, torch_dtype(settings.dtype))
+    encoder, tokenizer = load_text_encoder(source, torch_dtype(settings.learner.dtype))
     encoder = encoder.to(device).eval().requires_grad_(False)
-    facts = {"text_encoder": parameter_hash({"text_encoder": encoder}), "dtype": settings.dtype}
+    facts = {"text_encoder": parameter_hash({"text_encoder": encoder}), "dtype": settings.learner.dtype}
     embedder = CaptionEmbedder(encoder, tokenizer, settings.policy_kwargs.get("max_text_tokens"), cache_bytes=1)
     for part, path in zip(_parts(captions), files, strict=True):
         if not path.is_file():

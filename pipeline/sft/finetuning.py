@@ -159,11 +159,9 @@ def carry_out(job: SftJob, on_metrics: OnMetrics | None = None) -> SftResult:
 
 def check_room(job: SftJob) -> None:
     """Raise PlacementError where the cluster can never hold the ranks and decoders: Ray Train would wait for ever."""
-    settings, source = job.settings, job.source
-    ranks = Ask(
-        "sft", settings.ranks, settings.cpus, settings.gpus, strategy=settings.placement, labels=settings.labels
-    )
-    check(PlacementPlan((ranks, Ask("decoders", settings.decoders, source.cpus_per_decoder))), view())
+    learner, source = job.settings.learner, job.source
+    ranks = Ask("sft", learner.ranks, learner.cpus, learner.gpus, strategy=learner.placement, labels=learner.labels)
+    check(PlacementPlan((ranks, Ask("decoders", job.settings.decoders, source.cpus_per_decoder))), view())
 
 
 def run_name(job: SftJob) -> str:
@@ -184,6 +182,7 @@ def other_runs(job: SftJob) -> list[Path]:
 def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Run Ray Train; returns the rows logged by this call, and the counters of the last checkpoint."""
     settings, source, name = job.settings, job.source, run_name(job)
+    tuning, learner = settings.tuning, settings.learner
     if earlier := other_runs(job):
         told = "sft %s begins anew: %s was trained with other settings, data or files of the model"
         log.warning(told, job.kind, earlier[-1])
@@ -202,24 +201,24 @@ def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float
     }
     dataset = source.dataset()
     options = copy.deepcopy(dataset.context.execution_options)
-    resources = {"CPU": settings.cpus} | ({"GPU": settings.gpus} if settings.gpus else {})
+    resources = {"CPU": learner.cpus} | ({"GPU": learner.gpus} if learner.gpus else {})
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=config,
-        torch_config=RendezvousConfig(timeout_s=round(settings.step_timeout_s)),
+        torch_config=RendezvousConfig(timeout_s=round(learner.step_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.ranks,
-            use_gpu=settings.gpus > 0,
+            num_workers=learner.ranks,
+            use_gpu=learner.gpus > 0,
             resources_per_worker=resources,
-            placement_strategy=settings.placement,
-            label_selector=dict(settings.labels) or None,
+            placement_strategy=learner.placement,
+            label_selector=dict(learner.labels) or None,
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(job.out / "checkpoints"),
             failure_config=ray.train.FailureConfig(
-                max_failures=settings.max_failures,
-                controller_failure_limit=settings.max_failures,  # Ray's default waits for room without an end
+                max_failures=tuning.max_failures,
+                controller_failure_limit=tuning.max_failures,  # Ray's default waits for room without an end
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
@@ -246,7 +245,7 @@ def deadlines(settings: SftSettings) -> dict[str, str]:
     """Return the environment by which Ray Train learns how long to wait for room, and for a rank that does not answer."""
     return {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(settings.placement_timeout_s),
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(settings.step_timeout_s),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(settings.learner.step_timeout_s),
     }
 
 

@@ -64,8 +64,8 @@ class Items:
         self.dataset, self.kind, self.settings, self.rank = dataset, kind, settings, rank
         self.shards = [parse_location(path) for path in shards]
         self.quarantined: set[tuple[str, int]] = set()
-        self.size = settings.batch // settings.ranks
-        self.cached = samples * settings.shape.row_bytes / settings.ranks <= settings.cache_mib * 2**20
+        self.size = settings.tuning.batch // settings.learner.ranks
+        self.cached = samples * settings.shape.row_bytes / settings.learner.ranks <= settings.tuning.cache_mib * 2**20
 
     def batches(self, start: int) -> Iterator[list[tuple[Any, ...]]]:
         """Yield the batches from optimizer step ``start`` on.

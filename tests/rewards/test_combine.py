@@ -24,7 +24,7 @@ def test_the_total_is_the_weighted_sum() -> None:
 
 def test_normalised_components_count_by_weight_and_not_by_scale() -> None:
     weights = {"format": 1.0, "clip_v": 1.0}
-    scaled = {"format": VALUES["format"], "clip_v": [100 * v for v in VALUES["clip_v"]]}
+    scaled = {"format": VALUES["format"], "clip_v": [100 * v for v in VALUES["clip_v"]]}  # type: ignore[attr-defined]
     a, b = (combine_rewards(v, weights, normalise=True) for v in (VALUES, scaled))
     assert a == pytest.approx(b, abs=2e-3)
     x = np.array(VALUES["clip_v"])

@@ -53,7 +53,7 @@ def test_wan_transformer(name: str, clip: tuple[int, int, int, int]) -> None:
     channels, frames, rows, columns = cost.latent_shape(model, *size)
     # The policy's own geometry agrees on latents and tokens.
     geometry = geometry_of(module, {"scale_factor_spatial": 8, "scale_factor_temporal": 4, **model.components["vae"]})
-    assert geometry.latent_shape(*size, references) == (channels, frames, rows, columns)
+    assert geometry.latent_shape(*size, references) == (channels, frames, rows, columns)  # type: ignore[call-arg]
     tokens = cost.vdm_tokens(model, *clip)
     sequence = (frames + references) * (rows // 2) * (columns // 2)
     assert tokens.total == sequence and tokens.reference * frames == tokens.target * references

@@ -38,11 +38,11 @@ class Trained:
     tensors: Tensors
 
     def policy(self, adapter: Path | None = None) -> Any:
-        return {"vlm": VlmPolicy, "vdm": VdmPolicy}[self.role].load(self.model, adapter=adapter)
+        return {"vlm": VlmPolicy, "vdm": VdmPolicy}[self.role].load(self.model, adapter=adapter)  # type: ignore[attr-defined]
 
 
 def trained(role: Role, model: Path, targets: tuple[str, ...] | None = None) -> Trained:
-    policy: Any = {"vlm": VlmPolicy, "vdm": VdmPolicy}[role].load(
+    policy: Any = {"vlm": VlmPolicy, "vdm": VdmPolicy}[role].load(  # type: ignore[attr-defined]
         model, lora=LoraSection(rank=4, alpha=8.0, targets=targets)
     )
     generator = torch.Generator().manual_seed(0)

@@ -42,9 +42,10 @@ def test_offloading_changes_no_bit_and_frees_what_it_says(mesh: DeviceMesh, tmp_
     def bytes_of(tensors: list[torch.Tensor]) -> int:
         return sum(getattr(t, "_local_tensor", t).untyped_storage().nbytes() for t in tensors)
 
-    moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
-    assert len(moments) == 3 * len(trainer.parameters) and trainer.average is not None and trainer.frozen is not None
-    assert bytes_of([*moments, *trainer.average.values]) == 0
+    moments = [v for state in trainer.optimizer.adamw.state.values() for v in state.values()]
+    average = trainer.optimizer.average
+    assert len(moments) == 3 * len(trainer.parameters) and average is not None and trainer.frozen is not None
+    assert bytes_of([*moments, *average.values]) == 0
     weights = [*trainer.policy.module.parameters(), *trainer.frozen.parameters()]
     assert (bytes_of(weights) == 0) == (offload == "all")
 

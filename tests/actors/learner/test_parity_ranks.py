@@ -120,11 +120,11 @@ def plain_updates(spec: LearnerSpec) -> dict[str, Tensor]:
             ref = {id(i): logprobs(base, i) for i in items}
         for part in split_groups(items, updates):
             terms = [surrogate(logprobs(policy, i), old[id(i)], ref[id(i)], engine(i), i.advantage, grpo) for i in part]
-            if grpo.loss_norm == "sequence":
+            if grpo.loss_norm == "sequence":  # type: ignore[attr-defined]
                 loss = torch.stack([t.mean() for t in terms]).mean()
             else:
                 tokens = torch.cat(terms)
-                loss = tokens.sum() / (len(tokens) if grpo.loss_norm == "token" else len(part) * spec.longest)
+                loss = tokens.sum() / (len(tokens) if grpo.loss_norm == "token" else len(part) * spec.longest)  # type: ignore[attr-defined]
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, spec.optim.max_grad_norm)

@@ -173,7 +173,7 @@ def test_the_policies_of_a_run_learn_the_same_with_and_without_the_gate(
     for steps, gate_every in ((0, 1), (1, 10)):
         grpo = GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence", gate_every=gate_every)
         trainer = Trainer(copy.deepcopy(policy), replace(SPEC, kind="vdm", learning=grpo), mesh, torch.device("cpu"))
-        trainer.steps = steps  # of a constant learning rate
+        trainer.optimizer.steps = steps  # of a constant learning rate
         report = trainer.update(plan(items))
         results.append((published(trainer), dict(report.sums) | report.maxima | report.common))
     assert_same(results[0][0], results[1][0])
@@ -226,7 +226,7 @@ def test_a_skipped_step_leaves_the_average_alone(mesh: DeviceMesh) -> None:
     trainer.update(plan(experiences(2, 3, 0)))
     before = published(trainer, averaged=True)
     trainer.update(plan(experiences(2, 3, 0, token=POISON)))
-    assert trainer.skipped == 1
+    assert trainer.optimizer.skipped == 1
     assert_same(published(trainer, averaged=True), before)
 
 

@@ -86,7 +86,7 @@ def test_one_step_has_the_mean_and_variance_of_a_fine_simulation(schedule: Noise
             x += (v - s**2 / 2 * score) * dt + s * math.sqrt(-dt) * rng.normal(size=x.shape)
         v, score = velocity_and_score(start, sigma)
         given = tensors(start, v, np.full(4, sigma), np.full(4, sigma - length), 0.9)
-        step = flow_sde.transition(*given, schedule, level)
+        step = flow_sde.transition(*given, schedule, level)  # type: ignore[call-arg]
         error = 5 * x.std(1) / math.sqrt(particles) + 10 * length**2
         assert (np.abs(step.mean.numpy() - x.mean(1)) < error).all()
         assert np.allclose(step.std.numpy(), x.std(1), rtol=0.04)
@@ -102,7 +102,7 @@ def test_one_step_equals_the_formula_of_the_score_in_float64(schedule: NoiseSche
         x, v, sigma, following, second = random_point(shape, seed)
         step = flow_sde.transition(x, v, sigma, following, second, schedule, LEVELS[schedule])
         for row in range(shape[0]):
-            mean, std = written_out(
+            mean, std = written_out(  # type: ignore[call-arg]
                 *(t[row].double() for t in (x, v, sigma, following)), float(second), schedule, LEVELS[schedule]
             )
             assert (step.mean[row] - mean).abs().max() <= 1e-5 and abs(float(step.std[row]) - std) <= 1e-6
@@ -211,7 +211,7 @@ def test_cps_keeps_the_marginal_exactly_when_the_model_knows_the_noise() -> None
     for level, sigma, following in ((0.6, 0.8, 0.5), (1.0, 0.95, 0.1), (0.2, 0.5, 0.45)):
         clean, noise, fresh = (torch.randn(1, 200_000, generator=generator) for _ in range(3))
         x, v = (1 - sigma) * clean + sigma * noise, noise - clean
-        step = flow_sde.transition(x, v, *tensors([sigma], [following], 0.9), "cps", level)
+        step = flow_sde.transition(x, v, *tensors([sigma], [following], 0.9), "cps", level)  # type: ignore[call-arg]
         rest = flow_sde.draw(step, fresh) - (1 - following) * clean
         assert rest.mean().item() == pytest.approx(0, abs=5e-3)
         assert rest.std().item() == pytest.approx(following, rel=1e-2)
@@ -259,7 +259,7 @@ def test_kl_is_the_mean_of_torch_distributions(schedule: NoiseSchedule, seed: in
     for shape in ((1, 1), (3, 4, 2, 3, 3), (5, 16, 1, 2, 2)):
         x, v, *times = random_point(shape, seed)
         other = v + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed + 20))
-        one, two = (flow_sde.transition(x, u, *times, schedule, LEVELS[schedule]) for u in (v, other))
+        one, two = (flow_sde.transition(x, u, *times, schedule, LEVELS[schedule]) for u in (v, other))  # type: ignore[call-arg]
         std = one.std.view(-1, *[1] * (len(shape) - 1))
         expected = kl_divergence(Normal(one.mean, std), Normal(two.mean, std)).flatten(1).mean(1)
         value = flow_sde.kl_gaussian(one.mean, two.mean, one.std)
@@ -303,7 +303,7 @@ def test_sampler_and_learner_logprobs_are_those_of_the_stock_transformer(
                 if guidance > 1:
                     base = pipe.transformer(**given, encoder_hidden_states=negative[row : row + 1]).sample[0]
                     v = base + guidance * (v - base)
-            mean, std = written_out(
+            mean, std = written_out(  # type: ignore[call-arg]
                 latents[k].double(), v.double(), *sigmas[k : k + 2].double(), float(sigmas[1]), schedule, sde.level
             )
             scored[row, k] = Normal(mean, std).log_prob(latents[k + 1].double()).mean()

@@ -232,7 +232,7 @@ def test_full_weights_by_broadcast_are_those_of_the_object_store(worker: Any, ti
         receiver = receive_broadcast(broadcast.offer, torch.device("cpu"))
         for _ in range(3):
             next(receiver)
-        receiver.close()
+        receiver.close()  # type: ignore[attr-defined]
         left.set()
 
     threading.Thread(target=leave_half_way, daemon=True).start()

@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import save_file
 
+from actors.learner.settings import LearnerSection
 from cluster.errors import CheckpointError, ConfigError, DataError
 from pipeline.checkpoint import CheckpointStore, Inputs, TrainState
 from pipeline.checkpoint.inputs import SAMPLE_BYTES, WHOLE_BYTES, model_digest
 from pipeline.config import RunConfig, parse_config
-from pipeline.config.training import SftLoraSection, SftOptimSection
+from pipeline.config.training import SftLoraSection, SftModelSection, SftOptimSection
 from pipeline.data.source import Cursor
 from pipeline.data.sources import run_inputs, training_source
 from pipeline.run.start import beginning, cursor_of
@@ -213,17 +214,16 @@ def test_a_supervised_run_continues_only_what_it_was_begun_with(tmp_path: Path, 
     dataset(tmp_path / "data", 40)
     folder, adapter = model(tmp_path / "vlm", 1.0), model(tmp_path / "adapter", 1.0)
 
-    def job(**more: object) -> SftJob:
-        settings = SftSettings(adapter=str(adapter), lora=SftLoraSection(rank=8), **more)  # type: ignore[arg-type]
+    def job(lr: float = 1e-3, **where: object) -> SftJob:
+        tuning = SftModelSection(steps=500, optim=SftOptimSection(lr=lr), lora=SftLoraSection(rank=8))
+        settings = SftSettings(tuning, LearnerSection(ranks=1, **where), adapter=str(adapter))  # type: ignore[arg-type]
         return prepare("vlm", folder, tmp_path / "data", tmp_path / "out", settings)
 
     before, name = job(), run_name(job())
     (before.out / "checkpoints" / name).mkdir(parents=True)
     assert run_name(before) == name and other_runs(before) == []
     if what in ("lr", "placement"):
-        after = job(
-            **{"optim": SftOptimSection(lr=0.5)} if what == "lr" else {"placement": "SPREAD", "step_timeout_s": 9.0}
-        )
+        after = job(lr=0.5) if what == "lr" else job(placement="SPREAD", step_timeout_s=9.0)
     else:
         dataset(tmp_path / "data", 41) if what == "data" else model(folder if what == "model" else adapter, 2.0)
         after = job()

@@ -78,7 +78,7 @@ def test_resolved_yaml_is_the_same_run(tmp_path) -> None:
             ["pools.vlm.rest=true", "stage1.rollout.max_staleness=1"],
             "pools.vlm.rest=true with stage1.rollout.max_staleness=1",
         ),
-        (["learner.offload=everything"], "'none', 'optimizer' or 'all'"),
+        (["learner.offload=everything"], "learner.offload='everything': Input should be 'none', 'optimizer' or 'all'"),
     ],
 )
 def test_mistakes_are_named(overrides: list[str], expected: str) -> None:
@@ -218,7 +218,8 @@ def test_the_real_runs_say_how_to_tune_both_models_first(name: str) -> None:
     run = load_config(name)
     for kind in ("vlm", "vdm"):
         settings = sft_settings(run, kind)
-        assert settings.epochs == 1 and settings.activation_checkpointing and settings.dtype == "bfloat16"
+        assert settings.tuning.epochs == 1 and settings.learner.activation_checkpointing
+        assert settings.learner.dtype == "bfloat16"
     adapter = run.sft.vlm.lora
     if adapter.rank:  # Joint-GRPO goes on from it, and has no other reference than the model below it
         assert (adapter.rank, adapter.alpha) == (run.stage1.lora.rank, run.stage1.lora.alpha)

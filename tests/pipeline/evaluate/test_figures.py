@@ -79,7 +79,7 @@ def test_values_are_those_of_the_whole_set() -> None:
         assert estimate.value == pytest.approx(expected) and estimate.low < expected < estimate.high
     distance = value_of(Frechet("test"), found, 0)
     features = [np.stack([a.features[side] for a in found]) for side in ("clip", "target")]
-    assert distance is not None and distance.value == pytest.approx(frechet_distance(*features, "test").value)
+    assert distance is not None and distance.value == pytest.approx(frechet_distance(*features, "test").value)  # type: ignore[call-arg]
 
 
 def test_the_interval_of_a_frechet_distance_is_as_wide_as_its_spread() -> None:

@@ -164,7 +164,7 @@ def test_all_in_one_judges_by_the_rewards_of_both_stages_and_asks_for_two_learne
     config = load_config("toy", ["training=all_in_one", "stage1.rewards.weights.clip_v=0.5"])
     stage = AllInOne(config, fleet=None)  # type: ignore[arg-type]
     assert stage.section.rewards.weights == {"format": 1.0, "rouge_l": 1.0, "clip_v": 0.5, "clip_score": 1.0}
-    assert not stage.section.dedupe and stage.section.steps == config.stage1.steps
+    assert not stage.section.dedupe and stage.section.steps == config.stage1.steps  # type: ignore[attr-defined]
     ranks = {ask.role: ask.count for ask in placement_plan(config).asks}
     assert ranks["learner"] == 2 * config.learner.ranks
 

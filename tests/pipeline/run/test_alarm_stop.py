@@ -50,8 +50,8 @@ class SavingLearner(Learner):
         Path(path).mkdir()
         (Path(path) / "version").write_text(str(self.version))
 
-    def restore(self, path: Path) -> None:
-        self.version = int((path / "version").read_text())
+    async def restore(self, path: str) -> None:
+        self.version = int((Path(path) / "version").read_text())
 
     async def export(self, path: str) -> None:
         Path(path).mkdir()
@@ -68,7 +68,7 @@ def go(config: RunConfig, resume: bool = False) -> str:
         state = checkpoint.state
         require_same_config(state, config)
         alarms.state, first = AlarmState.from_json(state.extra["alarms"]), state.step
-        learner.restore(checkpoint.path / "vlm_learner")
+        asyncio.run(learner.restore(str(checkpoint.path / "vlm_learner")))
         cursor = FeedCursor.from_json(state.cursor)
     feed = SampleFeed(Numbers(), 2, *([cursor] if cursor else []))
     parent = checkpoint.state.mlflow_run_ids["parent"] if checkpoint else None

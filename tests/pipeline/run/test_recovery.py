@@ -30,10 +30,12 @@ from actors.records import Sample
 from cluster.errors import CheckpointWriteError, TrainingError
 from pipeline.checkpoint import Checkpoint, CheckpointStore
 from pipeline.config import RunConfig, load_config
+from pipeline.run.after_step import OnStep
 from pipeline.run.start import stopped_message
 from pipeline.run.train import Run
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import Group
+from pipeline.stages.loop import StepReport
 from pipeline.support.interrupt import RunStopped, stop_on_signals
 from pipeline.tracking import Tracker
 from pipeline.tracking.history import read_stages
@@ -159,7 +161,15 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield uri
 
 
-def go(config: RunConfig, world: World, *, staleness: int = 0, signal_at: int = -1, resume: bool = False) -> str:
+def go(
+    config: RunConfig,
+    world: World,
+    *,
+    staleness: int = 0,
+    signal_at: int = -1,
+    resume: bool = False,
+    on_step: OnStep | None = None,
+) -> str:
     """Train one stage as ``run_training`` does; returns the console's text."""
     paper = Console(file=io.StringIO(), width=300)
     checkpoint: Checkpoint | None = CheckpointStore(config.out / "checkpoints").latest() if resume else None
@@ -176,7 +186,17 @@ def go(config: RunConfig, world: World, *, staleness: int = 0, signal_at: int = 
         Tracker.start(config, resume_run_id=ids.get("parent"), strict=False) as tracker,
     ):
         ids = ids | {"parent": tracker.run_id}
-        run = Run(config, tracker, paper, feed, checkpoint, run_ids=ids, stop=stop, open_learners=world.learners_open)
+        run = Run(
+            config,
+            tracker,
+            paper,
+            feed,
+            checkpoint,
+            run_ids=ids,
+            stop=stop,
+            open_learners=world.learners_open,
+            on_step=on_step,
+        )
         stop.run(run.stage(kind, fleet, state))  # type: ignore[arg-type]
     return paper.file.getvalue()  # type: ignore[attr-defined]
 
@@ -199,6 +219,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[tup
     config, world = settings(tmp_path_factory.mktemp("whole") / "run"), World()
     go(config, world)
     return world.learners[-1].seen, losses(config)
+
+
+def test_each_step_is_shown_when_its_checkpoint_is_there(tmp_path: Path) -> None:
+    config, seen = settings(tmp_path / "run"), []
+    store = CheckpointStore(config.out / "checkpoints")
+
+    def look(stage: str, report: StepReport) -> None:
+        latest = store.latest()
+        seen.append((stage, report.step, latest.step if latest else 0))
+
+    go(config, World(), on_step=look)
+    assert seen == [("stage1", step, (step + 1) // 2 * 2) for step in range(STEPS)]  # checkpoint.every=2
 
 
 DIED = RankDiedError("vlm-learner: rank 1 died during update")

@@ -37,7 +37,7 @@ def test_no_adapter_is_learnt_at_rank_0() -> None:
 def test_completions_have_a_micro_batch_of_their_own_and_share_prompts() -> None:
     learner = ["learner.micro_batch=6", "learner.micro_completions=24", "learner.shared_prompts=false"]
     config = load_config("toy", learner)
-    one, two = (learner_spec(config, kind(config, None), kind.policies[0]) for kind in STAGES.values())  # type: ignore[arg-type]
+    one, two = (learner_spec(config, kind(config, None), kind.policies[0]) for kind in STAGES.values())  # type: ignore[arg-type, attr-defined]
     assert [spec.settings.at_once(spec.kind) for spec in (one, two)] == [24, 6]
     assert one.policy_kwargs["shared_prompts"] is False and "shared_prompts" not in two.policy_kwargs
     assert spec("stage1").policy_kwargs["shared_prompts"] is True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from actors.learner.settings import LearnerSection
 from actors.records import VideoQuestion
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.wan.text_encoder import CaptionEmbedder
 from actors.vlm.policy import VlmPolicy
 from cluster.errors import ConfigError, DataError, PlacementError
 from pipeline.cli import app
-from pipeline.config.training import SftOptimSection
+from pipeline.config.training import SftModelSection, SftOptimSection
 from pipeline.sft import SftSettings, run_sft
 from pipeline.sft.captions import StoredCaptions, distinct_captions
 from pipeline.sft.command import run_tracked_sft
@@ -26,7 +26,8 @@ from pipeline.sft.finetuning import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 OPTIM = SftOptimSection(lr=3e-3, warmup_steps=2)
-SETTINGS = SftSettings(steps=30, batch=8, optim=OPTIM, log_every=5, cpus=0.5)
+TUNING = SftModelSection(steps=30, batch=8, optim=OPTIM, log_every=5, checkpoint_every=0)
+ONE_RANK = LearnerSection(ranks=1, cpus=0.5, placement="PACK")
 
 
 def test_vlm_sft_lowers_the_loss_and_exports_a_model_that_has_it(
@@ -34,7 +35,8 @@ def test_vlm_sft_lowers_the_loss_and_exports_a_model_that_has_it(
 ) -> None:
     seen: list[int] = []
     out = tmp_path / "sft"
-    settings = replace(SETTINGS, ranks=2, micro_batch=2)
+    tuning = TUNING.model_copy(update={"micro_batch": 2})
+    settings = SftSettings(tuning, ONE_RANK.model_copy(update={"ranks": 2}))
     result = run_sft("vlm", tiny_vlm_dir, toy_shards / "train", out, settings, on_metrics=lambda s, _: seen.append(s))
     assert seen == [5, 10, 15, 20, 25, 30] and result.samples == 24 and result.quarantined == 0
     assert result.loss_last < 0.6 * result.loss_first
@@ -93,10 +95,10 @@ def test_the_command_tunes_an_artist_and_its_text_encoder_by_the_runs_configurat
 def test_a_finished_run_called_again_trains_no_further(
     length: dict[str, Any], toy_shards: Path, tiny_vdm_dir: Path, tmp_path: Path
 ) -> None:
-    out, settings = tmp_path / "sft", replace(SETTINGS, **length)
+    out, settings = tmp_path / "sft", SftSettings(TUNING.model_copy(update=length), ONE_RANK)
     result = run_sft("vdm", tiny_vdm_dir, toy_shards / "train", out, settings)
     assert result.steps == result.history[-1]["step"]
-    assert (settings.max_wall_s or 0.0) <= result.train_s < result.wall_s
+    assert (settings.tuning.max_wall_s or 0.0) <= result.train_s < result.wall_s
     stored = StoredCaptions(list(out.glob("captions/*/*.safetensors")), torch.device("cpu"))
     captions = distinct_captions([str(path) for path in (toy_shards / "train").glob("*.parquet")])
     assert len(stored) == len(captions) + 1  # each once, and the negative prompt
@@ -113,16 +115,19 @@ def test_a_finished_run_called_again_trains_no_further(
 
 def test_what_cannot_work_is_said_before_training(toy_shards: Path, tiny_vlm_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="multiple of ranks"):
-        SftSettings(batch=5, ranks=2)
+        SftSettings(SftModelSection(steps=1, batch=5), LearnerSection(ranks=2))
     with pytest.raises(ConfigError, match="give one of steps, epochs and max_wall_s"):
-        SftSettings(steps=None)
+        SftSettings(SftModelSection())
     with pytest.raises(ConfigError, match="must be vlm or vdm"):
         run_sft("clip", tiny_vlm_dir, toy_shards / "train", tmp_path / "o")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="the model itself"):
         run_sft("vlm", tiny_vlm_dir, toy_shards / "train", tiny_vlm_dir)
     for settings, reason in (
-        (SftSettings(ranks=64), "sft needs CPU 64"),
-        (SftSettings(labels={"room": "attic"}), "no node has the labels room=attic, which sft is to stand on"),
+        (SftSettings(learner=LearnerSection(ranks=64, cpus=1.0)), "sft needs CPU 64"),
+        (
+            SftSettings(learner=ONE_RANK.model_copy(update={"labels": {"room": "attic"}})),
+            "no node has the labels room=attic, which sft is to stand on",
+        ),
     ):
         with pytest.raises(PlacementError, match=reason):
             run_tracked_sft(prepare("vlm", tiny_vlm_dir, toy_shards / "train", tmp_path / "o", settings))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from actors.learner.settings import LearnerSection
 from cluster.errors import ConfigError
 from pipeline.cli import app
 from pipeline.config import load_config, parse_config
-from pipeline.config.training import SftLoraSection, SftOptimSection
+from pipeline.config.training import SftLoraSection, SftModelSection, SftOptimSection, SftVdmSection
 from pipeline.data.decoder import VideoShape
 from pipeline.data.video import VideoLimits
 from pipeline.pretrain import Effort
@@ -21,15 +23,16 @@ def test_the_bundled_run_tunes_as_the_bundled_pair_was_tuned() -> None:
     run, effort = load_config("toy"), Effort()
     for kind in ("vlm", "vdm"):
         settings = sft_settings(run, kind)  # type: ignore[arg-type]
-        assert (settings.steps, settings.batch, settings.optim.lr, settings.ranks, settings.optim.ema) == (
+        tuning = settings.tuning
+        assert (tuning.steps, tuning.batch, tuning.optim.lr, settings.learner.ranks, tuning.optim.ema) == (
             effort.sft_steps,
             effort.sft_batch,
             effort.sft_lr,
             effort.sft_ranks,
             0.95,
         )
-        usual = SftSettings().optim
-        assert (settings.optim.warmup_steps, settings.optim.schedule) == (usual.warmup_steps, usual.schedule)
+        usual = SftSettings().tuning.optim
+        assert (tuning.optim.warmup_steps, tuning.optim.schedule) == (usual.warmup_steps, usual.schedule)
 
 
 def test_every_section_of_a_real_run_reaches_the_settings() -> None:
@@ -62,38 +65,38 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
         }
     )
     assert sft_settings(run, "vdm") == SftSettings(
-        steps=None,
-        epochs=2.0,
-        batch=128,
-        micro_batch=2,
-        optim=SftOptimSection(lr=1e-5, warmup_steps=500, betas=(0.9, 0.95), weight_decay=0.01, ema=0.999),
-        lora=SftLoraSection(rank=8, alpha=16.0, targets=["to_q", "to_v"]),
+        SftVdmSection(
+            epochs=2.0,
+            batch=128,
+            micro_batch=2,
+            optim=SftOptimSection(lr=1e-5, warmup_steps=500, betas=(0.9, 0.95), weight_decay=0.01, ema=0.999),
+            lora=SftLoraSection(rank=8, alpha=16.0, targets=["to_q", "to_v"]),
+            checkpoint_every=250,
+            max_failures=3,
+            log_every=5,
+            cache_mib=64,
+        ),
+        LearnerSection(ranks=8, cpus=4.0, gpus=1.0, dtype="bfloat16", activation_checkpointing=True, placement="PACK"),
         adapter="adapter",
-        ranks=8,
-        cpus=4.0,
-        gpus=1.0,
         decoders=6,
-        dtype="bfloat16",
-        activation_checkpointing=True,
         seed=7,
         shape=VideoShape(num_frames=33, height=352, width=640, input_frames=16),
         limits=VideoLimits(max_pixels=1280 * 720, max_frames=900),
         reference_frames=6,
-        cache_mib=64,
         max_quarantine_ratio=0.01,
-        checkpoint_every=250,
-        max_failures=3,
-        log_every=5,
         policy_kwargs={"shift": 5.0, "shared_times": True, "vae_tiling": False},
     )
 
 
 def test_a_checkpoints_digest_and_sft_json_name_each_setting_flatly() -> None:
     lora = SftLoraSection(rank=8, alpha=16.0)
-    facts = SftSettings(optim=SftOptimSection(lr=1e-5, ema=0.9), lora=lora, batch=4).facts()
+    optim = SftOptimSection(lr=1e-5, ema=0.9)
+    facts = SftSettings(SftModelSection(steps=5, optim=optim, lora=lora, batch=4)).facts()
     named = ("lr", "schedule", "ema", "lora_rank", "lora_alpha", "lora_targets", "batch")
     assert [facts[name] for name in named] == [1e-5, "cosine", 0.9, 8, 16.0, None, 4]
-    assert not {"optim", "lora"} & facts.keys()
+    assert not {"optim", "lora", "tuning", "learner"} & facts.keys()
+    assert (facts["steps"], facts["ranks"], facts["dtype"], facts["train_text_encoder"]) == (5, 1, "float32", False)
+    assert facts["shape"] == asdict(VideoShape())
 
 
 def test_a_run_without_a_length_is_asked_for_one_and_other_sections_are_heeded() -> None:
@@ -106,7 +109,7 @@ def test_a_run_without_a_length_is_asked_for_one_and_other_sections_are_heeded()
     small = sft_settings(
         load_config("toy", ["learner.dtype=bfloat16", "video.vlm_height=64", "video.vlm_width=96"]), "vlm"
     )
-    assert small.dtype == "bfloat16" and (small.shape.vlm_height, small.shape.vlm_width) == (64, 96)
+    assert small.learner.dtype == "bfloat16" and (small.shape.vlm_height, small.shape.vlm_width) == (64, 96)
 
 
 def test_the_command_refuses_before_it_writes(tmp_path: Path) -> None:

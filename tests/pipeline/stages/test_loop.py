@@ -57,10 +57,6 @@ class Fleet:
     vlm: Pool = field(default_factory=lambda: Pool("vlm"))
     vdm: Pool = field(default_factory=lambda: Pool("vdm"))
     reward: Pool = field(default_factory=lambda: Pool("reward"))
-
-    def receivers(self) -> int:
-        return 1
-
     conditions: Any = None
     resting: tuple[str, ...] = ()
 

@@ -274,7 +274,7 @@ def test_the_velocity_gate_trips(trainer_of, rollout, fault: str) -> None:
     trainer, items = trainer_of(spec_of("nft")), rollout
     if fault == "stale weights":
         trainer.update(plan(items), epochs=4)
-        trainer.steps = 10  # where the gate is due again
+        trainer.optimizer.steps = 10  # where the gate is due again
     else:
         items = [
             replace(item, condition=replace(item.condition, references=item.condition.references[:, :1]))

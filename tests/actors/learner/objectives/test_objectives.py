@@ -29,8 +29,8 @@ def loss_of(
     objective = make_objective(name, settings, longest=len(new[0]))
     logprobs = torch.tensor(new, dtype=torch.float64, requires_grad=True)
     before = torch.tensor(old, dtype=torch.float64)
-    total, _ = objective.loss(logprobs, before, torch.tensor(advantages).double(), mask, rollout_logprobs=before)
-    value = total / objective.normaliser(mask)
+    total, _ = objective.loss(logprobs, before, torch.tensor(advantages).double(), mask, rollout_logprobs=before)  # type: ignore[attr-defined]
+    value = total / objective.normaliser(mask)  # type: ignore[attr-defined]
     (gradient,) = torch.autograd.grad(value, logprobs)
     return float(value), gradient
 
@@ -102,7 +102,7 @@ def test_padding_is_never_counted_as_truncated(correction: str, cap: float, cut:
     settings = TokenGrpoSection(old_logprobs="rollout", rollout_correction=correction, importance_cap=cap)
     old, rollout = torch.tensor([[-1.0, -1.0, 9.0]]), torch.tensor([[-1.1, -1.1, -9.0]])
     mask = torch.tensor([[True, True, False]])
-    _, stats = make_objective("grpo", settings).loss(old, old, torch.ones(1), mask, rollout_logprobs=rollout)
+    _, stats = make_objective("grpo", settings).loss(old, old, torch.ones(1), mask, rollout_logprobs=rollout)  # type: ignore[attr-defined]
     assert (stats.truncated, stats.steps) == (cut, 2.0)
 
 

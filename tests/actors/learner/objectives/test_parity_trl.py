@@ -176,10 +176,10 @@ def test_each_objective_and_correction_equals_trl(trl: Any, name: str, beta: flo
     for seed in range(20):
         data = random_batch(SHAPES[seed % len(SHAPES)], seed)
         kl = k3(data.logprobs, data.ref)
-        total, stats = ours.loss(
+        total, stats = ours.loss(  # type: ignore[attr-defined]
             data.logprobs, data.old, data.advantages, data.mask, rollout_logprobs=data.rollout, kl=kl
         )
-        loss = total / ours.normaliser(data.mask)
+        loss = total / ours.normaliser(data.mask)  # type: ignore[attr-defined]
         (gradient,) = torch.autograd.grad(loss, data.logprobs)
         expected, expected_gradient = theirs(data, cap, correction or "token_tis")
         torch.testing.assert_close(loss.detach(), expected, atol=1e-12, rtol=1e-12)
