@@ -7,20 +7,21 @@ rollouts are those of the stage's own window, and every batch is learnt from twi
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from actors.learner.batches import RankPlan, plan_batch
-from actors.learner.rank import LearnerRank
 from actors.learner.settings import LearnerSection, OptimSection
 from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import Trainer
@@ -104,12 +105,13 @@ def rollout_of(artist: VdmPolicy) -> Callable[[str, int], list[Experience]]:
 
 @pytest.fixture
 def trainer_of(mesh: DeviceMesh) -> Callable[[LearnerSpec], Trainer]:
-    def make(spec: LearnerSpec) -> Trainer:
-        load: Any = VdmPolicy.load if spec.kind == "vdm" else ToyPolicy.load
-        policy = load(spec.model_path, lora=spec.lora, seed=spec.seed, **spec.policy_kwargs)
-        return Trainer(policy, spec, mesh, torch.device("cpu"))
+    return lambda spec: trainer_on(mesh, spec)
 
-    return make
+
+def trainer_on(mesh: DeviceMesh, spec: LearnerSpec) -> Trainer:
+    load: Any = VdmPolicy.load if spec.kind == "vdm" else ToyPolicy.load
+    policy = load(spec.model_path, lora=spec.lora, seed=spec.seed, **spec.policy_kwargs)
+    return Trainer(policy, spec, mesh, torch.device("cpu"))
 
 
 def plans(items: list[Experience], spec: LearnerSpec) -> list[RankPlan]:
@@ -248,35 +250,35 @@ def test_all_in_one_learns_each_model_as_its_own_stage_says(name: str) -> None:
 # --- two ranks -------------------------------------------------------------------------------------------------------
 
 
-def journeys(specs: list[LearnerSpec], rank: int, addresses: list[str], cut: list[list[RankPlan]]) -> list[Arrays]:
-    """Be one rank of each learner in turn; runs in a process of its own. Rank 0 returns what was learnt."""
+def journeys(specs: list[LearnerSpec], rank: int, folder: Path, cut: list[RankPlan]) -> list[Arrays]:
+    """Be one rank of each learner in turn, and return what each has learnt; runs in a process of its own."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
     found = []
-    for spec, address, batches in zip(specs, addresses, cut, strict=True):
-        learner = LearnerRank(spec, rank)
-        learner.setup(address)
-        assert learner.trainer is not None
-        for batch in batches:
-            learner.update(batch, 2)
-        found.append(weights(learner.trainer))
-        learner.leave()
+    for number, (spec, plan) in enumerate(zip(specs, cut, strict=True)):
+        meeting, longest = f"file://{folder}/{number}", timedelta(seconds=60)
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=longest)
+        trainer = trainer_on(init_device_mesh("cpu", (2,)), spec)
+        trainer.update(plan, epochs=2)
+        found.append(weights(trainer))
+        dist.destroy_process_group()
     return found
 
 
 @pytest.fixture(scope="module")
-def two_ranks(rollout_of: Any, tiny_vdm_dir: Path) -> dict[tuple[str, str], Arrays]:
+def two_ranks(
+    rollout_of: Any, tiny_vdm_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Arrays]:
     """What each way learns on two ranks, the second of which has fewer items and pads: all in one pair of processes."""
     cases = [(name, kind) for name in holding("2 ranks") for kind in KINDS]
     specs = [spec_of(name, kind, tiny_vdm_dir, ranks=2, micro_batch=1) for name, kind in cases]
-    cut = [[plans(rollout_of(name, 0)[:3], spec)] for (name, _), spec in zip(cases, specs, strict=True)]
-    addresses = [LearnerRank(spec, 0).pick_address() for spec in specs]
+    cut = [plans(rollout_of(name, 0)[:3], spec) for (name, _), spec in zip(cases, specs, strict=True)]
+    folder = tmp_path_factory.mktemp("meetings")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        calls = [
-            pool.submit(journeys, specs, rank, addresses, [[plan[rank] for plan in batches] for batches in cut])
-            for rank in range(2)
-        ]
-        first, second = (call.result(timeout=240) for call in calls)
+    with context.Pool(2) as pool:  # whose end ends its processes, whatever they wait for
+        calls = [pool.apply_async(journeys, (specs, rank, folder, [plan[rank] for plan in cut])) for rank in range(2)]
+        first, second = (call.get(timeout=240) for call in calls)
     for one, other in zip(first, second, strict=True):
         assert_equal(one, other)  # all ranks have the whole
     return dict(zip(cases, first, strict=True))
@@ -287,7 +289,7 @@ def two_ranks(rollout_of: Any, tiny_vdm_dir: Path) -> dict[tuple[str, str], Arra
 def test_two_ranks_learn_what_one_learns(
     two_ranks: dict, trainer_of: Any, rollout_of: Any, tiny_vdm_dir: Path, name: str, kind: str
 ) -> None:
-    alone = trainer_of(spec_of(name, kind, tiny_vdm_dir))
+    alone = trainer_of(spec_of(name, kind, tiny_vdm_dir, micro_batch=4))
     start = weights(alone)
     learn(alone, rollout_of(name, 0)[:3])
     assert distance(two_ranks[name, kind], weights(alone), start) < 1e-2
