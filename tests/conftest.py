@@ -59,14 +59,25 @@ def starts_ray(item: pytest.Item) -> bool:
     return marked or item.path.name.endswith("_ray.py") or "_ray_session" in getattr(item, "fixturenames", ())
 
 
+def place(item: pytest.Item) -> int:
+    """Return when the file of ``item`` comes: 0 where it shares the one Ray, 1 where it ends that for its own, 2 without Ray."""
+    if item.get_closest_marker("ray") is None:
+        return 2
+    return int("ray_alone" in getattr(item, "fixturenames", ()))
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves tests out by their marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark every test that needs Ray; where two processes share the files, begin with those that take minutes."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that needs Ray, and begin with the files that share one: it is not started again and again.
+
+    Two processes that share the files so have the short ones at the end, where both shall be at work.
+    """
+    first: dict[Path, int] = {}
     for item in items:
         if starts_ray(item):
             item.add_marker(pytest.mark.ray)
-    if hasattr(config, "workerinput"):  # pytest-xdist: a short file ends the run with both processes at work
-        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+        first[item.path] = min(place(item), first.get(item.path, 2))
+    items.sort(key=lambda item: first[item.path])
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

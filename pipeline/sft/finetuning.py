@@ -28,7 +28,6 @@ from cluster.session import connect, environment
 from pipeline.checkpoint import model_digests
 from pipeline.data.source import SampleSource
 from pipeline.lock import held, hold
-from pipeline.sft.loop import train_loop
 from pipeline.sft.rendezvous import RendezvousConfig
 from pipeline.sft.settings import Kind, SftResult, SftSettings
 from pipeline.support.location import Uri, local_path
@@ -37,6 +36,13 @@ log = logging.getLogger(__name__)
 
 OnMetrics = Callable[[int, dict[str, float]], None]
 _MAILBOX_S = 120.0
+
+
+def train_rank(config: dict[str, Any]) -> None:
+    """Run one rank. The models' libraries are imported here, by the ranks alone: Ray Train's controller has the function too."""
+    from pipeline.sft.loop import train_loop
+
+    train_loop(config)
 
 
 def start_mailbox() -> Any:
@@ -203,7 +209,7 @@ def fit(job: SftJob, on_metrics: OnMetrics | None) -> tuple[list[dict[str, float
     options = copy.deepcopy(dataset.context.execution_options)
     resources = {"CPU": learner.cpus} | ({"GPU": learner.gpus} if learner.gpus else {})
     trainer = TorchTrainer(
-        train_loop,
+        train_rank,
         train_loop_config=config,
         torch_config=RendezvousConfig(timeout_s=round(learner.step_timeout_s)),
         scaling_config=ray.train.ScalingConfig(

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from subprocess import PIPE
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ import ray
 from cluster.errors import PlacementError
 from cluster.resources import Ask, PlacementPlan, place
 from cluster.session import Session, connect
+from tests.processes import kill
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_alone")]
 
@@ -119,14 +122,15 @@ with connect(local_cpus=1) as session:
     assert ray.is_initialized() and session.view().total()["CPU"] == 8  # leaving does not end what it joined
 
 
-@pytest.mark.parametrize(
-    "credentials",
-    [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5ec2e7" * 10}],
-    ids=["no token", "wrong token"],
-)
-def test_a_driver_without_the_clusters_token_is_refused_and_told_what_to_set(
-    session: Session, credentials: dict[str, str]
-) -> None:
+STRANGERS = {
+    "no token": {"RAY_AUTH_MODE": "disabled"},
+    "wrong token": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5ec2e7" * 10},
+}
+
+
+@pytest.fixture(scope="module")
+def strangers(session: Session) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Drivers that try to join, side by side: each spends most of its time with waiting for the cluster."""
     story = """
 import time
 from cluster.session import ClusterError, connect
@@ -140,11 +144,25 @@ except ClusterError as error:
 """
     assert os.environ["RAY_AUTH_MODE"] == "token"  # Ray sets it for the cluster that it starts for us
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
-    env |= {"RAY_ADDRESS": session.address, "PYTHONPATH": str(Path(__file__).parents[2]), **credentials}
-    result = subprocess.run([sys.executable, "-c", story], env=env, capture_output=True, text=True, timeout=120)
-    assert result.stdout.startswith("refused"), result.stdout + result.stderr[-3000:]
-    assert int(result.stdout.split()[1]) < 60 and "RAY_AUTH_TOKEN_PATH" in result.stdout
-    assert "5ec2e7" not in result.stdout + result.stderr
+    env |= {"RAY_ADDRESS": session.address, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with ExitStack() as stack:
+        started = {}
+        for name, credentials in STRANGERS.items():
+            started[name] = subprocess.Popen(
+                [sys.executable, "-c", story], env=env | credentials, stdout=PIPE, stderr=PIPE, text=True
+            )
+            stack.callback(kill, started[name])
+        yield started
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_driver_without_the_clusters_token_is_refused_and_told_what_to_set(
+    strangers: dict[str, subprocess.Popen[str]], name: str
+) -> None:
+    told, errors = strangers[name].communicate(timeout=120)
+    assert told.startswith("refused"), told + errors[-3000:]
+    assert int(told.split()[1]) < 60 and "RAY_AUTH_TOKEN_PATH" in told
+    assert "5ec2e7" not in told + errors
 
 
 def test_the_embedded_clusters_token_is_readable_by_its_owner_alone(session: Session) -> None:

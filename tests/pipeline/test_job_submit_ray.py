@@ -1,10 +1,12 @@
 """``ray job submit`` against a head on this machine runs both stages on real camera footage; MLflow tells the result.
 
+The job evaluates on held-out samples while it trains, and is told to learn nothing in stage 1, which so ends early.
 The head has its own ports, token and temporary folder, and is ended by process, so that no other Ray is touched.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
@@ -18,10 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 
+from actors.weights.files import read_weights
 from pipeline.checkpoint import CheckpointStore
 from pipeline.data.real import make_real
+from pipeline.tracking.profile import read_profiles
+from tests.pipeline.run.test_held_out_ray import curves
 from tests.processes import kill
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
@@ -35,9 +41,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+@pytest.fixture(scope="module")
+def head(ray_alone: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Ray head with a dashboard on loopback; yields the environment that reaches it."""
+    tmp_path = tmp_path_factory.mktemp("head")
     token = tmp_path / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -79,19 +86,29 @@ def wait_for(url: str, token: str, process: subprocess.Popen[str], log: Path, ti
     raise AssertionError(f"no dashboard at {url} after {timeout_s} s: {log.read_text()}")
 
 
-@pytest.mark.timeout(600)
-def test_a_submitted_job_trains_on_real_footage(head: dict[str, str], ray_alone: None, tmp_path: Path) -> None:
-    data, out = tmp_path / "real", tmp_path / "run"
+@pytest.fixture(scope="module")
+def trained(head: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was submitted as a job."""
+    folder = tmp_path_factory.mktemp("job")
+    data, out = folder / "real", folder / "run"
     reports = make_real(data, quiet=True)
     assert reports["train"].accepted >= 4
     command = [RAY, "job", "submit", "--working-dir", str(ROOT)]  # Ray leaves out what .gitignore names
     command += ["--", sys.executable, "-m", "pipeline", "train", "real", f"out={out}"]
-    command += [f"data.train={data}/train", f"data.eval={data}/test", "stage1.steps=2", "stage2.steps=1"]
+    command += [f"data.train={data}/train", f"data.eval={data}/test", f"data.val={data}/test"]
+    command += ["stage1.steps=4", "stage2.steps=1", "stage2.optim.ema=0.5", "learner.ranks=1", "pools.vdm.workers=1"]
+    command += ["evaluate.every=1", "evaluate.subset=2", "checkpoint.every=0", "tracking.clips_every=0"]
+    command += ["evaluate.stop_if_not_better=1", "stage1.optim.lr=1e-12"]  # nothing moves, so no answer changes …
+    command += ["deterministic=true"]  # … by the rounding of its batch either
     result = subprocess.run(command, env=head, capture_output=True, text=True, timeout=540, check=False)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
     assert "succeeded" in result.stdout
+    return out
 
-    client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
+
+@pytest.mark.timeout(600)
+def test_a_submitted_job_trains_on_real_footage(trained: Path) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{trained}/mlflow.db")
     experiment = client.get_experiment_by_name("vans")
     runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
     assert {r.info.status for r in runs.values()} == {"FINISHED"}
@@ -99,13 +116,41 @@ def test_a_submitted_job_trains_on_real_footage(head: dict[str, str], ray_alone:
     assert 0 < runs["stage1"].data.metrics["reward/clip_v_mean"] <= 1
     assert 0 < runs["stage2"].data.metrics["reward/clip_v_mean"] <= 1
     for adapter in ("vlm_adapter", "vdm_adapter"):
-        assert (out / adapter / "adapter_model.safetensors").stat().st_size > 0
+        assert (trained / adapter / "adapter_model.safetensors").stat().st_size > 0
+
+
+def test_a_stage_that_does_not_get_better_ends_and_the_best_is_exported(trained: Path) -> None:
+    out, (found, tags) = trained, curves(trained)
+    for stage in ("stage1", "stage2"):
+        last = CheckpointStore(out / "checkpoints").latest(stage)
+        assert last is not None and last.step == 1  # of four in stage 1, and of one in stage 2
+        assert [step for step, _ in found[f"{stage}/evaluate/clip_v"]] == [0, 1]
+    (_, base), (_, same) = found["stage1/evaluate/clip_v"]
+    assert base == same and found["stage1/evaluate/since_best"] == [(0, 0.0), (1, 1.0)]
+    assert "ends after 1 steps" in tags["stage1"]["vans.stopped_early"]
+
+    told = json.loads((out / "best" / "best.json").read_text())
+    best = max(  # of the run; of equal ones the earlier
+        (value, -number, stage, step)
+        for number, stage in enumerate(("stage1", "stage2"))
+        for step, value in found[f"{stage}/evaluate/clip_v"][: 1 if stage == "stage1" else 2]
+    )
+    assert (told["value"], told["stage"], told["step"]) == (best[0], best[2], best[3])
+    checkpoint = CheckpointStore(out / "checkpoints").load(
+        out / "checkpoints" / f"{told['stage']}-step{told['step']:06d}"
+    )
+    policy = {"stage1": "vlm_adapter", "stage2": "vdm_adapter"}[told["stage"]]
+    ours, theirs = (read_weights(folder / policy).tensors for folder in (out / "best", checkpoint.path))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert {path.name for path in out.glob(".best*")} == set()
+    assert all(profile.parts["held-out evaluation"] > 0 for profile in read_profiles(out))
+    assert {path.name for path in out.glob("*_adapter")} == {"vlm_adapter", "vdm_adapter"}
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_job_is_scaled_with_the_token_stopped_gently_and_resumed(
-    toy_shards: Path, ray_alone: None, head: dict[str, str], tmp_path: Path
+    toy_shards: Path, head: dict[str, str], tmp_path: Path
 ) -> None:
     out, name = tmp_path / "run", "stopped-job"
     run = ["toy", f"out={out}", f"data.train={toy_shards}/train", f"data.eval={toy_shards}/test", "checkpoint.every=0"]

@@ -105,9 +105,9 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(toy_shards: Path, tmp_path
 
 
 @pytest.mark.ray
-def test_more_ranks_than_the_cluster_has_room_for(ray_alone: None, toy_shards: Path, tmp_path: Path) -> None:
+def test_more_ranks_than_the_cluster_has_room_for(ray_local: None, toy_shards: Path, tmp_path: Path) -> None:
     data = (f"data.train={toy_shards}/train", f"data.eval={toy_shards}/test")
-    message = refused("train", "toy", *data, f"out={tmp_path}/run", "learner.ranks=64", "cluster.local_cpus=4")
+    message = refused("train", "toy", *data, f"out={tmp_path}/run", "learner.ranks=64")
     assert "No room in the cluster" in message and "learner: 64" in message
 
 

@@ -50,7 +50,7 @@ def rollout(artist: VdmPolicy, guidance: float) -> list[VdmExperience]:
 
 def trained(artist: VdmPolicy, name: str, items: list[VdmExperience], mesh: DeviceMesh, epochs: int = 8) -> Trainer:
     trainer = Trainer(copy.deepcopy(artist), spec_of(name), mesh, torch.device("cpu"))
-    trainer.steps = 1  # where the gate, which alone reads the guidance, is not due
+    trainer.optimizer.steps = 1  # where the gate, which alone reads the guidance, is not due
     trainer.update(plan(items), epochs=epochs)
     return trainer
 
