@@ -40,5 +40,5 @@ def test_a_run_in_chinese_learns_from_chinese_answers_and_is_judged_by_them(ray_
         assert captions and sum(language_in(text) == "zh" for text in captions) > len(captions) / 2, stage
     assert all(0.1 < value <= 1 for value in rewards)  # compared letter by letter
     assert report.table is not None
-    table = report.table.to_markdown()
+    table = report.table.markdown()
     assert "ROUGE-L" in table and "Joint-GRPO" in table
