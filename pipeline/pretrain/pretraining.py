@@ -177,7 +177,7 @@ def _fine_tune(out: Path, seed: int, effort: Effort, quality: dict[str, Any], co
             tuned = Path(scratch) / kind
             with bar(console, f"sft {part}", effort.sft_steps) as progress:
                 result = run_sft(kind, out / kind, data / split, tuned, settings, on_metrics=progress.follow)  # type: ignore[arg-type]
-            for leftover in ("sft.json", "checkpoints"):
+            for leftover in ("sft.json", "checkpoints", "captions"):
                 _remove(tuned / leftover)
             shutil.rmtree(out / kind)
             shutil.copytree(tuned, out / kind)

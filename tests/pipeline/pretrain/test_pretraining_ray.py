@@ -178,7 +178,7 @@ def test_pretrain_writes_every_folder_with_a_quality_line(tmp_path: Path) -> Non
         )
     pipe = WanPipeline.from_pretrained(out / "vdm")
     assert pipe.vae.dtype == torch.float32 and any(s != 1.0 for s in pipe.vae.config.latents_std)
-    assert sum(quality["size_mb"].values()) < 12
+    assert sum(quality["size_mb"].values()) < 14
 
 
 def test_a_part_that_fails_stops_the_run_with_its_reason(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_bundled_models_are_small_and_reconstruct_what_quality_json_says() -> No
     from pipeline.pretrain.vae import vae_quality
 
     quality = json.loads((ASSETS / "quality.json").read_text())
-    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 11 * 2**20
+    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 14 * 2**20
     vae = AutoencoderKLWan.from_pretrained(ASSETS / "vdm" / "vae", torch_dtype=torch.float32)
     measured = vae_quality(vae, count=16)
     assert abs(measured["psnr_clip"] - quality["vae"]["psnr_clip"]) < 1.5
