@@ -23,11 +23,13 @@ from actors.learner.objectives.settings import AwmSection, NftSection, Objective
 from actors.learner.settings import LearnerSection, OptimSection
 from actors.learner.spec import LearnerSpec
 from actors.learner.trainer import Trainer
+from actors.policy.lora import peft_names
 from actors.policy.settings import LoraSection
 from actors.records import RenderRequest, VdmExperience
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.sampling import check, sample, sample_latents
 from actors.vdm.trajectories import noised
+from actors.weights.transport import as_tensors
 from cluster.errors import ConfigError, TrainingError
 from pipeline.config import load_config
 from pipeline.stages.groups import RolloutBatch
@@ -270,8 +272,9 @@ def test_the_weights_that_sample_are_published_and_follow_slowly(trainer_of, rol
 
 
 @pytest.mark.parametrize("fault", ["stale weights", "a reference frame dropped"])
-def test_the_velocity_gate_trips(trainer_of, rollout, fault: str) -> None:
-    trainer, items = trainer_of(spec_of("nft")), rollout
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_velocity_gate_trips(trainer_of, rollout, name: str, fault: str) -> None:
+    trainer, items = trainer_of(spec_of(name)), rollout
     if fault == "stale weights":
         trainer.update(plan(items), epochs=4)
         trainer.optimizer.steps = 10  # where the gate is due again
@@ -282,6 +285,31 @@ def test_the_velocity_gate_trips(trainer_of, rollout, fault: str) -> None:
         ]
     with pytest.raises(TrainingError, match="velocity gate"):
         trainer.update(plan(items))
+
+
+def test_the_velocity_gate_wants_clips_of_the_weights_that_are_published(trainer_of, rollout, artist) -> None:
+    """They follow slowly here, so those that are learnt are others: clips of the published ones pass, of the learnt ones do not."""
+    trainer = trainer_of(spec_of("nft", NftSection(behaviour_decay=0.5, gate_every=1)))
+    assert trainer.update(plan(rollout), epochs=4).common["velocity_dev"] < 1e-4
+    published, sampler = trainer.weights(), copy.deepcopy(artist)
+    assert published is not None
+    requests = [
+        RenderRequest(i.sample_id, i.index, i.caption, i.reference_frames, 9, 3, 2.0, noise_seed=k, ends=True)
+        for k, i in enumerate(rollout)
+    ]
+
+    def drawn() -> list[VdmExperience]:
+        clips = sample(sampler, requests)
+        return [replace(i, trajectory=c.trajectory, condition=c.condition) for i, c in zip(rollout, clips, strict=True)]
+
+    learnt = {name: p.detach() for name, p in trainer.policy.module.named_parameters() if p.requires_grad}
+    sampler.load_adapter_state(
+        peft_names({name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in learnt.items()})
+    )
+    with pytest.raises(TrainingError, match="velocity gate"):
+        trainer.update(plan(drawn()))
+    sampler.load_adapter_state(as_tensors(published))
+    assert trainer.update(plan(drawn())).common["velocity_dev"] < 1e-4
 
 
 def test_the_gate_is_looked_at_when_it_is_due(trainer_of, rollout) -> None:
