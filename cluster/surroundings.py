@@ -66,9 +66,11 @@ def collector_later() -> Callable[[], None]:
 
     def import_first() -> None:
         import gc
+        import os
         import threading
 
         gc.disable()
+        os.register_at_fork(after_in_child=gc.enable)  # which has no timer
         timer = threading.Timer(seconds, gc.enable)
         timer.daemon = True
         timer.start()

@@ -57,10 +57,13 @@ def test_workers_drop_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_imports_its_libraries_without_the_garbage_collector_and_has_it_back_afterwards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cluster.surroundings.COLLECT_AFTER_S", 0.2)
+    monkeypatch.setattr("cluster.surroundings.COLLECT_AFTER_S", 0.5)
     try:
         worker_hook(None)()
         assert not gc.isenabled()
+        if (child := os.fork()) == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        assert os.waitpid(child, 0)[1] == 0
         deadline = time.monotonic() + 10
         while not gc.isenabled():
             assert time.monotonic() < deadline

@@ -87,7 +87,7 @@ def wait_for(url: str, token: str, process: subprocess.Popen[str], log: Path, ti
 
 
 @pytest.fixture(scope="module")
-def trained(head: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(head: dict[str, str], toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was submitted as a job."""
     folder = tmp_path_factory.mktemp("job")
     data, out = folder / "real", folder / "run"
@@ -95,9 +95,9 @@ def trained(head: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> P
     assert reports["train"].accepted >= 4
     command = [RAY, "job", "submit", "--working-dir", str(ROOT)]  # Ray leaves out what .gitignore names
     command += ["--", sys.executable, "-m", "pipeline", "train", "real", f"out={out}"]
-    command += [f"data.train={data}/train", f"data.eval={data}/test", f"data.val={data}/test"]
+    command += [f"data.train={data}/train", f"data.eval={data}/test", f"data.val={toy_shards}/val"]
     command += ["stage1.steps=4", "stage2.steps=1", "stage2.optim.ema=0.5", "learner.ranks=1", "pools.vdm.workers=1"]
-    command += ["evaluate.every=1", "evaluate.subset=2", "checkpoint.every=0", "tracking.clips_every=0"]
+    command += ["evaluate.every=1", "evaluate.subset=4", "checkpoint.every=0", "tracking.clips_every=0"]
     command += ["evaluate.stop_if_not_better=1", "stage1.optim.lr=1e-12"]  # nothing moves, so no answer changes …
     command += ["deterministic=true"]  # … by the rounding of its batch either
     result = subprocess.run(command, env=head, capture_output=True, text=True, timeout=540, check=False)
