@@ -73,17 +73,20 @@ class Ordering(Section):
         default_factory=list, description="Rows, the best first (the lowest first for a Fréchet distance)."
     )
     best: str | None = Field(None, description="Instead of rows: the row that is better than every other one shown.")
+    besides: list[str] = Field(default_factory=list, description="With best: shown rows that the claim is not about.")
 
     @model_validator(mode="after")
     def _one_form(self) -> Ordering:
         if (self.best is None) == (len(self.rows) < 2):
             raise ValueError(f"ordering {self.claim!r}: give two rows or more, or best")
+        if self.besides and self.best is None:
+            raise ValueError(f"ordering {self.claim!r}: besides goes with best, not with rows")
         return self
 
     def pairs(self, shown: Sequence[str]) -> list[tuple[str, str]]:
         """Return the pairs (better, worse) that must hold among the rows ``shown``."""
         if self.best is not None:
-            return [(self.best, other) for other in shown if other != self.best]
+            return [(self.best, other) for other in shown if other not in (self.best, *self.besides)]
         return list(itertools.pairwise(self.rows))
 
     def rests_on(self) -> set[str]:
@@ -112,7 +115,7 @@ class Experiment(Section):
                     raise ValueError(f"rows.{key} is made of {other!r}, which is not a row above it ({sorted(known)})")
             known.add(key)
         for ordering in self.orderings:
-            if unknown := ordering.rests_on() - known:
+            if unknown := (ordering.rests_on() | set(ordering.besides)) - known:
                 raise ValueError(f"ordering {ordering.claim!r} names unknown rows {sorted(unknown)}")
         if self.baseline not in known:
             raise ValueError(f"baseline={self.baseline!r} is not a row ({sorted(known)})")

@@ -17,7 +17,7 @@ from pipeline.data.toy.shards import ensure_toy
 from pipeline.reproduce import Experiment, load_experiment, quickened
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.reproducing import RowResult, _claim, _claim_data, _Seed
-from pipeline.reproduce.spec import Ordering
+from pipeline.reproduce.spec import Ordering, Row
 from pipeline.reproduce.statistics import Figures, links, over_seeds, verdict
 
 
@@ -33,7 +33,7 @@ def order(*rows: str, metric: str = "clip_v") -> Ordering:
 
 def test_the_bundled_table_has_the_papers_rows_and_every_row_is_a_valid_run(tmp_path: Path) -> None:
     table = load_experiment()
-    assert sum(row.shown for row in table.rows.values()) == 12 and table.rows["joint"].paper.clip_v == (0.8021, 0.7872)
+    assert sum(row.shown for row in table.rows.values()) == 13 and table.rows["joint"].paper.clip_v == (0.8021, 0.7872)
     seed = _Seed(table, tmp_path, 1, "test", Console(), {key: RowResult(key, vlm="v", vdm="d") for key in table.rows})
     for row in table.rows.values():
         if row.set is not None:
@@ -69,6 +69,15 @@ def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text("rows: {sft: {title: SFT, stepz: 3}}\n")
     with pytest.raises(ConfigError, match=r"rows\.sft\.stepz"):
         load_experiment(tmp_path / "e.yaml")
+
+
+def test_a_claim_of_the_best_row_is_about_all_shown_rows_but_those_besides() -> None:
+    best = Ordering(claim="c", metric="clip_t", best="joint", besides=["ours"])
+    assert best.pairs(["sft", "joint", "ours"]) == [("joint", "sft")] and best.rests_on() == {"joint"}
+    with pytest.raises(ValueError, match="besides goes with best"):
+        Ordering(claim="c", metric="clip_t", rows=["joint", "sft"], besides=["ours"])
+    with pytest.raises(ValueError, match=r"names unknown rows \['ours'\]"):
+        Experiment(rows={"sft": Row(title="SFT")}, baseline="sft", orderings=[best.model_copy(update={"best": "sft"})])
 
 
 def test_an_order_holds_only_beyond_the_spread_between_seeds() -> None:
