@@ -51,7 +51,7 @@ SEARCHED: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 """Keys of ``stage2``; the others are the toy run's, with a moving window of two steps."""
-CHOSEN = {"grpo": 2, "nft": 0, "awm": 2}
+CHOSEN = {"grpo": 4, "nft": 4, "awm": 4}
 """Which of them was best on val, by the mean over its seeds."""
 UNIT = "of CLIP-V + CLIPScore"
 FIRST_TESTED, FIRST_VAL = 100_000, 200_000  # numbers of clips that no training draws
