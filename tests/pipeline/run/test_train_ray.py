@@ -28,7 +28,7 @@ from pipeline.fleet.models import resolve_model
 from pipeline.run.train import SYSTEMS, RunReport, run_training
 from pipeline.stages.loop import StepReport
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS, GROUP, PROMPTS = 2, 4, 4
 
 
