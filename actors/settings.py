@@ -13,6 +13,7 @@ Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists onl
 
 PAPERS = {
     "VANS": "arXiv:2511.16669",
+    "VANS as released": "KlingAIResearch/VANS, February 2026",
     "GRPO": "arXiv:2402.03300",
     "DAPO": "arXiv:2503.14476",
     "Dr.GRPO": "arXiv:2503.20783",

@@ -30,7 +30,7 @@ from pipeline.stages.requests import render_request
 from pipeline.support import terminal
 from pipeline.support.harmless import in_markup, short
 from pipeline.support.progress import Bar, bar
-from rewards.format import parse_answer
+from rewards.format import AnswerFormat
 
 PHASES = ("starting the thinker", "asking", "loading the artist", "drawing")
 
@@ -230,7 +230,7 @@ async def ask(
     if all(found):
         return [item for item in found if item is not None]
     settings = config.pools.vlm.model_copy(update={"rest": False})  # no learner wants its memory here
-    spec = EngineSpec(model, settings, adapter=adapter)
+    spec = EngineSpec(model, settings, config.models.prompt, adapter=adapter)
     engine = VlmEngine(spec)
 
     async def said_to(question: str) -> Said | Unanswered:
@@ -238,7 +238,7 @@ async def ask(
             completions: list[Completion] = await engine.generate(completion_request(config, sample, question, seed))
         except (BadSampleError, InfrastructureError) as error:
             return Unanswered(question, str(error))
-        return captioned(question, completions[0].text)
+        return captioned(question, completions[0].text, config.models.prompt.answers)
 
     try:
         require_loopback()
@@ -254,13 +254,11 @@ async def ask(
     return [next(rest) if bad is None else bad for bad in found]
 
 
-def captioned(question: str, text: str) -> Said | Unanswered:
+def captioned(question: str, text: str, answers: AnswerFormat) -> Said | Unanswered:
     """Return the thinker's ``text`` with its caption; where it has none there is nothing to draw."""
-    answer = parse_answer(text)
+    answer = answers.parse(text)
     if answer is None:
-        return Unanswered(
-            question, f"the model's answer is not <think>…</think><ans>…</ans>, so there is nothing to draw: {text!r}"
-        )
+        return Unanswered(question, f"the model's answer is not {answers}, so there is nothing to draw: {text!r}")
     return Said(question, text, answer.caption)
 
 

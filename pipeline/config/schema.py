@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from actors.learner.settings import LearnerSection
 from actors.settings import FREE, Fraction, Positive, Section, cite
+from actors.vlm.settings import PromptSection
 from pipeline.config.machinery import (
     AlarmsSection,
     CheckpointSection,
@@ -35,6 +36,7 @@ class ModelsSection(Section):
     clip: str = Field("tiny", description="CLIP model that scores: transformers folder or hub name.")
     vlm_adapter: str | None = Field(None, description="PEFT adapter folder the VLM starts from.")
     vdm_adapter: str | None = Field(None, description="PEFT adapter folder the VDM starts from.")
+    prompt: PromptSection = Field(default_factory=PromptSection)
     flow_shift: float = Field(
         3.0,
         gt=0,

@@ -182,6 +182,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             vlm_path,
             adapter=vlm_adapter,
             settings=vlm,
+            prompt=models.prompt,
             lora_rank=config.stage1.lora.rank,
             broadcast=config.weights.transport == "collective" and config.stage1.lora.rank == 0,
             alone=config.deterministic,
@@ -227,7 +228,14 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
         actor = ray.remote(RewardWorker)
         return lambda name: actor.options(
             **placement.options("reward", name), max_restarts=0, max_concurrency=2
-        ).remote(name, clip_path, components, device=_device(reward), custom_timeout_s=reward.request_timeout_s / 2)
+        ).remote(
+            name,
+            clip_path,
+            components,
+            device=_device(reward),
+            custom_timeout_s=reward.request_timeout_s / 2,
+            answers=models.prompt.answers,
+        )
 
     return {"vlm": make_vlm, "embed": make_embed, "vdm": make_vdm, "reward": make_reward}
 

@@ -26,7 +26,6 @@ from pipeline.stages.refill import draw_key
 from pipeline.stages.requests import render, render_request
 from pipeline.stages.stage1 import collect, score_request
 from rewards.errors import RewardError
-from rewards.format import parse_answer
 from rewards.text import rouge_l
 
 
@@ -173,7 +172,7 @@ class Stage2:
             text = completions[0].text
             if greedy:
                 self._greedy[asked] = text
-        answer = parse_answer(text)
+        answer = self.config.models.prompt.answers.parse(text)
         caption = answer.caption if answer else None
         try:
             return Anchor(text, caption, rouge_l(caption, sample.caption) if caption else 0.0)

@@ -23,6 +23,7 @@ from pipeline.data.decoder import Shard, VideoShape, block_items, decode_block
 from pipeline.data.schema import Row, ShardWriter
 from pipeline.data.video import VideoLimits, encode_mp4
 from pipeline.evaluate.predict import answer_one
+from pipeline.sft import SftSettings
 from pipeline.sft.items import training_item
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.stage1 import Stage1, completion_experiences
@@ -120,7 +121,7 @@ def test_five_ways_make_one_input(
     completion = Completion("?", np.array([5, 6], np.int32), np.zeros(2, np.float32), "stop", 0)
     member = Member(0, "", Scores("s", 0, {}), completion)
     batch = RolloutBatch((Group(sample, (member,)),), (np.ones(1),), (np.ones(1),))
-    item = training_item("vlm", sample, 2)
+    item = training_item("vlm", sample, SftSettings())
     prompts = {
         "SFT": learnt(policy, lambda: policy.sft_loss([item])),
         "learner": learnt(policy, lambda: policy.collate(completion_experiences(batch))),
