@@ -31,7 +31,7 @@ from actors.records import (
 from actors.vdm import flow_sde, lora, trajectories
 from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.frames import frames_to_video
-from actors.vdm.settings import VdmPoolSection
+from actors.vdm.settings import ConditioningSection, VdmPoolSection
 from actors.vdm.trajectories import Condition, Encoded, Noised, VdmBatch
 from actors.vdm.wan import vae as wan_vae
 from actors.vdm.wan.family import ExactTimes, token_timesteps
@@ -55,6 +55,7 @@ class VdmPolicy:
         device: str | torch.device = "cpu",
         shift: float = 3.0,
         reference_frames: int | None = None,
+        conditioning: ConditioningSection | None = None,
         max_text_tokens: int | None = None,
         negative_prompt: str = "",
         settings: VdmPoolSection | None = None,
@@ -80,6 +81,7 @@ class VdmPolicy:
         self.geometry = wan_vae.geometry_of(parts.transformer, parts.vae_config)
         self.compute_dtype = dtype  # of the transformer's inputs; a learner sets the one that its FSDP computes in
         self.shift, self.reference_frames, self.negative_prompt = shift, reference_frames, negative_prompt
+        self.conditioning = conditioning or ConditioningSection()
         self.decode_batch = settings.max_decode
         self.folder = parts.folder
         self.version = 0
@@ -109,10 +111,10 @@ class VdmPolicy:
         ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree.
         ``seed`` draws a new adapter.
         ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``).
-        ``options`` are the constructor's: settings (how a sampler draws), shift, reference_frames, max_text_tokens,
-        negative_prompt, vae_tiling (frames beyond 256 pixels go through the VAE in overlapping tiles), shared_times
-        (embed a clip's two times once, not for each token), cache_bytes. Without
-        LoRA all of the transformer's weights are trainable.
+        ``options`` are the constructor's: settings (how a sampler draws), shift, reference_frames, conditioning (how it sees the
+        input), max_text_tokens, negative_prompt, vae_tiling (frames beyond 256 pixels go through the VAE in overlapping tiles),
+        shared_times (embed a clip's two times once, not for each token), cache_bytes. Without LoRA all of the transformer's
+        weights are trainable.
         """
         kind = torch_dtype(dtype)
         policy = cls(load_parts(path, kind, components), dtype=kind, device=device, **options)
@@ -206,13 +208,13 @@ class VdmPolicy:
         return self.embedder
 
     def encode_references(self, frames: np.ndarray) -> Tensor:
-        """Return the latents (C, n, h, w) of reference frames uint8 (n, H, W, 3)."""
+        """Return the latents (C, n', h, w) of reference frames uint8 (n, H, W, 3), as ``conditioning`` makes them."""
         if not self.has_encoder:
             raise CheckpointError(
                 "reference frames cannot be encoded: the policy was loaded without the component 'vae_encoder'"
             )
         return self._references.get(
-            content_key(frames), lambda: wan_vae.encode_references(self.vae, frames, self.device)
+            content_key(frames), lambda: wan_vae.encode_condition(self.vae, frames, self.device, self.conditioning)
         )
 
     def encode(self, caption: str, references: np.ndarray, guidance: float) -> Encoded:
@@ -284,8 +286,9 @@ class VdmPolicy:
         n = 0 if references is None else references.shape[2]
         inputs = x if references is None else torch.cat([references, x], dim=2)
         inputs = inputs.to(self.compute_dtype)
-        times = token_timesteps(sigma, n, x.shape[1:], self.geometry.patch)
-        clean = times.shape[1] * n // inputs.shape[2] if n else 0
+        apart = n if self.conditioning.time == "zero" else 0
+        times = token_timesteps(sigma, apart, x.shape[1:], self.geometry.patch)
+        clean = times.shape[1] * n // inputs.shape[2] if apart else 0
 
         def run(text: Tensor) -> Tensor:
             out = self.module(
@@ -382,7 +385,7 @@ class VdmPolicy:
         """
         spec = spec or FlowMatchingSpec()
         references = [reference for reference, _, _ in batch]
-        clean = self.encode_targets([target for _, _, target in batch], len(references[0]))
+        clean = self.encode_targets([target for _, _, target in batch], self.conditioning.latents(len(references[0])))
         draws = [
             (
                 float(torch.rand((), generator=generator)) < spec.caption_dropout,

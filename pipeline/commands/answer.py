@@ -149,7 +149,8 @@ def load_video(config: RunConfig, video: Path) -> Sample:
     shape, limits = config.video, video_limits(config)
     try:
         seen, seconds = decode_timed(video, shape.input_frames, shape.vlm_height, shape.vlm_width, limits)
-        context = decode_video(video, shape.input_frames, shape.height, shape.width, limits)
+        count = shape.context_frames or shape.input_frames
+        context = decode_video(video, count, shape.height, shape.width, limits)
     except DataError as error:
         raise DataError(f"--video {video}: {error}") from error
     fps = shown_rate(len(seen), seconds, shape.fps)
@@ -282,6 +283,7 @@ def draw(
             shared_times=config.models.shared_times,
             settings=VdmPoolSection(max_decode=config.pools.vdm.max_decode),
             vae_tiling=config.video.vae_tiling,
+            conditioning=config.video.conditioning,
         )
         render = config.evaluate.render
         artist.embed([*captions.values(), *([artist.negative_prompt] if render.guidance != 1.0 else [])])

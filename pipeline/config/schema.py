@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from actors.learner.settings import LearnerSection
 from actors.settings import FREE, Fraction, Positive, Section, cite
+from actors.vdm.settings import ConditioningSection
 from actors.vlm.settings import PromptSection
 from pipeline.config.machinery import (
     AlarmsSection,
@@ -61,12 +62,25 @@ class VideoSection(Section):
     vlm_height: Positive = Field(32, description="Height of the frames that the VLM sees.")
     vlm_width: Positive = Field(32, description="Width of the frames that the VLM sees.")
     reference_frames: Positive = Field(
-        2, description="Reference frames that condition the VDM (n), last input frame included."
+        2,
+        description="Reference frames that condition the VDM (n), last input frame included; conditioning.references=clip has take "
+        "instead.",
     )
+    conditioning: ConditioningSection = Field(default_factory=ConditioningSection)
     vae_tiling: bool = Field(
         False,
         description="Encode and decode frames beyond 256 pixels in overlapping tiles: less memory, slightly other pixels.",
     )
+
+    @property
+    def context_frames(self) -> int | None:
+        """Frames of the input video that the artist gets, where they are not those that the thinker sees."""
+        return self.num_frames if self.conditioning.references == "clip" else None
+
+    @property
+    def reference_latents(self) -> int:
+        """Latent frames that stand before the target's."""
+        return self.conditioning.latents(self.reference_frames)
 
     @model_validator(mode="after")
     def _causal_vae(self) -> VideoSection:

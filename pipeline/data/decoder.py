@@ -37,7 +37,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VideoShape:
-    """The shapes that clips are decoded to; the fields are those of the ``video`` section of a run's configuration."""
+    """The shapes that clips are decoded to; the fields are those of the ``video`` section of a run's configuration.
+
+    ``context_frames``: how many frames of the input the artist gets; None is as many as the VLM sees.
+    """
 
     num_frames: int = 9
     height: int = 32
@@ -46,16 +49,23 @@ class VideoShape:
     input_frames: int = 9
     vlm_height: int = 32
     vlm_width: int = 32
+    context_frames: int | None = None
 
     @property
-    def two_sizes(self) -> bool:
-        """Whether the VLM sees another size than the one rendered."""
-        return (self.vlm_height, self.vlm_width) != (self.height, self.width)
+    def context(self) -> int:
+        """Frames of the input that the artist gets, at the rendered size."""
+        return self.context_frames or self.input_frames
+
+    @property
+    def two_inputs(self) -> bool:
+        """Whether the VLM sees frames of another number or size than the artist gets."""
+        seen = self.input_frames, self.vlm_height, self.vlm_width
+        return seen != (self.context, self.height, self.width)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one decoded row."""
-        rendered = self.num_frames + (self.input_frames if self.two_sizes else 0)
+        rendered = self.num_frames + (self.context if self.two_inputs else 0)
         return 3 * (self.input_frames * self.vlm_height * self.vlm_width + rendered * self.height * self.width)
 
 
@@ -94,14 +104,14 @@ def decode_block(
     """Decode the rows whose places ``batch`` holds; this is what the Ray Data tasks run.
 
     Adds the columns ``record`` (JSON of the text), ``input_frames``, ``target_frames``, ``fps`` and, where the VLM sees
-    another size than the one rendered, ``context_frames``; ``error`` says why a row is unusable, or is empty.
+    other frames than the artist gets, ``context_frames``; ``error`` says why a row is unusable, or is empty.
     """
     rows = len(batch["shard"])
     out: dict[str, np.ndarray] = dict(batch)
     out["input_frames"] = np.zeros((rows, shape.input_frames, shape.vlm_height, shape.vlm_width, 3), np.uint8)
     out["target_frames"] = np.zeros((rows, shape.num_frames, shape.height, shape.width, 3), np.uint8)
-    if shape.two_sizes:
-        out["context_frames"] = np.zeros((rows, shape.input_frames, shape.height, shape.width, 3), np.uint8)
+    if shape.two_inputs:
+        out["context_frames"] = np.zeros((rows, shape.context, shape.height, shape.width, 3), np.uint8)
     out["fps"] = np.full(rows, shape.fps, np.float64)
     records, errors = [], []
     for index in range(rows):
@@ -170,8 +180,8 @@ def _decode_row(
         video = row["input_video"]
         frames, seconds = decode_timed(video, shape.input_frames, shape.vlm_height, shape.vlm_width, limits)
         out["input_frames"][index] = frames
-        if shape.two_sizes:
-            frames = decode_video(video, shape.input_frames, shape.height, shape.width, limits)
+        if shape.two_inputs:
+            frames = decode_video(video, shape.context, shape.height, shape.width, limits)
             out["context_frames"][index] = frames
     except DataError as error:
         raise DataError(f"input video: {error}") from error
@@ -215,6 +225,6 @@ def block_items(
             meta=text["meta"],
             answer=text["answer"],
         )
-        if shape.two_sizes:
+        if shape.two_inputs:
             sample = replace(sample, context_frames=np.array(block["context_frames"][index], np.uint8))
         yield sample

@@ -205,6 +205,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
                 "shared_times": models.shared_times,
                 "settings": vdm.model_copy(update=exact),
                 "vae_tiling": config.video.vae_tiling,
+                "conditioning": config.video.conditioning,
                 "components": ("transformer", "vae_decoder") if embed.workers else COMPONENTS,
             },
         )
@@ -220,6 +221,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             device=_device(embed),
             threads=max(1, int(embed.cpus)),
             vae_tiling=config.video.vae_tiling,
+            conditioning=config.video.conditioning,
         )
 
     def make_reward(placement: Placement) -> Callable[[str], Any]:

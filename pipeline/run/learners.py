@@ -63,6 +63,7 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
     }
     if policy == "vdm":  # every trajectory comes with what it was conditioned on
         options = {"shift": models.flow_shift, "shared_times": models.shared_times, "components": ("transformer",)}
+        options["conditioning"] = config.video.conditioning
     model = resolve_model(getattr(models, policy), policy)  # type: ignore[arg-type]
     return LearnerSpec(
         kind=policy,

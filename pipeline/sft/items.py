@@ -10,7 +10,7 @@ import numpy as np
 
 from actors.failures import BadSampleError
 from actors.records import Sample, derive_seed
-from actors.vdm.frames import select_reference_frames
+from actors.vdm.frames import conditioning_frames
 from cluster.errors import DataError
 from pipeline.data.decoder import QuarantinedRow, block_items
 from pipeline.sft.settings import SftSettings
@@ -36,7 +36,8 @@ def training_item(kind: str, sample: Sample, settings: SftSettings) -> tuple[Any
     """Return what the policy's ``sft_loss`` takes of one sample."""
     if kind == "vlm":
         return sample.asked, answer_text(sample, settings.prompt.answers)
-    return select_reference_frames(sample.context, settings.reference_frames), sample.caption, sample.target_frames
+    references = conditioning_frames(sample.context, settings.reference_frames, settings.conditioning)
+    return references, sample.caption, sample.target_frames
 
 
 def refusal(kind: str, policy: Any, sample: Sample) -> str | None:

@@ -46,6 +46,7 @@ def load_policy(kind: str, model: str, settings: SftSettings, samples: int, devi
     """
     target, _, name = POLICIES[kind].partition(":")
     options: dict[str, Any] = {"cache_bytes": settings.cache_mib * 2**20, "reference_frames": settings.reference_frames}
+    options["conditioning"] = settings.conditioning
     if kind == "vlm":
         fits = samples * settings.shape.row_bytes <= settings.cache_mib * 2**20
         options = {"cache_size": samples if fits else 64, "prompt": settings.prompt}

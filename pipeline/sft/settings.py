@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from actors.learner.settings import OptimSection
 from actors.policy.settings import LoraSection
+from actors.vdm.settings import ConditioningSection
 from actors.vlm.settings import PROMPT, PromptSection
 from cluster.errors import ConfigError
 from cluster.layout import Strategy
@@ -48,6 +49,7 @@ class SftSettings:
     shape: VideoShape = field(default_factory=VideoShape)
     limits: VideoLimits = field(default_factory=VideoLimits)
     reference_frames: int = 2
+    conditioning: ConditioningSection = field(default_factory=ConditioningSection)
     prompt: PromptSection = PROMPT
     cache_mib: int = 2048  # decoded samples stay in a rank's memory up to this; larger sets are streamed each epoch
     max_quarantine_ratio: float = 0.05
@@ -122,6 +124,7 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         shape=video_shape(config),
         limits=video_limits(config),
         reference_frames=config.video.reference_frames,
+        conditioning=config.video.conditioning,
         prompt=config.models.prompt,
         decoders=data.decoders,
         max_quarantine_ratio=data.max_quarantine_ratio,

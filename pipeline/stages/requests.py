@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from actors.records import Clip, RenderRequest, Sample, SdeSpec
-from actors.vdm.frames import select_reference_frames
-from pipeline.config.schema import RunConfig
+from actors.vdm.frames import conditioning_frames
+from pipeline.config.schema import RunConfig, VideoSection
 from pipeline.config.stages import RenderSection
 
 if TYPE_CHECKING:  # `vans answer` draws without pools
     from pipeline.fleet.open import Fleet
+
+
+def artist_frames(video: VideoSection, sample: Sample) -> np.ndarray:
+    """Return the frames of ``sample``'s input that the artist is conditioned on, uint8 (n, H, W, 3)."""
+    return conditioning_frames(sample.context, video.reference_frames, video.conditioning)
 
 
 def render_request(
@@ -31,7 +38,7 @@ def render_request(
         sample_id=sample.id,
         index=index,
         caption=caption,
-        reference_frames=select_reference_frames(sample.context, config.video.reference_frames),
+        reference_frames=artist_frames(config.video, sample),
         num_frames=config.video.num_frames,
         steps=render.steps,
         guidance=render.guidance,

@@ -16,14 +16,14 @@ from actors.policy.cache import content_key
 from actors.pool.errors import SampleFailed
 from actors.records import Completion, CompletionRequest, Experience, Sample, SdeSpec, VdmExperience, derive_seed
 from actors.vdm.flow_sde import WindowSchedule, removable_steps
-from actors.vdm.frames import select_reference_frames
 from cluster.errors import ConfigError, TrainingError
 from pipeline.config import RunConfig
+from pipeline.config.schema import VideoSection
 from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
-from pipeline.stages.requests import render, render_request
+from pipeline.stages.requests import artist_frames, render, render_request
 from pipeline.stages.stage1 import collect, score_request
 from rewards.errors import RewardError
 from rewards.text import rouge_l
@@ -130,7 +130,7 @@ class Stage2:
 
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]:
         """Return what the learner reads, in a fixed order."""
-        return trajectory_experiences(batch, self.config.video.reference_frames)
+        return trajectory_experiences(batch, self.config.video)
 
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """Return what only stage 2 measures, over the anchors that ``step`` has drawn."""
@@ -241,11 +241,11 @@ def sde_spec(config: RunConfig, window: WindowSchedule, step: int) -> SdeSpec:
     return SdeSpec(schedule=sde.schedule, level=sde.level, window_start=start, window_size=sde.window_size)
 
 
-def trajectory_experiences(batch: RolloutBatch, reference_frames: int) -> list[Experience]:
+def trajectory_experiences(batch: RolloutBatch, video: VideoSection) -> list[Experience]:
     """Return every trajectory of ``batch`` with its advantage, in a fixed order; a member without a clip has none."""
     items: list[Experience] = []
     for group, advantages in zip(batch.groups, batch.advantages, strict=True):
-        reference = select_reference_frames(group.sample.context, reference_frames)
+        reference = artist_frames(video, group.sample)
         for member, advantage in zip(group.members, advantages, strict=True):
             if member.clip is None:
                 continue
