@@ -79,6 +79,7 @@ class CompletionRequest:
     seed: int
     temperature: float = 1.0  # 0 is greedy
     max_tokens: int = 64
+    top_p: float = 1.0  # share of probability that is sampled from; below 1 nothing may be learnt from the completions
 
 
 @dataclass(frozen=True, eq=False)

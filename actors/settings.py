@@ -32,6 +32,7 @@ PAPERS = {
     "classifier-free guidance": "arXiv:2207.12598",
     "rectified flow": "arXiv:2403.03206",
     "LoRA": "arXiv:2106.09685",
+    "nucleus sampling": "arXiv:1904.09751",
     "AdamW": "arXiv:1711.05101",
     "cosine": "arXiv:1608.03983",
     "warm-up": "arXiv:1706.02677",

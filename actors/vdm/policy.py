@@ -54,6 +54,8 @@ class VdmPolicy:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         shift: float = 3.0,
+        grid: str = "diffusers",
+        supervised: FlowMatchingSpec | None = None,
         reference_frames: int | None = None,
         conditioning: ConditioningSection | None = None,
         max_text_tokens: int | None = None,
@@ -80,7 +82,8 @@ class VdmPolicy:
             )
         self.geometry = wan_vae.geometry_of(parts.transformer, parts.vae_config)
         self.compute_dtype = dtype  # of the transformer's inputs; a learner sets the one that its FSDP computes in
-        self.shift, self.reference_frames, self.negative_prompt = shift, reference_frames, negative_prompt
+        self.shift, self.grid, self.supervised = shift, grid, supervised or FlowMatchingSpec()
+        self.reference_frames, self.negative_prompt = reference_frames, negative_prompt
         self.conditioning = conditioning or ConditioningSection()
         self.decode_batch = settings.max_decode
         self.folder = parts.folder
@@ -111,10 +114,10 @@ class VdmPolicy:
         ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree.
         ``seed`` draws a new adapter.
         ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``).
-        ``options`` are the constructor's: settings (how a sampler draws), shift, reference_frames, conditioning (how it sees the
-        input), max_text_tokens, negative_prompt, vae_tiling (frames beyond 256 pixels go through the VAE in overlapping tiles),
-        shared_times (embed a clip's two times once, not for each token), cache_bytes. Without LoRA all of the transformer's
-        weights are trainable.
+        ``options`` are the constructor's: settings (how a sampler draws), shift and grid (of its sigmas), supervised (the sigmas
+        of the supervised loss), reference_frames, conditioning (how it sees the input), max_text_tokens, negative_prompt,
+        vae_tiling (frames beyond 256 pixels go through the VAE in overlapping tiles), shared_times (embed a clip's two times
+        once, not for each token), cache_bytes. Without LoRA all of the transformer's weights are trainable.
         """
         kind = torch_dtype(dtype)
         policy = cls(load_parts(path, kind, components), dtype=kind, device=device, **options)
@@ -377,13 +380,13 @@ class VdmPolicy:
         generator: torch.Generator | None = None,
         spec: FlowMatchingSpec | None = None,
     ) -> SupervisedLoss:
-        """Return the flow-matching loss mean((v - (eps - x0))^2) over each clip's target latents, summed over the clips.
+        """Return the flow-matching loss mean((v - (eps - x0))^2) over each clip's target latents, weighted and summed over the clips.
 
         batch: (reference frames uint8 (n, H, W, 3), caption, target frames uint8 (T, H, W, 3)), equal sizes.
         ``generator`` (CPU) draws sigma, noise and dropped captions, clip by clip: they are the same however a batch is
-        cut. None is torch's global one.
+        cut. None is torch's global one. ``spec`` None is the policy's ``supervised``.
         """
-        spec = spec or FlowMatchingSpec()
+        spec = spec or self.supervised
         references = [reference for reference, _, _ in batch]
         clean = self.encode_targets([target for _, _, target in batch], self.conditioning.latents(len(references[0])))
         draws = [
@@ -401,6 +404,8 @@ class VdmPolicy:
         noisy, target = flow_sde.noisy_pair(clean, noise, sigma)
         condition = self.condition(captions, references, [1.0] * len(batch))
         per_clip = ((self.velocity(noisy, sigma, condition) - target) ** 2).flatten(1).mean(dim=1)
+        if spec.weighting == "bell":
+            per_clip = per_clip * flow_sde.bell_weights(sigma, self.shift)
         metrics = {
             "loss": float(per_clip.detach().mean()),
             "sigma_mean": float(sigma.mean()),

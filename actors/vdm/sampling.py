@@ -98,7 +98,7 @@ def sample_latents(
     """
     first = requests[0]
     condition = policy.join(policy.encoded(requests) if encoded is None else encoded, [r.guidance for r in requests])
-    sigmas = flow_sde.sigma_grid(first.steps, policy.shift).to(policy.device)
+    sigmas = flow_sde.sigma_grid(first.steps, policy.shift, policy.grid).to(policy.device)
     x = normal([r.noise_seed for r in requests], shape, policy.device)
     window = _stochastic_steps(first.sde)
     before = x  # the state before the last step

@@ -349,7 +349,7 @@ class VlmEngine:
         return SamplingParams(
             n=1 if greedy else request.n,
             temperature=request.temperature,
-            top_p=1.0,
+            top_p=request.top_p,
             top_k=0,
             seed=None if greedy else request.seed % (1 << 62),
             max_tokens=request.max_tokens,

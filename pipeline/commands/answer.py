@@ -167,6 +167,7 @@ def completion_request(config: RunConfig, sample: Sample, question: str, seed: i
         seed=derive_seed(seed, sample.id, question),
         temperature=text.temperature,
         max_tokens=text.max_tokens,
+        top_p=text.top_p,
     )
 
 
@@ -280,6 +281,7 @@ def draw(
             dtype=config.pools.vdm.dtype,
             adapter=adapter,
             shift=config.models.flow_shift,
+            grid=config.models.flow_grid,
             shared_times=config.models.shared_times,
             settings=VdmPoolSection(max_decode=config.pools.vdm.max_decode),
             vae_tiling=config.video.vae_tiling,

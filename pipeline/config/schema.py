@@ -44,6 +44,12 @@ class ModelsSection(Section):
         description="Shift of the artist's flow-matching sigma grid, as in its SFT.",
         json_schema_extra=cite("rectified flow"),
     )
+    flow_grid: Literal["diffusers", "even"] = Field(
+        "diffusers",
+        description="Euler steps of the artist. diffusers: those of its FlowMatchEulerDiscreteScheduler, the last one from the shifted "
+        "1/1000 of the noise; even: equal steps from 1 to 0, then shifted, as the release draws.",
+        json_schema_extra=cite("rectified flow", "VANS as released"),
+    )
     shared_times: bool = Field(
         True,
         description="Whether the artist embeds the two times of a clip's tokens (clean and noisy) once each instead of token by "
@@ -57,7 +63,7 @@ class VideoSection(Section):
     num_frames: Positive = Field(9, description="Frames of a rendered clip, 4k+1 for Wan's causal VAE.")
     height: Positive = Field(32, description="Height of rendered and target frames in pixels.")
     width: Positive = Field(32, description="Width of rendered and target frames in pixels.")
-    fps: float = Field(8.0, gt=0, description="Frames per second written to mp4 answers.")
+    fps: float = Field(8.0, gt=0, description="Frames per second written to mp4 answers; the release writes 11.")
     input_frames: Positive = Field(9, description="Frames of the input video that the VLM sees, sampled uniformly.")
     vlm_height: Positive = Field(32, description="Height of the frames that the VLM sees.")
     vlm_width: Positive = Field(32, description="Width of the frames that the VLM sees.")

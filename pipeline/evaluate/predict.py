@@ -41,6 +41,7 @@ async def answer_one(config: RunConfig, fleet: Fleet, sample: Sample) -> Predict
         seed=derive_seed(section.seed, sample.id, "text"),
         temperature=section.text.temperature,
         max_tokens=section.text.max_tokens,
+        top_p=section.text.top_p,
     )
     try:
         completions: list[Completion] = await fleet.vlm.submit(request)

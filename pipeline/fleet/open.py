@@ -202,6 +202,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             device=_device(vdm),
             options={
                 "shift": models.flow_shift,
+                "grid": models.flow_grid,
                 "shared_times": models.shared_times,
                 "settings": vdm.model_copy(update=exact),
                 "vae_tiling": config.video.vae_tiling,

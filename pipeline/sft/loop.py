@@ -31,6 +31,7 @@ from actors.learner.spec import learning_rate
 from actors.learner.supervised import accumulate
 from actors.policy.protocol import set_compute_dtype, torch_dtype, trainable_parameters
 from actors.records import derive_seed
+from actors.vdm.flow_sde import FlowMatchingSpec
 from cluster.errors import TrainingError
 from pipeline.lock import require_token
 from pipeline.sft.captions import frozen_captions
@@ -47,6 +48,7 @@ def load_policy(kind: str, model: str, settings: SftSettings, samples: int, devi
     target, _, name = POLICIES[kind].partition(":")
     options: dict[str, Any] = {"cache_bytes": settings.cache_mib * 2**20, "reference_frames": settings.reference_frames}
     options["conditioning"] = settings.conditioning
+    options["supervised"] = FlowMatchingSpec(timesteps=settings.timesteps, weighting=settings.weighting)
     if kind == "vlm":
         fits = samples * settings.shape.row_bytes <= settings.cache_mib * 2**20
         options = {"cache_size": samples if fits else 64, "prompt": settings.prompt}

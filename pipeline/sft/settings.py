@@ -37,6 +37,8 @@ class SftSettings:
     lora: LoraSection = field(default_factory=SftLoraSection)
     adapter: str | None = None  # PEFT folder to start from
     train_text_encoder: bool = False  # VDM only: train its text encoder jointly
+    timesteps: str = "logit_normal"  # VDM only: how noise levels are drawn, and
+    weighting: str = "none"  # how they weigh (actors.vdm.flow_sde.FlowMatchingSpec)
     ranks: int = 1
     cpus: float = 1.0  # per rank
     gpus: float = 0.0  # per rank
@@ -103,6 +105,7 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
     if section.steps is None and section.epochs is None and section.max_wall_s is None:
         raise ConfigError(f"sft.{kind}: give one of steps, epochs and max_wall_s, e.g. sft.{kind}.epochs=1")
     learner, data = config.learner, config.data
+    vdm = section if isinstance(section, SftVdmSection) else SftVdmSection()
     return SftSettings(
         steps=section.steps,
         epochs=section.epochs,
@@ -112,7 +115,9 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         optim=section.optim,
         lora=section.lora,
         adapter=getattr(config.models, f"{kind}_adapter"),
-        train_text_encoder=isinstance(section, SftVdmSection) and section.train_text_encoder,
+        train_text_encoder=vdm.train_text_encoder,
+        timesteps=vdm.timesteps,
+        weighting=vdm.weighting,
         ranks=learner.ranks,
         cpus=learner.cpus,
         gpus=float(math.ceil(learner.gpus)),  # nothing else runs then, so a share would only put two ranks on a GPU

@@ -164,6 +164,7 @@ class Stage2:
                 seed=derive_seed(self.config.seed, "stage2", step, sample.id, "anchor"),
                 temperature=self.section.text.temperature,
                 max_tokens=self.section.text.max_tokens,
+                top_p=self.section.text.top_p,
             )
             try:
                 completions: list[Completion] = await self.fleet.vlm.submit(request)
@@ -203,7 +204,9 @@ def sde_window(config: RunConfig) -> WindowSchedule:
 def window_steps(config: RunConfig) -> range:
     """Return the steps of stage 2's grid whose noise the steps after them can remove: where the window moves by default."""
     section = config.stage2
-    return removable_steps(section.render.steps, config.models.flow_shift, section.sde.schedule, section.sde.level)
+    return removable_steps(
+        section.render.steps, config.models.flow_shift, section.sde.schedule, section.sde.level, config.models.flow_grid
+    )
 
 
 def window_warnings(config: RunConfig) -> list[str]:
