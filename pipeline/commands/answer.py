@@ -23,8 +23,8 @@ from cluster.session import require_loopback
 from pipeline.config import RunConfig
 from pipeline.data.decoder import shown_rate
 from pipeline.data.sheet import Strip, contact_sheet
-from pipeline.data.sources import video_limits
-from pipeline.data.video import decode_timed, decode_video, encode_mp4
+from pipeline.data.sources import video_limits, video_shape
+from pipeline.data.video import decode_video, encode_mp4
 from pipeline.fleet.models import resolve_adapter, resolve_model
 from pipeline.stages.requests import render_request
 from pipeline.support import terminal
@@ -146,11 +146,10 @@ def load_video(config: RunConfig, video: Path) -> Sample:
     """Decode ``video`` at the sizes the two models see. Raises DataError for a video without frames or a broken one."""
     if not video.is_file():
         raise DataError(f"--video {video}: no such file")
-    shape, limits = config.video, video_limits(config)
+    shape, limits = video_shape(config), video_limits(config)
     try:
-        seen, seconds = decode_timed(video, shape.input_frames, shape.vlm_height, shape.vlm_width, limits)
-        count = shape.context_frames or shape.input_frames
-        context = decode_video(video, count, shape.height, shape.width, limits)
+        seen, seconds = shape.seen(video, limits)
+        context = decode_video(video, shape.context, shape.height, shape.width, limits)
     except DataError as error:
         raise DataError(f"--video {video}: {error}") from error
     fps = shown_rate(len(seen), seconds, shape.fps)

@@ -6,8 +6,9 @@ and contradictions only; reading files and overrides is ``pipeline.config.load``
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -67,6 +68,16 @@ class VideoSection(Section):
     input_frames: Positive = Field(9, description="Frames of the input video that the VLM sees, sampled uniformly.")
     vlm_height: Positive = Field(32, description="Height of the frames that the VLM sees.")
     vlm_width: Positive = Field(32, description="Width of the frames that the VLM sees.")
+    vlm_pixels: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = Field(
+        None,
+        description="Least and most pixels of a frame that the VLM sees: each video keeps its shape, in sizes of multiples of "
+        "vlm_multiple, and nothing is cropped. Null: all are vlm_height x vlm_width. The release: [100352, 602112].",
+        json_schema_extra=cite("VANS as released"),
+    )
+    vlm_multiple: Positive = Field(
+        28,
+        description="What sides under vlm_pixels are multiples of: patch times merge of the VLM, 28 for Qwen2.5-VL, 32 for Qwen3-VL.",
+    )
     reference_frames: Positive = Field(
         2,
         description="Reference frames that condition the VDM (n), last input frame included; conditioning.references=clip has take "
@@ -87,6 +98,25 @@ class VideoSection(Section):
     def reference_latents(self) -> int:
         """Latent frames that stand before the target's."""
         return self.conditioning.latents(self.reference_frames)
+
+    @property
+    def vlm_largest(self) -> tuple[int, int]:
+        """Height and width of the largest frames that the VLM sees; under vlm_pixels a square of nearly as many pixels."""
+        if self.vlm_pixels is None:
+            return self.vlm_height, self.vlm_width
+        side = max(1, math.isqrt(self.vlm_pixels[1]) // self.vlm_multiple) * self.vlm_multiple
+        return side, side
+
+    @model_validator(mode="after")
+    def _budget(self) -> VideoSection:
+        if self.vlm_pixels is None:
+            return self
+        (least, most), unit = self.vlm_pixels, self.vlm_multiple**2
+        if most < max(unit, least):
+            raise ValueError(
+                f"vlm_pixels=[{least}, {most}] leaves no size: the most must be at least the least, and vlm_multiple squared ({unit})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _causal_vae(self) -> VideoSection:

@@ -55,7 +55,7 @@ def load_models(config: RunConfig) -> Models:
         vdm,
         clip,
         parameters,
-        costs.vlm_tokens(vlm, video.input_frames, video.vlm_height, video.vlm_width, text),
+        costs.vlm_tokens(vlm, video.input_frames, *video.vlm_largest, text),
         costs.vdm_tokens(
             vdm,
             video.num_frames,
