@@ -51,7 +51,7 @@ class Sample:
     fps: float = 8.0  # of input_frames
     meta: str = ""  # JSON of whatever the dataset's maker wants back at evaluation
     context_frames: np.ndarray | None = (
-        None  # uint8 (T_in, H', W', 3), input at the render size; None: input_frames are
+        None  # uint8 (T', H', W', 3), input as the artist sees it, at the render size; None: input_frames are
     )
     answer: str | None = None  # <think>…</think><ans>…</ans> for SFT, where the dataset has one
 
@@ -62,7 +62,7 @@ class Sample:
 
     @property
     def context(self) -> np.ndarray:
-        """The input frames at the render size, uint8 (T_in, H', W', 3)."""
+        """The input as the artist sees it, at the render size, uint8 (T', H', W', 3)."""
         return self.input_frames if self.context_frames is None else self.context_frames
 
 
@@ -79,6 +79,7 @@ class CompletionRequest:
     seed: int
     temperature: float = 1.0  # 0 is greedy
     max_tokens: int = 64
+    top_p: float = 1.0  # share of probability that is sampled from; below 1 nothing may be learnt from the completions
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,7 @@ class Conditioning:
 
     text: np.ndarray  # float32 (tokens, D), the caption's embedding without padding
     negative: np.ndarray | None  # float32 (tokens, D) of the negative prompt; None without guidance
-    references: np.ndarray | None  # float32 (C, n, h, w), latents of the reference frames; None without any
+    references: np.ndarray | None  # float32 (C, n, h, w), clean latents before the target; None without any
     max_tokens: int  # to how many tokens the transformer wants the text padded
 
 
@@ -128,7 +129,7 @@ class EmbedRequest:
 
 @dataclass(frozen=True, eq=False)
 class EncodeRequest:
-    """Ask the embed pool for the latents, float32 (C, n, h, w), of reference frames."""
+    """Ask the embed pool for the latents, float32 (C, n', h, w), of n reference frames."""
 
     sample_id: str
     reference_frames: np.ndarray  # uint8 (n, H, W, 3), RGB

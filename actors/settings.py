@@ -13,6 +13,7 @@ Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists onl
 
 PAPERS = {
     "VANS": "arXiv:2511.16669",
+    "VANS as released": "KlingAIResearch/VANS, February 2026",
     "GRPO": "arXiv:2402.03300",
     "DAPO": "arXiv:2503.14476",
     "Dr.GRPO": "arXiv:2503.20783",
@@ -33,6 +34,7 @@ PAPERS = {
     "classifier-free guidance": "arXiv:2207.12598",
     "rectified flow": "arXiv:2403.03206",
     "LoRA": "arXiv:2106.09685",
+    "nucleus sampling": "arXiv:1904.09751",
     "AdamW": "arXiv:1711.05101",
     "cosine": "arXiv:1608.03983",
     "warm-up": "arXiv:1706.02677",

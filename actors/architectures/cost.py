@@ -73,11 +73,18 @@ class VdmTokens:
     reference: int
     target: int
     text: int = WAN_TEXT_TOKENS
+    one_time: bool = False
+    """Whether reference tokens carry the target's time."""
 
     @property
     def total(self) -> int:
         """Length of the self-attended sequence."""
         return self.reference + self.target
+
+    @property
+    def times(self) -> bool:
+        """Whether each token has a time of its own."""
+        return self.reference > 0 and not self.one_time
 
 
 def latent_shape(vdm: Architecture, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -87,23 +94,25 @@ def latent_shape(vdm: Architecture, num_frames: int, height: int, width: int) ->
     return int(vae["z_dim"]), (num_frames - 1) // time + 1, height // space, width // space
 
 
-def vdm_tokens(vdm: Architecture, num_frames: int, height: int, width: int, references: int) -> VdmTokens:
-    """Return the tokens of a clip with ``references`` reference frames of its size."""
+def vdm_tokens(
+    vdm: Architecture, num_frames: int, height: int, width: int, references: int, *, one_time: bool = False
+) -> VdmTokens:
+    """Return the tokens of a clip with ``references`` reference latents of its size; ``one_time``: theirs is the target's."""
     _, frames, rows, columns = latent_shape(vdm, num_frames, height, width)
     t, h, w = vdm.components["transformer"]["patch_size"]
     per_frame = (rows // h) * (columns // w)
-    return VdmTokens(references // t * per_frame, frames // t * per_frame)
+    return VdmTokens(references // t * per_frame, frames // t * per_frame, one_time=one_time)
 
 
 def transformer_flops(vdm: Architecture, tokens: VdmTokens) -> Flops:
     """Return one forward of one clip (double it under guidance).
 
-    With reference frames the times differ from token to token, and the time embedding is computed for each.
+    Where reference tokens have a time of their own, the time embedding is computed for each token.
     """
     c = vdm.components["transformer"]
     d, s, text = width_of(c), tokens.total, tokens.text
     patch = math.prod(c["patch_size"])
-    times = s if tokens.reference else 1
+    times = s if tokens.times else 1
     per_layer = _dense(s, d, d) * 6 + _dense(s, d, int(c["ffn_dim"])) * 2
     embeddings = (
         _dense(s, int(c["in_channels"]) * patch, d)

@@ -24,7 +24,7 @@ from actors.policy.cache import Cache, content_key
 from actors.records import ScoreRequest, Scores
 from rewards.custom import CustomReward, call_reward, is_custom, load_reward
 from rewards.errors import RewardError
-from rewards.format import format_reward
+from rewards.format import DEFAULT, AnswerFormat
 from rewards.frechet import clip_frames_feature
 from rewards.signs import copying, frame_diagnostics
 from rewards.similarity import clip_score, clip_t, clip_v
@@ -48,6 +48,7 @@ class _View:
     caption: Any = None  # (D,)
     truth: Any = None  # (D,)
     truncated: bool = False  # the caption was cut at CLIP's limit
+    answers: AnswerFormat = DEFAULT
 
 
 _NEEDS: dict[str, tuple[str, ...]] = {
@@ -61,7 +62,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 _BUILT_IN: dict[str, Callable[[_View], float]] = {
-    "format": lambda v: format_reward(v.request.text),
+    "format": lambda v: v.answers.reward(v.request.text),
     "rouge_l": lambda v: rouge_l(v.request.caption, v.request.reference_caption),
     "clip_v": lambda v: clip_v(v.clip, v.target),
     "clip_t": lambda v: clip_t(v.clip, v.caption),
@@ -91,7 +92,7 @@ class Scorer:
     ``custom``: alias → ``module:function``; a component spelt as a dotted path needs no alias. ``fvd_dim``: width of
     the Fréchet features. ``diagnostics``: add the alarms to the scores of every request that has a clip.
     ``custom_timeout_s``: longest that a custom reward may take for one answer, all its tries together; ``wait_s``: before
-    its second try, twice as long before the third.
+    its second try, twice as long before the third. ``answers``: what the component ``format`` pays.
     """
 
     def __init__(
@@ -104,8 +105,9 @@ class Scorer:
         diagnostics: bool = True,
         custom_timeout_s: float = math.inf,
         wait_s: float = 0.5,
+        answers: AnswerFormat = DEFAULT,
     ) -> None:
-        self.custom_timeout_s, self.wait_s = custom_timeout_s, wait_s
+        self.custom_timeout_s, self.wait_s, self.answers = custom_timeout_s, wait_s, answers
         self.clip = clip
         self.cache = Cache[np.ndarray](int(cache_mib * (1 << 20)))
         self.fvd_dim = fvd_dim
@@ -217,6 +219,7 @@ class Scorer:
                 caption=vectors.get(keys.get("caption")),
                 truth=vectors.get(keys.get("truth")),
                 truncated=keys.get("caption") in truncated,
+                answers=self.answers,
             )
             for request, keys in zip(requests, wanted, strict=True)
         ]

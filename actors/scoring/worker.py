@@ -17,6 +17,7 @@ from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import ScoreRequest
 from actors.scoring.clip import ClipScorer
 from actors.scoring.scorer import Scorer
+from rewards.format import DEFAULT, AnswerFormat
 
 
 class RewardWorker:
@@ -24,7 +25,7 @@ class RewardWorker:
 
     ``components``: what the run will ask for; each is checked, and custom ones are imported, in :meth:`setup`, so
     that a wrong name stops the run at its start. ``custom``: alias → ``module:function`` (see docs/rewards.md).
-    ``custom_timeout_s``: see ``Scorer``.
+    ``custom_timeout_s``, ``answers``: see ``Scorer``.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class RewardWorker:
         fvd_dim: int = 16,
         diagnostics: bool = True,
         custom_timeout_s: float = math.inf,
+        answers: AnswerFormat = DEFAULT,
         threads: int = 1,
     ) -> None:
         self.name = name
@@ -53,6 +55,7 @@ class RewardWorker:
             "fvd_dim": fvd_dim,
             "diagnostics": diagnostics,
             "custom_timeout_s": custom_timeout_s,
+            "answers": answers,
         }
         self._clip_path = clip_path
         self._device = device

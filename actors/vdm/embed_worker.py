@@ -21,6 +21,7 @@ from actors.offload import Offloader, module_tensors
 from actors.policy.protocol import torch_dtype
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import EmbedRequest, EncodeRequest, TextEmbedding
+from actors.vdm.settings import ConditioningSection
 from actors.vdm.wan import vae as wan_vae
 from actors.vdm.wan.files import held_bytes, load_text_encoder, load_vae, parameter_hash, pipeline_folder
 from actors.vdm.wan.text_encoder import CaptionEmbedder
@@ -29,7 +30,7 @@ from actors.vdm.wan.text_encoder import CaptionEmbedder
 class EmbedWorker:
     """Embeds captions and encodes reference frames. Its models are frozen, so every weights version is the same to it.
 
-    ``dtype`` is the text encoder's; the VAE is float32.
+    ``dtype`` is the text encoder's; the VAE is float32. ``conditioning`` says what becomes of reference frames.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class EmbedWorker:
         negative_prompt: str = "",
         max_text_tokens: int | None = None,
         vae_tiling: bool = False,
+        conditioning: ConditioningSection | None = None,
     ) -> None:
         self.name, self._path, self._dtype, self._device = name, model_path, dtype, torch.device(device)
         self._threads, self._negative, self._max_text_tokens = threads, negative_prompt, max_text_tokens
-        self._tiling = vae_tiling
+        self._tiling, self._conditioning = vae_tiling, conditioning or ConditioningSection()
         self._version = 0
         self._vae: Any = None
         self._embedder: CaptionEmbedder | None = None
@@ -128,7 +130,7 @@ class EmbedWorker:
             raise BadSampleError(
                 f"{request.sample_id}: reference frames must be uint8 (n, H, W, 3), got {frames.dtype} {frames.shape}"
             )
-        latents = wan_vae.encode_references(self._vae, frames, self._device)
+        latents = wan_vae.encode_condition(self._vae, frames, self._device, self._conditioning)
         self._references += 1
         return latents.cpu().numpy()
 

@@ -26,13 +26,16 @@ from cluster.errors import ConfigError
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-def sigma_grid(steps: int, shift: float = 3.0) -> Tensor:
+def sigma_grid(steps: int, shift: float = 3.0, grid: str = "diffusers") -> Tensor:
     """Return the sigmas of ``steps`` Euler steps: float32 (steps + 1,), from 1 down to 0.
 
-    The grid is FlowMatchEulerDiscreteScheduler's own, so that a clip of ours equals diffusers' for the same noise.
+    ``diffusers``: FlowMatchEulerDiscreteScheduler's own, so that a clip of ours equals diffusers' for the same noise. ``even``:
+    linspace(1, 0, steps + 1), shifted; VANS' released code.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: a sampler needs at least 1 denoising step")
+    if grid == "even":
+        return shift_sigma(torch.linspace(1.0, 0.0, steps + 1), shift)
     from diffusers import FlowMatchEulerDiscreteScheduler  # loads for a second: a plan does without
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=shift)
@@ -197,14 +200,14 @@ def surplus_noise(sigmas: Tensor, schedule: NoiseSchedule, level: float) -> Tens
     return torch.sqrt(variance * (sigma - following) / sigma + (variance / (2 * sigma)) ** 2) / following
 
 
-def removable_steps(steps: int, shift: float, schedule: NoiseSchedule, level: float) -> range:
+def removable_steps(steps: int, shift: float, schedule: NoiseSchedule, level: float, grid: str = "diffusers") -> range:
     """Return the steps that may be stochastic, as far as the steps after them can remove the noise; empty if none can.
 
     A step may where its surplus (:func:`surplus_noise`) is at most the target sigma itself: the latents then end at most
     sqrt(2) times as wide as the ODE's. The last step never may. Those that may not are late ones, and early ones too at
     extreme levels: the longest run of steps that may is returned, the first one of equals.
     """
-    may = (surplus_noise(sigma_grid(steps, shift), schedule, level) <= 1.0).tolist()
+    may = (surplus_noise(sigma_grid(steps, shift, grid), schedule, level) <= 1.0).tolist()
     best = range(0)
     for first in range(len(may)):
         run = range(first, next((i for i in range(first, len(may)) if not may[i]), len(may)))
@@ -263,17 +266,39 @@ class WindowSchedule:
 
 @dataclass(frozen=True)
 class FlowMatchingSpec:
-    """How the supervised loss samples sigma = shift(sigmoid(N(mean, std))), and the share of captions it drops."""
+    """How the supervised loss samples and weighs sigma, and the share of captions it drops.
+
+    ``timesteps``: ``logit_normal`` is sigma = shift(sigmoid(N(mean, std))), ``uniform`` one of the even grid's 1000 steps.
+    ``weighting``: ``none``, or ``bell`` (:func:`bell_weights`).
+    """
 
     logit_mean: float = 0.0
     logit_std: float = 1.0
     caption_dropout: float = 0.1
+    timesteps: str = "logit_normal"
+    weighting: str = "none"
 
 
 def sample_sigmas(n: int, spec: FlowMatchingSpec, shift: float, generator: torch.Generator | None) -> Tensor:
-    """Return n training sigmas in (0, 1), float32 on the CPU: logit-normal, shifted like the sampler's grid."""
+    """Return n training sigmas in (0, 1], float32 on the CPU, shifted like the sampler's grid."""
+    if spec.timesteps == "uniform":
+        picks = torch.randint(NUM_TRAIN_TIMESTEPS, (n,), generator=generator)
+        return sigma_grid(NUM_TRAIN_TIMESTEPS, shift, "even")[picks]
     logits = torch.randn(n, generator=generator) * spec.logit_std + spec.logit_mean
     return shift_sigma(torch.sigmoid(logits), shift)
+
+
+def bell_weights(sigma: Tensor, shift: float) -> Tensor:
+    """Return the weight of each supervised sigma, of its shape: exp(-2 (sigma - 1/2)^2) less its least value, which is at 1, over
+    the mean that this has on the 1000 steps of the even grid.
+
+    VANS' released code (DiffSynth's, for Wan): the middle of the noise weighs twice as much as the mean, pure noise nothing.
+    """
+
+    def bell(x: Tensor) -> Tensor:
+        return torch.exp(-2 * (x - 0.5) ** 2) - math.exp(-0.5)
+
+    return bell(sigma) / bell(sigma_grid(NUM_TRAIN_TIMESTEPS, shift, "even")[:-1]).mean()
 
 
 def noisy_pair(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from actors.failures import BadSampleError
+from actors.vdm.settings import ConditioningSection
 
 
 def select_reference_frames(frames: np.ndarray, n: int) -> np.ndarray:
@@ -15,6 +16,11 @@ def select_reference_frames(frames: np.ndarray, n: int) -> np.ndarray:
         raise BadSampleError(f"a video without frames has no {n} reference frames")
     picks = np.linspace(0, len(frames) - 1, n) if n > 1 else np.full(n, len(frames) - 1)
     return np.ascontiguousarray(frames[np.rint(picks).astype(int)])
+
+
+def conditioning_frames(context: np.ndarray, n: int, how: ConditioningSection) -> np.ndarray:
+    """Return the frames of the input ``context`` (T, H, W, 3) that the artist is conditioned on: ``n`` of them, or the whole clip."""
+    return context if how.references == "clip" else select_reference_frames(context, n)
 
 
 def frames_to_video(frames: np.ndarray) -> Tensor:

@@ -38,7 +38,7 @@ from actors.records import (
 from actors.vdm import flow_sde, trajectories
 from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.frames import frames_to_video
-from actors.vdm.settings import VdmPoolSection
+from actors.vdm.settings import ConditioningSection, VdmPoolSection
 from actors.vdm.trajectories import Condition, Encoded, Noised, VdmBatch
 from actors.vdm.wan import vae as wan_vae
 from actors.vdm.wan.family import LORA_TARGETS, ExactTimes, token_timesteps
@@ -62,7 +62,10 @@ class VdmPolicy:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         shift: float = 3.0,
+        grid: str = "diffusers",
+        supervised: FlowMatchingSpec | None = None,
         reference_frames: int | None = None,
+        conditioning: ConditioningSection | None = None,
         max_text_tokens: int | None = None,
         negative_prompt: str = "",
         settings: VdmPoolSection | None = None,
@@ -87,7 +90,9 @@ class VdmPolicy:
             )
         self.geometry = wan_vae.geometry_of(parts.transformer, parts.vae_config)
         self.compute_dtype = dtype  # of the transformer's inputs; a learner sets the one that its FSDP computes in
-        self.shift, self.reference_frames, self.negative_prompt = shift, reference_frames, negative_prompt
+        self.shift, self.grid, self.supervised = shift, grid, supervised or FlowMatchingSpec()
+        self.reference_frames, self.negative_prompt = reference_frames, negative_prompt
+        self.conditioning = conditioning or ConditioningSection()
         self.decode_batch = settings.max_decode
         self.folder = parts.folder
         self.version = 0
@@ -117,10 +122,10 @@ class VdmPolicy:
         ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree.
         ``seed`` draws a new adapter.
         ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``).
-        ``options`` are the constructor's: settings (how a sampler draws), shift, reference_frames, max_text_tokens,
-        negative_prompt, vae_tiling (frames beyond 256 pixels go through the VAE in overlapping tiles), shared_times
-        (embed a clip's two times once, not for each token), cache_bytes. Without
-        LoRA all of the transformer's weights are trainable.
+        ``options`` are the constructor's: settings (how a sampler draws), shift and grid (of its sigmas), supervised (the sigmas
+        of the supervised loss), reference_frames, conditioning (how it sees the input), max_text_tokens, negative_prompt,
+        vae_tiling (frames beyond 256 pixels go through the VAE in overlapping tiles), shared_times (embed a clip's two times
+        once, not for each token), cache_bytes. Without LoRA all of the transformer's weights are trainable.
         """
         kind = torch_dtype(dtype)
         policy = cls(load_parts(path, kind, components), dtype=kind, device=device, **options)
@@ -214,13 +219,13 @@ class VdmPolicy:
         return self.embedder
 
     def encode_references(self, frames: np.ndarray) -> Tensor:
-        """Return the latents (C, n, h, w) of reference frames uint8 (n, H, W, 3)."""
+        """Return the latents (C, n', h, w) of reference frames uint8 (n, H, W, 3), as ``conditioning`` makes them."""
         if not self.has_encoder:
             raise CheckpointError(
                 "reference frames cannot be encoded: the policy was loaded without the component 'vae_encoder'"
             )
         return self._references.get(
-            content_key(frames), lambda: wan_vae.encode_references(self.vae, frames, self.device)
+            content_key(frames), lambda: wan_vae.encode_condition(self.vae, frames, self.device, self.conditioning)
         )
 
     def encode(self, caption: str, references: np.ndarray, guidance: float) -> Encoded:
@@ -292,8 +297,9 @@ class VdmPolicy:
         n = 0 if references is None else references.shape[2]
         inputs = x if references is None else torch.cat([references, x], dim=2)
         inputs = inputs.to(self.compute_dtype)
-        times = token_timesteps(sigma, n, x.shape[1:], self.geometry.patch)
-        clean = times.shape[1] * n // inputs.shape[2] if n else 0
+        apart = n if self.conditioning.time == "zero" else 0
+        times = token_timesteps(sigma, apart, x.shape[1:], self.geometry.patch)
+        clean = times.shape[1] * n // inputs.shape[2] if apart else 0
 
         def run(text: Tensor) -> Tensor:
             out = self.module(
@@ -382,15 +388,15 @@ class VdmPolicy:
         generator: torch.Generator | None = None,
         spec: FlowMatchingSpec | None = None,
     ) -> SupervisedLoss:
-        """Return the flow-matching loss mean((v - (eps - x0))^2) over each clip's target latents, summed over the clips.
+        """Return the flow-matching loss mean((v - (eps - x0))^2) over each clip's target latents, weighted and summed over the clips.
 
         batch: (reference frames uint8 (n, H, W, 3), caption, target frames uint8 (T, H, W, 3)), equal sizes.
         ``generator`` (CPU) draws sigma, noise and dropped captions, clip by clip: they are the same however a batch is
-        cut. None is torch's global one.
+        cut. None is torch's global one. ``spec`` None is the policy's ``supervised``.
         """
-        spec = spec or FlowMatchingSpec()
+        spec = spec or self.supervised
         references = [reference for reference, _, _ in batch]
-        clean = self.encode_targets([target for _, _, target in batch], len(references[0]))
+        clean = self.encode_targets([target for _, _, target in batch], self.conditioning.latents(len(references[0])))
         draws = [
             (
                 float(torch.rand((), generator=generator)) < spec.caption_dropout,
@@ -406,6 +412,8 @@ class VdmPolicy:
         noisy, target = flow_sde.noisy_pair(clean, noise, sigma)
         condition = self.condition(captions, references, [1.0] * len(batch))
         per_clip = ((self.velocity(noisy, sigma, condition) - target) ** 2).flatten(1).mean(dim=1)
+        if spec.weighting == "bell":
+            per_clip = per_clip * flow_sde.bell_weights(sigma, self.shift)
         metrics = {
             "loss": float(per_clip.detach().mean()),
             "sigma_mean": float(sigma.mean()),

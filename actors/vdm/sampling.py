@@ -26,8 +26,9 @@ def check(policy: VdmPolicy, request: RenderRequest) -> tuple[int, int, int, int
     frames, name = request.reference_frames, f"{request.sample_id}[{request.index}]"
     if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[-1] != 3:
         raise BadSampleError(f"{name}: reference frames must be uint8 (n, H, W, 3), got {frames.dtype} {frames.shape}")
-    if policy.reference_frames is not None and len(frames) != policy.reference_frames:
-        raise BadSampleError(f"{name}: {len(frames)} reference frames, this policy is set to {policy.reference_frames}")
+    wanted = policy.reference_frames if policy.conditioning.references == "frames" else None
+    if wanted is not None and len(frames) != wanted:
+        raise BadSampleError(f"{name}: {len(frames)} reference frames, this policy is set to {wanted}")
     if not request.caption.strip():
         raise BadSampleError(f"{name}: the caption is empty")
     if request.steps < 1 or not request.guidance >= 1.0:
@@ -38,7 +39,8 @@ def check(policy: VdmPolicy, request: RenderRequest) -> tuple[int, int, int, int
         raise BadSampleError(f"{name}: ends are those of an ODE, and the request asks for an SDE")
     if request.sde is not None:
         flow_sde.check_window(request.sde, request.steps)
-    return policy.geometry.latent_shape(request.num_frames, frames.shape[1], frames.shape[2], len(frames))
+    latents = policy.conditioning.latents(len(frames))
+    return policy.geometry.latent_shape(request.num_frames, frames.shape[1], frames.shape[2], latents)
 
 
 @torch.no_grad()
@@ -96,7 +98,7 @@ def sample_latents(
     """
     first = requests[0]
     condition = policy.join(policy.encoded(requests) if encoded is None else encoded, [r.guidance for r in requests])
-    sigmas = flow_sde.sigma_grid(first.steps, policy.shift).to(policy.device)
+    sigmas = flow_sde.sigma_grid(first.steps, policy.shift, policy.grid).to(policy.device)
     x = normal([r.noise_seed for r in requests], shape, policy.device)
     window = _stochastic_steps(first.sde)
     before = x  # the state before the last step

@@ -16,6 +16,31 @@ WindowKind = Literal["fixed", "progressive", "random"]
 WindowPer = Literal["batch", "prompt"]
 
 
+class ConditioningSection(Section):
+    """How the artist sees the input: clean latents before the noisy target, along time."""
+
+    references: Literal["frames", "clip"] = Field(
+        "frames",
+        description="What is encoded: frames, video.reference_frames of the input clip, each alone; or clip, all of it (as many frames "
+        "as video.num_frames) through the causal VAE, of whose latent frames take are kept, as the release does.",
+        json_schema_extra=cite("VANS", "VANS as released"),
+    )
+    take: Positive = Field(
+        6,
+        description="Latent frames kept of a clip, spread evenly, first and last among them; of a clip with fewer some stand twice.",
+        json_schema_extra=cite("VANS as released"),
+    )
+    time: Literal["zero", "shared"] = Field(
+        "zero",
+        description="Timestep of the reference tokens: zero, they are clean; or shared, the target's, as the release has it.",
+        json_schema_extra=cite("VANS as released"),
+    )
+
+    def latents(self, frames: int) -> int:
+        """Return how many latent frames come of ``frames`` reference frames; of a clip, ``take`` whatever its length."""
+        return min(frames, 1) * self.take if self.references == "clip" else frames
+
+
 class VdmPoolSection(PoolSection):
     """Diffusion sampling workers."""
 

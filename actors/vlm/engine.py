@@ -33,7 +33,8 @@ from actors.vlm.engine_args import (
     with_adapter_rank,
 )
 from actors.vlm.inputs import video_prompt
-from actors.vlm.prompt import BAN_BIAS, banned_token_ids
+from actors.vlm.prompt import BAN_BIAS, banned_token_ids, check_prompt, decoded
+from actors.vlm.settings import PROMPT, PromptSection
 from cluster.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ class VlmEngine:
         self._tied: set[str] = set()
 
     async def start(self) -> None:
-        """Load the model. Raises CheckpointError for a folder that is no VLM, or not whole; InfrastructureError where another
-        attempt may succeed.
+        """Load the model. Raises CheckpointError for a folder that is no VLM, or not whole; ConfigError where its tokenizer cannot
+        write what the prompt asks for; InfrastructureError where another attempt may succeed.
         """
         self.spec = with_adapter_rank(self.spec)
         prepare_environment(self.spec)
@@ -85,6 +86,7 @@ class VlmEngine:
 
         # Before vLLM has it: its errors are not for people. The layers are for adapters to fit in.
         model, self.processor = load_model(self.spec.model_path, empty=True)
+        check_prompt(self.processor.tokenizer, self.spec.prompt)
         self._layers, self._shapes = linear_layers(model), shapes_of(model)
         self._tied = set(model.state_dict()) - set(self._shapes)
         banned = banned_token_ids(self.processor.tokenizer, int(model.config.text_config.vocab_size))
@@ -112,7 +114,7 @@ class VlmEngine:
             BadSampleError: frames or question cannot be used, or the prompt leaves no room in the context.
             InfrastructureError: the engine died.
         """
-        prompt = engine_prompt(self.processor, request.asked)
+        prompt = engine_prompt(self.processor, request.asked, self.spec.prompt)
         while self._resting or not self._open.is_set():  # it may be closed again before a waiter runs
             await (self.wake() if self._resting else self._open.wait())
         # Nothing is awaited between here and the count: what is served and what is stamped cannot come apart.
@@ -347,7 +349,7 @@ class VlmEngine:
         return SamplingParams(
             n=1 if greedy else request.n,
             temperature=request.temperature,
-            top_p=1.0,
+            top_p=request.top_p,
             top_k=0,
             seed=None if greedy else request.seed % (1 << 62),
             max_tokens=request.max_tokens,
@@ -369,14 +371,13 @@ class VlmEngine:
         )
 
     def _text(self, token_ids: Sequence[int]) -> str:
-        # The tokenizer's own decoding, without clean-up of spaces. Of a character that was cut off, nothing is shown.
-        decoded: str = self.processor.tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return decoded.rstrip("\N{REPLACEMENT CHARACTER}")
+        # Of a character that was cut off, nothing is shown.
+        return decoded(self.processor.tokenizer, token_ids).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def engine_prompt(processor: Any, asked: VideoQuestion) -> dict[str, Any]:
+def engine_prompt(processor: Any, asked: VideoQuestion, prompt: PromptSection = PROMPT) -> dict[str, Any]:
     """Return ``asked`` as vLLM takes it. Raises BadSampleError where it cannot be used."""
-    shown = video_prompt(processor, asked)
+    shown = video_prompt(processor, asked, prompt)
     video = (shown.frames, {**shown.metadata, "do_sample_frames": False})
     return {
         "prompt": shown.text,

@@ -17,7 +17,7 @@ import psutil
 
 from actors.learner.adapters import plain_lora
 from actors.vlm.prompt import PROCESSOR_OPTIONS
-from actors.vlm.settings import VlmPoolSection
+from actors.vlm.settings import PROMPT, PromptSection, VlmPoolSection
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told
 
@@ -28,6 +28,7 @@ class EngineSpec:
 
     model_path: str
     settings: VlmPoolSection = field(default_factory=VlmPoolSection)  # ``rest``: on a GPU, it can give up its memory
+    prompt: PromptSection = PROMPT
     lora_rank: int = 0
     adapter: str | None = None  # PEFT folder that is part of the base weights (version 0)
     in_process: bool | None = None  # None: in this process without a GPU, in vLLM's own processes with one

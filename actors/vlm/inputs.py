@@ -23,6 +23,7 @@ from actors.failures import BadSampleError
 from actors.policy.protocol import torch_dtype
 from actors.records import VideoQuestion
 from actors.vlm.prompt import render_prompt
+from actors.vlm.settings import PROMPT, PromptSection
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class VideoPrompt:
     metadata: dict[str, Any]  # fields of transformers' VideoMetadata
 
 
-def video_prompt(processor: Any, asked: VideoQuestion) -> VideoPrompt:
+def video_prompt(processor: Any, asked: VideoQuestion, prompt: PromptSection = PROMPT) -> VideoPrompt:
     """Return what the model gets of ``asked``. SFT, learner and engine have their input from here alone.
 
     Raises:
@@ -51,7 +52,7 @@ def video_prompt(processor: Any, asked: VideoQuestion) -> VideoPrompt:
         "frames_indices": list(range(count)),
         "video_backend": "opencv",
     }
-    return VideoPrompt(render_prompt(processor, asked.question), writable(asked.frames), metadata)
+    return VideoPrompt(render_prompt(processor, asked.question, prompt), writable(asked.frames), metadata)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +133,16 @@ def mrope_positions(token_types: Tensor, grids: Tensor, merge: int, time_interva
 class PromptEncoder:
     """Encodes prompts through the model's own processor; what is in the cache is not processed again."""
 
-    def __init__(self, processor: Any, config: Any, cache_size: int = 64, engine_dtype: str = "float32"):
+    def __init__(
+        self,
+        processor: Any,
+        config: Any,
+        cache_size: int = 64,
+        engine_dtype: str = "float32",
+        prompt: PromptSection = PROMPT,
+    ):
         """``config`` is the model's. ``engine_dtype`` is what vLLM serves it in: its positions depend on it."""
-        self.processor = processor
+        self.processor, self.prompt = processor, prompt
         self._merge = int(config.vision_config.spatial_merge_size)
         # Qwen2.5-VL spaces time by seconds; Qwen3-VL writes timestamps, with a run of tokens per time step between.
         self._tokens_per_second = getattr(config.vision_config, "tokens_per_second", None)
@@ -163,7 +171,7 @@ class PromptEncoder:
         return [found[key] for key in keys]
 
     def _process(self, prompts: list[VideoQuestion]) -> list[EncodedPrompt]:
-        shown = [video_prompt(self.processor, prompt) for prompt in prompts]
+        shown = [video_prompt(self.processor, prompt, self.prompt) for prompt in prompts]
         data = self.processor(
             text=[p.text for p in shown],
             videos=[p.frames for p in shown],

@@ -25,11 +25,11 @@ from actors.policy.settings import LoraSection
 from actors.records import Experience, VlmExperience
 from actors.vlm.adapter import inject
 from actors.vlm.inputs import EncodedPrompt, PromptEncoder
-from actors.vlm.prompt import BAN_BIAS, banned_token_ids, check_text, load_processor
+from actors.vlm.prompt import BAN_BIAS, banned_token_ids, check_prompt, check_text, load_processor
 from actors.vlm.rows import VlmBatch, join
+from actors.vlm.settings import PROMPT, PromptSection
 from actors.weights.files import write_folder
 from cluster.errors import CheckpointError
-from rewards.format import parse_answer
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """The architectures whose prompts and positions ``actors.vlm.inputs`` knows."""
@@ -53,12 +53,14 @@ class VlmPolicy:
         engine_dtype: str = "float32",
         cache_size: int = 64,
         shared_prompts: bool = True,
+        prompt: PromptSection = PROMPT,
         device: str = "cpu",
     ):
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: log-probabilities need a temperature > 0 (the rollout's)")
         self.module = model
-        self.processor = processor
+        check_prompt(processor.tokenizer, prompt)
+        self.processor, self.prompt = processor, prompt
         self.temperature = temperature
         self.device = torch.device(device)
         inner: Any = model
@@ -71,7 +73,7 @@ class VlmPolicy:
         self.banned_ids = banned_token_ids(processor.tokenizer, vocab_size)
         self._bias = torch.zeros(vocab_size, device=self.device)
         self._bias[self.banned_ids] = BAN_BIAS
-        self._prompts = PromptEncoder(processor, inner.config, cache_size, engine_dtype)
+        self._prompts = PromptEncoder(processor, inner.config, cache_size, engine_dtype, prompt)
 
     @classmethod
     def load(
@@ -87,6 +89,7 @@ class VlmPolicy:
         engine_dtype: str = "float32",
         cache_size: int = 64,
         shared_prompts: bool = True,
+        prompt: PromptSection = PROMPT,
     ) -> VlmPolicy:
         """Load a transformers folder (or hub name).
 
@@ -94,6 +97,7 @@ class VlmPolicy:
 
         Raises:
             CheckpointError: the folder is missing, of another architecture, or the adapter doesn't fit it.
+            ConfigError: the tokenizer cannot write what ``prompt`` asks for.
         """
         model, processor = load_model(path, dtype)
         if lora is not None or adapter is not None:
@@ -106,6 +110,7 @@ class VlmPolicy:
             engine_dtype=engine_dtype,
             cache_size=cache_size,
             shared_prompts=shared_prompts,
+            prompt=prompt,
             device=device,
         )
 
@@ -200,13 +205,13 @@ class VlmPolicy:
     def check_example(self, question: str, answer: str) -> None:
         """Raise BadSampleError where :meth:`sft_loss` cannot take the pair, or would teach what no reward accepts.
 
-        That is text that spells a special token, an answer that is not <think>…</think><ans>…</ans>, and more tokens than
-        the model has positions.
+        That is text that spells a special token, an answer that is not well formed (``prompt.answers``), and more tokens than the
+        model has positions.
         """
         tokenizer = self.processor.tokenizer
         check_text(tokenizer, question, "question")
-        if parse_answer(answer) is None:
-            raise BadSampleError(f"the answer is not <think>…</think><ans>…</ans>: {answer[:120]!r}")
+        if not self.prompt.answers.reward(answer):
+            raise BadSampleError(f"the answer is not {self.prompt.answers}: {answer[:120]!r}")
         length = len(self.answer_tokens(answer)) + len(tokenizer(question)["input_ids"])
         if length > self.max_positions:
             raise BadSampleError(

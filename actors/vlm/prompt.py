@@ -1,31 +1,28 @@
 """The VLM's prompt: one text format shared by SFT, the learner and the engine.
 
-Responsible for: messages, the rendered chat text with exactly one video, and reading the caption back out of an answer.
-Not responsible for: tokens and pixels (``actors.vlm.inputs``), sampling (``actors.vlm.engine``), rewards (``rewards``).
+Responsible for: messages, the rendered chat text with exactly one video, and whether a tokenizer can write what is asked for.
+Not responsible for: the wording and the tags (``actors.vlm.settings``), reading answers (``rewards.format``), tokens and pixels
+(``actors.vlm.inputs``), sampling (``actors.vlm.engine``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.failures import BadSampleError
-from rewards.format import parse_answer
-
-SYSTEM_TEXT = (
-    "You answer a question about a video with the next event. "
-    "Write <think> your reasoning </think> <ans> one sentence </ans>"
-)
-"""Short on purpose: the tiny models have a context of 512 tokens."""
+from actors.vlm.settings import PROMPT, PromptSection
+from cluster.errors import ConfigError
 
 VIDEO_PLACEHOLDER = "<|vision_start|><|video_pad|><|vision_end|>"
 """What stands for the video in the text; the processor and vLLM both expand it to the video's own number of tokens."""
 
 
-def build_messages(question: str) -> list[dict[str, Any]]:
+def build_messages(question: str, prompt: PromptSection = PROMPT) -> list[dict[str, Any]]:
     """Return the chat messages for one video and one ``question``: system, then the video followed by the question."""
     return [
-        {"role": "system", "content": [{"type": "text", "text": SYSTEM_TEXT}]},
+        {"role": "system", "content": [{"type": "text", "text": prompt.system_text}]},
         {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]},
     ]
 
@@ -63,7 +60,31 @@ def check_text(tokenizer: Any, text: str, what: str) -> None:
             raise BadSampleError(f"the {what} contains the special token {token!r}: {text[:120]!r}")
 
 
-def render_prompt(processor: Any, question: str) -> str:
+def check_prompt(tokenizer: Any, prompt: PromptSection) -> None:
+    """Raise ConfigError where ``tokenizer`` cannot write a tag of ``prompt``, or would read its system text as something else.
+
+    A tag must survive being encoded and read back as the engine reads a completion: without special tokens.
+    """
+    for number, tag in enumerate(prompt.answers.tags):
+        read = decoded(tokenizer, tokenizer(tag, add_special_tokens=False)["input_ids"])
+        if read != tag:
+            key = ("think_tag", "answer_tag")[number // 2]
+            raise ConfigError(
+                f"models.prompt.{key}={getattr(prompt, key)!r}: the model's tokenizer cannot write {tag!r}, which it reads back as "
+                f"{read!r}; choose a tag of letters that it has, and that is no special token"
+            )
+    try:
+        check_text(tokenizer, prompt.system_text, "system text")
+    except BadSampleError as error:
+        raise ConfigError(f"models.prompt.system: {error}") from error
+
+
+def decoded(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """Return the text of a completion: the tokenizer's own decoding, without special tokens and without clean-up of spaces."""
+    return str(tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def render_prompt(processor: Any, question: str, prompt: PromptSection = PROMPT) -> str:
     """Return the chat text up to where the assistant begins, with exactly one :data:`VIDEO_PLACEHOLDER`.
 
     Raises:
@@ -71,19 +92,14 @@ def render_prompt(processor: Any, question: str) -> str:
         ValueError: the model's chat template doesn't write one video placeholder.
     """
     check_text(processor.tokenizer, question, "question")
-    text = processor.apply_chat_template(build_messages(question), tokenize=False, add_generation_prompt=True)
+    messages = build_messages(question, prompt)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if text.count(VIDEO_PLACEHOLDER) != 1 or text.count("<|video_pad|>") != 1:
         raise ValueError(
             f"the model's chat template must write {VIDEO_PLACEHOLDER} once for a video, but it wrote {text[:300]!r}; "
             "use a Qwen2.5-VL or Qwen3-VL template"
         )
     return str(text)
-
-
-def parse_caption(text: str) -> str | None:
-    """Return the caption inside ``<ans>`` of a well-formed answer, None where the format is wrong."""
-    answer = parse_answer(text)
-    return None if answer is None else answer.caption
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

@@ -1,13 +1,76 @@
-"""Settings of the vLLM engines, as a run's YAML and the engine itself read them. No torch: the command line reads them."""
+"""Settings of the thinker's prompt and of the vLLM engines, as a run's YAML and the actors read them. No torch: the command line
+reads them.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from actors.pool.settings import PoolSection
-from actors.settings import Positive
+from actors.settings import Positive, Section, cite
+from rewards.format import AnswerFormat
+
+Tag = Annotated[str, Field(pattern=r"^(<[^<>/\s]+>|\[[^\[\]/\s]+\])$")]
+
+SYSTEM_TEXT = "You answer a question about a video with the next event. Write {} your reasoning {} {} one sentence {}"
+"""Short on purpose: the tiny models have a context of 512 tokens."""
+
+
+class PromptSection(Section):
+    """What the thinker is told, and the form of its answers. Prompt, rewards, SFT, engine, rollouts and evaluation follow it."""
+
+    system: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="System text; null is one sentence that asks for the two tags.",
+        json_schema_extra=cite("VANS as released"),
+    )
+    think_tag: Tag = Field(
+        "<think>",
+        description="Tag that opens the reasoning, between <> or []; the closing one has a slash more. The release's is "
+        '"[Think]", in YAML with its quotes.',
+        json_schema_extra=cite("VANS", "VANS as released"),
+    )
+    answer_tag: Tag = Field(
+        "<ans>",
+        description='Tag that opens the caption, of the same kind. The release\'s is "[Ans]".',
+        json_schema_extra=cite("VANS", "VANS as released"),
+    )
+    caption: Literal["well_formed", "first"] = Field(
+        "well_formed",
+        description="Whose caption is drawn. well_formed: an answer that is exactly one thought and one caption, which is what the "
+        "reward format pays; another has none. first: whatever stands in the first answer tags, and the whole text where there are "
+        "none, as the release reads it; the reward format stays as strict.",
+        json_schema_extra=cite("VANS as released"),
+    )
+    spaced: bool = Field(
+        True,
+        description="Whether SFT's answers have a space beside each tag; the release's have none.",
+        json_schema_extra=cite("VANS as released"),
+    )
+
+    @property
+    def answers(self) -> AnswerFormat:
+        """The form of an answer: what reads captions, pays the format and writes SFT's answers."""
+        return AnswerFormat(self.think_tag, self.answer_tag, self.caption == "well_formed", self.spaced)
+
+    @property
+    def system_text(self) -> str:
+        """The system message."""
+        return SYSTEM_TEXT.format(*self.answers.tags) if self.system is None else self.system
+
+    @model_validator(mode="after")
+    def _two_tags(self) -> PromptSection:
+        if self.think_tag == self.answer_tag:
+            raise ValueError(
+                f"think_tag and answer_tag are both {self.think_tag!r}: a caption could not be told from the reasoning"
+            )
+        return self
+
+
+PROMPT = PromptSection()
+"""The prompt of the bundled thinker."""
 
 
 class VlmPoolSection(PoolSection):

@@ -23,14 +23,14 @@ from cluster.session import require_loopback
 from pipeline.config import RunConfig
 from pipeline.data.decoder import shown_rate
 from pipeline.data.sheet import Strip, contact_sheet
-from pipeline.data.sources import video_limits
-from pipeline.data.video import decode_timed, decode_video, encode_mp4
+from pipeline.data.sources import video_limits, video_shape
+from pipeline.data.video import decode_video, encode_mp4
 from pipeline.fleet.models import resolve_adapter, resolve_model, vdm_options
 from pipeline.stages.requests import completion_request, render_request
 from pipeline.support import terminal
 from pipeline.support.harmless import in_markup, short
 from pipeline.support.progress import Bar, bar
-from rewards.format import parse_answer
+from rewards.format import AnswerFormat
 
 PHASES = ("starting the thinker", "asking", "loading the artist", "drawing")
 
@@ -146,10 +146,10 @@ def load_video(config: RunConfig, video: Path) -> Sample:
     """Decode ``video`` at the sizes the two models see. Raises DataError for a video without frames or a broken one."""
     if not video.is_file():
         raise DataError(f"--video {video}: no such file")
-    shape, limits = config.video, video_limits(config)
+    shape, limits = video_shape(config), video_limits(config)
     try:
-        seen, seconds = decode_timed(video, shape.input_frames, shape.vlm_height, shape.vlm_width, limits)
-        context = decode_video(video, shape.input_frames, shape.height, shape.width, limits)
+        seen, seconds = shape.seen(video, limits)
+        context = decode_video(video, shape.context, shape.height, shape.width, limits)
     except DataError as error:
         raise DataError(f"--video {video}: {error}") from error
     fps = shown_rate(len(seen), seconds, shape.fps)
@@ -223,7 +223,7 @@ async def ask(
     if all(found):
         return [item for item in found if item is not None]
     settings = config.pools.vlm.model_copy(update={"rest": False})  # no learner wants its memory here
-    spec = EngineSpec(model, settings, adapter=adapter)
+    spec = EngineSpec(model, settings, config.models.prompt, adapter=adapter)
     engine = VlmEngine(spec)
 
     async def said_to(question: str) -> Said | Unanswered:
@@ -231,7 +231,7 @@ async def ask(
             completions: list[Completion] = await engine.generate(question_request(config, sample, question, seed))
         except (BadSampleError, InfrastructureError) as error:
             return Unanswered(question, str(error))
-        return captioned(question, completions[0].text)
+        return captioned(question, completions[0].text, config.models.prompt.answers)
 
     try:
         require_loopback()
@@ -247,13 +247,11 @@ async def ask(
     return [next(rest) if bad is None else bad for bad in found]
 
 
-def captioned(question: str, text: str) -> Said | Unanswered:
+def captioned(question: str, text: str, answers: AnswerFormat) -> Said | Unanswered:
     """Return the thinker's ``text`` with its caption; where it has none there is nothing to draw."""
-    answer = parse_answer(text)
+    answer = answers.parse(text)
     if answer is None:
-        return Unanswered(
-            question, f"the model's answer is not <think>…</think><ans>…</ans>, so there is nothing to draw: {text!r}"
-        )
+        return Unanswered(question, f"the model's answer is not {answers}, so there is nothing to draw: {text!r}")
     return Said(question, text, answer.caption)
 
 

@@ -6,13 +6,16 @@ and contradictions only; reading files and overrides is ``pipeline.config.load``
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from actors.learner.settings import LearnerSection
 from actors.settings import FREE, Fraction, Positive, Section, cite
+from actors.vdm.settings import ConditioningSection
+from actors.vlm.settings import PromptSection
 from pipeline.config.machinery import (
     AlarmsSection,
     CheckpointSection,
@@ -35,11 +38,18 @@ class ModelsSection(Section):
     clip: str = Field("tiny", description="CLIP model that scores: transformers folder or hub name.")
     vlm_adapter: str | None = Field(None, description="PEFT adapter folder the VLM starts from.")
     vdm_adapter: str | None = Field(None, description="PEFT adapter folder the VDM starts from.")
+    prompt: PromptSection = Field(default_factory=PromptSection)
     flow_shift: float = Field(
         3.0,
         gt=0,
         description="Shift of the artist's flow-matching sigma grid, as in its SFT.",
         json_schema_extra=cite("rectified flow"),
+    )
+    flow_grid: Literal["diffusers", "even"] = Field(
+        "diffusers",
+        description="Euler steps of the artist. diffusers: those of its FlowMatchEulerDiscreteScheduler, the last one from the shifted "
+        "1/1000 of the noise; even: equal steps from 1 to 0, then shifted, as the release draws.",
+        json_schema_extra=cite("rectified flow", "VANS as released"),
     )
     shared_times: bool = Field(
         True,
@@ -54,17 +64,59 @@ class VideoSection(Section):
     num_frames: Positive = Field(9, description="Frames of a rendered clip, 4k+1 for Wan's causal VAE.")
     height: Positive = Field(32, description="Height of rendered and target frames in pixels.")
     width: Positive = Field(32, description="Width of rendered and target frames in pixels.")
-    fps: float = Field(8.0, gt=0, description="Frames per second written to mp4 answers.")
+    fps: float = Field(8.0, gt=0, description="Frames per second written to mp4 answers; the release writes 11.")
     input_frames: Positive = Field(9, description="Frames of the input video that the VLM sees, sampled uniformly.")
     vlm_height: Positive = Field(32, description="Height of the frames that the VLM sees.")
     vlm_width: Positive = Field(32, description="Width of the frames that the VLM sees.")
-    reference_frames: Positive = Field(
-        2, description="Reference frames that condition the VDM (n), last input frame included."
+    vlm_pixels: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = Field(
+        None,
+        description="Least and most pixels of a frame that the VLM sees: each video keeps its shape, in sizes of multiples of "
+        "vlm_multiple, and nothing is cropped. Null: all are vlm_height x vlm_width. The release: [100352, 602112].",
+        json_schema_extra=cite("VANS as released"),
     )
+    vlm_multiple: Positive = Field(
+        28,
+        description="What sides under vlm_pixels are multiples of: patch times merge of the VLM, 28 for Qwen2.5-VL, 32 for Qwen3-VL.",
+    )
+    reference_frames: Positive = Field(
+        2,
+        description="Reference frames that condition the VDM (n), last input frame included; conditioning.references=clip has take "
+        "instead.",
+    )
+    conditioning: ConditioningSection = Field(default_factory=ConditioningSection)
     vae_tiling: bool = Field(
         False,
         description="Encode and decode frames beyond 256 pixels in overlapping tiles: less memory, slightly other pixels.",
     )
+
+    @property
+    def context_frames(self) -> int | None:
+        """Frames of the input video that the artist gets, where they are not those that the thinker sees."""
+        return self.num_frames if self.conditioning.references == "clip" else None
+
+    @property
+    def reference_latents(self) -> int:
+        """Latent frames that stand before the target's."""
+        return self.conditioning.latents(self.reference_frames)
+
+    @property
+    def vlm_largest(self) -> tuple[int, int]:
+        """Height and width of the largest frames that the VLM sees; under vlm_pixels a square of nearly as many pixels."""
+        if self.vlm_pixels is None:
+            return self.vlm_height, self.vlm_width
+        side = max(1, math.isqrt(self.vlm_pixels[1]) // self.vlm_multiple) * self.vlm_multiple
+        return side, side
+
+    @model_validator(mode="after")
+    def _budget(self) -> VideoSection:
+        if self.vlm_pixels is None:
+            return self
+        (least, most), unit = self.vlm_pixels, self.vlm_multiple**2
+        if most < max(unit, least):
+            raise ValueError(
+                f"vlm_pixels=[{least}, {most}] leaves no size: the most must be at least the least, and vlm_multiple squared ({unit})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _causal_vae(self) -> VideoSection:

@@ -65,9 +65,19 @@ class RenderSection(Section):
 
 
 class TextSamplingSection(Section):
-    """How the VLM samples. Without top-p or top-k: the learner's log-probabilities are those of the whole vocabulary."""
+    """How the VLM samples. What is learnt from is sampled without top-p: the learner's log-probabilities are those of the whole
+    vocabulary.
+    """
 
     temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus: the likeliest tokens that hold this share of probability are sampled from; 1 is all. Stage 1 learns from "
+        "its answers and takes 1 alone.",
+        json_schema_extra=cite("nucleus sampling"),
+    )
     max_tokens: Positive = Field(48, description="Longest completion in tokens.")
 
 
@@ -111,6 +121,16 @@ class Stage1Section(TokenLearning, StageSection):
 
     rewards: RewardsSection = Field(RewardsSection(weights={"format": 1.0, "rouge_l": 1.0, "clip_v": 1.0}))
     dedupe: bool = Field(True, description="Render equal captions of a group once.")
+
+    @model_validator(mode="after")
+    def _whole_vocabulary(self) -> Stage1Section:
+        if self.steps and self.text.top_p < 1:
+            raise ValueError(
+                f"text.top_p={self.text.top_p:g}: stage 1 learns from these answers, and the learner's log-probabilities are those of "
+                "the whole vocabulary: the ratio of each token would be off by the share that the nucleus leaves out; set top_p: 1 "
+                "here (evaluate.text.top_p and stage2.text.top_p are free)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _temperature(self) -> Stage1Section:

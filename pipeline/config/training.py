@@ -99,6 +99,16 @@ class SftVdmSection(SftModelSection):
     """Supervised fine-tuning of the VDM by ``vans sft``, as of the VLM."""
 
     train_text_encoder: bool = Field(False, description="Train the text encoder too, with all of its weights.")
+    timesteps: Literal["logit_normal", "uniform"] = Field(
+        "logit_normal",
+        description="How noise levels are drawn, before models.flow_shift: logit-normal, or uniform among 1000, as the release does.",
+        json_schema_extra=cite("rectified flow", "VANS as released"),
+    )
+    weighting: Literal["none", "bell"] = Field(
+        "none",
+        description="Weight of a level in the loss: equal, or a bell around the middle timestep, as in the release.",
+        json_schema_extra=cite("VANS as released"),
+    )
 
     @model_validator(mode="after")
     def _whole_encoder(self) -> SftVdmSection:

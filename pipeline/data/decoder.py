@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +21,9 @@ import pyarrow.parquet as pq
 
 from actors.records import Sample
 from cluster.errors import DataError, StorageError
+from pipeline.data.reading import Source
 from pipeline.data.schema import KINDS, SCHEMA, open_shard
-from pipeline.data.video import VideoLimits, decode_timed, decode_video
+from pipeline.data.video import PixelBudget, VideoLimits, decode_budget, decode_timed, decode_video
 from pipeline.support.location import Uri, opened, parse_location, storage_errors
 
 STORE_PAUSES_S = (
@@ -37,7 +39,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VideoShape:
-    """The shapes that clips are decoded to; the fields are those of the ``video`` section of a run's configuration."""
+    """The shapes that clips are decoded to; the fields are those of the ``video`` section of a run's configuration.
+
+    ``context_frames``: how many frames of the input the artist gets; None is as many as the VLM sees. ``vlm_pixels``: least and most
+    pixels of a frame that the VLM sees, in multiples of ``vlm_multiple``, instead of one size for all videos.
+    """
 
     num_frames: int = 9
     height: int = 32
@@ -46,17 +52,42 @@ class VideoShape:
     input_frames: int = 9
     vlm_height: int = 32
     vlm_width: int = 32
+    context_frames: int | None = None
+    vlm_pixels: tuple[int, int] | None = None
+    vlm_multiple: int = 28
 
     @property
-    def two_sizes(self) -> bool:
-        """Whether the VLM sees another size than the one rendered."""
-        return (self.vlm_height, self.vlm_width) != (self.height, self.width)
+    def budget(self) -> PixelBudget | None:
+        """The sizes in which the VLM sees videos; None where it is one."""
+        return PixelBudget(*self.vlm_pixels, self.vlm_multiple) if self.vlm_pixels else None
+
+    @property
+    def vlm_most(self) -> int:
+        """Most pixels of a frame that the VLM sees."""
+        return self.vlm_pixels[1] if self.vlm_pixels else self.vlm_height * self.vlm_width
+
+    def seen(self, video: Source, limits: VideoLimits) -> tuple[np.ndarray, float]:
+        """Return what the VLM sees of ``video``, uint8 (T, H, W, 3), and the seconds between its first and last frame."""
+        if self.budget is not None:
+            return decode_budget(video, self.input_frames, self.budget, limits)
+        return decode_timed(video, self.input_frames, self.vlm_height, self.vlm_width, limits)
+
+    @property
+    def context(self) -> int:
+        """Frames of the input that the artist gets, at the rendered size."""
+        return self.context_frames or self.input_frames
+
+    @property
+    def two_inputs(self) -> bool:
+        """Whether the VLM sees frames of another number or size than the artist gets."""
+        seen = self.input_frames, self.vlm_height, self.vlm_width
+        return self.vlm_pixels is not None or seen != (self.context, self.height, self.width)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one decoded row."""
-        rendered = self.num_frames + (self.input_frames if self.two_sizes else 0)
-        return 3 * (self.input_frames * self.vlm_height * self.vlm_width + rendered * self.height * self.width)
+        rendered = self.num_frames + (self.context if self.two_inputs else 0)
+        return 3 * (self.input_frames * self.vlm_most + rendered * self.height * self.width)
 
 
 @dataclass(frozen=True)
@@ -94,14 +125,19 @@ def decode_block(
     """Decode the rows whose places ``batch`` holds; this is what the Ray Data tasks run.
 
     Adds the columns ``record`` (JSON of the text), ``input_frames``, ``target_frames``, ``fps`` and, where the VLM sees
-    another size than the one rendered, ``context_frames``; ``error`` says why a row is unusable, or is empty.
+    other frames than the artist gets, ``context_frames``; where the VLM's differ in size, ``input_frames`` are flat and padded, and
+    ``input_size`` is their (height, width). ``error`` says why a row is unusable, or is empty.
     """
     rows = len(batch["shard"])
     out: dict[str, np.ndarray] = dict(batch)
-    out["input_frames"] = np.zeros((rows, shape.input_frames, shape.vlm_height, shape.vlm_width, 3), np.uint8)
+    if shape.budget is None:
+        out["input_frames"] = np.zeros((rows, shape.input_frames, shape.vlm_height, shape.vlm_width, 3), np.uint8)
+    else:
+        out["input_frames"] = np.zeros((rows, shape.input_frames * shape.vlm_most * 3), np.uint8)
+        out["input_size"] = np.zeros((rows, 2), np.int64)
     out["target_frames"] = np.zeros((rows, shape.num_frames, shape.height, shape.width, 3), np.uint8)
-    if shape.two_sizes:
-        out["context_frames"] = np.zeros((rows, shape.input_frames, shape.height, shape.width, 3), np.uint8)
+    if shape.two_inputs:
+        out["context_frames"] = np.zeros((rows, shape.context, shape.height, shape.width, 3), np.uint8)
     out["fps"] = np.full(rows, shape.fps, np.float64)
     records, errors = [], []
     for index in range(rows):
@@ -168,14 +204,18 @@ def _decode_row(
     """Write the frames of ``row`` to place ``index`` of ``out``."""
     try:
         video = row["input_video"]
-        frames, seconds = decode_timed(video, shape.input_frames, shape.vlm_height, shape.vlm_width, limits)
-        out["input_frames"][index] = frames
-        if shape.two_sizes:
-            frames = decode_video(video, shape.input_frames, shape.height, shape.width, limits)
+        frames, seconds = shape.seen(video, limits)
+        if shape.budget is None:
+            out["input_frames"][index] = frames
+        else:
+            out["input_frames"][index, : frames.size] = frames.ravel()
+            out["input_size"][index] = frames.shape[1:3]
+        if shape.two_inputs:
+            frames = decode_video(video, shape.context, shape.height, shape.width, limits)
             out["context_frames"][index] = frames
     except DataError as error:
         raise DataError(f"input video: {error}") from error
-    out["fps"][index] = shown_rate(len(out["input_frames"][index]), seconds, shape.fps)
+    out["fps"][index] = shown_rate(shape.input_frames, seconds, shape.fps)
     try:
         video = row["target_video"]
         out["target_frames"][index] = decode_video(video, shape.num_frames, shape.height, shape.width, limits)
@@ -209,12 +249,22 @@ def block_items(
             question=text["question"],
             caption=text["caption"],
             # Copies: a view would hold the whole block in the object store for as long as one sample lives.
-            input_frames=np.array(block["input_frames"][index], np.uint8),
+            input_frames=_seen(block, index, shape),
             target_frames=np.array(block["target_frames"][index], np.uint8),
             fps=float(block["fps"][index]),
             meta=text["meta"],
             answer=text["answer"],
         )
-        if shape.two_sizes:
+        if shape.two_inputs:
             sample = replace(sample, context_frames=np.array(block["context_frames"][index], np.uint8))
         yield sample
+
+
+def _seen(block: dict[str, np.ndarray], index: int, shape: VideoShape) -> np.ndarray:
+    """Return a copy of what the VLM sees of row ``index``, uint8 (T, H, W, 3)."""
+    row = block["input_frames"][index]
+    if shape.budget is None:
+        return np.array(row, np.uint8)
+    height, width = (int(side) for side in block["input_size"][index])
+    whole = shape.input_frames, height, width, 3
+    return np.array(row[: math.prod(whole)], np.uint8).reshape(whole)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import av
 import numpy as np
 from av.video.reformatter import Interpolation
+from PIL import Image
 
 from cluster.errors import DataError
 
 _NEARLY = math.tan(math.radians(1))  # a matrix this close to a right angle is one: its makers round
 _UNEVEN = 0.01  # ffmpeg takes scalings that differ by less than this for equal ones
+_LONGEST = 200  # times its short side that a picture may be long to be shown whole: Qwen's own limit
 _COVER = 16  # times the wanted pixels that a picture may have when it is scaled to cover them
 
 
@@ -97,6 +99,43 @@ def shown_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
     if orientation(frame).transposed:
         width, height = height, width
     return max(1, round(height)), max(1, round(width))
+
+
+@dataclass(frozen=True)
+class PixelBudget:
+    """How large the thinker sees a picture that keeps its shape: sides are multiples of ``multiple``, ``least`` to ``most`` pixels."""
+
+    least: int
+    most: int
+    multiple: int
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) for a picture shown as ``height`` x ``width``: the nearest multiples, scaled where these are
+        outside of the budget. It is Qwen2-VL's rule (arXiv 2409.12191; ``smart_resize`` in transformers).
+
+        Raises DataError for a picture too long and thin for any size in the budget.
+        """
+        unit = self.multiple
+        sides = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
+        if sides[0] * sides[1] > self.most:
+            shrink = math.sqrt(height * width / self.most) * unit
+            sides = max(1, math.floor(height / shrink)) * unit, max(1, math.floor(width / shrink)) * unit
+        elif sides[0] * sides[1] < self.least:
+            grow = math.sqrt(self.least / (height * width)) / unit
+            sides = math.ceil(height * grow) * unit, math.ceil(width * grow) * unit
+        if sides[0] * sides[1] > self.most or max(height, width) > _LONGEST * min(height, width):
+            raise DataError(
+                f"frames are shown as {width}x{height}, too long and thin for {self.most} pixels in multiples of {unit}"
+            )
+        return sides
+
+
+def stretched(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+    """Return the whole frame as uint8 (height, width, 3): upright, scaled to this very size, bicubic and without aliasing."""
+    image = orientation(frame).apply(frame.to_ndarray(format="rgb24")).astype(np.float32)
+    # Each colour in float: in bytes, Pillow cuts what overshoots between its two passes.
+    planes = (Image.fromarray(image[..., i]).resize((width, height), Image.Resampling.BICUBIC) for i in range(3))
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1).clip(0, 255).round().astype(np.uint8)
 
 
 def fitted(frame: av.VideoFrame, height: int, width: int, stream: av.VideoStream, max_pixels: int) -> np.ndarray:

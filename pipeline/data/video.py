@@ -9,6 +9,7 @@ the bytes come from (``source``, ``importers``), and what a model does with the 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,7 +18,7 @@ import av
 import numpy as np
 
 from cluster.errors import DataError
-from pipeline.data.geometry import fitted, orientation, shown_size
+from pipeline.data.geometry import PixelBudget, fitted, orientation, shown_size, stretched
 from pipeline.data.reading import (
     TIME_TOLERANCE_S,
     Part,
@@ -31,7 +32,19 @@ from pipeline.data.reading import (
     part_of,
 )
 
-__all__ = ["VideoInfo", "VideoLimits", "decode_timed", "decode_video", "encode_mp4", "probe"]
+__all__ = [
+    "PixelBudget",
+    "VideoInfo",
+    "VideoLimits",
+    "decode_budget",
+    "decode_timed",
+    "decode_video",
+    "encode_mp4",
+    "probe",
+]
+
+Fit = Callable[[av.VideoFrame, av.VideoStream], np.ndarray]
+"""Makes a decoded picture the size that is wanted, uint8 (H, W, 3); of one video always the same."""
 
 RATES = (1e-5, 1000.0)  # frames a second that an mp4 is written with: its times are counted in 32 bits
 _HALF = 0.5  # of a clip's time; where more of it cannot be decoded, the rest is not the clip
@@ -129,7 +142,28 @@ def decode_timed(
 ) -> tuple[np.ndarray, float]:
     """Return the frames of :func:`decode_video` and the seconds between the first and the last of them."""
     limits = limits or VideoLimits()
-    part = part_of(source, limits, start, end)
+
+    def fit(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
+        return fitted(frame, height, width, stream, limits.max_pixels)
+
+    return _decoded(source, num_frames, fit, limits, part_of(source, limits, start, end))
+
+
+def decode_budget(
+    source: Source, num_frames: int, budget: PixelBudget, limits: VideoLimits | None = None
+) -> tuple[np.ndarray, float]:
+    """Return the frames of :func:`decode_video` at the size that ``budget`` gives the video, nothing cropped, and their seconds."""
+    limits = limits or VideoLimits()
+    size: list[tuple[int, int]] = []
+
+    def fit(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
+        size[:] = size or [budget.size(*shown_size(frame, stream))]  # the first picture's, for all of them
+        return stretched(frame, *size[0])
+
+    return _decoded(source, num_frames, fit, limits, part_of(source, limits, None, None))
+
+
+def _decoded(source: Source, num_frames: int, fit: Fit, limits: VideoLimits, part: Part) -> tuple[np.ndarray, float]:
     with opened(source, limits) as (container, stream):
         promised = packet_times(container, stream, part, limits)
     times = promised
@@ -140,7 +174,7 @@ def decode_timed(
             wanted = np.empty(0)
         else:
             wanted = np.linspace(times[0], times[-1], num_frames) if num_frames > 1 else times[-1:]
-        out, found = _filled(source, limits, part, wanted, height, width)
+        out, found = _filled(source, limits, part, wanted, fit)
         if times is not None and np.allclose(found[[0, -1]], times[[0, -1]], rtol=0, atol=TIME_TOLERANCE_S):
             return out, float(found[-1] - found[0])
         _check_head(promised, found, part)
@@ -149,11 +183,23 @@ def decode_timed(
 
 
 def _filled(
-    source: Source, limits: VideoLimits, part: Part, wanted: np.ndarray, height: int, width: int
+    source: Source, limits: VideoLimits, part: Part, wanted: np.ndarray, fit: Fit | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the frames on screen at the ``wanted`` times (s, ascending), and the times of all that were decoded."""
-    out = np.empty((len(wanted), height, width, 3), np.uint8)
+    """Return the frames on screen at the ``wanted`` times (s, ascending), and the times of all that were decoded.
+
+    ``fit`` is needed where there are any.
+    """
+    out = np.empty((0, 0, 0, 3), np.uint8)
     filled = 0
+
+    def show(held: av.VideoFrame, stream: av.VideoStream, begin: int, end: int) -> None:
+        nonlocal out
+        assert fit is not None
+        picture = fit(held, stream)
+        if not len(out):
+            out = np.empty((len(wanted), *picture.shape), np.uint8)
+        out[begin:end] = picture
+
     times: list[float] = []
     with opened(source, limits) as (container, stream), closing(frames_of(container, stream, part, limits)) as pictures:
         held: av.VideoFrame | None = None
@@ -163,14 +209,14 @@ def _filled(
             while held is not None and filled < len(wanted) and wanted[filled] + TIME_TOLERANCE_S < shown:
                 filled += 1
             if held is not None and filled > begin:
-                out[begin:filled] = fitted(held, height, width, stream, limits.max_pixels)
+                show(held, stream, begin, filled)
             held = frame
             times.append(shown)
             check_span(times, limits)
         if held is None:
             raise DataError(nothing_decoded(part))
         if filled < len(wanted):
-            out[filled:] = fitted(held, height, width, stream, limits.max_pixels)
+            show(held, stream, filled, len(wanted))
     return out, np.asarray(times)
 
 
@@ -208,7 +254,7 @@ def probe(
         height, width = shown_size(frame, stream)
         laid = orientation(frame)
     if times is None or abs(times[0] - first) > TIME_TOLERANCE_S:
-        times = _filled(source, limits, part, np.empty(0), height, width)[1]
+        times = _filled(source, limits, part, np.empty(0))[1]
         _check_head(promised, times, part)
     span = float(times[-1] - times[0])
     # N frames show N intervals; the last one's length is taken to be the mean of the others.

@@ -16,7 +16,6 @@ from pipeline.config import RunConfig
 from pipeline.evaluate.predictions import Prediction
 from pipeline.fleet.open import Fleet
 from pipeline.stages.requests import completion_request, render, render_request
-from rewards.format import parse_answer
 
 
 async def answer_samples(
@@ -39,7 +38,7 @@ async def answer_one(config: RunConfig, fleet: Fleet, sample: Sample) -> Predict
     try:
         completions: list[Completion] = await fleet.vlm.submit(request)
         text = completions[0].text
-        answer = parse_answer(text)
+        answer = config.models.prompt.answers.parse(text)
         if answer is None:
             return Prediction(id=sample.id, caption="", text=text, frames=None)
         noise = derive_seed(section.seed, sample.id, "noise")

@@ -59,6 +59,7 @@ def _vlm(config: RunConfig) -> dict[str, Any]:
         "model_path": path,
         "adapter": resolve_adapter(models.vlm_adapter, "vlm", path),
         "settings": config.pools.vlm,
+        "prompt": models.prompt,
         "lora_rank": rank,
         "broadcast": config.weights.transport == "collective" and rank == 0,
         "alone": config.deterministic,
@@ -73,6 +74,7 @@ def _embed(config: RunConfig) -> dict[str, Any]:
         "device": device(section),
         "threads": max(1, int(section.cpus)),
         "vae_tiling": config.video.vae_tiling,
+        "conditioning": config.video.conditioning,
     }
 
 
@@ -101,6 +103,7 @@ def _reward(config: RunConfig) -> dict[str, Any]:
         "components": sorted({*config.stage1.rewards.weights, *config.stage2.rewards.weights}),
         "device": device(section),
         "custom_timeout_s": section.request_timeout_s / 2,
+        "answers": config.models.prompt.answers,
     }
 
 

@@ -65,11 +65,13 @@ def resolve_adapter(name: str | None, role: Literal["vlm", "vdm"], model: str) -
 
 
 def vdm_options(config: RunConfig) -> dict[str, Any]:
-    """Return what every load of the artist has in common: how it reads its times, and how its VAE cuts frames."""
+    """Return what every load of the artist has in common: how it reads its times and its input, and how its VAE cuts frames."""
     return {
         "shift": config.models.flow_shift,
+        "grid": config.models.flow_grid,
         "shared_times": config.models.shared_times,
         "vae_tiling": config.video.vae_tiling,
+        "conditioning": config.video.conditioning,
     }
 
 

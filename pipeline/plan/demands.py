@@ -108,7 +108,8 @@ class _Count:
             pools.embed if pools.embed.workers else pools.vdm,
         )
         caption = costs.text_encoder_flops(models.vdm, CAPTION_TOKENS).total / self.rates.flops(embedder.dtype)
-        encoding = video.reference_frames * costs.encode_flops(models.vdm, 1, video.height, video.width).total
+        times, frames = (video.reference_frames, 1) if video.context_frames is None else (1, video.context_frames)
+        encoding = times * costs.encode_flops(models.vdm, frames, video.height, video.width).total
         group = captions * caption + encoding / self.rates.tf32
         if not pools.embed.workers:
             return [Demand("draw", "vdm", clips, seconds + group / rollout.group_size, source="FLOPs")]

@@ -15,6 +15,7 @@ from actors.architectures import memory as training
 from actors.learner.batches import prompts_read
 from cluster.hardware import GIB
 from pipeline.config import RunConfig
+from pipeline.config.schema import VideoSection
 from pipeline.fleet.open import pool_sections
 from pipeline.plan.models import BYTES, Models
 
@@ -87,7 +88,7 @@ def sampling_bytes(models: Models, clips: int, dtype: str) -> float:
     """Return the bytes of the largest moment of one transformer call on ``clips`` clips, without gradients."""
     c = models.vdm.components["transformer"]
     width, ffn = int(c["num_attention_heads"]) * int(c["attention_head_dim"]), int(c["ffn_dim"])
-    modulated = 6 if models.clip_tokens.reference else 0  # float32 vectors per token, where each has a time of its own
+    modulated = 6 if models.clip_tokens.times else 0  # float32 vectors per token, where each has a time of its own
     # The MLP's hidden before and after its activation, or attention's six; the residual, and the modulations of the model and
     # their sum with the block's, in float32.
     inside = max(6 * width, 2 * ffn + 2 * width)
@@ -105,7 +106,7 @@ def decoding_bytes(models: Models, height: int, width: int) -> float:
 
 
 def encoding_bytes(models: Models, frames: int, height: int, width: int) -> float:
-    """Return the bytes of the largest moment of encoding ``frames`` reference frames at once, in float32."""
+    """Return the bytes of the largest moment of encoding ``frames`` frames at once, in float32."""
     vae = models.vdm.components["vae"]
     return frames * (height * width // int(vae.get("patch_size") or 1) ** 2) * 4.0 * int(vae["base_dim"]) * 6
 
@@ -161,7 +162,7 @@ def _sampler(config: RunConfig, models: Models) -> Process:
     weights = element * models.parameters["vdm", "transformer"] + 4.0 * models.parameters["vdm", "vae"]
     if not config.pools.embed.workers:
         weights += element * models.parameters["vdm", "text_encoder"]
-        moments.append(encoding_bytes(models, video.reference_frames, height, width))
+        moments.append(encoding_bytes(models, _at_once(video), height, width))
     rank = config.stage2.lora.rank
     weights += costs.lora_parameters(models.vdm, rank) * element if rank else 0
     parts = {"weights": weights, "activations": max(moments), "caches": 2.0 * CACHE, "CUDA context": CONTEXT}
@@ -176,9 +177,14 @@ def _embedder(config: RunConfig, models: Models) -> Process:
     pool, video = config.pools.embed, config.video
     parameters = models.parameters
     weights = BYTES[pool.dtype] * parameters["vdm", "text_encoder"] + 4.0 * parameters["vdm", "vae"]
-    activations = encoding_bytes(models, video.reference_frames, *_tile(config))
+    activations = encoding_bytes(models, _at_once(video), *_tile(config))
     parts = {"weights": weights, "activations": activations, "CUDA context": CONTEXT}
     return Process("embed", "text encoder, VAE encoder", parts, rests=pool.rest)
+
+
+def _at_once(video: VideoSection) -> int:
+    """Return how many frames the VAE encodes at once: reference frames together, a clip by four beside two that it remembers."""
+    return video.reference_frames if video.conditioning.references == "frames" else 6
 
 
 def _tile(config: RunConfig) -> tuple[int, int]:

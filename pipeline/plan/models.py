@@ -55,6 +55,13 @@ def load_models(config: RunConfig) -> Models:
         vdm,
         clip,
         parameters,
-        costs.vlm_tokens(vlm, video.input_frames, video.vlm_height, video.vlm_width, text),
-        costs.vdm_tokens(vdm, video.num_frames, video.height, video.width, video.reference_frames),
+        costs.vlm_tokens(vlm, video.input_frames, *video.vlm_largest, text),
+        costs.vdm_tokens(
+            vdm,
+            video.num_frames,
+            video.height,
+            video.width,
+            video.reference_latents,
+            one_time=video.conditioning.time == "shared",
+        ),
     )

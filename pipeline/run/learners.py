@@ -88,6 +88,7 @@ def learner_spec(config: RunConfig, stage: AnyStage, policy: str) -> LearnerSpec
         "temperature": section.text.temperature,
         "shared_prompts": config.learner.shared_prompts,
         "engine_dtype": config.pools.vlm.dtype,
+        "prompt": models.prompt,
     }
     if policy == "vdm":  # every trajectory comes with what it was conditioned on
         options = {**vdm_options(config), "components": ("transformer",)}

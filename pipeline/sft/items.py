@@ -10,34 +10,41 @@ import numpy as np
 
 from actors.failures import BadSampleError
 from actors.records import Sample, derive_seed
-from actors.vdm.frames import select_reference_frames
+from actors.vdm.frames import conditioning_frames
 from cluster.errors import DataError
 from pipeline.data.decoder import QuarantinedRow, block_items
 from pipeline.sft.settings import SftSettings
 from pipeline.support.location import parse_location
+from rewards.format import DEFAULT, AnswerFormat
 
 log = logging.getLogger(__name__)
 
 
-def answer_text(sample: Sample) -> str:
-    """Return the text that the VLM learns to write; where the dataset has none, its caption is thought and answer."""
-    if sample.answer:
-        return sample.answer
-    return f"<think> {sample.caption} </think> <ans> {sample.caption} </ans>"
+def answer_text(sample: Sample, answers: AnswerFormat = DEFAULT) -> str:
+    """Return the text that the VLM learns to write, in the run's format; where the dataset has none, its caption is thought and
+    answer.
+
+    Datasets hold answers in the default format, which is written anew for a run of another; a text of neither stays as it is.
+    """
+    if not sample.answer:
+        return answers.write(sample.caption, sample.caption)
+    held = None if answers.tags == DEFAULT.tags else DEFAULT.parse(sample.answer)
+    return sample.answer if held is None else answers.write(held.thought, held.caption)
 
 
-def training_item(kind: str, sample: Sample, reference_frames: int) -> tuple[Any, ...]:
+def training_item(kind: str, sample: Sample, settings: SftSettings) -> tuple[Any, ...]:
     """Return what the policy's ``sft_loss`` takes of one sample."""
     if kind == "vlm":
-        return sample.asked, answer_text(sample)
-    return select_reference_frames(sample.context, reference_frames), sample.caption, sample.target_frames
+        return sample.asked, answer_text(sample, settings.prompt.answers)
+    references = conditioning_frames(sample.context, settings.reference_frames, settings.conditioning)
+    return references, sample.caption, sample.target_frames
 
 
 def refusal(kind: str, policy: Any, sample: Sample) -> str | None:
     """Return why ``policy`` cannot learn from ``sample``, None where it can."""
     if kind == "vlm":
         try:
-            policy.check_example(sample.question, answer_text(sample))
+            policy.check_example(sample.question, answer_text(sample, policy.prompt.answers))
         except BadSampleError as error:
             return str(error)
     return None
@@ -83,7 +90,7 @@ class Items:
                 if reason is None:
                     assert isinstance(item, Sample)
                     found += 1
-                    yield training_item(self.kind, item, self.settings.reference_frames)
+                    yield training_item(self.kind, item, self.settings)
                     continue
                 place = self.shards[int(block["shard"][index])].name, int(block["row"][index])
                 last = f"{place[0]}, row {place[1]} ({item.id}): {reason}"

@@ -27,6 +27,7 @@ from actors.learner.sharding import gather_state, shard
 from actors.learner.supervised import accumulate
 from actors.policy.protocol import set_compute_dtype, torch_dtype
 from actors.records import derive_seed
+from actors.vdm.flow_sde import FlowMatchingSpec
 from pipeline.lock import require_token
 from pipeline.sft.captions import frozen_captions
 from pipeline.sft.items import Items, refusal
@@ -43,10 +44,12 @@ def load_policy(kind: str, model: str, settings: SftSettings, samples: int, devi
     options: dict[str, Any] = {
         "cache_bytes": settings.tuning.cache_mib * 2**20,
         "reference_frames": settings.reference_frames,
+        "conditioning": settings.conditioning,
+        "supervised": FlowMatchingSpec(timesteps=settings.vdm.timesteps, weighting=settings.vdm.weighting),
     }
     if kind == "vlm":
         fits = samples * settings.shape.row_bytes <= settings.tuning.cache_mib * 2**20
-        options = {"cache_size": samples if fits else 64}
+        options = {"cache_size": samples if fits else 64, "prompt": settings.prompt}
     return getattr(importlib.import_module(target), name).load(
         model,
         dtype="float32",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actors.learner.settings import LearnerSection
+from actors.vdm.settings import ConditioningSection
+from actors.vlm.settings import PROMPT, PromptSection
 from cluster.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.config.training import SftModelSection, SftOptimSection, SftVdmSection
@@ -24,8 +26,9 @@ TUNING = (
     *("steps", "epochs", "max_wall_s", "batch", "micro_batch"),
     *("checkpoint_every", "max_failures", "log_every", "cache_mib"),
 )
+VDM = ("train_text_encoder", "timesteps", "weighting")
 RANKS = ("ranks", "cpus", "gpus", "placement", "labels", "dtype", "activation_checkpointing", "step_timeout_s")
-"""What of ``tuning`` and ``learner`` is recorded; the other keys of a learner are Joint-GRPO's."""
+"""What of ``tuning``, ``vdm`` and ``learner`` is recorded; the other keys of a learner are Joint-GRPO's."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class SftSettings:
     shape: VideoShape = field(default_factory=VideoShape)
     limits: VideoLimits = field(default_factory=VideoLimits)
     reference_frames: int = 2
+    conditioning: ConditioningSection = field(default_factory=ConditioningSection)
+    prompt: PromptSection = PROMPT
     max_quarantine_ratio: float = 0.05
     placement_timeout_s: float = 60.0  # longest wait for room in the cluster
     policy_kwargs: dict[str, Any] = field(default_factory=dict)  # more arguments of the policy's load
@@ -56,9 +61,14 @@ class SftSettings:
             raise ConfigError("sft: an adapter to start from needs lora.rank > 0, equal to the adapter's")
 
     @property
+    def vdm(self) -> SftVdmSection:
+        """What is tuned of a VDM alone; for a VLM the defaults, which nothing reads."""
+        return self.tuning if isinstance(self.tuning, SftVdmSection) else SftVdmSection()
+
+    @property
     def train_text_encoder(self) -> bool:
         """Whether the VDM's text encoder is trained too."""
-        return isinstance(self.tuning, SftVdmSection) and self.tuning.train_text_encoder
+        return self.vdm.train_text_encoder
 
     def facts(self) -> dict[str, Any]:
         """Return the settings under the flat names of ``sft.json``, MLflow and a checkpoint's digest."""
@@ -66,7 +76,7 @@ class SftSettings:
         found |= {"shape": asdict(self.shape), "limits": asdict(self.limits)}
         found |= {name: getattr(self.tuning, name) for name in TUNING}
         found |= {name: getattr(self.learner, name) for name in RANKS}
-        found |= {"train_text_encoder": self.train_text_encoder} | dict(self.tuning.optim)
+        found |= {name: getattr(self.vdm, name) for name in VDM} | dict(self.tuning.optim)
         return found | {f"lora_{name}": value for name, value in self.tuning.lora}
 
     def total_steps(self, samples: int) -> int:
@@ -99,6 +109,8 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         shape=video_shape(config),
         limits=video_limits(config),
         reference_frames=config.video.reference_frames,
+        conditioning=config.video.conditioning,
+        prompt=config.models.prompt,
         decoders=config.data.decoders,
         max_quarantine_ratio=config.data.max_quarantine_ratio,
         placement_timeout_s=config.cluster.placement_timeout_s,

@@ -44,7 +44,7 @@ class AllInOne(Stage1):
         """Return the completions for the VLM, or the trajectories for the VDM, with the same advantages."""
         if policy == "vlm":
             return completion_experiences(batch)
-        return trajectory_experiences(batch, self.config.video.reference_frames)
+        return trajectory_experiences(batch, self.config.video)
 
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """Return what stage 1 measures, and where the window of ``step`` stands."""

@@ -9,8 +9,8 @@ import numpy as np
 
 from actors.pool.errors import SampleFailed
 from actors.records import Clip, CompletionRequest, RenderRequest, Sample, ScoreRequest, SdeSpec
-from actors.vdm.frames import select_reference_frames
-from pipeline.config.schema import RunConfig
+from actors.vdm.frames import conditioning_frames
+from pipeline.config.schema import RunConfig, VideoSection
 from pipeline.config.stages import RenderSection, TextSamplingSection
 from pipeline.stages.groups import Group, Member
 
@@ -27,7 +27,13 @@ def completion_request(sample: Sample, text: TextSamplingSection, seed: int, n: 
         seed=seed,
         temperature=text.temperature,
         max_tokens=text.max_tokens,
+        top_p=text.top_p,
     )
+
+
+def artist_frames(video: VideoSection, sample: Sample) -> np.ndarray:
+    """Return the frames of ``sample``'s input that the artist is conditioned on, uint8 (n, H, W, 3)."""
+    return conditioning_frames(sample.context, video.reference_frames, video.conditioning)
 
 
 def render_request(
@@ -47,7 +53,7 @@ def render_request(
         sample_id=sample.id,
         index=index,
         caption=caption,
-        reference_frames=select_reference_frames(sample.context, config.video.reference_frames),
+        reference_frames=artist_frames(config.video, sample),
         num_frames=config.video.num_frames,
         steps=render.steps,
         guidance=render.guidance,

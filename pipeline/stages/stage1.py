@@ -20,7 +20,6 @@ from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
 from pipeline.stages.requests import collect, completion_request, render, render_request, score_request
-from rewards.format import parse_answer
 
 
 @dataclass
@@ -54,7 +53,8 @@ class Stage1:
             completions: list[Completion] = await self.fleet.vlm.submit(request)
         except SampleFailed as error:
             return Group(sample, (), (str(error),) * section.rollout.group_size)
-        captions = [answer.caption if (answer := parse_answer(c.text)) else None for c in completions]
+        answers = self.config.models.prompt.answers
+        captions = [answer.caption if (answer := answers.parse(c.text)) else None for c in completions]
         draws = not TEXT_ONLY.issuperset(section.rewards.weights)  # else nobody would look at the clips
         keys = [caption if section.dedupe else (caption, i) for i, caption in enumerate(captions)]
         renders: dict[object, asyncio.Task[Clip]] = {}
@@ -98,8 +98,9 @@ class Stage1:
 
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """Return what only stage 1 measures."""
-        captions = [m.caption for g in batch.groups for m in g.members]
-        return {"rollout/format_rate": float(np.mean([bool(c) for c in captions]))} if captions else {}
+        answers = self.config.models.prompt.answers
+        kept = [answers.reward(m.completion.text) for g in batch.groups for m in g.members if m.completion is not None]
+        return {"rollout/format_rate": float(np.mean(kept))} if kept else {}
 
     def _render(self, sample: Sample, caption: str, index: int, step: str):
         # One noise per group: the caption alone makes the difference, and equal captions are equal clips.

@@ -16,16 +16,15 @@ from actors.policy.cache import content_key
 from actors.pool.errors import SampleFailed
 from actors.records import Completion, Experience, Sample, SdeSpec, VdmExperience, derive_seed
 from actors.vdm.flow_sde import WindowSchedule, removable_steps
-from actors.vdm.frames import select_reference_frames
 from cluster.errors import ConfigError, TrainingError
 from pipeline.config import RunConfig
+from pipeline.config.schema import VideoSection
 from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
-from pipeline.stages.requests import collect, completion_request, render, render_request, score_request
+from pipeline.stages.requests import artist_frames, collect, completion_request, render, render_request, score_request
 from rewards.errors import RewardError
-from rewards.format import parse_answer
 from rewards.text import rouge_l
 
 
@@ -134,7 +133,7 @@ class Stage2:
 
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]:
         """Return what the learner reads, in a fixed order."""
-        return trajectory_experiences(batch, self.config.video.reference_frames)
+        return trajectory_experiences(batch, self.config.video)
 
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """Return what only stage 2 measures, over the anchors that ``step`` has drawn."""
@@ -169,7 +168,7 @@ class Stage2:
             text = completions[0].text
             if greedy:
                 self._greedy[asked] = text
-        answer = parse_answer(text)
+        answer = self.config.models.prompt.answers.parse(text)
         caption = answer.caption if answer else None
         try:
             return Anchor(text, caption, rouge_l(caption, sample.caption) if caption else 0.0)
@@ -201,7 +200,9 @@ def sde_window(config: RunConfig) -> WindowSchedule:
 def window_steps(config: RunConfig) -> range:
     """Return the steps of stage 2's grid whose noise the steps after them can remove: where the window moves by default."""
     section = config.stage2
-    return removable_steps(section.render.steps, config.models.flow_shift, section.sde.schedule, section.sde.level)
+    return removable_steps(
+        section.render.steps, config.models.flow_shift, section.sde.schedule, section.sde.level, config.models.flow_grid
+    )
 
 
 def window_warnings(config: RunConfig) -> list[str]:
@@ -247,11 +248,11 @@ def mean_start(window: WindowSchedule, batch: RolloutBatch, step: int) -> float:
     return float(np.mean(starts)) if starts else 0.0
 
 
-def trajectory_experiences(batch: RolloutBatch, reference_frames: int) -> list[Experience]:
+def trajectory_experiences(batch: RolloutBatch, video: VideoSection) -> list[Experience]:
     """Return every trajectory of ``batch`` with its advantage, in a fixed order; a member without a clip has none."""
     items: list[Experience] = []
     for group, advantages in zip(batch.groups, batch.advantages, strict=True):
-        reference = select_reference_frames(group.sample.context, reference_frames)
+        reference = artist_frames(video, group.sample)
         for member, advantage in zip(group.members, advantages, strict=True):
             if member.clip is None:
                 continue

@@ -16,7 +16,7 @@ from PIL import Image
 
 from actors.records import VlmExperience
 from actors.vlm.policy import VlmPolicy
-from actors.vlm.prompt import SYSTEM_TEXT
+from actors.vlm.settings import PROMPT
 from pipeline.config import load_config
 from pipeline.data.toy.shards import write_toy
 from pipeline.data.toy.world import make_sample
@@ -55,7 +55,8 @@ def theirs(folder: Path, turn: int, prompts: int, steps: int) -> list[float]:
     samples = [make_sample(turn * 1000 + i, "train") for i in range(prompts * steps)]
     rows = {
         "prompt": [
-            [{"role": "system", "content": SYSTEM_TEXT}, {"role": "user", "content": s.question}] for s in samples
+            [{"role": "system", "content": PROMPT.system_text}, {"role": "user", "content": s.question}]
+            for s in samples
         ],
         # Two frames of a video make one patch in time: an image for each of them is as many tokens as the video has.
         "images": [[Image.fromarray(f) for f in s.input_frames[::2]] for s in samples],

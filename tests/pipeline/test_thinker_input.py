@@ -18,11 +18,12 @@ from actors.records import Completion, CompletionRequest, Sample, Scores, VideoQ
 from actors.vlm.inputs import PromptEncoder
 from actors.vlm.policy import VlmPolicy
 from pipeline.commands.answer import load_video, question_request
-from pipeline.config import RunConfig, parse_config
+from pipeline.config import RunConfig, load_config, parse_config
 from pipeline.data.decoder import Shard, VideoShape, block_items, decode_block
 from pipeline.data.schema import Row, ShardWriter
 from pipeline.data.video import VideoLimits, encode_mp4
 from pipeline.evaluate.predict import answer_one
+from pipeline.sft import SftSettings
 from pipeline.sft.items import training_item
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.stage1 import Stage1, completion_experiences
@@ -70,20 +71,21 @@ def write_clip(folder: Path, frames: int, seconds: float) -> tuple[Path, Sample]
     return video, sample
 
 
-def asked_in_rollouts(config: RunConfig, sample: Sample) -> dict[str, VideoQuestion]:
+WAYS: dict[str, Any] = {
+    "stage 1": lambda config, fleet, sample: Stage1(config, fleet).group(sample, "0"),
+    "stage 2": lambda config, fleet, sample: Stage2(config, fleet)._anchor(sample, "0"),
+    "evaluation": answer_one,
+}
+
+
+def asked_in_rollouts(config: RunConfig, sample: Sample) -> dict[str, CompletionRequest]:
     """Return what the engine is asked about ``sample`` by stage 1, stage 2 and the evaluation."""
     found = {}
-    ways: dict[str, Any] = {
-        "stage 1": lambda fleet: Stage1(config, fleet).group(sample, "0"),
-        "stage 2": lambda fleet: Stage2(config, fleet)._anchor(sample, "0"),
-        "evaluation": lambda fleet: answer_one(config, fleet, sample),
-    }
-    for name, way in ways.items():
+    for name, way in WAYS.items():
         pool = Recorder()
         nothing = SimpleNamespace(submit=scored)
-        asyncio.run(way(SimpleNamespace(vlm=pool, reward=nothing, vdm=nothing, conditions=None)))
-        (request,) = pool.requests
-        found[name] = request.asked
+        asyncio.run(way(config, SimpleNamespace(vlm=pool, reward=nothing, vdm=nothing, conditions=None), sample))
+        (found[name],) = pool.requests
     return found
 
 
@@ -114,13 +116,13 @@ def test_five_ways_make_one_input(
     config = run_config(frames)
     video, sample = write_clip(tmp_path, frames, seconds)
     assert sample.fps == pytest.approx((frames - 1) / seconds, rel=1e-4) and sample.fps != config.video.fps
-    asked = asked_in_rollouts(config, sample)
+    asked = {way: request.asked for way, request in asked_in_rollouts(config, sample).items()}
     asked["answer"] = question_request(config, load_video(config, video), QUESTION, 0).asked
     policy, engine = VlmPolicy.load(folder), VllmInputs(folder, "float32")
     completion = Completion("?", np.array([5, 6], np.int32), np.zeros(2, np.float32), "stop", 0)
     member = Member(0, "", Scores("s", 0, {}), completion)
     batch = RolloutBatch((Group(sample, (member,)),), (np.ones(1),), (np.ones(1),))
-    item = training_item("vlm", sample, 2)
+    item = training_item("vlm", sample, SftSettings())
     prompts = {
         "SFT": learnt(policy, lambda: policy.sft_loss([item])),
         "learner": learnt(policy, lambda: policy.collate(completion_experiences(batch))),
@@ -142,3 +144,12 @@ def test_five_ways_make_one_input(
         types = prompts["learner"].token_types == 2
         time = prompts["learner"].positions[0][types]
         assert int(time.max() - time.min()) == 112, "seven steps of 4 s, 4 positions a second"
+
+
+def test_the_nucleus_reaches_the_engine_from_each_section_and_never_a_rollout_that_learns(tmp_path: Path) -> None:
+    overrides = ("stage2.text.top_p=0.8", "stage2.text.temperature=0.7", "evaluate.text.top_p=0.9")
+    config = load_config("toy", [*overrides, "stage1.rewards.weights={format: 1.0}"])
+    video, sample = write_clip(tmp_path, 9, 1.0)
+    found = {name: request.top_p for name, request in asked_in_rollouts(config, sample).items()}
+    found["answer"] = question_request(config, load_video(config, video), QUESTION, 0).top_p
+    assert found == {"stage 1": 1.0, "stage 2": 0.8, "evaluation": 0.9, "answer": 0.9}

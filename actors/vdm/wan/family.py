@@ -1,7 +1,7 @@
 """How Wan's transformer reads a clip, the time of each token, and where an adapter goes.
 
-Reference latents stand before the target's along time. Their tokens carry timestep 0, and no parameter is new
-(arXiv 2511.16669, section on the VDM).
+Reference latents stand before the target's along time, and no parameter is new (arXiv 2511.16669, section on the VDM). Their
+tokens carry timestep 0, or the target's (``ConditioningSection.time``): then a clip has one time, the model's ordinary input.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Wan's VAE, and how pixels, latents and tokens relate: clips and reference frames to normalised latents, latents to clips.
 
-Reference frames become clean latents, each encoded alone (arXiv 2511.16669, section on the VDM). Not responsible for captions
-(``text_encoder``), the time of tokens (``family``), sampling (``actors.vdm.policy``) or caching.
+Reference frames become clean latents, each encoded alone (arXiv 2511.16669, section on the VDM), or as one clip, which is what VANS'
+released code does. Not responsible for captions (``text_encoder``), the time of tokens (``family``), sampling
+(``actors.vdm.policy``) or caching.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from actors.failures import BadSampleError
 from actors.vdm.frames import frames_to_video, video_to_frames
+from actors.vdm.settings import ConditioningSection
 
 _VAE_CHUNK = 4  # frames that AutoencoderKLWan encodes at a time after the first, whatever its temporal compression
 
@@ -87,6 +89,28 @@ def encode_videos(vae: Any, videos: Tensor) -> Tensor:
     mean, std = _latent_stats(vae, videos.device)
     latents = vae.encode(videos.to(vae.dtype)).latent_dist.mode()
     return (latents.float() - mean) / std
+
+
+def encode_condition(vae: Any, frames: np.ndarray, device: torch.device, how: ConditioningSection) -> Tensor:
+    """Encode frames uint8 (n, H, W, 3) to the clean latents float32 (C, n', h, w) that the target is conditioned on."""
+    if how.references == "clip":
+        return encode_clip(vae, frames, device, how.take)
+    return encode_references(vae, frames, device)
+
+
+def encode_clip(vae: Any, frames: np.ndarray, device: torch.device, take: int) -> Tensor:
+    """Encode frames uint8 (T, H, W, 3), T = 4k+1, as one clip, and keep ``take`` of its F latent frames: float32 (C, take, h, w).
+
+    They are those at floor(linspace(0, F - 1, take)): VANS' released code. BadSampleError for a T of which the VAE would drop frames.
+    """
+    chunk = math.lcm(_VAE_CHUNK, int(vae.config.get("scale_factor_temporal", 4)))
+    if len(frames) % chunk != 1:
+        raise BadSampleError(
+            f"an input clip of {len(frames)} frames cannot be encoded: Wan's causal VAE takes {chunk}k+1"
+        )
+    latents = encode_videos(vae, frames_to_video(frames)[None].to(device))[0]
+    picks = torch.linspace(0, latents.shape[1] - 1, take).long()
+    return latents[:, picks.to(device)].contiguous()
 
 
 def encode_references(vae: Any, frames: np.ndarray, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.data.importers.clips import Span
 from pipeline.data.importers.importing import Candidate, Rejected
-from rewards.format import parse_answer
+from rewards.format import DEFAULT
 
 SPREADSHEET_ERRORS = ("#NAME?", "#REF!", "#VALUE!", "#N/A", "#DIV/0!", "#NULL!", "#NUM!")
 LANGUAGES = {"eng": "en", "chn": "zh"}
@@ -45,8 +45,8 @@ def make_row(
             return Rejected(source, line, name, f"{cell.where} is not UTF-8 text")
     caption, answer = cells["caption"].text, None
     if thought := cells.get("thought"):
-        answer = f"<think> {thought.text} </think> <ans> {caption} </ans>"
-        if parse_answer(answer) is None:
+        answer = DEFAULT.write(thought.text, caption)
+        if not DEFAULT.reward(answer):
             return Rejected(source, line, name, f"{thought.where} or the caption holds a tag of answers, such as <ans>")
     language = LANGUAGES[reading.language]
     return Candidate(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from actors.vlm.prompt import SYSTEM_TEXT
+from actors.vlm.settings import PROMPT
 
 
 class PlainModel:
@@ -29,7 +29,7 @@ class PlainModel:
         """What the processor makes of a question about a video, or of the question alone (``frames`` None)."""
         video = [] if frames is None else [{"type": "video"}]
         messages = [
-            {"role": "system", "content": [{"type": "text", "text": SYSTEM_TEXT}]},
+            {"role": "system", "content": [{"type": "text", "text": PROMPT.system_text}]},
             {"role": "user", "content": [*video, {"type": "text", "text": question}]},
         ]
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

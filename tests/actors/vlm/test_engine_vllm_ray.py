@@ -71,6 +71,15 @@ def tokens(groups: list[list[Completion]]) -> list[list[int]]:
     return [c.token_ids.tolist() for group in groups for c in group]
 
 
+def test_a_nucleus_of_one_token_is_greedy_and_a_wide_one_is_not(worker: Any) -> None:
+    load(worker, None, 0)
+    greedy, narrow, wide = (
+        tokens(complete(worker, [replace(r, n=2, **how) for r in REQUESTS[:3]]))
+        for how in ({"temperature": 0.0}, {"top_p": 1e-6}, {"top_p": 0.9})
+    )
+    assert narrow == greedy and wide != greedy
+
+
 def test_base_weights_agree_and_requests_repeat_themselves(worker: Any, policy: VlmPolicy) -> None:
     load(worker, None, 0)
     groups = complete(worker, REQUESTS)

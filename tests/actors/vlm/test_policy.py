@@ -19,8 +19,9 @@ from actors.policy.settings import LoraSection
 from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.inputs import mrope_positions
 from actors.vlm.policy import VlmPolicy
-from actors.vlm.prompt import VIDEO_PLACEHOLDER, parse_caption, render_prompt
+from actors.vlm.prompt import VIDEO_PLACEHOLDER, render_prompt
 from cluster.errors import CheckpointError
+from rewards.format import parse_answer
 
 LORA = LoraSection(rank=8, alpha=32.0)
 
@@ -114,7 +115,7 @@ def test_sft_loss_falls(tiny_vlm_dir: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
     tokens = policy.answer_tokens(answer)
     assert tokens[-1] == policy.eos_token_id
-    assert parse_caption(policy.processor.tokenizer.decode(tokens[:-1])) == "the ball rises"
+    assert parse_answer(policy.processor.tokenizer.decode(tokens[:-1])).caption == "the ball rises"
 
 
 def test_equal_prompts_are_processed_once(policy: VlmPolicy, items: list[VlmExperience]) -> None:

@@ -30,6 +30,7 @@ from pipeline.config import RunConfig, load_config
 from pipeline.data.toy import make_sample
 from pipeline.data.video import encode_mp4, probe
 from pipeline.support.progress import bar
+from rewards.format import DEFAULT
 
 GOOD = "<think> the circle moves </think> <ans> the azure disc grows </ans>"
 
@@ -54,7 +55,7 @@ def shown(config: RunConfig, sample: Sample, said: Sequence[Said | Unanswered]) 
 def test_a_malformed_answer_leaves_the_others_theirs(config: RunConfig, video: Path, tmp_path: Path) -> None:
     sample = load_video(config, video)
     texts = {"one": GOOD, "two": "the disc grows", "three": GOOD.replace("grows", "shrinks")}
-    drawn = shown(config, sample, [captioned(question, text) for question, text in texts.items()])
+    drawn = shown(config, sample, [captioned(question, text, DEFAULT) for question, text in texts.items()])
     answers = write_answers(config, drawn, answer_paths(tmp_path / "a.mp4", 3))
     assert [(a.question, a.caption) for a in answers] == [
         ("one", "the azure disc grows"),
@@ -66,7 +67,7 @@ def test_a_malformed_answer_leaves_the_others_theirs(config: RunConfig, video: P
     assert isinstance(bad, Unanswered) and "the disc grows" in bad.reason and "<ans>" in bad.reason
     told = str(AnswerError([bad], answers))
     assert told.startswith("1 of 3 questions got no answer\n--question 'two': ")
-    alone = shown(config, sample, [captioned("three", texts["three"])])[0]  # drawn as if nobody else had asked
+    alone = shown(config, sample, [captioned("three", texts["three"], DEFAULT)])[0]  # drawn as if nobody else had asked
     assert isinstance(alone, Drawn)
     assert np.abs(alone.frames.astype(int) - answers[1].frames.astype(int)).max() <= 1
 

@@ -224,3 +224,17 @@ def test_the_real_runs_say_how_to_tune_both_models_first(name: str) -> None:
     if adapter.rank:  # Joint-GRPO goes on from it, and has no other reference than the model below it
         assert (adapter.rank, adapter.alpha) == (run.stage1.lora.rank, run.stage1.lora.alpha)
         assert run.stage1.grpo.kl_beta == 0
+
+
+def test_a_nucleus_is_refused_where_its_answers_are_learnt_from_and_free_elsewhere() -> None:
+    free = ["stage2.text.top_p=0.9", "stage2.text.temperature=0.7", "evaluate.text.top_p=0.9"]
+    config = load_config("toy", free)
+    assert (config.stage1.text.top_p, config.stage2.text.top_p, config.evaluate.text.top_p) == (1.0, 0.9, 0.9)
+    with pytest.raises(ConfigError, match=r"stage1.*text\.top_p=0\.9: stage 1 learns from these answers.*set top_p: 1"):
+        load_config("toy", ["stage1.text.top_p=0.9"])
+    with pytest.raises(ConfigError, match="stage 1 learns"):
+        load_config("toy", ["stage1.text.top_p=0.9", "training=all_in_one"])
+    assert load_config("toy", ["stage1.text.top_p=0.9", "stage1.steps=0"]).stage1.text.top_p == 0.9  # nothing is learnt
+    for value in ("0", "1.5"):
+        with pytest.raises(ConfigError, match="top_p"):
+            load_config("toy", [f"evaluate.text.top_p={value}"])

@@ -236,3 +236,14 @@ def test_the_command_answers_with_its_exit_code() -> None:
     small = runner.invoke(app, ["plan", "toy", "learner.gpus=1", "learner.ranks=3", "--gpus", "2x80", "--json"])
     assert small.exit_code == 1 and json.loads(small.output)["fits"] is False
     assert runner.invoke(app, ["plan", "toy", "--gpus", "many"]).exit_code == 2
+
+
+def test_reference_latents_count_as_many_tokens_as_they_are_and_one_time_costs_less(models: Models) -> None:
+    """Of a clip take=3 are kept: 3 of 44x80 latents in patches of 2x2; with one time no token has a modulation of its own."""
+    clip = real("video.conditioning.references=clip", "video.conditioning.take=3")
+    shared = real("video.conditioning.references=clip", "video.conditioning.take=3", "video.conditioning.time=shared")
+    apart, together = load_models(clip).clip_tokens, load_models(shared).clip_tokens
+    assert (apart.reference, apart.target) == (3 * 22 * 40, 9 * 22 * 40) == (together.reference, together.target)
+    assert apart.times and not together.times and models.clip_tokens.times
+    flops = [cost.transformer_flops(models.vdm, tokens).total for tokens in (together, apart, models.clip_tokens)]
+    assert flops == sorted(flops) and flops[0] < flops[1]

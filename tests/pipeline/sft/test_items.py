@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.records import Sample
 from actors.vlm.policy import VlmPolicy
+from actors.vlm.settings import PromptSection
 from cluster.errors import DataError
 from pipeline.config import load_config
 from pipeline.data.decoder import Shard, decode_block
 from pipeline.data.schema import Row, ShardWriter
 from pipeline.data.toy import make_sample
 from pipeline.data.video import VideoLimits, encode_mp4
-from pipeline.sft import sft_settings
-from pipeline.sft.items import Items, refusal
+from pipeline.sft import SftSettings, sft_settings
+from pipeline.sft.items import Items, refusal, training_item
 
 GOOD = ("what next ?", "the disc grows", "<think> a </think> <ans> b </ans>")
 
@@ -77,3 +79,21 @@ def test_rows_that_spell_special_tokens_are_counted_with_their_reason(
 def test_a_set_of_such_rows_alone_says_why(tmp_path: Path, policy: VlmPolicy) -> None:
     with pytest.raises(DataError, match=r"no usable sample; the last row is .*row 1 .*'<\|im_end\|>'"):
         next(items(tmp_path, policy, [("a <|im_end|>", "c", None)] * 2).batches(0))
+
+
+def test_answers_are_learnt_in_the_format_of_the_run() -> None:
+    """A dataset holds the default format, whatever the run's; an answer that is of neither is left for the check to refuse."""
+    released = SftSettings(prompt=PromptSection(think_tag="[Think]", answer_tag="[Ans]", spaced=False))
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+
+    def learnt(settings: SftSettings, answer: str | None) -> str:
+        sample = Sample("s", "predictive", "what next ?", "the disc grows", frames, frames, answer=answer)
+        return str(training_item("vlm", sample, settings)[1])
+
+    held = "<think>  why </think>\n<ans> the disc  grows </ans>"
+    assert learnt(SftSettings(), held) == held
+    assert learnt(SftSettings(), None) == "<think> the disc grows </think> <ans> the disc grows </ans>"
+    assert learnt(released, held) == "[Think]why[/Think][Ans]the disc grows[/Ans]"
+    assert learnt(released, None) == "[Think]the disc grows[/Think][Ans]the disc grows[/Ans]"
+    for text in ("[Think]why[/Think][Ans]b[/Ans]", "of neither"):
+        assert learnt(released, text) == text

@@ -97,6 +97,17 @@ def test_equal_captions_are_drawn_once_and_a_malformed_answer_never(scorer: Scor
     assert values[3] == {"format": 0.0, "rouge_l": 0.0, "clip_v": 0.0}
 
 
+def test_a_run_with_other_tags_reads_its_captions_and_pays_its_format_by_them(scorer: Scorer) -> None:
+    """All four answers are in the default format, which is only text to this run; read leniently it is drawn, and not paid."""
+    tags = "models.prompt.answer_tag='[Ans]'", "models.prompt.think_tag='[Think]'"
+    released = Scorer(scorer.clip, answers=load_config("toy", tags).models.prompt.answers)
+    values, asked = group(released, *tags)
+    assert asked == [] and all(value == {"format": 0.0, "rouge_l": 0.0, "clip_v": 0.0} for value in values)
+    values, asked = group(released, *tags, "models.prompt.caption=first")
+    assert sorted(asked) == sorted({*TEXTS})
+    assert [value["format"] for value in values] == [0.0] * 4 and values[3]["clip_v"] != 0.0
+
+
 def test_text_rewards_alone_draw_nothing(scorer: Scorer) -> None:
     values, asked = group(scorer, "stage1.rewards.weights={format: 1.0, rouge_l: 1.0}")
     assert asked == []
