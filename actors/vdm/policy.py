@@ -1,9 +1,8 @@
 """The artist: a diffusers Wan pipeline that draws the next event from a caption and reference frames.
 
-Responsible for loading, velocities, recomputing the log-probabilities of given trajectories (the
-``Trainable`` protocol) and the supervised loss. Sampler and learner get velocities from the one function
-:meth:`VdmPolicy.velocity` and steps from ``flow_sde.transition``. Not responsible for weight versions on the wire or
-for Ray (``worker``).
+Responsible for loading, velocities, recomputing the log-probabilities of given trajectories (the ``Trainable`` protocol) and the
+supervised loss. Sampler and learner get velocities from the one function :meth:`VdmPolicy.velocity` and steps from
+``flow_sde.transition``. Not responsible for weight versions on the wire or for Ray (``worker``).
 """
 
 from __future__ import annotations
@@ -30,11 +29,7 @@ from actors.policy.lora import (
 )
 from actors.policy.protocol import PolicyOutput, SupervisedLoss, torch_dtype
 from actors.policy.settings import LoraSection
-from actors.records import (
-    Experience,
-    RenderRequest,
-    VdmExperience,
-)
+from actors.records import Experience, RenderRequest, VdmExperience
 from actors.vdm import flow_sde, trajectories
 from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.frames import frames_to_video
@@ -51,8 +46,7 @@ from cluster.errors import CheckpointError
 class VdmPolicy:
     """A Wan text-to-video pipeline conditioned on reference frames by time concatenation; implements ``Trainable``.
 
-    ``module`` is the WanTransformer3DModel. VAE and text encoder are frozen; what they make of a caption or of frames
-    is cached.
+    ``module`` is the WanTransformer3DModel. VAE and text encoder are frozen; what they make of a caption or of frames is cached.
     """
 
     def __init__(
@@ -119,8 +113,8 @@ class VdmPolicy:
     ) -> VdmPolicy:
         """Load a diffusers WanPipeline folder (or hub name).
 
-        ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree.
-        ``seed`` draws a new adapter.
+        ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree. ``seed``
+        draws a new one.
         ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``).
         ``options`` are the constructor's: settings (how a sampler draws), shift and grid (of its sigmas), supervised (the sigmas
         of the supervised loss), reference_frames, conditioning (how it sees the input), max_text_tokens, negative_prompt,

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from actors.learner.settings import LearnerSection
+from actors.vdm.settings import ConditioningSection
 from cluster.errors import ConfigError
 from pipeline.cli import app
 from pipeline.config import load_config, parse_config
@@ -84,7 +85,13 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
         limits=VideoLimits(max_pixels=1280 * 720, max_frames=900),
         reference_frames=6,
         max_quarantine_ratio=0.01,
-        policy_kwargs={"shift": 5.0, "shared_times": True, "vae_tiling": False},
+        policy_kwargs={
+            "shift": 5.0,
+            "grid": "diffusers",
+            "shared_times": True,
+            "vae_tiling": False,
+            "conditioning": ConditioningSection(),
+        },
     )
 
 
