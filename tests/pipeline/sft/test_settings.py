@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from actors.vdm.flow_sde import FlowMatchingSpec
+from actors.vdm.settings import ConditioningSection
 from cluster.errors import ConfigError
 from pipeline.cli import app
 from pipeline.config import load_config, parse_config
@@ -15,6 +18,7 @@ from pipeline.data.decoder import VideoShape
 from pipeline.data.video import VideoLimits
 from pipeline.pretrain import Effort
 from pipeline.sft import SftSettings, sft_settings
+from pipeline.sft.loop import load_policy
 
 
 def test_the_bundled_run_tunes_as_the_bundled_pair_was_tuned() -> None:
@@ -115,3 +119,24 @@ def test_the_command_refuses_before_it_writes(tmp_path: Path) -> None:
     assert told.exit_code == 2 and "neither vlm nor vdm" in told.output
     told = CliRunner().invoke(app, ["sft", "vlm", "toy", "--data", str(tmp_path / "no"), "--out", str(out)])
     assert told.exit_code == 2 and not out.exists()
+
+
+def test_prompt_conditioning_and_levels_reach_the_policies_that_are_tuned(
+    tiny_vlm_dir: Path, tiny_vdm_dir: Path
+) -> None:
+    run = load_config(
+        "toy",
+        [
+            "models.prompt.answer_tag='[Ans]'",
+            "video.conditioning={references: clip, time: shared}",
+            "sft.vdm.timesteps=uniform",
+            "sft.vdm.weighting=bell",
+        ],
+    )
+    cpu = torch.device("cpu")
+    thinker = load_policy("vlm", str(tiny_vlm_dir), sft_settings(run, "vlm"), 1, cpu)
+    artist = load_policy("vdm", str(tiny_vdm_dir), sft_settings(run, "vdm"), 1, cpu)
+    assert thinker.prompt == run.models.prompt and artist.conditioning == run.video.conditioning
+    assert (artist.supervised.timesteps, artist.supervised.weighting) == ("uniform", "bell")
+    plain = load_policy("vdm", str(tiny_vdm_dir), sft_settings(load_config("toy"), "vdm"), 1, cpu)
+    assert (plain.supervised, plain.conditioning) == (FlowMatchingSpec(), ConditioningSection())
