@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,17 @@ def test_frames_of_both_sizes_reach_the_sample(folder: Path) -> None:
     assert np.abs(sample.target_frames[..., 0].astype(int) - 142).max() <= 3
     assert np.abs(sample.context_frames[:, 0, 0, 1].astype(int) - [0, 20, 40]).max() <= 3
     assert sample.fps == 4.0, "three frames spread over half a second"
+
+
+def test_pictures_in_a_budget_and_a_clip_for_the_artist_pass_through_ray_data(folder: Path) -> None:
+    shape = replace(SHAPE, vlm_pixels=(1000, 3000), vlm_multiple=16, context_frames=5)
+    source = SampleSource(folder, shape, seed=3, max_quarantine_ratio=0.2, shuffle=False)
+    (batch,) = take(source, 3, 1)
+    sample = batch.samples[2]
+    assert sample.id == "r02" and sample.input_frames.shape == (3, 32, 32, 3)  # of 16x16, at least 1000 pixels
+    assert sample.context.shape == (5, 16, 16, 3)
+    assert np.abs(sample.input_frames[:, 0, 0, 1].astype(int) - [0, 20, 40]).max() <= 3
+    assert np.abs(sample.context[:, 0, 0, 1].astype(int) - [0, 10, 20, 30, 40]).max() <= 3
 
 
 def test_a_new_source_resumes_with_exactly_the_next_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from actors.learner.settings import LearnerSection
+from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.settings import ConditioningSection
 from cluster.errors import ConfigError
 from pipeline.cli import app
@@ -18,6 +20,7 @@ from pipeline.data.decoder import VideoShape
 from pipeline.data.video import VideoLimits
 from pipeline.pretrain import Effort
 from pipeline.sft import SftSettings, sft_settings
+from pipeline.sft.loop import load_policy
 
 
 def test_the_bundled_run_tunes_as_the_bundled_pair_was_tuned() -> None:
@@ -40,7 +43,12 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
     run = parse_config(
         {
             "seed": 7,
-            "models": {"vdm": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vdm_adapter": "adapter", "flow_shift": 5.0},
+            "models": {
+                "vdm": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+                "vdm_adapter": "adapter",
+                "flow_shift": 5.0,
+                "negative_prompt": "blurry",
+            },
             "video": {"num_frames": 33, "height": 352, "width": 640, "input_frames": 16, "reference_frames": 6},
             "data": {"decoders": 6, "max_pixels": 1280 * 720, "max_source_frames": 900, "max_quarantine_ratio": 0.01},
             "learner": {"ranks": 8, "cpus": 4, "gpus": 1, "dtype": "bfloat16", "activation_checkpointing": True},
@@ -88,6 +96,7 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
         policy_kwargs={
             "shift": 5.0,
             "grid": "diffusers",
+            "negative_prompt": "blurry",
             "shared_times": True,
             "vae_tiling": False,
             "conditioning": ConditioningSection(),
@@ -125,3 +134,24 @@ def test_the_command_refuses_before_it_writes(tmp_path: Path) -> None:
     assert told.exit_code == 2 and "neither vlm nor vdm" in told.output
     told = CliRunner().invoke(app, ["sft", "vlm", "toy", "--data", str(tmp_path / "no"), "--out", str(out)])
     assert told.exit_code == 2 and not out.exists()
+
+
+def test_prompt_conditioning_and_levels_reach_the_policies_that_are_tuned(
+    tiny_vlm_dir: Path, tiny_vdm_dir: Path
+) -> None:
+    run = load_config(
+        "toy",
+        [
+            "models.prompt.answer_tag='[Ans]'",
+            "video.conditioning={references: clip, time: shared}",
+            "sft.vdm.timesteps=uniform",
+            "sft.vdm.weighting=bell",
+        ],
+    )
+    cpu = torch.device("cpu")
+    thinker = load_policy("vlm", str(tiny_vlm_dir), sft_settings(run, "vlm"), 1, cpu)
+    artist = load_policy("vdm", str(tiny_vdm_dir), sft_settings(run, "vdm"), 1, cpu)
+    assert thinker.prompt == run.models.prompt and artist.conditioning == run.video.conditioning
+    assert (artist.supervised.timesteps, artist.supervised.weighting) == ("uniform", "bell")
+    plain = load_policy("vdm", str(tiny_vdm_dir), sft_settings(load_config("toy"), "vdm"), 1, cpu)
+    assert (plain.supervised, plain.conditioning) == (FlowMatchingSpec(), ConditioningSection())
