@@ -73,7 +73,7 @@ def _embed(config: RunConfig) -> dict[str, Any]:
         "dtype": section.dtype,
         "device": device(section),
         "threads": max(1, int(section.cpus)),
-        "negative_prompt": config.models.negative_prompt,
+        "negative_prompt": config.models.negative_prompt or "",
         "vae_tiling": config.video.vae_tiling,
         "conditioning": config.video.conditioning,
     }

@@ -69,7 +69,7 @@ def vdm_options(config: RunConfig) -> dict[str, Any]:
     return {
         "shift": config.models.flow_shift,
         "grid": config.models.flow_grid,
-        "negative_prompt": config.models.negative_prompt,
+        "negative_prompt": config.models.negative_prompt or "",
         "shared_times": config.models.shared_times,
         "vae_tiling": config.video.vae_tiling,
         "conditioning": config.video.conditioning,
