@@ -281,6 +281,7 @@ def draw(
             adapter=adapter,
             shift=config.models.flow_shift,
             grid=config.models.flow_grid,
+            negative_prompt=config.models.negative_prompt or "",
             shared_times=config.models.shared_times,
             settings=VdmPoolSection(max_decode=config.pools.vdm.max_decode),
             vae_tiling=config.video.vae_tiling,

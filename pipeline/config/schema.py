@@ -39,6 +39,12 @@ class ModelsSection(Section):
     vlm_adapter: str | None = Field(None, description="PEFT adapter folder the VLM starts from.")
     vdm_adapter: str | None = Field(None, description="PEFT adapter folder the VDM starts from.")
     prompt: PromptSection = Field(default_factory=PromptSection)
+    negative_prompt: str | None = Field(
+        None,
+        description="What the artist is led away from under guidance, and in its SFT the caption in the place of a dropped one; null "
+        "is an empty text.",
+        json_schema_extra=cite("classifier-free guidance", "VANS as released"),
+    )
     flow_shift: float = Field(
         3.0,
         gt=0,

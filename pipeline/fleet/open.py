@@ -203,6 +203,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             options={
                 "shift": models.flow_shift,
                 "grid": models.flow_grid,
+                "negative_prompt": models.negative_prompt or "",
                 "shared_times": models.shared_times,
                 "settings": vdm.model_copy(update=exact),
                 "vae_tiling": config.video.vae_tiling,
@@ -221,6 +222,7 @@ def _makers(config: RunConfig, started: Sequence[str]) -> dict[str, Callable[[Pl
             dtype=embed.dtype,
             device=_device(embed),
             threads=max(1, int(embed.cpus)),
+            negative_prompt=models.negative_prompt or "",
             vae_tiling=config.video.vae_tiling,
             conditioning=config.video.conditioning,
         )

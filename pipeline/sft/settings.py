@@ -143,6 +143,7 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
             "shift": config.models.flow_shift,
             "shared_times": config.models.shared_times,
             "vae_tiling": config.video.vae_tiling,
+            "negative_prompt": config.models.negative_prompt or "",
         }
         if kind == "vdm"
         else {"engine_dtype": config.pools.vlm.dtype},

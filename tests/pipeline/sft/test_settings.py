@@ -40,7 +40,12 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
     run = parse_config(
         {
             "seed": 7,
-            "models": {"vdm": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vdm_adapter": "adapter", "flow_shift": 5.0},
+            "models": {
+                "vdm": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+                "vdm_adapter": "adapter",
+                "flow_shift": 5.0,
+                "negative_prompt": "blurry",
+            },
             "video": {"num_frames": 33, "height": 352, "width": 640, "input_frames": 16, "reference_frames": 6},
             "data": {"decoders": 6, "max_pixels": 1280 * 720, "max_source_frames": 900, "max_quarantine_ratio": 0.01},
             "learner": {"ranks": 8, "cpus": 4, "gpus": 1, "dtype": "bfloat16", "activation_checkpointing": True},
@@ -88,7 +93,7 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
         checkpoint_every=250,
         max_failures=3,
         log_every=5,
-        policy_kwargs={"shift": 5.0, "shared_times": True, "vae_tiling": False},
+        policy_kwargs={"shift": 5.0, "shared_times": True, "vae_tiling": False, "negative_prompt": "blurry"},
     )
 
 
