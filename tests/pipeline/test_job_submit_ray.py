@@ -113,8 +113,8 @@ def test_a_submitted_job_trains_on_real_footage(trained: Path) -> None:
     runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
     assert {r.info.status for r in runs.values()} == {"FINISHED"}
     assert runs["stage1"].data.metrics["rollout/groups"] == 4
-    assert 0 < runs["stage1"].data.metrics["reward/clip_v_mean"] <= 1
-    assert 0 < runs["stage2"].data.metrics["reward/clip_v_mean"] <= 1
+    for stage in ("stage1", "stage2"):  # a cosine: the tiny artist has only learnt to draw shapes, so of either sign
+        assert 0 < abs(runs[stage].data.metrics["reward/clip_v_mean"]) <= 1
     for adapter in ("vlm_adapter", "vdm_adapter"):
         assert (trained / adapter / "adapter_model.safetensors").stat().st_size > 0
 
