@@ -34,6 +34,7 @@ from actors.vdm import flow_sde, trajectories
 from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.frames import frames_to_video
 from actors.vdm.settings import ConditioningSection, VdmPoolSection
+from actors.vdm.supervised import flow_matching_loss
 from actors.vdm.trajectories import Condition, Encoded, Noised, VdmBatch
 from actors.vdm.wan import vae as wan_vae
 from actors.vdm.wan.family import LORA_TARGETS, ExactTimes, token_timesteps
@@ -382,38 +383,11 @@ class VdmPolicy:
         generator: torch.Generator | None = None,
         spec: FlowMatchingSpec | None = None,
     ) -> SupervisedLoss:
-        """Return the flow-matching loss mean((v - (eps - x0))^2) over each clip's target latents, weighted and summed over the clips.
+        """Return ``supervised.flow_matching_loss`` of (reference frames, caption, target frames) rows.
 
-        batch: (reference frames uint8 (n, H, W, 3), caption, target frames uint8 (T, H, W, 3)), equal sizes.
-        ``generator`` (CPU) draws sigma, noise and dropped captions, clip by clip: they are the same however a batch is
-        cut. None is torch's global one. ``spec`` None is the policy's ``supervised``.
+        ``spec`` None is the policy's ``supervised``.
         """
-        spec = spec or self.supervised
-        references = [reference for reference, _, _ in batch]
-        clean = self.encode_targets([target for _, _, target in batch], self.conditioning.latents(len(references[0])))
-        draws = [
-            (
-                float(torch.rand((), generator=generator)) < spec.caption_dropout,
-                flow_sde.sample_sigmas(1, spec, self.shift, generator),
-                torch.randn(clean.shape[1:], generator=generator),
-            )
-            for _ in batch
-        ]
-        dropped = [drop for drop, _, _ in draws]
-        captions = [self.negative_prompt if drop else caption for (_, caption, _), drop in zip(batch, dropped)]
-        sigma = torch.cat([sigma for _, sigma, _ in draws]).to(self.device)
-        noise = torch.stack([noise for _, _, noise in draws]).to(self.device)
-        noisy, target = flow_sde.noisy_pair(clean, noise, sigma)
-        condition = self.condition(captions, references, [1.0] * len(batch))
-        per_clip = ((self.velocity(noisy, sigma, condition) - target) ** 2).flatten(1).mean(dim=1)
-        if spec.weighting == "bell":
-            per_clip = per_clip * flow_sde.bell_weights(sigma, self.shift)
-        metrics = {
-            "loss": float(per_clip.detach().mean()),
-            "sigma_mean": float(sigma.mean()),
-            "caption_dropped": float(np.mean(dropped)),
-        }
-        return SupervisedLoss(per_clip.sum(), len(batch), metrics)
+        return flow_matching_loss(self, batch, generator, spec or self.supervised)
 
     def drop_text_encoder(self) -> None:
         """Free the text encoder's memory; captions that were embedded stay known."""
