@@ -133,14 +133,18 @@ def table(measured: dict[int, dict[str, Any]]) -> list[str]:
 
 def document(measured: dict[int, dict[str, Any]]) -> str:
     """Return ``docs/results/benchmarks.md``."""
-    told = ", ".join(f"{name} {value}" for name, value in machine().items() if name not in ("processor", "cores"))
+    machines: dict[str, list[int]] = {}
+    for number, plain in sorted(measured.items()):
+        where = plain["machine"]
+        told = ", ".join(f"{name} {value}" for name, value in where.items() if name not in ("processor", "cores"))
+        machines.setdefault(f"{where['cores']} cores of {where['processor']}; {told}", []).append(number)
     lines = [
         "# Benchmarks",
         "",
         "What `make bench` printed. Each row measures ours and its baseline in the same process, turn by turn; a figure is the",
         "median over the repeats, with the lowest and the highest. `benchmarks.json` beside this file has every single value.",
         "",
-        f"Measured on {machine()['cores']} cores of {machine()['processor']}; {told}.",
+        *(f"- rows {', '.join(map(str, rows))}: measured on {where}" for where, rows in machines.items()),
         "",
         *table(measured),
         "",
@@ -179,10 +183,11 @@ def main() -> int:
     measured: dict[int, dict[str, Any]] = {}
     kept = args.out / "benchmarks.json" if args.out else None
     if kept is not None and kept.exists() and args.rows:  # some rows again: the others stay as they were
-        measured = {int(n): plain for n, plain in json.loads(kept.read_text())["rows"].items()}
+        measured = {int(n): plain for n, plain in json.loads(kept.read_text()).items()}
     for number in wanted:
         print(f"row {number}: {rows[number].what} …", flush=True)
-        measured[number] = plain = measure_apart(rows[number], args.size, args.timeout)
+        plain = measure_apart(rows[number], args.size, args.timeout) | {"machine": machine()}
+        measured[number] = plain
         if "error" in plain:
             print(plain["error"], flush=True)
         else:
@@ -194,8 +199,7 @@ def main() -> int:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "benchmarks.md").write_text(document(measured))
-        plain = {"machine": machine(), "rows": {str(n): measured[n] for n in sorted(measured)}}
-        kept.write_text(json.dumps(plain, indent=1) + "\n")
+        kept.write_text(json.dumps({str(n): measured[n] for n in sorted(measured)}, indent=1) + "\n")
     return int(any("error" in plain for plain in measured.values()))
 
 
