@@ -31,3 +31,21 @@ def test_a_row_gives_its_workers_what_they_take(name: str, overrides: list[str])
 def test_an_engine_may_be_asked_for_all_that_it_has_in_flight_and_more() -> None:
     pools = load_config("toy", ["pools.vlm.max_inflight=100"]).pools
     assert (KINDS["vlm"].calls(pools.vlm), KINDS["vdm"].calls(pools.vdm)) == (400, 2)
+
+
+def test_prompt_conditioning_and_steps_reach_every_pool_that_needs_them() -> None:
+    config = load_config(
+        "toy",
+        [
+            "models.prompt.answer_tag='[Ans]'",
+            "models.negative_prompt=blurry",
+            "models.flow_grid=even",
+            "video.conditioning={references: clip, time: shared}",
+            "pools.embed.workers=1",
+        ],
+    )
+    given = {name: kind.arguments(config) for name, kind in KINDS.items()}
+    assert given["vlm"]["prompt"] == config.models.prompt and given["reward"]["answers"].answer == "[Ans]"
+    for arguments in (given["embed"], given["vdm"]["options"]):
+        assert (arguments["negative_prompt"], arguments["conditioning"]) == ("blurry", config.video.conditioning)
+    assert given["vdm"]["options"]["grid"] == "even"
