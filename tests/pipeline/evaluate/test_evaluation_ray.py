@@ -45,6 +45,6 @@ def test_two_folders_stand_in_one_table_and_are_compared(ray_alone: None, toy_sh
     stored = json.loads((out / "table.json").read_text())
     assert list(stored["systems"]) == ["still", "oracle"] and stored["samples"]["all"] == COUNT
     differences = stored["comparison"]["differences"]["all"]
-    assert differences["clip_v"]["low"] > 0.3 and differences["frechet"]["high"] < 0.01
+    assert differences["clip_v"]["low"] > 0.1 and differences["frechet"]["high"] < 0.01
     assert differences["rouge_l"]["differ"] == 1, "the same captions, but for the question left out"
     assert (out / "contact_sheet.png").is_file()
