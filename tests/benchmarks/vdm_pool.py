@@ -153,9 +153,10 @@ async def measure_pool(size: Size) -> Result:
         section = config.pools.vdm  # as the toy run sets them
         options = {
             "shift": SHIFT,
-            "settings": VdmPoolSection(max_decode=section.max_decode, max_embed=section.max_embed),
+            "settings": VdmPoolSection(
+                max_decode=section.max_decode, max_embed=section.max_embed, channels_last=section.channels_last
+            ),
         }
-        options |= {"channels_last": section.channels_last}
         return actor.options(num_cpus=1, max_concurrency=2).remote(name, path, options=options)
 
     async with WorkerPool("vdm", make, spec) as pool:
