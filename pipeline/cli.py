@@ -316,7 +316,7 @@ def pretrain(
     out: Out,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
 ) -> None:
-    """Make the tiny pair and the tiny CLIP from random weights, with a measured quality line each. Tens of minutes on two cores.
+    """Make the bundled models (pair, CLIP, video encoder) from random weights, each with a measured quality line. Tens of minutes.
 
     Example: `vans pretrain --out runs/tiny`
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.toy.language import LANGUAGES, caption_words, grammar_corpus
+from pipeline.data.toy.language import LANGUAGES, caption_words, grammar_corpus, longest_first
 
 QWEN_SPECIAL = [
     "<|endoftext|>",
@@ -97,7 +97,7 @@ def word_tokenizer(*, max_length: int, clip: bool) -> PreTrainedTokenizerFast:
     vocabulary = specials + words + (["<start>", "<end>"] if clip else [])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=_UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
-    cut = "|".join(sorted(chinese, key=len, reverse=True))
+    cut = "|".join(longest_first(chinese))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(cut), "isolated"), pre_tokenizers.Whitespace()]
     )

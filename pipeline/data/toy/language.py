@@ -20,8 +20,12 @@ from typing import Literal
 
 import numpy as np
 
+from rewards.format import DEFAULT
+
 Wordings = dict[str, tuple[str, str, str]]
 LanguageCode = Literal["en", "zh"]
+STATES = ("", "large", "small", "faint", "pale", "top left", "top right", "bottom left", "bottom right")
+"""What can be said of an object that a picture shows; the first is that it is there."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,13 @@ class Language:
     @cached_property
     def grammar(self) -> re.Pattern[str]:
         """What captions match, one group a slot."""
-        slots = {slot: f"(?P<{slot}>{'|'.join(_longest_first(self.lookup[slot]))})" for slot, _ in self.concepts}
+        slots = {slot: f"(?P<{slot}>{'|'.join(longest_first(self.lookup[slot]))})" for slot, _ in self.concepts}
         pattern = self.caption.format(**slots)
         return re.compile(pattern.replace(self.optional, f"(?:{self.optional})?", 1))
 
 
-def _longest_first(words: Iterable[str]) -> list[str]:
+def longest_first(words: Iterable[str]) -> list[str]:
+    """``words`` as alternatives of a regular expression: none stands before one that begins with it."""
     return sorted(words, key=lambda word: (-len(word), word))
 
 
@@ -108,17 +113,7 @@ ENGLISH = Language(
     optional="the ",
     thought="{shown} so {told}",
     joint=" then ",
-    states={
-        "": "",
-        "large": "large",
-        "small": "small",
-        "faint": "faint",
-        "pale": "pale",
-        "top left": "top left",
-        "top right": "top right",
-        "bottom left": "bottom left",
-        "bottom right": "bottom right",
-    },
+    states={state: state for state in STATES},
     seen="the {state} {colour} {shape} ",
 )
 CHINESE = Language(
@@ -334,12 +329,10 @@ def grammar_corpus(language: LanguageCode) -> list[str]:
         pieces += [spoken.optional, spoken.joint, *spoken.thought.format(shown=" ", told="").split()]
         pieces += [part for pair in spoken.questions.values() for question in pair for part in question.split("{name}")]
         return [piece for piece in pieces if piece] * 8
-    lines = []
-    for event in events:
-        plain = event.plain()
-        lines += [
-            f"<think> {plain} then {plain} so {plain} </think> <ans> {caption_with(event, (i, i, i))} </ans>"
-            for i in range(3)
-        ]
+    lines = [
+        DEFAULT.write(thought_of((event, event), event), caption_with(event, (i, i, i)))
+        for event in events
+        for i in range(3)
+    ]
     names = dict.fromkeys(event.name() for event in events)
     return lines + [q.format(name=name) for name in names for pair in spoken.questions.values() for q in pair]

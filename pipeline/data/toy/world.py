@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.records import VideoQuestion
+from rewards.format import DEFAULT
 
 from .language import (
     COLOURS,
@@ -74,7 +75,7 @@ class ToySample:
     @property
     def answer_text(self) -> str:
         """The text the VLM is trained to write."""
-        return f"<think> {self.thought} </think> <ans> {self.caption} </ans>"
+        return DEFAULT.write(self.thought, self.caption)
 
     @property
     def meta_json(self) -> str:

@@ -44,7 +44,10 @@ def test_a_text_that_cannot_be_asked_is_named(tiny_vlm_dir: Path, text: str, sai
     "text", ["<think> is it so ?", "שלום 😀 \u202e", "a\x00b\x1b[31m", "<ans>", "<|no_such_token|>"]
 )
 def test_odd_text_that_is_only_text_may_be_asked(tiny_vlm_dir: Path, text: str) -> None:
-    check_text(load_tokenizer(tiny_vlm_dir), text, "question")
+    tokenizer = load_tokenizer(tiny_vlm_dir)
+    check_text(tokenizer, text, "question")
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert special and not special & set(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def test_an_example_that_cannot_be_learnt_from_is_named(policy: VlmPolicy) -> None:
