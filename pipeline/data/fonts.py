@@ -13,28 +13,30 @@ from PIL import ImageFont
 
 log = logging.getLogger(__name__)
 
-_OWN = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+OWN = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 def font_for(text: str, size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return a font of ``size`` pixels that has all letters of ``text``.
+    """Return a font of ``size`` pixels that has the letters of ``text``.
 
-    Where no installed font has them, DejaVu, which draws a box for each, and one warning that says which are missing.
+    Where no font has them all, the one that has most, which draws a box for each of the others, and one warning.
     """
-    own = str(_OWN / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"))
-    missing = {letter for letter in text if letter.isprintable()} - _letters(own)
-    return _font(own if not missing else _other("".join(sorted(missing))) or own, size)
+    own = str(OWN / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"))
+    letters = frozenset(letter for letter in text if letter.isprintable())
+    return _font(own if letters <= _letters(own) else _fullest(letters, own), size)
 
 
 @lru_cache(maxsize=256)
-def _other(missing: str) -> str | None:
-    """Return the file of the installed font with most of the letters ``missing``; None, and a warning, where none has any."""
-    found = {font.fname: len(set(missing) & _letters(font.fname)) for font in sorted(fontManager.ttflist, key=str)}
-    best = max(found, key=lambda name: found[name], default=None)
-    if best is None or found[best] < len(missing):
+def _fullest(letters: frozenset[str], own: str) -> str:
+    """Return the file of the font with most of ``letters``, ``own`` before its equals; warns where it lacks any.
+
+    Matplotlib's other fonts do not count: its Last Resort claims all letters and draws a box for each, others draw symbols.
+    """
+    installed = sorted({font.fname for font in fontManager.ttflist if not Path(font.fname).is_relative_to(OWN)})
+    best = max([own, *installed], key=lambda file: len(letters & _letters(file)))
+    if not letters <= _letters(best):
         _warn_once()
-        log.debug("no installed font has all of %s", missing)
-    return best if best is not None and found[best] else None
+    return best
 
 
 @lru_cache(maxsize=1)

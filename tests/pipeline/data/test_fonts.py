@@ -16,13 +16,15 @@ from pipeline.data.fonts import font_for
 
 
 @pytest.fixture(autouse=True)
-def only_dejavu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def only_matplotlibs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine with no fonts but matplotlib's own, whatever is installed here."""
-    monkeypatch.setattr(fontManager, "ttflist", [f for f in fontManager.ttflist if "DejaVu" in f.fname])
-    for cache in (fonts._other, fonts._warn_once):
+    own = [font for font in fontManager.ttflist if Path(font.fname).is_relative_to(fonts.OWN)]
+    assert any("Last Resort" in font.name for font in own)  # which has a glyph for every letter: a box
+    monkeypatch.setattr(fontManager, "ttflist", own)
+    for cache in (fonts._fullest, fonts._warn_once):
         cache.cache_clear()
     yield
-    for cache in (fonts._other, fonts._warn_once):
+    for cache in (fonts._fullest, fonts._warn_once):
         cache.cache_clear()
 
 
@@ -51,7 +53,7 @@ def test_latin_texts_stand_in_dejavu() -> None:
 
 
 def test_letters_that_dejavu_lacks_are_drawn_in_an_installed_font_that_has_them(tmp_path: Path) -> None:
-    a_font_with("红色", tmp_path / "some.ttf")
+    a_font_with("红色的圆形上升", tmp_path / "some.ttf")
     a_font_with("红色的圆形上升 abc", tmp_path / "all.ttf")
     for name in ("some.ttf", "all.ttf"):
         fontManager.addfont(tmp_path / name)
