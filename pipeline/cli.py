@@ -315,14 +315,33 @@ def sft(
 def pretrain(
     out: Out,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="vae, artist, clip, thinker, video or sft: train this part alone, repeat it for more; default: all. The "
+            "artist needs a VAE in --out."
+        ),
+    ] = None,
+    conditioning: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="What the artist is conditioned on, as under video.conditioning (docs/configuration.md); repeat it.",
+        ),
+    ] = None,
 ) -> None:
     """Make the bundled models (pair, CLIP, video encoder) from random weights, each with a measured quality line. Tens of minutes.
 
-    Example: `vans pretrain --out runs/tiny`
+    Examples: `vans pretrain --out runs/tiny`; an artist that sees the whole input clip, with the bundled VAE:
+    `cp -r pipeline/assets/tiny runs/clip`, `vans pretrain --out runs/clip --part artist --part sft --conditioning references=clip
+    --conditioning take=2 --conditioning time=shared`
     """
+    from pipeline.config import load_config
+    from pipeline.pretrain import PARTS, Effort
     from pipeline.pretrain import pretrain as run_pretrain
 
-    run_pretrain(out, seed=seed)
+    video = load_config("toy", [f"video.conditioning.{pair}" for pair in conditioning or ()]).video
+    run_pretrain(out, seed=seed, effort=Effort(conditioning=video.conditioning), parts=tuple(part or PARTS))
 
 
 @app.command()

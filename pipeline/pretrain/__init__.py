@@ -5,6 +5,6 @@ Not for: fine-tuning (``pipeline.sft``).
 Begin with ``pretraining``.
 """
 
-from .pretraining import Effort, pretrain
+from .pretraining import PARTS, Effort, pretrain
 
-__all__ = ["Effort", "pretrain"]
+__all__ = ["PARTS", "Effort", "pretrain"]

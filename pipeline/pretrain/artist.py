@@ -16,9 +16,10 @@ from torch import nn
 
 from actors.records import RenderRequest, derive_seed
 from actors.vdm.flow_sde import FlowMatchingSpec
-from actors.vdm.frames import select_reference_frames
+from actors.vdm.frames import conditioning_frames
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.sampling import sample
+from actors.vdm.settings import ConditioningSection
 from pipeline.data.toy.language import DRAWN_WORDINGS, caption_with, uniform_caption
 from pipeline.data.toy.scene import FRAMES
 from pipeline.data.toy.world import follow, language_of, make_sample
@@ -39,12 +40,12 @@ class Drawing:
     target: np.ndarray
 
 
-def drawings(count: int, seed: int) -> list[Drawing]:
+def drawings(count: int, seed: int, conditioning: ConditioningSection) -> list[Drawing]:
     """The ``artist`` split's first ``count`` samples, a quarter of them Chinese, as training items."""
     items = []
     for index in range(count):
         sample = make_sample(index, "artist", seed, language_of(index, "mixed"))
-        references = select_reference_frames(sample.input_frames, REFERENCE_FRAMES)
+        references = conditioning_frames(sample.input_frames, REFERENCE_FRAMES, conditioning)
         items.append(Drawing(references, sample.caption, sample.target_frames))
     return items
 
@@ -101,7 +102,7 @@ def artist_quality(policy: VdmPolicy, *, count: int = 96, seed: int = 0, split: 
                 sample_id=s.id,
                 index=0,
                 caption=text,
-                reference_frames=select_reference_frames(s.input_frames, REFERENCE_FRAMES),
+                reference_frames=conditioning_frames(s.input_frames, REFERENCE_FRAMES, policy.conditioning),
                 num_frames=FRAMES,
                 steps=_STEPS,
                 guidance=1.0,
@@ -114,6 +115,8 @@ def artist_quality(policy: VdmPolicy, *, count: int = 96, seed: int = 0, split: 
     return rates
 
 
-def load_artist(folder: str | Path, shift: float) -> VdmPolicy:
+def load_artist(folder: str | Path, shift: float, conditioning: ConditioningSection) -> VdmPolicy:
     """The pipeline folder as a policy whose cache holds every latent of the training set."""
-    return VdmPolicy.load(folder, shift=shift, reference_frames=REFERENCE_FRAMES, cache_bytes=1 << 30)
+    return VdmPolicy.load(
+        folder, shift=shift, reference_frames=REFERENCE_FRAMES, conditioning=conditioning, cache_bytes=1 << 30
+    )

@@ -15,28 +15,31 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from cluster.errors import TrainingError
+from actors.vdm.settings import ConditioningSection
+from cluster.errors import ConfigError, TrainingError
 from pipeline.lock import hold
 from pipeline.support import terminal
 from pipeline.support.progress import Bar, bar, bars, waiting
 
 SFT = "sft"
 LANES: tuple[tuple[str, ...], ...] = (("vae", "artist"), ("clip", "thinker", "video"))
+PAIR = (("thinker", "vlm", "sft"), ("artist", "vdm", "artist"))
+"""Part, folder and data of what is fine-tuned."""
 PARTS = (*(part for lane in LANES for part in lane), SFT)
 _POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long each part trains. The defaults are what the bundled tiny models were trained with."""
+    """How long each part trains, and what the artist is conditioned on. The defaults are the bundled tiny models'."""
 
     vae_steps: int = 1200
     clip_steps: int = 1500
@@ -51,6 +54,7 @@ class Effort:
     sft_batch: int = 64
     sft_lr: float = 3e-4
     sft_ranks: int = 2
+    conditioning: ConditioningSection = field(default_factory=ConditioningSection)
 
 
 def pretrain(
@@ -63,8 +67,11 @@ def pretrain(
 ) -> dict[str, Any]:
     """Trains ``parts`` (the artist needs a VAE, trained now or before) and writes vlm/, vdm/, clip/, video/ and quality.json.
 
-    Returns what quality.json holds. Raises TrainingError with the traceback of a part that failed.
+    Returns what quality.json holds. Raises ConfigError for a part that is not there, and TrainingError with the traceback of one
+    that failed.
     """
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ConfigError(f"no part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
     console = console or terminal.console()
     effort = effort or Effort()
     with hold(Path(out_dir), "vans pretrain", name=f"--out {out_dir}"):
@@ -93,7 +100,9 @@ def _pretrain(out: Path, seed: int, effort: Effort, parts: tuple[str, ...], cons
                 process.terminate()
             process.join(timeout=10)
     if SFT in parts:
-        _fine_tune(out, seed, effort, quality, console)
+        # What was trained before and stays as it is has been fine-tuned then.
+        pair = [model for model in PAIR if model[0] in parts] or list(PAIR)
+        _fine_tune(pair, out, seed, effort, quality, console)
     _forget_paths(out)
     quality["seed"], quality["effort"] = seed, asdict(effort)
     quality["wall_s"] = round(time.monotonic() - started, 1)
@@ -149,8 +158,15 @@ def _follow_lanes(
                 open_lanes -= 1
 
 
-def _fine_tune(out: Path, seed: int, effort: Effort, quality: dict[str, Any], console: Console) -> None:
-    """SFT of thinker and artist by ``vans sft``'s own code, then their quality lines again: the ones that count."""
+def _fine_tune(
+    models: Sequence[tuple[str, str, str]],
+    out: Path,
+    seed: int,
+    effort: Effort,
+    quality: dict[str, Any],
+    console: Console,
+) -> None:
+    """SFT of ``models`` by ``vans sft``'s own code, then their quality lines again: the ones that count."""
     from actors.learner.settings import LearnerSection
     from cluster.session import connect
     from pipeline.config.training import SftModelSection, SftOptimSection
@@ -167,13 +183,14 @@ def _fine_tune(out: Path, seed: int, effort: Effort, quality: dict[str, Any], co
         LearnerSection(ranks=effort.sft_ranks, cpus=1.0, placement="PACK"),
         seed=seed,
         reference_frames=2,
+        conditioning=effort.conditioning,
     )
     with tempfile.TemporaryDirectory(prefix="vans-pretrain-") as scratch, connect():
         data = Path(scratch) / "data"
         with waiting(console, "writing the fine-tuning data as Parquet shards"):
             rows = effort.sft_samples
             write_toy(data, train=1, test=0, seed=seed, sft=rows, artist=rows, language="mixed")
-        for part, kind, split in (("thinker", "vlm", "sft"), ("artist", "vdm", "artist")):
+        for part, kind, split in models:
             tuned = Path(scratch) / kind
             with bar(console, f"sft {part}", effort.sft_steps) as progress:
                 result = run_sft(kind, out / kind, data / split, tuned, settings, on_metrics=progress.follow)  # type: ignore[arg-type]
@@ -253,13 +270,14 @@ def _train_artist(out: Path, seed: int, effort: Effort, tick: Callable[[int, int
     from .architectures import FLOW_SHIFT, build_tiny_text_encoder, build_tiny_transformer
     from .artist import artist_quality, drawings, load_artist, train_artist
 
-    policy = load_artist(out / "vdm", FLOW_SHIFT)
+    policy = load_artist(out / "vdm", FLOW_SHIFT, effort.conditioning)
     assert policy.embedder is not None
     # A part trained again starts from random weights again.
     policy.module.load_state_dict(build_tiny_transformer(seed).state_dict())
     encoder = policy.embedder.encoder
     encoder.load_state_dict(build_tiny_text_encoder(encoder.config.vocab_size, seed).state_dict())
-    train_artist(policy, drawings(effort.artist_samples, seed), steps=effort.artist_steps, seed=seed, tick=tick)
+    items = drawings(effort.artist_samples, seed, effort.conditioning)
+    train_artist(policy, items, steps=effort.artist_steps, seed=seed, tick=tick)
     module: Any = policy.module
     module.save_pretrained(out / "vdm" / "transformer", safe_serialization=True)
     encoder.save_pretrained(out / "vdm" / "text_encoder", safe_serialization=True)
@@ -270,7 +288,8 @@ def _measure_artist(out: Path, effort: Effort) -> Mapping[str, float]:
     from .architectures import FLOW_SHIFT
     from .artist import artist_quality, load_artist
 
-    return artist_quality(load_artist(out / "vdm", FLOW_SHIFT), count=effort.quality_samples)
+    artist = load_artist(out / "vdm", FLOW_SHIFT, effort.conditioning)
+    return artist_quality(artist, count=effort.quality_samples)
 
 
 def _measure_thinker(out: Path, effort: Effort) -> Mapping[str, float]:

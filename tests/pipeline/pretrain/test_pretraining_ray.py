@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import CLIPModel, VideoMAEModel
 
-from cluster.errors import TrainingError
+from actors.vdm.settings import ConditioningSection
+from cluster.errors import ConfigError, TrainingError
 from pipeline.data.toy import FRAMES, SIZE, Event, Scene, Thing, make_sample
 from pipeline.data.toy.language import LANGUAGES, sight
 from pipeline.fleet.models import ASSETS
@@ -179,6 +180,25 @@ def test_pretrain_writes_every_folder_with_a_quality_line(tmp_path: Path) -> Non
     pipe = WanPipeline.from_pretrained(out / "vdm")
     assert pipe.vae.dtype == torch.float32 and any(s != 1.0 for s in pipe.vae.config.latents_std)
     assert sum(quality["size_mb"].values()) < 14
+
+
+def test_an_artist_of_the_other_conditioning_is_trained_and_judged_with_the_whole_clip() -> None:
+    from pipeline.pretrain.architectures import FLOW_SHIFT
+    from pipeline.pretrain.artist import artist_quality, drawings, load_artist, train_artist
+
+    how = ConditioningSection(references="clip", take=2, time="shared")
+    artist = load_artist(ASSETS / "vdm", FLOW_SHIFT, how)
+    items = drawings(4, 0, how)
+    assert {item.references.shape for item in items} == {(FRAMES, SIZE, SIZE, 3)}
+    before = {name: tensor.clone() for name, tensor in artist.module.state_dict().items()}
+    train_artist(artist, items, steps=2, seed=0, batch=2)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in artist.module.state_dict().items())
+    assert set(artist_quality(artist, count=2)) >= {"follow_seen", "follow_ground_truth"}
+
+
+def test_a_part_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no part painter; the parts are vae, artist"):
+        pretrain(tmp_path, parts=("painter",))
 
 
 def test_a_part_that_fails_stops_the_run_with_its_reason(tmp_path: Path) -> None:
