@@ -21,7 +21,6 @@ from actors.records import Clip, Completion, CompletionRequest, RenderRequest, S
 from cluster.errors import DataError, StorageError, TrainingError, VansError
 from cluster.session import require_loopback
 from pipeline.config import RunConfig
-from pipeline.data.decoder import shown_rate
 from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.sources import video_limits, video_shape
 from pipeline.data.video import decode_video, encode_mp4
@@ -148,11 +147,10 @@ def load_video(config: RunConfig, video: Path) -> Sample:
         raise DataError(f"--video {video}: no such file")
     shape, limits = video_shape(config), video_limits(config)
     try:
-        seen, seconds = shape.seen(video, limits)
+        seen, fps = shape.seen(video, limits)
         context = decode_video(video, shape.context, shape.height, shape.width, limits)
     except DataError as error:
         raise DataError(f"--video {video}: {error}") from error
-    fps = shown_rate(len(seen), seconds, shape.fps)
     return Sample(video.stem, "predictive", "", "", seen, context, fps=fps, context_frames=context)
 
 

@@ -84,6 +84,13 @@ class VideoSection(Section):
         28,
         description="What sides under vlm_pixels are multiples of: patch times merge of the VLM, 28 for Qwen2.5-VL, 32 for Qwen3-VL.",
     )
+    vlm_fps: float | None = Field(
+        None,
+        gt=0,
+        description="Rate of the frames that the VLM sees, as it is told: it reads time from it. Null: their own, by the video's "
+        "clock. The release: 2, whatever the video, since it tells its processor none.",
+        json_schema_extra=cite("VANS as released"),
+    )
     reference_frames: Positive = Field(
         2,
         description="Reference frames that condition the VDM (n), last input frame included; conditioning.references=clip has take "

@@ -42,7 +42,8 @@ class VideoShape:
     """The shapes that clips are decoded to; the fields are those of the ``video`` section of a run's configuration.
 
     ``context_frames``: how many frames of the input the artist gets; None is as many as the VLM sees. ``vlm_pixels``: least and most
-    pixels of a frame that the VLM sees, in multiples of ``vlm_multiple``, instead of one size for all videos.
+    pixels of a frame that the VLM sees, in multiples of ``vlm_multiple``, instead of one size for all videos. ``vlm_fps``: the rate
+    that the VLM is given of any video, instead of the video's own.
     """
 
     num_frames: int = 9
@@ -55,6 +56,7 @@ class VideoShape:
     context_frames: int | None = None
     vlm_pixels: tuple[int, int] | None = None
     vlm_multiple: int = 28
+    vlm_fps: float | None = None
 
     @property
     def budget(self) -> PixelBudget | None:
@@ -67,10 +69,12 @@ class VideoShape:
         return self.vlm_pixels[1] if self.vlm_pixels else self.vlm_height * self.vlm_width
 
     def seen(self, video: Source, limits: VideoLimits) -> tuple[np.ndarray, float]:
-        """Return what the VLM sees of ``video``, uint8 (T, H, W, 3), and the seconds between its first and last frame."""
+        """Return what the VLM sees of ``video``, uint8 (T, H, W, 3), and the rate in frames per second that it is given of them."""
         if self.budget is not None:
-            return decode_budget(video, self.input_frames, self.budget, limits)
-        return decode_timed(video, self.input_frames, self.vlm_height, self.vlm_width, limits)
+            frames, seconds = decode_budget(video, self.input_frames, self.budget, limits)
+        else:
+            frames, seconds = decode_timed(video, self.input_frames, self.vlm_height, self.vlm_width, limits)
+        return frames, self.vlm_fps or shown_rate(len(frames), seconds, self.fps)
 
     @property
     def context(self) -> int:
@@ -204,7 +208,7 @@ def _decode_row(
     """Write the frames of ``row`` to place ``index`` of ``out``."""
     try:
         video = row["input_video"]
-        frames, seconds = shape.seen(video, limits)
+        frames, rate = shape.seen(video, limits)
         if shape.budget is None:
             out["input_frames"][index] = frames
         else:
@@ -215,7 +219,7 @@ def _decode_row(
             out["context_frames"][index] = frames
     except DataError as error:
         raise DataError(f"input video: {error}") from error
-    out["fps"][index] = shown_rate(shape.input_frames, seconds, shape.fps)
+    out["fps"][index] = rate
     try:
         video = row["target_video"]
         out["target_frames"][index] = decode_video(video, shape.num_frames, shape.height, shape.width, limits)
@@ -226,7 +230,7 @@ def _decode_row(
 def shown_rate(count: int, seconds: float, otherwise: float) -> float:
     """Return the frames per second of ``count`` frames whose first and last are ``seconds`` apart.
 
-    That is the rate that the VLM is given of its input. Frames that have no time between them get ``otherwise``.
+    Frames that have no time between them get ``otherwise``.
     """
     # Six digits: far more than the time stamps of containers are good for.
     return float(f"{(count - 1) / seconds:.6g}") if seconds > 0 and count > 1 else otherwise

@@ -92,3 +92,22 @@ def test_a_plan_counts_the_largest_pictures() -> None:
 def test_a_budget_without_a_size_is_refused(pixels: str) -> None:
     with pytest.raises(ConfigError, match=r"video.*vlm_pixels=.* leaves no size"):
         load_config("toy", [f"video.vlm_pixels={pixels}", "video.vlm_multiple=16"])
+
+
+def test_the_rate_that_the_thinker_is_told_is_the_videos_own_or_the_runs(tmp_path: Path) -> None:
+    """2 a second makes each of Qwen2.5-VL's steps one second, as the release has it of any video (its parity test, positions)."""
+    (tmp_path / "v.mp4").write_bytes(clip(96, 160))
+    told = load_config("toy", [*SMALL, "video.vlm_fps=2"])
+    assert (
+        load_video(load_config("toy", SMALL), tmp_path / "v.mp4").asked.fps == 4.0
+    )  # six frames over 10/8 of a second
+    assert load_video(told, tmp_path / "v.mp4").asked.fps == 2.0
+    with ShardWriter(tmp_path / "data") as writer:
+        writer.write(Row("wide", "predictive", "what ?", "it falls", clip(96, 160), clip(32, 32), source="test"))
+    (shard,) = (tmp_path / "data").glob("*.parquet")
+    place = {name: np.zeros(1, np.int64) for name in ("epoch", "position", "shard", "group", "row", "offset")}
+    block = decode_block(place, (Shard.of(shard),), video_shape(told), VideoLimits())
+    (sample,) = block_items(block, video_shape(told), [shard])
+    assert isinstance(sample, Sample) and sample.asked.fps == 2.0
+    with pytest.raises(ConfigError, match="vlm_fps"):
+        load_config("toy", ["video.vlm_fps=0"])
