@@ -15,6 +15,7 @@ from cluster.manifests.shape import Site
 from cluster.surroundings import collector_later
 from pipeline.commands.data import data
 from pipeline.commands.program import Config, Out, Overrides, Program, local, print_plain, wide_console
+from pipeline.commands.release import import_release
 from pipeline.support import terminal
 
 _SITE = Site()  # the defaults of `vans manifests`
@@ -27,6 +28,7 @@ app = Program(
     "Joint-GRPO, on Ray.\n\nStart with `vans doctor`, then `vans demo`.",
 )
 app.add_typer(data, name="data")
+app.command("import-release")(import_release)
 
 
 def main() -> None:
