@@ -296,7 +296,7 @@ BAD: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     ),
     "no folder of a model": (
         lambda w: {"base_vlm": str(w.base_vdm)},
-        r"--base-vlm: .* is no model folder: it has no config\.json",
+        r"--base-vlm: .* is no model folder: config\.json: ",
     ),
 }
 
