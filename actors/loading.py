@@ -6,6 +6,7 @@ model does not know, and say so in a warning at most.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,19 @@ def require_whole(
     ]
     if told:
         raise CheckpointError(f"{where} are not the weights of the model that is served: {'; '.join(told)}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a model's JSON file; CheckpointError where it cannot be read or holds no object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold an object, found {type(values).__name__}")
+    return values
 
 
 def _some(names: Collection[str]) -> str:

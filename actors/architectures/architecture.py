@@ -2,8 +2,9 @@
 
 Responsible for the published configurations of the models this project is made for (``known/``, facts of the
 ``config.json`` files that each names) and for reading a local folder's own. Not responsible for weights
-(``actors.vlm.policy``, ``actors.vdm.wan.files``) or for what a shape costs (``cost``). torch, transformers and diffusers are
-imported where a module is built, not before: a plan needs numbers only.
+(``actors.vlm.policy``, ``actors.vdm.files``), for what a shape costs (``cost``), or for what is an artist's family's
+(``actors.vdm.families``). torch, transformers and diffusers are imported where a module is built, not before: a plan needs
+numbers only.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from actors.loading import read_config
+from actors.vdm.families import Blueprint, read_blueprint
 from cluster.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from actors.vdm.shapes import Shapes
 
 Role = Literal["vlm", "vdm", "clip"]
 COMPONENTS: dict[Role, tuple[str, ...]] = {
@@ -39,6 +44,17 @@ class Architecture:
     role: Role
     name: str  # hub name, or folder
     components: Mapping[str, Mapping[str, Any]]  # COMPONENTS[role], in order
+    index: Mapping[str, Any] = field(default_factory=dict)  # model_index.json of a vdm
+
+    @functools.cached_property
+    def blueprint(self) -> Blueprint:
+        """An artist's configurations as its family reads them."""
+        return Blueprint(self.name, self.index, self.components)
+
+    @property
+    def shapes(self) -> Shapes:
+        """An artist's numbers, its family's. CheckpointError for one that cannot be used here, with the reason."""
+        return self.blueprint.shapes
 
     def meta(self, component: str, dtype: torch.dtype | None = None) -> nn.Module:
         """Return ``component`` as its library's own class on the meta device: names and shapes, no storage.
@@ -49,7 +65,7 @@ class Architecture:
         import torch
         from torch import nn
 
-        module = _build(self.role, component, self._config(component))
+        module = self._build(component)
         if dtype is not None:
             kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
             nn.Module.to(module, dtype)  # diffusers' own to() warns of what is put right here
@@ -68,7 +84,7 @@ class Architecture:
         """
         import torch
 
-        module = _build(self.role, component, self._config(component), real_buffers=True)
+        module = self._build(component, real_buffers=True)
         kept = (
             set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype not in (None, torch.float32) else set()
         )
@@ -97,7 +113,8 @@ class Architecture:
 
     def parameters(self, component: str) -> int:
         """Return the number of parameters of ``component``; tied ones count once."""
-        return _count(self.role, component, json.dumps(self._config(component), sort_keys=True))
+        key = self.role, str(self.index.get("_class_name")), component
+        return _count(*key, json.dumps(self._config(component), sort_keys=True))
 
     def _config(self, component: str) -> dict[str, Any]:
         if component not in self.components:
@@ -105,6 +122,25 @@ class Architecture:
                 f"{self.name} is a {self.role} and has no component {component!r}; it has {', '.join(self.components)}"
             )
         return dict(self.components[component])
+
+    def _build(self, component: str, real_buffers: bool = False) -> nn.Module:
+        """Return the module with float32 parameters, and unless ``real_buffers`` all else, on the meta device."""
+        import torch
+        from accelerate import init_empty_weights
+
+        config = self._config(component)
+        with init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta"):
+            if self.role == "vdm":
+                module: nn.Module = self.blueprint.build(component)
+                return module
+            if self.role == "vlm":
+                from transformers import AutoConfig, AutoModelForImageTextToText
+
+                vlm = AutoConfig.for_model(config.pop("model_type"), **config)
+                return AutoModelForImageTextToText.from_config(vlm, dtype=torch.float32, attn_implementation="sdpa")
+            from transformers import CLIPConfig, CLIPModel
+
+            return CLIPModel(CLIPConfig(**config))
 
 
 def known(role: Role | None = None) -> tuple[str, ...]:
@@ -115,9 +151,9 @@ def known(role: Role | None = None) -> tuple[str, ...]:
 def architecture(name_or_folder: str | Path, role: Role) -> Architecture:
     """Return the architecture of a known hub name, or of a local folder in the format that ``role`` is loaded from.
 
-    vlm and clip: a transformers folder (``config.json``); vdm: a diffusers WanPipeline folder (``model_index.json`` and a
-    ``config.json`` in ``transformer``, ``text_encoder`` and ``vae``). Nothing is downloaded. Raises CheckpointError for
-    anything else; the message lists what is known.
+    vlm and clip: a transformers folder (``config.json``); vdm: a diffusers pipeline folder of a family that is known
+    (``model_index.json`` and a ``config.json`` in ``transformer``, ``text_encoder`` and ``vae``). Nothing is
+    downloaded. Raises CheckpointError for anything else; the message lists what is known.
     """
     if role not in get_args(Role):
         raise CheckpointError(f"role={role!r} is unknown; use one of {', '.join(get_args(Role))}")
@@ -128,7 +164,7 @@ def architecture(name_or_folder: str | Path, role: Role) -> Architecture:
             raise CheckpointError(f"{entry.name} is a {entry.role}, not a {role}; known as {role}: {_names(role)}")
         return entry
     if folder.is_dir():
-        return Architecture(role, str(folder), _read_folder(folder, role))
+        return _read_folder(folder, role)
     raise CheckpointError(
         f"{str(name_or_folder)!r} is neither a folder nor a {role} whose architecture is known here: {_names(role)}; download "
         "it and give its folder"
@@ -141,75 +177,32 @@ def _names(role: Role) -> str:
 
 @functools.cache
 def _table() -> dict[str, Architecture]:
-    shared = {path.stem: _read(path)["config"] for path in sorted((_KNOWN / "shared").glob("*.json"))}
-    entries = [_read(path) for path in sorted(_KNOWN.glob("*.json"))]
+    shared = {path.stem: read_config(path)["config"] for path in sorted((_KNOWN / "shared").glob("*.json"))}
+    entries = [read_config(path) for path in sorted(_KNOWN.glob("*.json"))]
     return {
         entry["name"]: Architecture(
             entry["role"],
             entry["name"],
             {part: shared[c] if isinstance(c, str) else c for part, c in entry["components"].items()},
+            entry.get("index", {}),
         )
         for entry in entries
     }
 
 
-def _read_folder(folder: Path, role: Role) -> dict[str, dict[str, Any]]:
-    """Return a local folder's configurations by component; CheckpointError says which file is missing or another's."""
-    if role != "vdm":
-        config = _read(folder / "config.json")
-        found, wanted = config.get("model_type"), _VLM_TYPES if role == "vlm" else ("clip",)
-        if found not in wanted:
-            raise CheckpointError(f"{folder}/config.json has model_type={found!r}; a {role} is {' or '.join(wanted)}")
-        return {"model": config}
-    index = _read(folder / "model_index.json")
-    if index.get("_class_name") != "WanPipeline":
-        raise CheckpointError(
-            f"{folder}/model_index.json is of a {index.get('_class_name')}; the vdm must be a diffusers WanPipeline"
-        )
-    return {part: _read(folder / part / "config.json") for part in COMPONENTS["vdm"]}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold an object, found {type(values).__name__}")
-    return values
+def _read_folder(folder: Path, role: Role) -> Architecture:
+    """Return a local folder's architecture; CheckpointError says which file is missing or another's."""
+    if role == "vdm":
+        blueprint = read_blueprint(folder)
+        return Architecture(role, str(folder), blueprint.parts, blueprint.index)
+    config = read_config(folder / "config.json")
+    found, wanted = config.get("model_type"), _VLM_TYPES if role == "vlm" else ("clip",)
+    if found not in wanted:
+        raise CheckpointError(f"{folder}/config.json has model_type={found!r}; a {role} is {' or '.join(wanted)}")
+    return Architecture(role, str(folder), {"model": config})
 
 
 @functools.lru_cache(maxsize=64)
-def _count(role: Role, component: str, config: str) -> int:
-    return sum(parameter.numel() for parameter in _build(role, component, json.loads(config)).parameters())
-
-
-def _build(role: Role, component: str, config: dict[str, Any], real_buffers: bool = False) -> nn.Module:
-    """Return the module of ``config`` with float32 parameters, and unless ``real_buffers`` all else, on the meta device."""
-    import torch
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta"):
-        if role == "vlm":
-            from transformers import AutoConfig, AutoModelForImageTextToText
-
-            values = dict(config)
-            vlm = AutoConfig.for_model(values.pop("model_type"), **values)
-            return AutoModelForImageTextToText.from_config(vlm, dtype=torch.float32, attn_implementation="sdpa")
-        if role == "clip":
-            from transformers import CLIPConfig, CLIPModel
-
-            return CLIPModel(CLIPConfig(**config))
-        if component == "text_encoder":
-            from transformers import UMT5Config, UMT5EncoderModel
-
-            return UMT5EncoderModel(UMT5Config(**config))
-        if component == "vae":
-            from diffusers import AutoencoderKLWan
-
-            return AutoencoderKLWan.from_config(config)
-        from diffusers import WanTransformer3DModel
-
-        return WanTransformer3DModel.from_config(config)
+def _count(role: Role, pipeline: str, component: str, config: str) -> int:
+    model = Architecture(role, "counted", {component: json.loads(config)}, {"_class_name": pipeline})
+    return sum(parameter.numel() for parameter in model.meta(component).parameters())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.architectures.architecture import Architecture
-from actors.architectures.cost import WAN_TEXT_TOKENS, attention_widths, lora_parameters, text_config, width_of
+from actors.architectures.cost import attention_widths, lora_parameters, text_config
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ def learner_bytes(
     logits: int = 0,
     passes: int = 1,
     kl: bool = False,
-    text: int = WAN_TEXT_TOKENS,
+    text: int | None = None,
 ) -> TrainingBytes:
     """Return the memory of one rank of a learner group for a micro-batch.
 
     Args:
-        tokens: of the micro-batch in the Wan transformer, or in the language model (prompts and completions).
+        tokens: of the micro-batch in the artist's transformer, or in the language model (prompts and completions).
         parameters: of the trained module (``Architecture.parameters``).
         lora_rank: 0 trains all weights.
         ranks: that the parameters are sharded over.
@@ -53,14 +53,14 @@ def learner_bytes(
         logits: completion tokens of the micro-batch (VLM).
         passes: window steps whose graphs are alive together (VDM).
         kl: whether a reference is needed; the adapter's is free.
-        text: caption tokens of the micro-batch (VDM).
+        text: caption tokens of the micro-batch (VDM); None is one caption's.
     """
     trained = lora_parameters(model, lora_rank) if lora_rank else parameters
     stored = parameters + (trained if lora_rank else 0)
     if model.role == "vdm":
-        c = model.components["transformer"]
-        d, layers = width_of(c), int(c["num_layers"])
-        block = _wan_block_bytes(d, int(c["ffn_dim"]), tokens, text, element, bool(lora_rank))
+        shapes = model.shapes
+        d, layers = shapes.width, shapes.layers
+        block = shapes.block_bytes(tokens, shapes.text_tokens if text is None else text, element, bool(lora_rank))
         shared = 6.0 * d * tokens * element + 2 * d * tokens * element  # per-token modulation, embedding and output
         unit = parameters / (layers + 1)
         head = 0.0
@@ -81,13 +81,6 @@ def learner_bytes(
         reference=4.0 * parameters / ranks if kl and not lora_rank else 0.0,
         activations=passes * (kept + shared) - (passes - 1) * (block if checkpointing else 0) + head,
     )
-
-
-def _wan_block_bytes(d: int, ffn: int, tokens: int, text: int, element: int, lora: bool) -> float:
-    """Return what autograd keeps of one Wan block: fp32 norms and modulation, projections' inputs, q, k, v and output."""
-    float32 = (14 if lora else 20) * 4 * d
-    own = (9 if lora else 10) * element * d + 2 * element * ffn
-    return tokens * (float32 + own) + text * d * (4 * (1 if lora else 2) + 3 * element)
 
 
 def _language_block_bytes(c: Mapping[str, Any], tokens: int, element: int, lora: bool) -> float:

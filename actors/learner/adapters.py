@@ -88,12 +88,9 @@ def model_layers(path: str, role: Role) -> Layers:
     try:
         with torch.device("meta"):
             if role == "vdm":
-                from diffusers import WanTransformer3DModel
+                from actors.vdm.files import open_pipeline
 
-                from actors.vdm.wan.files import pipeline_folder
-
-                config = WanTransformer3DModel.load_config(pipeline_folder(path) / "transformer")
-                return linear_layers(WanTransformer3DModel.from_config(config))
+                return linear_layers(open_pipeline(path).build("transformer"))
             from transformers import AutoConfig, AutoModelForImageTextToText
 
             return linear_layers(AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path)))

@@ -21,10 +21,10 @@ from actors.offload import Offloader, module_tensors
 from actors.policy.protocol import torch_dtype
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import EmbedRequest, EncodeRequest, TextEmbedding
+from actors.vdm.family import Family
+from actors.vdm.files import held_bytes, load_text_encoder, load_vae, open_pipeline, parameter_hash
 from actors.vdm.settings import ConditioningSection
-from actors.vdm.wan import vae as wan_vae
-from actors.vdm.wan.files import held_bytes, load_text_encoder, load_vae, parameter_hash, pipeline_folder
-from actors.vdm.wan.text_encoder import CaptionEmbedder
+from actors.vdm.text_encoder import CaptionEmbedder
 
 
 class EmbedWorker:
@@ -48,9 +48,10 @@ class EmbedWorker:
     ) -> None:
         self.name, self._path, self._dtype, self._device = name, model_path, dtype, torch.device(device)
         self._threads, self._negative, self._max_text_tokens = threads, negative_prompt, max_text_tokens
-        self._tiling, self._conditioning = vae_tiling, conditioning or ConditioningSection()
+        self._tiling, self._conditioning = vae_tiling, conditioning
         self._version = 0
         self._vae: Any = None
+        self._family: Family | None = None
         self._embedder: CaptionEmbedder | None = None
         self._references = 0
         self._offloader = Offloader(self._device)
@@ -64,13 +65,16 @@ class EmbedWorker:
         return self._embedder
 
     def setup(self) -> WorkerInfo:
-        """Load text encoder and VAE encoder. Raises CheckpointError for a folder that is not a WanPipeline."""
+        """Load text encoder and VAE encoder. Raises CheckpointError for a folder that is no pipeline of a known family."""
         torch.set_num_threads(self._threads)
-        folder = pipeline_folder(self._path)
-        encoder, tokenizer = load_text_encoder(folder, torch_dtype(self._dtype))
+        blueprint = open_pipeline(self._path)
+        self._family = blueprint.family(conditioning=self._conditioning)
+        encoder, tokenizer = load_text_encoder(blueprint, torch_dtype(self._dtype))
         encoder = encoder.to(self._device).eval().requires_grad_(False)
-        self._embedder = CaptionEmbedder(encoder, tokenizer, self._max_text_tokens, cache_bytes=64 << 20)
-        self._vae = load_vae(folder, decoder=False).to(self._device).eval().requires_grad_(False)
+        self._embedder = CaptionEmbedder(
+            encoder, tokenizer, self._family.reading, self._max_text_tokens, cache_bytes=64 << 20
+        )
+        self._vae = load_vae(blueprint, decoder=False).to(self._device).eval().requires_grad_(False)
         if self._tiling:
             self._vae.enable_tiling()
         return worker_info(self.name, str(self._device), self._hash())
@@ -130,7 +134,8 @@ class EmbedWorker:
             raise BadSampleError(
                 f"{request.sample_id}: reference frames must be uint8 (n, H, W, 3), got {frames.dtype} {frames.shape}"
             )
-        latents = wan_vae.encode_condition(self._vae, frames, self._device, self._conditioning)
+        assert self._family is not None  # setup() comes first, as for the embedder
+        latents = self._family.encode_condition(self._vae, frames, self._device)
         self._references += 1
         return latents.cpu().numpy()
 

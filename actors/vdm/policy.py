@@ -1,8 +1,9 @@
-"""The artist: a diffusers Wan pipeline that draws the next event from a caption and reference frames.
+"""The artist: a diffusers pipeline of a video model that draws the next event from a caption and reference frames.
 
-Responsible for loading, velocities, recomputing the log-probabilities of given trajectories (the ``Trainable`` protocol) and the
-supervised loss. Sampler and learner get velocities from the one function :meth:`VdmPolicy.velocity` and steps from
-``flow_sde.transition``. Not responsible for weight versions on the wire or for Ray (``worker``).
+Responsible for loading, guided velocities, recomputing the log-probabilities of given trajectories (the ``Trainable`` protocol) and
+the supervised loss. Sampler and learner get velocities from the one function :meth:`VdmPolicy.velocity` and steps from
+``flow_sde.transition``. Not responsible for how a model is called (``family``), for weight versions on the wire or for Ray
+(``worker``).
 """
 
 from __future__ import annotations
@@ -31,23 +32,22 @@ from actors.policy.protocol import PolicyOutput, SupervisedLoss, torch_dtype
 from actors.policy.settings import LoraSection
 from actors.records import Experience, RenderRequest, VdmExperience
 from actors.vdm import flow_sde, trajectories
+from actors.vdm.files import COMPONENTS, Parts, held_bytes, load_parts, save_full
 from actors.vdm.flow_sde import FlowMatchingSpec
-from actors.vdm.frames import frames_to_video
+from actors.vdm.frames import frames_to_video, video_to_frames
 from actors.vdm.settings import ConditioningSection, VdmPoolSection
 from actors.vdm.supervised import flow_matching_loss
+from actors.vdm.text_encoder import CaptionEmbedder, Captions, padded
 from actors.vdm.trajectories import Condition, Encoded, Noised, VdmBatch
-from actors.vdm.wan import vae as wan_vae
-from actors.vdm.wan.family import LORA_TARGETS, ExactTimes, token_timesteps
-from actors.vdm.wan.files import COMPONENTS, Parts, held_bytes, load_parts, save_full
-from actors.vdm.wan.text_encoder import CaptionEmbedder, padded
 from actors.weights.files import read_folder, write_folder
 from cluster.errors import CheckpointError
 
 
 class VdmPolicy:
-    """A Wan text-to-video pipeline conditioned on reference frames by time concatenation; implements ``Trainable``.
+    """A text-to-video pipeline conditioned on reference frames; implements ``Trainable``.
 
-    ``module`` is the WanTransformer3DModel. VAE and text encoder are frozen; what they make of a caption or of frames is cached.
+    ``module`` is the transformer, ``family`` knows how it is called. VAE and text encoder are frozen; what they make
+    of a caption or of frames is cached.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class VdmPolicy:
         settings: VdmPoolSection | None = None,
         vae_tiling: bool = False,
         shared_times: bool = True,
+        fps: float = 8.0,
         cache_bytes: int = 256 << 20,
     ) -> None:
         settings = settings or VdmPoolSection()
@@ -76,24 +77,29 @@ class VdmPolicy:
         if vae_tiling and self.vae is not None:
             self.vae.enable_tiling()
         if settings.channels_last and self.vae is not None and self.has_decoder:
-            wan_vae.channels_last(self.vae.decoder)
+            channels_last(self.vae.decoder)
+        self.family = parts.blueprint.family(conditioning=conditioning, shared_times=shared_times, fps=fps)
+        self.geometry, self.conditioning = self.family.geometry, self.family.conditioning
         self.embedder: CaptionEmbedder | None = None
         if parts.text_encoder is not None:
             encoder = parts.text_encoder.to(self.device).eval().requires_grad_(False)
             self.embedder = CaptionEmbedder(
-                encoder, parts.tokenizer, max_text_tokens, cache_bytes, max_batch=settings.max_embed
+                encoder,
+                parts.tokenizer,
+                self.family.reading,
+                max_text_tokens,
+                cache_bytes,
+                max_batch=settings.max_embed,
             )
-        self.geometry = wan_vae.geometry_of(parts.transformer, parts.vae_config)
         self.compute_dtype = dtype  # of the transformer's inputs; a learner sets the one that its FSDP computes in
         self.shift, self.grid, self.supervised = shift, grid, supervised or FlowMatchingSpec()
         self.reference_frames, self.negative_prompt = reference_frames, negative_prompt
-        self.conditioning = conditioning or ConditioningSection()
         self.decode_batch = settings.max_decode
-        self.folder = parts.folder
+        self.blueprint = parts.blueprint
         self.version = 0
         self.adapter: LoraSection | None = None  # its targets are the modules' full names
         self._layers = linear_layers(parts.transformer)
-        self._times = ExactTimes(parts.transformer, shared_times)
+        self.family.prepare(parts.transformer)
         if settings.compile_blocks:
             parts.transformer.compile_repeated_blocks()
         self._latents: Cache[Tensor] = Cache(cache_bytes)
@@ -112,15 +118,15 @@ class VdmPolicy:
         components: Sequence[str] = COMPONENTS,
         **options: Any,
     ) -> VdmPolicy:
-        """Load a diffusers WanPipeline folder (or hub name).
+        """Load a diffusers pipeline folder (or hub name) of a family that is known (``families``).
 
         ``adapter`` is a PEFT folder to start from; it decides rank and targets, and ``lora``, if given too, must agree. ``seed``
         draws a new one.
         ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``).
         ``options`` are the constructor's: settings (how a sampler draws), shift and grid (of its sigmas), supervised (the sigmas
         of the supervised loss), reference_frames, conditioning (how it sees the input), max_text_tokens, negative_prompt,
-        vae_tiling (frames beyond 256 pixels go through the VAE in overlapping tiles), shared_times (embed a clip's two times
-        once, not for each token), cache_bytes. Without LoRA all of the transformer's weights are trainable.
+        vae_tiling (large frames go through the VAE in overlapping tiles), shared_times (embed a clip's two times once, not for
+        each token), fps (of the clips), cache_bytes. Without LoRA all of the transformer's weights are trainable.
         """
         kind = torch_dtype(dtype)
         policy = cls(load_parts(path, kind, components), dtype=kind, device=device, **options)
@@ -134,8 +140,8 @@ class VdmPolicy:
 
     def inject(self, spec: LoraSection, seed: int = 0) -> None:
         """Put a fresh adapter, drawn from ``seed``, into the transformer; everything else is frozen."""
-        inject_lora(self.module, spec, LORA_TARGETS, seed)
-        self.adapter = resolved(spec, self._layers, LORA_TARGETS)
+        inject_lora(self.module, spec, self.family.lora_targets, seed)
+        self.adapter = resolved(spec, self._layers, self.family.lora_targets)
 
     def add_adapter(self, folder: str | Path, spec: LoraSection | None = None) -> None:
         """Put the PEFT adapter of ``folder`` into the transformer; ``spec``, where given, must have its shape."""
@@ -148,7 +154,7 @@ class VdmPolicy:
                 "text_encoder, or train an adapter of the transformer alone"
             )
         saved = self.put_adapter(tensors, config, str(folder))
-        if spec is not None and not same_shape(saved, resolved(spec, self._layers, LORA_TARGETS)):
+        if spec is not None and not same_shape(saved, resolved(spec, self._layers, self.family.lora_targets)):
             raise CheckpointError(
                 f"the adapter in {folder} has rank {saved.rank}, alpha {saved.alpha:g} and {len(saved.targets or ())} modules, but "
                 f"the configuration asks for {spec}; set them equal"
@@ -181,17 +187,18 @@ class VdmPolicy:
         return adapters_disabled(self.module)
 
     def export(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the trained weights: a PEFT folder that diffusers reads too; without LoRA a WanPipeline folder."""
+        """Write the trained weights: a PEFT folder that diffusers reads too; without LoRA a pipeline folder."""
         if self.adapter is not None:
-            write_folder(folder, adapter_config(self.module), self.adapter_state(state), diffusers=True)
+            config = adapter_config(self.module)
+            write_folder(folder, config, self.adapter_state(state), diffusers=self.blueprint.pipeline)
             return
         encoder = self.embedder.encoder if self.embedder is not None and self.embedder.trained else None
-        save_full(self.folder, folder, self.module, state, encoder)
+        save_full(self.blueprint, folder, self.module, state, encoder)
 
     @property
     def fsdp_units(self) -> list[nn.Module]:
         """The transformer blocks."""
-        return transformer_units(self.module)
+        return self.family.units(self.module)
 
     @property
     def frozen_parts(self) -> list[nn.Module]:
@@ -203,7 +210,7 @@ class VdmPolicy:
 
     def embed(self, captions: Sequence[str]) -> Tensor:
         """Return caption embeddings (B, L, D), zero behind each caption's end."""
-        return self._require_embedder()(captions)
+        return self._require_embedder()(captions).rows
 
     def _require_embedder(self) -> CaptionEmbedder:
         if self.embedder is None:
@@ -220,7 +227,7 @@ class VdmPolicy:
                 "reference frames cannot be encoded: the policy was loaded without the component 'vae_encoder'"
             )
         return self._references.get(
-            content_key(frames), lambda: wan_vae.encode_condition(self.vae, frames, self.device, self.conditioning)
+            content_key(frames), lambda: self.family.encode_condition(self.vae, frames, self.device)
         )
 
     def encode(self, caption: str, references: np.ndarray, guidance: float) -> Encoded:
@@ -273,14 +280,14 @@ class VdmPolicy:
         self, captions: Sequence[str], references: Sequence[np.ndarray], guidance: Sequence[float]
     ) -> Condition:
         """Return the condition of a batch; guidance 1 in all rows leaves the negative branch out."""
-        latents = None
+        embedder, latents = self._require_embedder(), None
         if len(references[0]):
             latents = torch.stack([self.encode_references(frames) for frames in references])
         negative = None
         if any(scale != 1.0 for scale in guidance):
-            negative = self.embed([self.negative_prompt] * len(captions))
+            negative = embedder([self.negative_prompt] * len(captions))
         return Condition(
-            self.embed(captions), latents, negative, torch.tensor(guidance, dtype=torch.float32, device=self.device)
+            embedder(captions), latents, negative, torch.tensor(guidance, dtype=torch.float32, device=self.device)
         )
 
     def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
@@ -288,28 +295,14 @@ class VdmPolicy:
 
         Guidance: v = v_negative + g (v_caption - v_negative); both branches see the same reference frames.
         """
-        references = condition.references
-        n = 0 if references is None else references.shape[2]
-        inputs = x if references is None else torch.cat([references, x], dim=2)
-        inputs = inputs.to(self.compute_dtype)
-        apart = n if self.conditioning.time == "zero" else 0
-        times = token_timesteps(sigma, apart, x.shape[1:], self.geometry.patch)
-        clean = times.shape[1] * n // inputs.shape[2] if apart else 0
 
-        def run(text: Tensor) -> Tensor:
-            out = self.module(
-                hidden_states=inputs,
-                timestep=times,
-                encoder_hidden_states=text.to(self.compute_dtype),
-                return_dict=False,
-            )
-            return out[0][:, :, n:].float()
+        def run(text: Captions) -> Tensor:
+            return self.family.velocity(self.module, x, sigma, text, condition.references, self.compute_dtype)
 
-        with self._times.exactly(times, clean):
-            v = run(condition.text)
-            if condition.negative is not None:
-                base = run(condition.negative)
-                v = base + condition.guidance.view(-1, 1, 1, 1, 1) * (v - base)
+        v = run(condition.text)
+        if condition.negative is not None:
+            base = run(condition.negative)
+            v = base + condition.guidance.view(-1, 1, 1, 1, 1) * (v - base)
         return v
 
     def encoded(self, items: Sequence[RenderRequest | VdmExperience]) -> list[Encoded]:
@@ -414,11 +407,22 @@ class VdmPolicy:
         new = {key: frames for key, frames in zip(keys, targets) if rows[key] is None}
         if new:
             videos = torch.stack([frames_to_video(frames) for frames in new.values()]).to(self.device)
-            for key, latents in zip(new, wan_vae.encode_videos(self.vae, videos)):
+            for key, latents in zip(new, self.family.encode(self.vae, videos)):
                 rows[key] = self._latents.put(key, latents.clone())
         return torch.stack([rows[key] for key in keys])
 
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Return the clips uint8 (B, T, H, W, 3) of final latents (B, C, F, h, w), so many at once as the VAE may decode."""
+        if not self.has_decoder:
+            raise CheckpointError("clips cannot be decoded: the policy was loaded without the component 'vae_decoder'")
+        parts = latents.split(self.decode_batch)
+        return np.concatenate([video_to_frames(self.family.decode(self.vae, part)) for part in parts])
 
-def transformer_units(transformer: Any) -> list[nn.Module]:
-    """Return what a WanTransformer3DModel is sharded and checkpointed by: its blocks."""
-    return list(transformer.blocks)
+
+def channels_last(module: nn.Module) -> None:
+    """Keep the weights of the convolutions of ``module`` with channels last; what they give is the same up to float noise."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv3d):
+            part.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        elif isinstance(part, nn.Conv2d):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

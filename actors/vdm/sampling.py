@@ -17,8 +17,7 @@ from actors.records import Clip, RenderRequest, SdeSpec, Trajectory, derive_seed
 from actors.vdm import flow_sde
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.trajectories import Encoded
-from actors.vdm.wan import vae as wan_vae
-from cluster.errors import CheckpointError, TrainingError
+from cluster.errors import TrainingError
 
 
 def check(policy: VdmPolicy, request: RenderRequest) -> tuple[int, int, int, int]:
@@ -63,8 +62,6 @@ def sample(policy: VdmPolicy, requests: Sequence[RenderRequest]) -> list[Clip]:
 
 
 def _sample_group(policy: VdmPolicy, requests: list[RenderRequest], shape: tuple[int, int, int, int]) -> list[Clip]:
-    if not policy.has_decoder:
-        raise CheckpointError("clips cannot be decoded: the policy was loaded without the component 'vae_decoder'")
     encoded = policy.encoded(requests)
     latents, trajectories = sample_latents(policy, requests, shape, encoded)
     for request, finite in zip(requests, latents.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
@@ -72,7 +69,7 @@ def _sample_group(policy: VdmPolicy, requests: list[RenderRequest], shape: tuple
             raise TrainingError(
                 f"{request.sample_id}[{request.index}]: sampling gave non-finite latents (weights v{policy.version})"
             )
-    frames = np.concatenate([wan_vae.decode_latents(policy.vae, part) for part in latents.split(policy.decode_batch)])
+    frames = policy.decode(latents)
     # What an SDE's clip was conditioned on goes with it, so that its learner needs no frozen models; whoever sent a
     # condition has it.
     made = [

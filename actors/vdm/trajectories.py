@@ -15,6 +15,7 @@ from torch import Tensor
 from actors.records import Conditioning, Experience, Trajectory, VdmExperience
 from actors.vdm.flow_sde import noisy_pair, rectification, shift_sigma
 from actors.vdm.schedules import NoiseSchedule
+from actors.vdm.text_encoder import Captions
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Encoded:
 class Condition:
     """What a batch's velocity is conditioned on. ``references`` None: text only; ``negative`` None: no guidance."""
 
-    text: Tensor  # (B, L, D)
+    text: Captions
     references: Tensor | None  # float32 (B, C, n, h, w)
-    negative: Tensor | None  # (B, L, D)
+    negative: Captions | None
     guidance: Tensor  # float32 (B,)
 
 

@@ -20,8 +20,8 @@ from actors.offload import Offloader, module_tensors
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import Clip, RenderRequest
 from actors.vdm import sampling
+from actors.vdm.files import parameter_hash
 from actors.vdm.policy import VdmPolicy
-from actors.vdm.wan.files import parameter_hash
 from actors.weights.transport import Delivery, fetch
 from cluster.errors import CheckpointError
 

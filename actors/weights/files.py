@@ -6,6 +6,7 @@ written without Ray; :class:`Weights`, which travel, need it.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from cluster.errors import CheckpointError
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 MODELS = ("model.safetensors", "transformer/diffusion_pytorch_model.safetensors")
-"""Where a whole model keeps the weights that are trained: a transformers model's own, a WanPipeline's transformer."""
+"""Where a whole model keeps the weights that are trained: a transformers model's own, a diffusers pipeline's transformer."""
 _PREFIX = "base_model.model."
 
 
@@ -47,22 +48,23 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def write_folder(
-    folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, diffusers: bool = False
+    folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, diffusers: str | None = None
 ) -> Path:
     """Write PEFT-named ``tensors`` as an adapter that vLLM, peft and transformers load; returns the folder.
 
-    ``diffusers`` adds the file of the same weights that a WanPipeline's ``load_lora_weights`` reads. Tensors are written before the
-    configuration, so a folder with a configuration is complete.
+    ``diffusers`` names a pipeline class, and adds the file of the same weights that its ``load_lora_weights`` reads. Tensors are
+    written before the configuration, so a folder with a configuration is complete.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if diffusers:
-        from diffusers import WanPipeline  # takes seconds to import
+    if diffusers is not None:
+        pipelines = importlib.import_module("diffusers")  # takes seconds
 
         bare = {name.removeprefix(_PREFIX): tensor.clone() for name, tensor in plain.items()}
         shape = {name: config[name] for name in ("r", "lora_alpha", "target_modules")}
-        WanPipeline.save_lora_weights(target, transformer_lora_layers=bare, transformer_lora_adapter_metadata=shape)
+        save = getattr(pipelines, diffusers).save_lora_weights
+        save(target, transformer_lora_layers=bare, transformer_lora_adapter_metadata=shape)
     save_file(plain, str(target / TENSORS), metadata={"format": "pt"})
     (target / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target

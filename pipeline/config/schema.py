@@ -34,7 +34,10 @@ class ModelsSection(Section):
     """Where the models come from: a local folder, ``tiny`` for the pair in this repository, or a hub name."""
 
     vlm: str = Field("tiny", description="Vision-language model: transformers folder or hub name.")
-    vdm: str = Field("tiny", description="Video diffusion model: diffusers WanPipeline folder or hub name.")
+    vdm: str = Field(
+        "tiny",
+        description="Video diffusion model: diffusers pipeline folder or hub name, of a family in docs/models.md.",
+    )
     clip: str = Field("tiny", description="CLIP model that scores: transformers folder or hub name.")
     vlm_adapter: str | None = Field(None, description="PEFT adapter folder the VLM starts from.")
     vdm_adapter: str | None = Field(None, description="PEFT adapter folder the VDM starts from.")
@@ -67,10 +70,17 @@ class ModelsSection(Section):
 class VideoSection(Section):
     """Shape of the clips. Paper: n=6 reference frames, 33 frames of 352x640."""
 
-    num_frames: Positive = Field(9, description="Frames of a rendered clip, 4k+1 for Wan's causal VAE.")
+    num_frames: Positive = Field(
+        9, description="Frames of a rendered clip: 4k+1, or what the artist's causal VAE takes (LTX-Video: 8k+1)."
+    )
     height: Positive = Field(32, description="Height of rendered and target frames in pixels.")
     width: Positive = Field(32, description="Width of rendered and target frames in pixels.")
-    fps: float = Field(8.0, gt=0, description="Frames per second written to mp4 answers; the release writes 11.")
+    fps: float = Field(
+        8.0,
+        gt=0,
+        description="Frames per second of the clips: written to mp4 answers (the release writes 11), and told to an artist whose "
+        "position embedding counts seconds (LTX-Video).",
+    )
     input_frames: Positive = Field(9, description="Frames of the input video that the VLM sees, sampled uniformly.")
     vlm_height: Positive = Field(32, description="Height of the frames that the VLM sees.")
     vlm_width: Positive = Field(32, description="Width of the frames that the VLM sees.")
@@ -136,7 +146,7 @@ class VideoSection(Section):
         if self.num_frames % 4 != 1:
             down, up = self.num_frames - (self.num_frames - 1) % 4, self.num_frames + 3 - (self.num_frames - 2) % 4
             raise ValueError(
-                f"num_frames={self.num_frames} must be 4k+1 (Wan's VAE drops frames silently), e.g. {down} or {up}"
+                f"num_frames={self.num_frames} must be 4k+1 (a causal VAE drops other frames silently), e.g. {down} or {up}"
             )
         return self
 

@@ -72,6 +72,7 @@ def vdm_options(config: RunConfig) -> dict[str, Any]:
         "negative_prompt": config.models.negative_prompt or "",
         "shared_times": config.models.shared_times,
         "vae_tiling": config.video.vae_tiling,
+        "fps": config.video.fps,
         "conditioning": config.video.conditioning,
     }
 
@@ -90,4 +91,4 @@ def _adapter_hint(folder: Path, role: Role) -> str:
 
 
 def _expected(role: Role) -> str:
-    return "diffusers WanPipeline" if role == "vdm" else "transformers model"
+    return "diffusers pipeline" if role == "vdm" else "transformers model"

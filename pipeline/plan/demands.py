@@ -99,17 +99,18 @@ class _Count:
     def draws(self, rollout: RolloutSection, render: RenderSection, captions: int) -> list[Demand]:
         """All clips of a step, whose groups have ``captions`` captions each. An embed pool, if there is one, embeds and encodes."""
         models, video, pools = self.models, self.config.video, self.config.pools
+        shapes = models.vdm.shapes
         branches = 2 if render.guidance > 1 else 1
-        sampling = costs.transformer_flops(models.vdm, models.clip_tokens).total * render.steps * branches
-        decoding = costs.decode_flops(models.vdm, video.num_frames, video.height, video.width).total
+        sampling = shapes.transformer_flops(models.clip_tokens).total * render.steps * branches
+        decoding = shapes.decode_flops(video.num_frames, video.height, video.width).total
         seconds = sampling / self.rates.flops(pools.vdm.dtype) + decoding / self.rates.tf32
         clips, embedder = (
             rollout.prompts_per_step * rollout.group_size,
             pools.embed if pools.embed.workers else pools.vdm,
         )
-        caption = costs.text_encoder_flops(models.vdm, CAPTION_TOKENS).total / self.rates.flops(embedder.dtype)
+        caption = shapes.text_encoder_flops(CAPTION_TOKENS).total / self.rates.flops(embedder.dtype)
         times, frames = (video.reference_frames, 1) if video.context_frames is None else (1, video.context_frames)
-        encoding = times * costs.encode_flops(models.vdm, frames, video.height, video.width).total
+        encoding = times * shapes.encode_flops(frames, video.height, video.width).total
         group = captions * caption + encoding / self.rates.tf32
         if not pools.embed.workers:
             return [Demand("draw", "vdm", clips, seconds + group / rollout.group_size, source="FLOPs")]
@@ -143,7 +144,7 @@ class _Count:
         passes = 1  # of a forward-process objective: one noise level, without guidance
         if stage.learning.samples == "steps":
             passes = stage.sde.window_size * (2 if stage.render.guidance > 1 else 1)
-        forward = costs.transformer_flops(self.models.vdm, self.models.clip_tokens) * passes
+        forward = self.models.vdm.shapes.transformer_flops(self.models.clip_tokens) * passes
         return self._learn(forward, stage, rollout)
 
     def _learn(self, forward: costs.Flops, stage: Stage1Section | Stage2Section, rollout: RolloutSection) -> Demand:

@@ -15,7 +15,6 @@ from actors.architectures import memory as training
 from actors.learner.batches import prompts_read
 from cluster.hardware import GIB
 from pipeline.config import RunConfig
-from pipeline.config.schema import VideoSection
 from pipeline.fleet.open import pool_sections
 from pipeline.plan.models import BYTES, Models
 
@@ -86,29 +85,7 @@ def processes(config: RunConfig, models: Models, gib: float) -> tuple[Process, .
 
 def sampling_bytes(models: Models, clips: int, dtype: str) -> float:
     """Return the bytes of the largest moment of one transformer call on ``clips`` clips, without gradients."""
-    c = models.vdm.components["transformer"]
-    width, ffn = int(c["num_attention_heads"]) * int(c["attention_head_dim"]), int(c["ffn_dim"])
-    modulated = 6 if models.clip_tokens.times else 0  # float32 vectors per token, where each has a time of its own
-    # The MLP's hidden before and after its activation, or attention's six; the residual, and the modulations of the model and
-    # their sum with the block's, in float32.
-    inside = max(6 * width, 2 * ffn + 2 * width)
-    return clips * models.clip_tokens.total * (BYTES[dtype] * inside + 4.0 * (2 + 2 * modulated) * width)
-
-
-def decoding_bytes(models: Models, height: int, width: int) -> float:
-    """Return the bytes of the largest moment of decoding one clip: the VAE works on four frames at a time, in float32."""
-    vae = models.vdm.components["vae"]
-    channels = int(vae.get("decoder_base_dim") or vae["base_dim"])
-    pixels = height * width // int(vae.get("patch_size") or 1) ** 2
-    # The last upsampling's output (two widths), four tensors of a residual block and a padded one of six frames, and the two
-    # frames that each of the last level's causal convolutions remembers.
-    return pixels * 4.0 * channels * (2 * 4 + 4 * 4 + 6 + 7 * 2)
-
-
-def encoding_bytes(models: Models, frames: int, height: int, width: int) -> float:
-    """Return the bytes of the largest moment of encoding ``frames`` frames at once, in float32."""
-    vae = models.vdm.components["vae"]
-    return frames * (height * width // int(vae.get("patch_size") or 1) ** 2) * 4.0 * int(vae["base_dim"]) * 6
+    return clips * models.vdm.shapes.sampling_bytes(models.clip_tokens, BYTES[dtype])
 
 
 def _worker(name: str, config: RunConfig, models: Models, gib: float) -> Process:
@@ -154,15 +131,16 @@ def _sampler(config: RunConfig, models: Models) -> Process:
     group = max(config.stage1.rollout.group_size, config.stage2.rollout.group_size)
     prompts = max(config.stage1.rollout.prompts_per_step, config.stage2.rollout.prompts_per_step)
     clips = min(pool.max_batch, math.ceil(prompts * group / pool.workers))
-    height, width = _tile(config)
+    height, width = _tile(config, models)
+    shapes = models.vdm.shapes
     moments = [
         sampling_bytes(models, clips, pool.dtype),
-        decoding_bytes(models, height, width) * min(clips, pool.max_decode),
+        shapes.decoding_bytes(video.num_frames, height, width) * min(clips, pool.max_decode),
     ]
     weights = element * models.parameters["vdm", "transformer"] + 4.0 * models.parameters["vdm", "vae"]
     if not config.pools.embed.workers:
         weights += element * models.parameters["vdm", "text_encoder"]
-        moments.append(encoding_bytes(models, _at_once(video), height, width))
+        moments.append(_encoding_bytes(config, models))
     rank = config.stage2.lora.rank
     weights += costs.lora_parameters(models.vdm, rank) * element if rank else 0
     parts = {"weights": weights, "activations": max(moments), "caches": 2.0 * CACHE, "CUDA context": CONTEXT}
@@ -174,27 +152,25 @@ CACHE = 256 * 2**20
 
 
 def _embedder(config: RunConfig, models: Models) -> Process:
-    pool, video = config.pools.embed, config.video
+    pool = config.pools.embed
     parameters = models.parameters
     weights = BYTES[pool.dtype] * parameters["vdm", "text_encoder"] + 4.0 * parameters["vdm", "vae"]
-    activations = encoding_bytes(models, _at_once(video), *_tile(config))
+    activations = _encoding_bytes(config, models)
     parts = {"weights": weights, "activations": activations, "CUDA context": CONTEXT}
     return Process("embed", "text encoder, VAE encoder", parts, rests=pool.rest)
 
 
-def _at_once(video: VideoSection) -> int:
-    """Return how many frames the VAE encodes at once: reference frames together, a clip by four beside two that it remembers."""
-    return video.reference_frames if video.conditioning.references == "frames" else 6
-
-
-def _tile(config: RunConfig) -> tuple[int, int]:
-    """Return height and width of what the VAE works on at once."""
+def _encoding_bytes(config: RunConfig, models: Models) -> float:
+    """Return the bytes of the largest moment of encoding what a clip is conditioned on."""
     video = config.video
-    return (min(video.height, TILE), min(video.width, TILE)) if video.vae_tiling else (video.height, video.width)
+    references = video.reference_frames if video.conditioning.references == "frames" else 0
+    return models.vdm.shapes.encoding_bytes(video.num_frames, *_tile(config, models), references)
 
 
-TILE = 256
-"""Side of a tile in pixels (AutoencoderKLWan)."""
+def _tile(config: RunConfig, models: Models) -> tuple[int, int]:
+    """Return height and width of what the VAE works on at once."""
+    video, side = config.video, models.vdm.shapes.tile
+    return (min(video.height, side), min(video.width, side)) if video.vae_tiling else (video.height, video.width)
 
 
 def _scorer(config: RunConfig, models: Models) -> Process:
@@ -262,7 +238,7 @@ def _vdm_learner(config: RunConfig, models: Models) -> Process:
         checkpointing=learner.activation_checkpointing,
         passes=passes,
         kl=stage.learning.kl_beta > 0,
-        text=items * costs.WAN_TEXT_TOKENS,
+        text=items * models.clip_tokens.text,
     )
     return _learner(config, f"VDM learner, {items} trajectory(ies) at a time", found, 4.0 * count, stage.optim.ema > 0)
 

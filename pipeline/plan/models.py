@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from actors.architectures import Architecture, architecture
 from actors.architectures import cost as costs
+from actors.vdm.shapes import VdmTokens
 from pipeline.config import RunConfig
 from pipeline.fleet.models import resolve_model
 
@@ -28,7 +29,7 @@ class Models:
     clip: Architecture
     parameters: Mapping[tuple[str, str], int]
     prompt: costs.VlmTokens
-    clip_tokens: costs.VdmTokens
+    clip_tokens: VdmTokens
 
 
 def load_models(config: RunConfig) -> Models:
@@ -56,8 +57,7 @@ def load_models(config: RunConfig) -> Models:
         clip,
         parameters,
         costs.vlm_tokens(vlm, video.input_frames, *video.vlm_largest, text),
-        costs.vdm_tokens(
-            vdm,
+        vdm.shapes.tokens(
             video.num_frames,
             video.height,
             video.width,

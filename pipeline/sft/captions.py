@@ -17,11 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from actors.policy.protocol import torch_dtype
-from actors.vdm.wan.files import load_text_encoder, parameter_hash, pipeline_folder
-from actors.vdm.wan.text_encoder import CaptionEmbedder
+from actors.vdm.families import Blueprint
+from actors.vdm.files import load_text_encoder, load_tokenizer, open_pipeline, parameter_hash
+from actors.vdm.text_encoder import CaptionEmbedder
 from cluster.errors import DataError
 from pipeline.data.schema import open_shard
 from pipeline.sft.settings import SftSettings
@@ -36,9 +36,9 @@ def frozen_captions(
     """Return an embedder without an encoder that knows every caption of ``shards`` and the negative prompt.
 
     Collective: all ``world`` ranks call it, with a ``folder`` that all of them see. The encoder computes in
-    ``settings.learner.dtype``. Raises CheckpointError for a model that is no WanPipeline.
+    ``settings.learner.dtype``. Raises CheckpointError for a model that is no pipeline of a known family.
     """
-    source = pipeline_folder(model)
+    source = open_pipeline(model)
     captions = sorted({*distinct_captions(shards), settings.policy_kwargs.get("negative_prompt", "")})
     folder.mkdir(parents=True, exist_ok=True)
     shares = [captions[each::world] for each in range(world)]
@@ -48,9 +48,9 @@ def frozen_captions(
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     stored = StoredCaptions([path for own in files for path in own], device)
-    tokenizer = AutoTokenizer.from_pretrained(source / "tokenizer")
     limit = settings.policy_kwargs.get("max_text_tokens")
-    return CaptionEmbedder(None, tokenizer, limit, settings.tuning.cache_mib * 2**20, stored=stored)
+    reading, tokenizer = source.family().reading, load_tokenizer(source)
+    return CaptionEmbedder(None, tokenizer, reading, limit, settings.tuning.cache_mib * 2**20, stored=stored)
 
 
 def distinct_captions(shards: Sequence[str]) -> set[str]:
@@ -96,12 +96,15 @@ def _file(folder: Path, rank: int, world: int, first: int) -> Path:
     return folder / f"captions-{rank}-of-{world}-{first:07d}.safetensors"
 
 
-def _write(source: Path, settings: SftSettings, captions: list[str], files: list[Path], device: torch.device) -> None:
+def _write(
+    source: Blueprint, settings: SftSettings, captions: list[str], files: list[Path], device: torch.device
+) -> None:
     """Embed ``captions`` into ``files``; the encoder is freed on return."""
     encoder, tokenizer = load_text_encoder(source, torch_dtype(settings.learner.dtype))
     encoder = encoder.to(device).eval().requires_grad_(False)
     facts = {"text_encoder": parameter_hash({"text_encoder": encoder}), "dtype": settings.learner.dtype}
-    embedder = CaptionEmbedder(encoder, tokenizer, settings.policy_kwargs.get("max_text_tokens"), cache_bytes=1)
+    limit = settings.policy_kwargs.get("max_text_tokens")
+    embedder = CaptionEmbedder(encoder, tokenizer, source.family().reading, limit, cache_bytes=1)
     for part, path in zip(_parts(captions), files, strict=True):
         if not path.is_file():
             rows = {caption_key(caption): embedder.row(caption).cpu().contiguous() for caption in part}

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from actors.loading import require_whole, shapes_of
 from actors.scoring.clip import ClipScorer
-from actors.vdm.wan.files import load_parts, load_text_encoder, load_vae
+from actors.vdm.families import read_blueprint
+from actors.vdm.files import load_parts, load_text_encoder, load_vae
 from actors.vlm.policy import load_model
 from cluster.errors import CheckpointError
 from pipeline.fleet.models import resolve_model
@@ -25,8 +26,12 @@ MODELS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "thinker": ("vlm", "model.safetensors", load_model),
     "thinker, as the engine checks it": ("vlm", "model.safetensors", lambda f: load_model(f, empty=True)),
     "transformer": ("vdm", f"transformer/{WAN}", lambda f: load_parts(f, torch.float32, ["transformer"])),
-    "VAE": ("vdm", f"vae/{WAN}", load_vae),
-    "text encoder": ("vdm", "text_encoder/model.safetensors", lambda f: load_text_encoder(f, torch.float32)),
+    "VAE": ("vdm", f"vae/{WAN}", lambda f: load_vae(read_blueprint(f))),
+    "text encoder": (
+        "vdm",
+        "text_encoder/model.safetensors",
+        lambda f: load_text_encoder(read_blueprint(f), torch.float32),
+    ),
     "CLIP": ("clip", "model.safetensors", lambda f: ClipScorer(f)),
 }
 

@@ -37,11 +37,11 @@ from actors.learner.trainer import Trainer  # noqa: E402
 from actors.policy.protocol import trainable_parameters  # noqa: E402
 from actors.policy.settings import LoraSection  # noqa: E402
 from actors.records import RenderRequest, SdeSpec, VdmExperience, VideoQuestion, VlmExperience  # noqa: E402
+from actors.vdm.files import Parts  # noqa: E402
 from actors.vdm.policy import VdmPolicy  # noqa: E402
 from actors.vdm.sampling import sample, sample_latents  # noqa: E402
 from actors.vdm.settings import VdmPoolSection  # noqa: E402
-from actors.vdm.wan.files import Parts  # noqa: E402
-from actors.vdm.wan.text_encoder import CaptionEmbedder  # noqa: E402
+from actors.vdm.text_encoder import CaptionEmbedder  # noqa: E402
 from actors.vlm import adapter as vlm_adapter  # noqa: E402
 from actors.vlm.policy import VlmPolicy  # noqa: E402
 from tests.benchmarks.gpu_meter import CAPTION, SIZES, TINY, Meter, Size, frames_of, matmul_rate  # noqa: E402
@@ -56,9 +56,9 @@ def embedder(model: Architecture, size: Size, meter: Meter) -> CaptionEmbedder:
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "vdm" / "tokenizer")  # its ids are ids of any larger vocabulary
     encoder: Any = model.random("text_encoder", size.dtype, str(meter.device)).requires_grad_(False)
-    made = CaptionEmbedder(encoder, tokenizer, max_tokens=size.text_tokens)
+    made = CaptionEmbedder(encoder, tokenizer, model.blueprint.family().reading, max_tokens=size.text_tokens)
     tokens = len(tokenizer(CAPTION)["input_ids"])
-    meter.run("embed_caption", lambda: made([CAPTION]), cost.text_encoder_flops(model, tokens).total)
+    meter.run("embed_caption", lambda: made([CAPTION]), model.shapes.text_encoder_flops(tokens).total)
     made.encoder = None
     return made
 
@@ -68,12 +68,9 @@ def artist(size: Size, meter: Meter) -> VdmPolicy:
     captions = embedder(model, size, meter)
     device = str(meter.device)
     parts = Parts(
-        folder=TINY,
+        blueprint=model.blueprint,
         transformer=model.random("transformer", size.dtype, device),
         vae=model.random("vae", torch.float32, device),
-        vae_config=model.components["vae"],
-        has_encoder=True,
-        has_decoder=True,
         text_encoder=None,
         tokenizer=None,
     )
@@ -88,10 +85,10 @@ def stage2(size: Size, meter: Meter) -> list[np.ndarray]:
     model = architecture(size.vdm, "vdm")
     policy = artist(size, meter)
     references = frames_of((size.references, *size.frames[1:]), 0)
-    one = cost.transformer_flops(
-        model, replace(cost.vdm_tokens(model, *size.frames, size.references), text=size.text_tokens)
+    one = model.shapes.transformer_flops(
+        replace(model.shapes.tokens(*size.frames, size.references), text=size.text_tokens)
     )
-    encode = cost.encode_flops(model, 1, *size.frames[1:]).total * size.references
+    encode = model.shapes.encode_flops(1, *size.frames[1:]).total * size.references
     meter.run("encode_references", lambda: policy.encode_references(references), encode)
     shape = policy.geometry.latent_shape(size.frames[0], *size.frames[1:], size.references)
 
@@ -105,12 +102,10 @@ def stage2(size: Size, meter: Meter) -> list[np.ndarray]:
     work = one.total * size.steps * size.group
     meter.run("sample_full_sde", lambda: sample_latents(policy, requests(size.steps - 1), shape), work)
     latents, paths = meter.run("sample_window", lambda: sample_latents(policy, requests(2), shape), work)
-    from actors.vdm.wan import vae as wan_vae
-
-    decode = cost.decode_flops(model, *size.frames).total * size.group
+    decode = model.shapes.decode_flops(*size.frames).total * size.group
     clips = meter.run(
         "decode",
-        lambda: [f for x in latents.split(1) for f in wan_vae.decode_latents(policy.vae, x)],
+        lambda: list(policy.decode(latents)),
         decode,
     )
     compare_switches(policy, size, meter, references, latents)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from actors.records import RenderRequest
-from actors.vdm.policy import VdmPolicy
+from actors.vdm.policy import VdmPolicy, channels_last
 from actors.vdm.sampling import normal, sample_latents
 from tests.benchmarks.gpu_meter import CAPTION, Meter, Size, frames_of
 
@@ -19,25 +19,23 @@ def compare_switches(
     policy: VdmPolicy, size: Size, meter: Meter, references: np.ndarray, latents: torch.Tensor
 ) -> None:
     """Two times of a clip embedded once or token by token; the decoder with channels last or not."""
-    from actors.vdm.wan import vae as wan_vae
-
     captions, clips = [CAPTION] * size.group, [references] * size.group
     condition = policy.condition(captions, clips, [1.0] * size.group)
     sigma = torch.full((size.group,), 0.7, device=meter.device)
 
     @torch.no_grad()
     def velocity(shared: bool) -> torch.Tensor:
-        policy._times.shared = shared
+        policy.family.times.shared = shared
         return policy.velocity(latents, sigma, condition).cpu()
 
     meter.compare("shared_times", lambda: velocity(True), lambda: velocity(False), size.rounds)
-    policy._times.shared = True
+    policy.family.times.shared = True
     last = copy.deepcopy(policy.vae)
-    wan_vae.channels_last(last.decoder)
+    channels_last(last.decoder)
     meter.compare(
         "channels_last",
-        lambda: wan_vae.decode_latents(last, latents[:1]),
-        lambda: wan_vae.decode_latents(policy.vae, latents[:1]),
+        lambda: policy.family.decode(last, latents[:1]).cpu(),
+        lambda: policy.family.decode(policy.vae, latents[:1]).cpu(),
         size.rounds,
     )
 

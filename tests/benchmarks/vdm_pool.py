@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ from actors.pool.pool import WorkerPool
 from actors.pool.settings import PoolSection
 from actors.records import Clip, CompletionRequest, RenderRequest, Sample, derive_seed
 from actors.scoring.clip import ClipScorer
+from actors.vdm.families import read_blueprint
+from actors.vdm.family import token_timesteps
 from actors.vdm.frames import select_reference_frames
 from actors.vdm.settings import VdmPoolSection
-from actors.vdm.wan.family import token_timesteps
-from actors.vdm.wan.vae import encode_references, geometry_of
 from actors.vdm.worker import VdmWorker
 from actors.vlm.engine import EngineSpec, VlmEngine
 from pipeline.config import load_config
@@ -74,12 +75,12 @@ def reference_frames(pipe: Any, requests: list[RenderRequest]) -> Iterator[None]
         yield
         return
     device = torch.device("cpu")
-    latents = torch.stack([encode_references(pipe.vae, r.reference_frames, device) for r in requests])
-    patch = geometry_of(pipe.transformer, pipe.vae.config).patch
+    family = read_blueprint(Path(pipe.config._name_or_path)).family()
+    latents = torch.stack([family.encode_condition(pipe.vae, r.reference_frames, device) for r in requests])
 
     def before(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         x, sigma = kwargs["hidden_states"], kwargs["timestep"].float() / 1000
-        times = token_timesteps(sigma.expand(len(x)), n, x.shape[1:], patch)
+        times = token_timesteps(sigma.expand(len(x)), n, x.shape[1:], family.geometry.patch)
         return args, kwargs | {"hidden_states": torch.cat([latents, x], dim=2), "timestep": times}
 
     hooks = (

@@ -1,6 +1,6 @@
 """All that is Wan's.
 
-For: its files and components, its text encoder.
-Not for: sampling and learning, which are every family's.
-Begin with ``files``.
+For: what its models cost, how they are called.
+Not for: files, sampling and learning, which are every family's.
+Begin with ``family``.
 """

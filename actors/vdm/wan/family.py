@@ -1,89 +1,78 @@
-"""How Wan's transformer reads a clip, the time of each token, and where an adapter goes.
+"""How Wan's text encoder, VAE and transformer are called.
 
 Reference latents stand before the target's along time, and no parameter is new (arXiv 2511.16669, section on the VDM). Their
-tokens carry timestep 0, or the target's (``ConditioningSection.time``): then a clip has one time, the model's ordinary input.
+tokens carry timestep 0, or the target's (``ConditioningSection.time``): then a clip has one time, the model's ordinary input. Wan 2.2
+TI2V was trained with clean latents of time 0 before noisy ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import Tensor, nn
 
-from actors.failures import BadSampleError
-from actors.vdm.flow_sde import NUM_TRAIN_TIMESTEPS
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-"""Layers of each block that an adapter is put into by default."""
-
-
-def token_timesteps(sigma: Tensor, references: int, shape: Sequence[int], patch: tuple[int, int, int]) -> Tensor:
-    """Return the transformer's timesteps: 1000 sigma on target tokens, 0 on those of the ``references`` leading
-    latent frames.
-
-    sigma: (B,) float32; shape: (C, F, h, w) of the target. Without references the result is (B,), the model's
-    ordinary input; with them (B, tokens), time slowest as the patch embedding flattens.
-    """
-    times = sigma * NUM_TRAIN_TIMESTEPS
-    if not references:
-        return times
-    if references % patch[0]:
-        raise BadSampleError(f"{references} reference frames do not fill temporal patches of {patch[0]} latent frames")
-    per_frame = (shape[2] // patch[1]) * (shape[3] // patch[2])
-    clean = times.new_zeros(len(times), references // patch[0] * per_frame)
-    noisy = times[:, None].expand(-1, shape[1] // patch[0] * per_frame)
-    return torch.cat([clean, noisy], dim=1)
+from actors.vdm.exact_times import ExactTimes
+from actors.vdm.family import Family, token_timesteps
+from actors.vdm.text_encoder import CaptionReading, Captions
 
 
-class ExactTimes:
-    """Hands the transformer's time embedding the float32 timesteps, whatever they were cast to on the way in.
+class WanFamily(Family):
+    """Wan 2.1 and 2.2, whose sizes stand in their configurations."""
 
-    FSDP mixed precision casts all of a forward's inputs; in bfloat16 the times 512…1000 would be rounded to multiples
-    of 4, and the learner would see another sigma than the sampler.
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
-    With ``shared``, times of single tokens are embedded once for the clip's clean tokens and once for its noisy ones,
-    and the two rows are repeated afterwards: the embedding is a function of a token's time alone, and there are two.
-    """
+    @property
+    def reading(self) -> CaptionReading:
+        """UMT5, each caption alone; the transformer has no text mask."""
+        return CaptionReading(self.blueprint.shapes.text_tokens, prompt_clean)
 
-    def __init__(self, transformer: Any, shared: bool = False) -> None:
-        self.shared = shared
-        self._value: Tensor | None = None
-        self._counts: tuple[int, int] | None = None  # clean and noisy tokens, where their two times are embedded
+    def units(self, transformer: Any) -> list[nn.Module]:
+        """Return the blocks of a WanTransformer3DModel."""
+        return list(transformer.blocks)
+
+    def prepare(self, transformer: Any) -> None:
+        """Let the time embedding see exact times."""
         embedder = transformer.condition_embedder
-        embedder.timesteps_proj.register_forward_pre_hook(lambda _module, args: self._pick(args))
-        # Functions, not methods: a deep copy of the transformer (a learner's frozen one) keeps them, and with them this.
-        embedder.register_forward_pre_hook(
-            lambda _module, args, kwargs: (args, self._two_times(kwargs)), with_kwargs=True
-        )
-        embedder.register_forward_hook(lambda _module, _args, out: self._repeated(out))
+        self.times = ExactTimes(embedder, embedder.timesteps_proj, self.shared_times, two={"timestep_seq_len": 2})
 
-    def _pick(self, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return args if self._value is None else (self._value,)
+    def velocity(
+        self, module: Any, x: Tensor, sigma: Tensor, text: Captions, references: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the velocity of the frames behind the references."""
+        n = 0 if references is None else references.shape[2]
+        inputs = x if references is None else torch.cat([references, x], dim=2)
+        apart = n if self.conditioning.time == "zero" else 0
+        times = token_timesteps(sigma, apart, x.shape[1:], self.geometry.patch)
+        clean = times.shape[1] * n // inputs.shape[2] if apart else 0
+        with self.times.exactly(times, clean):
+            out = module(
+                hidden_states=inputs.to(dtype),
+                timestep=times,
+                encoder_hidden_states=text.rows.to(dtype),
+                return_dict=False,
+            )
+        return out[0][:, :, n:].float()
 
-    def _two_times(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return kwargs if self._counts is None else kwargs | {"timestep_seq_len": 2}
+    @torch.no_grad()
+    def encode(self, vae: Any, videos: Tensor) -> Tensor:
+        """Encode with an AutoencoderKLWan and normalise."""
+        mean, std = _latent_stats(vae, videos.device)
+        latents = vae.encode(videos.to(vae.dtype)).latent_dist.mode()
+        return (latents.float() - mean) / std
 
-    def _repeated(self, out: tuple[Any, ...]) -> tuple[Any, ...]:
-        if self._counts is None:
-            return out
-        clean, noisy = self._counts
-        time, projected, *others = out
-        return *(
-            torch.cat([rows[:, :1].expand(-1, clean, -1), rows[:, 1:].expand(-1, noisy, -1)], dim=1)
-            for rows in (time, projected)
-        ), *others
+    @torch.no_grad()
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """Decode with an AutoencoderKLWan."""
+        mean, std = _latent_stats(vae, latents.device)
+        return vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
 
-    @contextmanager
-    def exactly(self, times: Tensor, clean: int = 0) -> Iterator[None]:
-        """Within it, the embedding sees ``times``, float32 (B,) or (B, tokens) with the ``clean`` tokens first."""
-        if self.shared and times.ndim == 2 and 0 < clean < times.shape[1]:
-            self._counts = (clean, times.shape[1] - clean)
-            times = times[:, [0, clean]]
-        self._value = times.flatten()
-        try:
-            yield
-        finally:
-            self._value = self._counts = None
+
+def _latent_stats(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    values = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32, device=device)
+    mean, std = values.view(2, 1, -1, 1, 1, 1)
+    return mean, std
+
+
+FAMILY = WanFamily

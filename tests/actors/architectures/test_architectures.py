@@ -72,8 +72,8 @@ def test_unknown_names_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(CheckpointError, match="model_type='llama'"):
         architecture(tmp_path, "vlm")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanImageToVideoPipeline"}))
-    with pytest.raises(CheckpointError, match="WanPipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXPipeline"}))
+    with pytest.raises(CheckpointError, match="CogVideoXPipeline; the vdm must be one of WanPipeline"):
         architecture(tmp_path, "vdm")
     with pytest.raises(CheckpointError, match="no component 'vae'"):
         Architecture("clip", "x", {"model": {}}).meta("vae")

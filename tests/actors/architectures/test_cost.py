@@ -12,8 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from actors.architectures import Architecture, architecture, cost
 from actors.policy.lora import inject_lora
 from actors.policy.settings import LoraSection
-from actors.vdm.wan.family import LORA_TARGETS
-from actors.vdm.wan.vae import geometry_of
 from pipeline.fleet.models import ASSETS
 
 pytestmark = pytest.mark.slow
@@ -50,18 +48,15 @@ def test_wan_transformer(name: str, clip: tuple[int, int, int, int]) -> None:
     model = vdm(name)
     module: Any = model.meta("transformer")
     *size, references = clip
-    channels, frames, rows, columns = cost.latent_shape(model, *size)
-    # The policy's own geometry agrees on latents and tokens.
-    geometry = geometry_of(module, {"scale_factor_spatial": 8, "scale_factor_temporal": 4, **model.components["vae"]})
-    assert geometry.latent_shape(*size, references) == (channels, frames, rows, columns)  # type: ignore[call-arg]
-    tokens = cost.vdm_tokens(model, *clip)
+    channels, frames, rows, columns = model.shapes.geometry.cells(*size)
+    tokens = model.shapes.tokens(*clip)
     sequence = (frames + references) * (rows // 2) * (columns // 2)
     assert tokens.total == sequence and tokens.reference * frames == tokens.target * references
     times = meta(1, sequence) if references else meta(1)
     text = meta(1, tokens.text, module.config.text_dim)
     latents = meta(1, channels, frames + references, rows, columns)
     real = counted(lambda: module(latents, times, text, return_dict=False))
-    assert cost.transformer_flops(model, tokens).total == pytest.approx(real, rel=0.02)
+    assert model.shapes.transformer_flops(tokens).total == pytest.approx(real, rel=0.02)
 
 
 @pytest.mark.parametrize(("clip", "lora"), [(PAPER, True), ((5, 96, 96, 1), True), ((5, 96, 96, 1), False)])
@@ -69,31 +64,37 @@ def test_an_update_of_the_wan_transformer(clip: tuple[int, int, int, int], lora:
     model = vdm(WAN)
     module: Any = model.meta("transformer")
     if lora:
-        inject_lora(module, LoraSection(rank=8, alpha=32.0), LORA_TARGETS)
-    channels, frames, rows, columns = cost.latent_shape(model, *clip[:3])
-    tokens = cost.vdm_tokens(model, *clip)
+        inject_lora(module, LoraSection(rank=8, alpha=32.0), model.blueprint.family().lora_targets)
+    channels, frames, rows, columns = model.shapes.geometry.cells(*clip[:3])
+    tokens = model.shapes.tokens(*clip)
     latents = meta(1, channels, frames + clip[3], rows, columns)
     with FlopCounterMode(display=False) as counter:
         module(latents, meta(1, tokens.total), meta(1, tokens.text, 4096), return_dict=False)[0].sum().backward()
-    planned = cost.transformer_flops(model, tokens).update(lora=lora, checkpointing=False, kl=False, old_pass=False)
+    planned = model.shapes.transformer_flops(tokens).update(lora=lora, checkpointing=False, kl=False, old_pass=False)
     assert planned.total == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_the_papers_clip_is_13200_tokens() -> None:
-    tokens = cost.vdm_tokens(vdm(WAN), *PAPER)
+    tokens = vdm(WAN).shapes.tokens(*PAPER)
     assert (tokens.reference, tokens.target) == (6 * 22 * 40, 9 * 22 * 40)
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [(WAN, (33, 352, 640)), (WAN, (1, 352, 640)), (WAN, (17, 480, 832)), ("tiny", (9, 32, 32))]
+    ("name", "size"),
+    [
+        (WAN, (33, 352, 640)),
+        (WAN, (1, 352, 640)),
+        (WAN, (17, 480, 832)),
+        ("tiny", (9, 32, 32)),
+    ],
 )
 def test_vae(name: str, size: tuple[int, int, int]) -> None:
     model = vdm(name)
     module: Any = model.meta("vae")
     encode = counted(lambda: module.encode(meta(1, 3, *size)))
-    decode = counted(lambda: module.decode(meta(1, *cost.latent_shape(model, *size))))
-    assert cost.encode_flops(model, *size).total == pytest.approx(encode, rel=0.02)
-    assert cost.decode_flops(model, *size).total == pytest.approx(decode, rel=0.02)
+    decode = counted(lambda: module.decode(meta(1, *model.shapes.geometry.cells(*size))))
+    assert model.shapes.encode_flops(*size).total == pytest.approx(encode, rel=0.02)
+    assert model.shapes.decode_flops(*size).total == pytest.approx(decode, rel=0.02)
 
 
 @pytest.mark.parametrize(("name", "tokens"), [(WAN, 40), (WAN, 512), ("tiny", 12)])
@@ -101,7 +102,7 @@ def test_text_encoder(name: str, tokens: int) -> None:
     model = vdm(name)
     module = model.meta("text_encoder")
     real = counted(lambda: module(meta(1, tokens, dtype=torch.long)))
-    assert cost.text_encoder_flops(model, tokens).total == pytest.approx(real, rel=0.02)
+    assert model.shapes.text_encoder_flops(tokens).total == pytest.approx(real, rel=0.02)
 
 
 @pytest.mark.parametrize(

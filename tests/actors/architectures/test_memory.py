@@ -13,10 +13,9 @@ from transformers import Qwen2_5_VLTextConfig, Qwen3VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
-from actors.architectures import memory
+from actors.architectures import Architecture, memory
 from actors.policy.lora import inject_lora
 from actors.policy.settings import LoraSection
-from actors.vdm.wan.family import LORA_TARGETS as WAN_TARGETS
 from actors.vlm.adapter import DEFAULT_TARGETS as QWEN_TARGETS
 
 WIDTH, TOKENS, TEXT, HEAD = 256, 300, 64, 64
@@ -42,13 +41,15 @@ def kept(module: nn.Module, forward: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("dtype", ELEMENT)
 def test_wan_block(dtype: torch.dtype, lora: bool) -> None:
+    shape = {"num_attention_heads": WIDTH // HEAD, "attention_head_dim": HEAD, "ffn_dim": 6 * WIDTH}
+    wan = Architecture("vdm", "narrow", {"transformer": shape}, {"_class_name": "WanPipeline"})
     block: Any = WanTransformerBlock(WIDTH, 6 * WIDTH, WIDTH // HEAD, cross_attn_norm=True).to(dtype)
     if lora:
-        inject_lora(block, LoraSection(rank=8, alpha=32.0), WAN_TARGETS)
+        inject_lora(block, LoraSection(rank=8, alpha=32.0), wan.blueprint.family().lora_targets)
     hidden = torch.randn(1, TOKENS, WIDTH, dtype=dtype).requires_grad_()
     text, times = torch.randn(1, TEXT, WIDTH, dtype=dtype), torch.randn(1, TOKENS, 6, WIDTH, dtype=dtype)
     rotary = (torch.randn(1, TOKENS, 1, HEAD),) * 2
-    planned = memory._wan_block_bytes(WIDTH, 6 * WIDTH, TOKENS, TEXT, ELEMENT[dtype], lora)
+    planned = wan.shapes.block_bytes(TOKENS, TEXT, ELEMENT[dtype], lora)
     assert kept(block, lambda: block(hidden, text, times, rotary)) == pytest.approx(planned, rel=0.05)
 
 

@@ -18,8 +18,6 @@ from actors.learner.sharding import shard, unit_names
 from actors.policy.lora import adapter_config, inject_lora, peft_names, resolved, same_shape
 from actors.policy.protocol import trainable_parameters
 from actors.policy.settings import LoraSection
-from actors.vdm.policy import transformer_units
-from actors.vdm.wan.family import LORA_TARGETS
 from actors.vlm import adapter as vlm_adapter
 from actors.vlm.policy import model_units
 from actors.weights.files import read_folder, write_folder
@@ -35,7 +33,8 @@ QWEN_LAYERS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p i
 
 
 def adapted_wan(name: str) -> nn.Module:
-    return inject_lora(architecture(name, "vdm").meta("transformer"), SPEC, LORA_TARGETS)
+    model = architecture(name, "vdm")
+    return inject_lora(model.meta("transformer"), SPEC, model.blueprint.family().lora_targets)
 
 
 def adapted_qwen(name: str) -> nn.Module:
@@ -48,7 +47,8 @@ def adapted(name: str) -> tuple[nn.Module, list[nn.Module], list[str]]:
     """The model with its default adapter, its units, and the names that the adapted modules should have."""
     if name in WAN:
         module = adapted_wan(name)
-        return module, transformer_units(module), [f"blocks.{i}.{p}" for i, p in product(range(WAN[name]), WAN_LAYERS)]
+        units = architecture(name, "vdm").blueprint.family().units(module)
+        return module, units, [f"blocks.{i}.{p}" for i, p in product(range(WAN[name]), WAN_LAYERS)]
     module = adapted_qwen(name)
     layers = product(range(QWEN[name][0]), QWEN_LAYERS)
     return module, model_units(module), [f"model.language_model.layers.{i}.{p}" for i, p in layers]
@@ -132,7 +132,7 @@ def test_diffusers_and_peft_read_the_artists_adapter(name: str, tmp_path: Path) 
 
     module = adapted_wan(name)
     tensors = {n: torch.zeros(t.shape, dtype=torch.bfloat16) for n, t in peft_names(module.state_dict()).items()}
-    write_folder(tmp_path, adapter_config(module), tensors, diffusers=True)
+    write_folder(tmp_path, adapter_config(module), tensors, diffusers="WanPipeline")
     state, metadata = WanPipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
     names = {f"transformer.blocks.{i}.{p}" for i, p in product(range(WAN[name]), WAN_LAYERS)}
     assert {n.rpartition(".lora_")[0] for n in state} == names and len(state) == 2 * len(names)
@@ -141,7 +141,8 @@ def test_diffusers_and_peft_read_the_artists_adapter(name: str, tmp_path: Path) 
     other: Any = architecture(name, "vdm").meta("transformer")
     layers = linear_layers(other)
     fitted = fit(again, config, layers, "vdm", "here")
-    assert same_shape(fitted.spec, resolved(SPEC, layers, LORA_TARGETS)) and again.keys() == tensors.keys()
+    targets = architecture(name, "vdm").blueprint.family().lora_targets
+    assert same_shape(fitted.spec, resolved(SPEC, layers, targets)) and again.keys() == tensors.keys()
     other.load_lora_adapter(state, prefix="transformer", metadata=None, low_cpu_mem_usage=True)
     loaded = {n.rpartition(".lora_A.")[0] for n, _ in other.named_parameters() if ".lora_A." in n}
     assert {f"transformer.{n}" for n in loaded} == names

@@ -18,9 +18,10 @@ from actors.policy.protocol import trainable_parameters
 from actors.policy.settings import LoraSection
 from actors.records import SdeSpec, Trajectory, VdmExperience
 from actors.vdm import flow_sde, trajectories
+from actors.vdm.files import Parts
 from actors.vdm.policy import VdmPolicy
+from actors.vdm.text_encoder import padded
 from actors.vdm.trajectories import Condition
-from actors.vdm.wan.files import Parts
 
 NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 FRAMES, SIDE, REFERENCES = 5, 96, 1
@@ -45,12 +46,9 @@ def test_a_lora_step_of_wan_1_3b_fits_and_costs_what_the_plan_says() -> None:
     model = architecture(NAME, "vdm")
     before = reset_peak()
     parts = Parts(
-        folder=Path(NAME),
+        blueprint=model.blueprint,
         transformer=model.random("transformer", torch.bfloat16),
         vae=model.random("vae"),
-        vae_config=model.components["vae"],
-        has_encoder=True,
-        has_decoder=True,
         text_encoder=None,
         tokenizer=None,
     )
@@ -70,8 +68,8 @@ def test_a_lora_step_of_wan_1_3b_fits_and_costs_what_the_plan_says() -> None:
     grid = flow_sde.sigma_grid(10, 3.0).numpy()
     spec = SdeSpec("flow", 0.7, window_start=2, window_size=1)
     item = VdmExperience("s", 0, "a cup falls", frames, Trajectory(path, grid, np.zeros(1, np.float32), spec, 1.0), 1.0)
-    text = torch.randn(1, cost.WAN_TEXT_TOKENS, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
-    condition = Condition(text, policy.encode_references(frames)[None], None, torch.ones(1))
+    text = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    condition = Condition(padded([text], 512), policy.encode_references(frames)[None], None, torch.ones(1))
     batch = trajectories.collate([item], condition, policy.device)
 
     counter: Any = FlopCounterMode(display=False)
@@ -95,8 +93,8 @@ def test_a_lora_step_of_wan_1_3b_fits_and_costs_what_the_plan_says() -> None:
     assert sum(float(p.grad.float().abs().sum()) for p in trained) > 0
     assert len(trained) == 2 * 10 * 30 and sum(p.numel() for p in trained) == cost.lora_parameters(model, 8)
 
-    tokens = cost.vdm_tokens(model, FRAMES, SIDE, SIDE, REFERENCES)
-    planned = cost.transformer_flops(model, tokens).update(lora=True, checkpointing=True, kl=False, old_pass=False)
+    tokens = model.shapes.tokens(FRAMES, SIDE, SIDE, REFERENCES)
+    planned = model.shapes.transformer_flops(tokens).update(lora=True, checkpointing=True, kl=False, old_pass=False)
     real = counter.get_total_flops()
     print(
         f"tokens {tokens.total}: {real / 1e12:.3f} TFLOP, planned {planned.total / 1e12:.3f}; peak {used / GIB:.2f} GiB"

@@ -172,13 +172,11 @@ def test_clips_decoded_in_parts_and_text_let_go_change_nothing(tiny, policy, mak
 
 def test_tiles_need_less_memory_and_show_the_same(tiny):
     """Beyond 256 pixels the VAE works tile by tile; tiles overlap, so the picture stays."""
-    from actors.vdm.wan import vae as wan_vae
-
     latents = torch.randn(1, 16, 1, 4, 40, generator=torch.Generator().manual_seed(0))
     plain, tiled = (VdmPolicy.load(tiny, vae_tiling=tiling) for tiling in (False, True))
     seen: list[int] = []
     hook = tiled.vae.decoder.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[-1]))
-    frames = [wan_vae.decode_latents(p.vae, latents).astype(int) for p in (plain, tiled)]
+    frames = [p.decode(latents).astype(int) for p in (plain, tiled)]
     hook.remove()
     assert frames[0].shape == frames[1].shape == (1, 1, 32, 320, 3)
     assert max(seen) == 32  # latent columns at a time: 256 pixels

@@ -183,7 +183,7 @@ def test_full_weights_export_is_a_pipeline_folder(tiny, make_request, tmp_path):
 def test_a_copied_module_may_stand_in(policy, make_request):
     """The learner swaps in a frozen copy as the reference where there is no adapter."""
     items = experiences(policy, [make_request(sde=SDE)])
-    stand_in = VdmPolicy.load(policy.folder)
+    stand_in = VdmPolicy.load(policy.blueprint.folder)
     stand_in.module = copy.deepcopy(stand_in.module).requires_grad_(False)
     out = stand_in.forward(stand_in.collate(items))
     assert torch.equal(out.logprobs, stand_in.rollout_logprobs(items)) and not out.logprobs.requires_grad

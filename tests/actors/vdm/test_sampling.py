@@ -169,5 +169,5 @@ def test_a_policy_loads_only_what_it_needs(tiny, make_request, tmp_path):
         bare.embed(["red"])
     with pytest.raises(CheckpointError, match="vae_encoder"):
         bare.encode_references(make_request().reference_frames)
-    with pytest.raises(CheckpointError, match="not a diffusers WanPipeline folder"):
+    with pytest.raises(CheckpointError, match="not a diffusers pipeline folder"):
         VdmPolicy.load(tmp_path)

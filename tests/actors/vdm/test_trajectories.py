@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from actors.records import SdeSpec, Trajectory, VdmExperience, VideoQuestion, VlmExperience
+from actors.vdm.text_encoder import Captions
 from actors.vdm.trajectories import Condition, Encoded, collate, experience, window_parts
 
 GRID = np.array([1.0, 0.9, 0.7, 0.4, 0.1, 0.0], np.float32)
 SHAPE = (2, 1, 2, 2)
-NOTHING = Condition(torch.zeros(1, 1, 1), None, None, torch.ones(1))
+NOTHING = Condition(Captions(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool)), None, None, torch.ones(1))
 CPU = torch.device("cpu")
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from actors.architectures import cost
+from actors.vdm.shapes import VdmTokens
 from cluster.hardware import GIB, parse_gpus, rates_of
 from pipeline.cli import app
 from pipeline.config import RunConfig
@@ -109,16 +110,16 @@ def test_seconds_are_flops_over_the_stated_rate(models: Models) -> None:
     rates = rates_of(hardware, "h100")
     stage1, stage2 = make_plan(real(), hardware, rates, models).stages
     draw = next(demand for demand in stage2.demands if demand.name == "draw")
-    forward = cost.transformer_flops(
-        models.vdm, cost.VdmTokens(6 * 880, 9 * 880)
+    forward = models.vdm.shapes.transformer_flops(
+        VdmTokens(6 * 880, 9 * 880, 512)
     ).total  # 22 × 40 tokens a latent frame
-    decoding = cost.decode_flops(models.vdm, 33, 352, 640).total
+    decoding = models.vdm.shapes.decode_flops(33, 352, 640).total
     assert draw.units == 64 and draw.unit_s == pytest.approx(10 * forward / rates.bf16 + decoding / rates.tf32)
     learn = next(demand for demand in stage2.demands if demand.name == "learn")
     # Two steps of the window: reference, forward, recomputed, and a backward that costs a forward, attention's two; the old
     # pass is made for the ratio gate, in every tenth update.
     # No gradient goes to captions, nor before the first adapter, where nothing is recomputed either.
-    parts = cost.transformer_flops(models.vdm, cost.VdmTokens(6 * 880, 9 * 880))
+    parts = models.vdm.shapes.transformer_flops(VdmTokens(6 * 880, 9 * 880, 512))
     assert learn.unit_s == pytest.approx(
         2 * (4.1 * parts.linear + 5.1 * parts.attention + 3.1 * parts.condition + 2.1 * parts.frozen) / rates.bf16
     )
@@ -245,5 +246,5 @@ def test_reference_latents_count_as_many_tokens_as_they_are_and_one_time_costs_l
     apart, together = load_models(clip).clip_tokens, load_models(shared).clip_tokens
     assert (apart.reference, apart.target) == (3 * 22 * 40, 9 * 22 * 40) == (together.reference, together.target)
     assert apart.times and not together.times and models.clip_tokens.times
-    flops = [cost.transformer_flops(models.vdm, tokens).total for tokens in (together, apart, models.clip_tokens)]
+    flops = [models.vdm.shapes.transformer_flops(tokens).total for tokens in (together, apart, models.clip_tokens)]
     assert flops == sorted(flops) and flops[0] < flops[1]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from actors.learner.settings import LearnerSection
 from actors.records import VideoQuestion
 from actors.vdm.policy import VdmPolicy
-from actors.vdm.wan.text_encoder import CaptionEmbedder
+from actors.vdm.text_encoder import CaptionEmbedder
 from actors.vlm.policy import VlmPolicy
 from cluster.errors import ConfigError, DataError, PlacementError
 from pipeline.cli import app
@@ -102,7 +102,8 @@ def test_a_finished_run_called_again_trains_no_further(
     stored = StoredCaptions(list(out.glob("captions/*/*.safetensors")), torch.device("cpu"))
     captions = distinct_captions([str(path) for path in (toy_shards / "train").glob("*.parquet")])
     assert len(stored) == len(captions) + 1  # each once, and the negative prompt
-    frozen, policy = CaptionEmbedder(None, None, 8, stored=stored), VdmPolicy.load(tiny_vdm_dir)
+    policy = VdmPolicy.load(tiny_vdm_dir)
+    frozen = CaptionEmbedder(None, None, policy.family.reading, 8, stored=stored)
     assert torch.equal(frozen.row(min(captions)), policy.embedder.row(min(captions)))  # type: ignore[union-attr]
     with pytest.raises(DataError, match="was not in the dataset"):
         stored("a caption that nobody wrote")

@@ -98,6 +98,7 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
             "grid": "diffusers",
             "negative_prompt": "blurry",
             "shared_times": True,
+            "fps": 8.0,
             "vae_tiling": False,
             "conditioning": ConditioningSection(),
         },

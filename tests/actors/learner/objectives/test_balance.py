@@ -17,6 +17,7 @@ from actors.policy.protocol import PolicyOutput
 from actors.records import SdeSpec
 from actors.vdm import flow_sde
 from actors.vdm.flow_sde import Transition, rectification
+from actors.vdm.text_encoder import Captions
 from actors.vdm.trajectories import Condition, VdmBatch, window_parts
 
 GRID = torch.tensor([1.0, 0.95, 0.86, 0.7, 0.45, 0.2, 0.0], dtype=torch.float64)
@@ -108,7 +109,9 @@ def batch_of(start: int, size: int, count: int = 3) -> tuple[VdmBatch, Tensor]:
         second=GRID[1].expand(count),
         mask=torch.ones(count, size, dtype=torch.bool),
         rectified=weights.expand(count, size),
-        condition=Condition(torch.zeros(count, 1, 1), None, None, torch.ones(count)),
+        condition=Condition(
+            Captions(torch.zeros(count, 1, 1), torch.ones(count, 1, dtype=torch.bool)), None, None, torch.ones(count)
+        ),
         schedule="flow",
         level=0.7,
     )

@@ -10,12 +10,13 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from actors.failures import BadSampleError
+from actors.vdm.families import Blueprint
+from actors.vdm.family import token_timesteps
 from actors.vdm.flow_sde import FlowMatchingSpec, noisy_pair, sample_sigmas
 from actors.vdm.frames import frames_to_video, select_reference_frames, video_to_frames
-from actors.vdm.wan.family import token_timesteps
-from actors.vdm.wan.vae import Geometry
+from actors.vdm.shapes import Geometry
 
-WAN = Geometry(channels=16, spatial=8, temporal=4, patch=(1, 2, 2), rope_max=32)
+WAN = Geometry(channels=16, spatial=8, temporal=4, patch=(1, 2, 2), chunk=4, rope_max=32)
 
 
 def test_latent_shape_by_hand() -> None:
@@ -47,7 +48,9 @@ def test_a_clip_of_exactly_the_most_tokens_fits_and_one_more_does_not(
 def test_frames_are_a_multiple_of_the_chunk_and_of_the_compression(
     temporal: int, fits: tuple[int, ...], told: str
 ) -> None:
-    geometry = replace(WAN, temporal=temporal)
+    vae, transformer = {"scale_factor_temporal": temporal}, {"patch_size": [1, 2, 2]}
+    wan = Blueprint("here", {"_class_name": "WanPipeline"}, {"vae": vae, "transformer": transformer})
+    geometry = wan.shapes.geometry
     for count in fits:
         assert geometry.latent_shape(count, 32, 32, 0)[1] == (count - 1) // temporal + 1
     for count in (-7, 0, 2, 3, 4, 6, 7, 8):
