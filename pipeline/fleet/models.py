@@ -33,9 +33,13 @@ def resolve_model(name: str, role: Role) -> str:
         if not (folder / _MARKER[role]).is_file():
             raise CheckpointError(
                 f"models.{role}={name!r}: this folder has no {_MARKER[role]}, so it is not a {_expected(role)} folder"
-                + _adapter_hint(folder, role)
+                + (_adapter_hint(folder, role) or _released_hint(folder))
             )
         return str(folder.resolve())
+    if folder.is_file():
+        raise CheckpointError(
+            f"models.{role}={name!r}: this is a file; give a {_expected(role)} folder" + _released_hint(folder)
+        )
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(
             f"models.{role}={name!r}: no such folder; give a {_expected(role)} folder, a hub name (owner/name) or 'tiny'"
@@ -59,7 +63,7 @@ def resolve_adapter(name: str | None, role: Literal["vlm", "vdm"], model: str) -
     try:
         config, tensors = read_folder(folder)
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(f"{where}: {error}{_released_hint(folder)}") from error
     fit(tensors, config, model_layers(model, role), role, where)
     return str(folder)
 
@@ -86,6 +90,17 @@ def _adapter_hint(folder: Path, role: Role) -> str:
         return (
             f". It holds LoRA weights without a base model, and {' and '.join(missing)} is not there: an adapter needs "
             f"adapter_config.json and adapter_model.safetensors, and goes into models.{role}_adapter"
+        )
+    return ""
+
+
+def _released_hint(path: Path) -> str:
+    """Return what to do with weights as VANS and Wan2.1 were released, a file or a folder of them; empty for anything else."""
+    if path.is_file() or any((path / f"{role}.safetensors").is_file() for role in ("vlm", "vdm")):
+        return ". Files of VANS as its authors released it are made into folders by vans import-release (docs/vans.md)"
+    if (path / "Wan2.1_VAE.pth").is_file():
+        return (
+            ". It is Wan2.1 as first published; the same weights are in Wan-AI/Wan2.1-T2V-1.3B-Diffusers (docs/vans.md)"
         )
     return ""
 
