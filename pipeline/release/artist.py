@@ -11,7 +11,7 @@ from pipeline.release.folders import base_folder, place, place_folder, rewrite, 
 from pipeline.release.tensors import DIFFUSERS, Account, Header, refuse, wider
 
 PREFIXES = ("pipe.dit.", "dit.")
-_QUERIES = ("mllm_query_embedding.", ".k_mllm_query.", ".v_mllm_query.", ".norm_k_mllm_query.")
+_QUERIES = (".mllm_query_embedding.", ".k_mllm_query.", ".v_mllm_query.", ".norm_k_mllm_query.")
 _PART = "transformer"
 
 
@@ -42,7 +42,7 @@ class Artist:
 
 
 def plan_artist(given: Mapping[str, Header], base: str) -> Artist:
-    """Return where each tensor of the artist goes; ``given`` are those of the released files by their full names.
+    """Return where each tensor of the artist goes; ``given`` are those of the released files by their :func:`artist_name`.
 
     Names are translated by diffusers' own converter of Wan's checkpoints. Raises CheckpointError for tensors that fit nowhere: each
     with its file, name and shape.
@@ -52,10 +52,9 @@ def plan_artist(given: Mapping[str, Header], base: str) -> Artist:
     folder = base_folder(base, "--base-vdm", part=_PART)
     known = weights_of(folder / _PART, "--base-vdm")
     artist, problems = Artist(folder), []
-    bare = {_bare(name): name for name in given}
-    for target, name in convert_wan_transformer_to_diffusers(dict(bare)).items():
+    for target, name in convert_wan_transformer_to_diffusers({name: name for name in given}).items():
         header = given[name]
-        if any(query in f".{_bare(name)}" or _bare(name).startswith(query) for query in _QUERIES):
+        if any(query in f".{name}" for query in _QUERIES):
             why = "of the query embeddings, for which the release builds no layer (mllm_query_dim is None)"
             artist.accounts.append(Account(header, "artist", False, why))
         elif target not in known:
@@ -73,7 +72,8 @@ def plan_artist(given: Mapping[str, Header], base: str) -> Artist:
     return artist
 
 
-def _bare(name: str) -> str:
+def artist_name(name: str) -> str:
+    """Return a tensor's name in the transformer, without what the release puts before it."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name

@@ -12,11 +12,11 @@ from typing import Any
 from cluster.errors import CheckpointError, ConfigError
 from pipeline.config import load_config
 from pipeline.config.load import run_name
-from pipeline.release.artist import Artist, plan_artist
+from pipeline.release.artist import Artist, artist_name, plan_artist
 from pipeline.release.clone import Release, read_clone
 from pipeline.release.run_file import origins, run_values, written
 from pipeline.release.tensors import Account, Header, headers, summary
-from pipeline.release.thinker import Thinker, belongs, config_of, plan_thinker
+from pipeline.release.thinker import Thinker, belongs, config_of, plan_thinker, thinker_name
 
 RUN, REPORT = "run.yaml", "report.json"
 
@@ -48,9 +48,7 @@ def import_release(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out}: there is something already; choose another folder, or remove it")
     release = read_clone(clone)
-    given, replaced = _pooled(headers(vdm, "--vdm"), headers(vlm, "--vlm"))
-    thinkers = {name: header for name, header in given.items() if belongs(name)}
-    artists = {name: header for name, header in given.items() if not belongs(name)}
+    thinkers, artists, replaced = _pooled(headers(vdm, "--vdm"), headers(vlm, "--vlm"))
     _require(
         thinkers,
         vlm,
@@ -83,17 +81,22 @@ def import_release(
     return Imported(out, accounts, artist.kept, models)
 
 
-def _pooled(*files: Mapping[str, Header]) -> tuple[dict[str, Header], list[Account]]:
-    """Return the tensors of ``files``, in the order in which the release loads them, and those that a later file replaces."""
-    found: dict[str, Header] = {}
+def _pooled(*files: Mapping[str, Header]) -> tuple[dict[str, Header], dict[str, Header], list[Account]]:
+    """Return the thinker's tensors, the artist's, and what became of those that a later file replaces.
+
+    ``files`` are in the order in which the release loads them. Names are without what the release puts before them.
+    """
+    thinkers: dict[str, Header] = {}
+    artists: dict[str, Header] = {}
     replaced = []
-    for file in files:
-        for name, header in file.items():
-            if name in found:
-                why = f"{header.file.name} has it too, and the release loads that file after this one"
-                replaced.append(Account(found[name], "thinker" if belongs(name) else "artist", False, why))
-            found[name] = header
-    return found, replaced
+    for name, header in (item for file in files for item in file.items()):
+        part, own, found = ("thinker", thinker_name, thinkers) if belongs(name) else ("artist", artist_name, artists)
+        before = found.get(own(name))
+        if before is not None:
+            why = f"{header.name} of {header.file.name} is the same one, and the release loads it after this one"
+            replaced.append(Account(before, part, False, why))
+        found[own(name)] = header
+    return thinkers, artists, replaced
 
 
 def _require(tensors: Mapping[str, Header], file: Path, option: str, what: str) -> None:

@@ -100,7 +100,7 @@ class Thinker:
 
 
 def plan_thinker(given: Mapping[str, Header], base: str, lora: Lora) -> Thinker:
-    """Return where each tensor of the thinker goes; ``given`` are those of the released files by their full names.
+    """Return where each tensor of the thinker goes; ``given`` are those of the released files by their :func:`thinker_name`.
 
     Raises CheckpointError for tensors that fit nowhere: each with its file, name and shape.
     """
@@ -112,8 +112,7 @@ def plan_thinker(given: Mapping[str, Header], base: str, lora: Lora) -> Thinker:
         )
     known = {current_name(name): header for name, header in weights_of(folder, "--base-vlm").items()}
     thinker, problems = Thinker(folder, lora), []
-    for name, header in given.items():
-        stem = _bare(name)
+    for stem, header in given.items():
         module, letter = _pair(stem)
         target = current_name(f"{module}.weight" if letter else stem.replace(".base_layer.", "."))
         if letter and module.rpartition(".")[2] not in lora.targets:
@@ -126,6 +125,8 @@ def plan_thinker(given: Mapping[str, Header], base: str, lora: Lora) -> Thinker:
             problems.append(f"{header} fits nowhere: the thinker's base in {folder} has no {target}")
         elif (wanted := _wanted(known[target], letter, lora.rank)) != header.shape:
             problems.append(f"{header} should be {wanted}: {known[target].name} of the base is {known[target].shape}")
+        elif (taken := thinker.pairs.get(target, {}).get(letter) if letter else thinker.whole.get(target)) is not None:
+            problems.append(f"{header} is what {taken.name} is too, under another age's name")
         elif letter:
             thinker.pairs.setdefault(target, {})[letter] = header
         else:
@@ -157,7 +158,8 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"--base-vlm: {folder} is no model folder: config.json: {error}") from error
 
 
-def _bare(name: str) -> str:
+def thinker_name(name: str) -> str:
+    """Return a tensor's name in the model that PEFT adapts, without what PEFT and the release put before it."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name.removeprefix(_PEFT)
