@@ -27,7 +27,8 @@ INPUT_FRAMES = 33
 CAPTION, NEGATIVE = "the red circle rises and the blue square sinks", "still grey square"
 NOISE_SEED, STEPS, GUIDANCE, SHIFT = 7, 10, 5.0, 5.0
 LOSS_SEEDS = 5
-WORDS = ["the", "red", "circle", "rises", "and", "blue", "square", "sinks", "still", "grey"]
+PRINTED, TYPED = "the blue square’s “still” grey", 'the blue square\'s "still" grey'
+WORDS = ["the", "red", "circle", "rises", "and", "blue", "square", "sinks", "still", "grey", "s", "'", '"']
 TRANSFORMER = {
     "num_attention_heads": 2,
     "attention_head_dim": 24,

@@ -81,6 +81,14 @@ def test_caption_ids_and_embedding(artist: VdmPolicy, golden: dict[str, Tensor])
     assert embedded.shape == (512, 32) and not embedded[length:].any()
 
 
+def test_printers_quotes_are_straightened_before_the_tokenizer(artist: VdmPolicy, golden: dict[str, Tensor]) -> None:
+    """By ftfy, as Wan cleans prompts: language models write such quotes, and a tokenizer has other tokens for them."""
+    assert artist.embedder is not None
+    printed, typed = artist.embed([r.PRINTED, r.TYPED])
+    assert torch.equal(printed, typed)
+    assert artist.embedder.tokenizer(r.TYPED)["input_ids"] == golden["printed_ids"].tolist()
+
+
 def test_reference_and_target_latents(artist: VdmPolicy, golden: dict[str, Tensor], request_: RenderRequest) -> None:
     assert distance(artist.encode_references(request_.reference_frames), golden["references"], "references") <= BAR
     target = artist.encode_targets([r.pixels("target clip", r.FRAMES)])[0]
