@@ -41,7 +41,15 @@ _WAN = Row(
         "vae": ("diffusers", "AutoencoderKLWan"),
     },
 )
-FAMILIES: dict[str, Row] = {"WanPipeline": _WAN}
+_LTX = Row(
+    "actors.vdm.ltx",
+    {
+        "transformer": ("diffusers", "LTXVideoTransformer3DModel"),
+        "text_encoder": ("transformers", "T5EncoderModel"),
+        "vae": ("diffusers", "AutoencoderKLLTXVideo"),
+    },
+)
+FAMILIES: dict[str, Row] = {"WanPipeline": _WAN, "LTXPipeline": _LTX, "LTXConditionPipeline": _LTX}
 """Pipeline class → its family."""
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster.errors import CheckpointError
+from actors.failures import BadSampleError
+from cluster.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:  # the sections of the pools, whose rows resolve models, are part of it
     from pipeline.config import RunConfig
@@ -66,6 +67,24 @@ def resolve_adapter(name: str | None, role: Literal["vlm", "vdm"], model: str) -
         raise CheckpointError(f"{where}: {error}{_released_hint(folder)}") from error
     fit(tensors, config, model_layers(model, role), role, where)
     return str(folder)
+
+
+def require_drawable(config: RunConfig) -> None:
+    """Raise where the artist of ``config`` cannot draw its clips: ConfigError for their size, CheckpointError for the model.
+
+    Read from the model's configuration alone: of a folder, or of a name whose configuration is known here. Of another name
+    the workers say it when they have loaded it.
+    """
+    from actors.architectures import architecture, known  # two seconds of imports saved for those who never ask
+
+    name, video = resolve_model(config.models.vdm, "vdm"), config.video
+    if not Path(name).is_dir() and name not in known("vdm"):
+        return
+    geometry = architecture(name, "vdm").shapes.geometry
+    try:
+        geometry.latent_shape(video.num_frames, video.height, video.width, video.reference_latents)
+    except BadSampleError as error:
+        raise ConfigError(f"video does not fit models.vdm={config.models.vdm!r}: {error}") from error
 
 
 def vdm_options(config: RunConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from actors.architectures import Architecture, architecture
 from actors.architectures import cost as costs
 from actors.vdm.shapes import VdmTokens
 from pipeline.config import RunConfig
-from pipeline.fleet.models import resolve_model
+from pipeline.fleet.models import require_drawable, resolve_model
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROMPT_TEXT = 128
@@ -35,8 +35,9 @@ class Models:
 def load_models(config: RunConfig) -> Models:
     """Return the architectures of ``config``'s models. Nothing is downloaded, no weight is read.
 
-    Raises CheckpointError for a model that is neither a folder nor known by name.
+    Raises CheckpointError for a model that is neither a folder nor known by name, ConfigError for clips that the artist cannot draw.
     """
+    require_drawable(config)
     models = config.models
     vlm, vdm, clip = (
         architecture(resolve_model(name, role), role)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from pipeline.config import RunConfig, to_yaml
 from pipeline.data.source import Cursor, SampleSource
 from pipeline.data.sources import run_inputs, training_source
 from pipeline.evaluate.table import require_metric
+from pipeline.fleet.models import require_drawable
 from pipeline.fleet.open import placement_plan
 from pipeline.run.best import BEST
 from pipeline.run.learners import export_name, section_of
@@ -134,8 +135,11 @@ def starting_point(config: RunConfig, resume: bool, restart_data: bool, mirror: 
 
 
 def require_trainable(config: RunConfig) -> None:
-    """Raise ConfigError where a model that starts from an adapter is to be trained as full weights, or evaluate.metric is unknown."""
+    """Raise ConfigError where a model that starts from an adapter is to be trained as full weights, where the artist cannot draw clips
+    of the run's size, or where evaluate.metric is unknown.
+    """
     require_metric(config.evaluate.metric)
+    require_drawable(config)
     for stage in STAGES[config.training]:
         for policy in stage.policies:
             steps = config.stage2.steps if stage is Stage2 else config.stage1.steps

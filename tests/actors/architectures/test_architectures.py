@@ -28,6 +28,17 @@ PUBLISHED = {
     # vae/diffusion_pytorch_model.safetensors, float32
     ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vdm", "vae"): 126_892_531,
     ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "vdm", "vae"): 126_892_531,
+    # transformer/diffusion_pytorch_model.safetensors.index.json: total_size 19 999 150 848 in float32
+    ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "vdm", "transformer"): 4_999_787_712,
+    ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "vdm", "text_encoder"): 5_680_910_336,
+    # vae/diffusion_pytorch_model.safetensors, float32
+    ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "vdm", "vae"): 704_688_668,
+    # "trainable parameters" of a full finetuning in finetrainers' documentation
+    ("Lightricks/LTX-Video", "vdm", "transformer"): 1_923_385_472,
+    # text_encoder/model.safetensors.index.json (T5 v1.1 XXL): total_size 19 049 242 624 in float32
+    ("Lightricks/LTX-Video", "vdm", "text_encoder"): 4_762_310_656,
+    # vae/diffusion_pytorch_model.safetensors: 1 676 798 532 bytes in float32, less 256 statistics and 22 912 bytes of names
+    ("Lightricks/LTX-Video", "vdm", "vae"): 419_193_649,
     # model.safetensors of openai/clip-vit-large-patch14 without its position ids
     ("openai/clip-vit-large-patch14", "clip", "model"): 427_616_513,
 }
@@ -73,7 +84,7 @@ def test_unknown_names_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="model_type='llama'"):
         architecture(tmp_path, "vlm")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXPipeline"}))
-    with pytest.raises(CheckpointError, match="CogVideoXPipeline; the vdm must be one of WanPipeline"):
+    with pytest.raises(CheckpointError, match="CogVideoXPipeline; the vdm must be one of WanPipeline, LTXPipeline"):
         architecture(tmp_path, "vdm")
     with pytest.raises(CheckpointError, match="no component 'vae'"):
         Architecture("clip", "x", {"model": {}}).meta("vae")

@@ -17,6 +17,8 @@ from pipeline.fleet.models import ASSETS
 pytestmark = pytest.mark.slow
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+WAN22 = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+LTX = "Lightricks/LTX-Video"
 WAN14 = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 PAPER = (33, 352, 640, 6)  # frames, height, width, reference frames
 
@@ -41,6 +43,7 @@ def vdm(name: str) -> Architecture:
         (WAN, PAPER),
         (WAN, (33, 352, 640, 0)),
         (WAN14, PAPER),
+        (WAN22, PAPER),
         ("tiny", (9, 32, 32, 2)),
     ],
 )
@@ -74,6 +77,20 @@ def test_an_update_of_the_wan_transformer(clip: tuple[int, int, int, int], lora:
     assert planned.total == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
+@pytest.mark.parametrize("clip", [(33, 352, 640, 6), (33, 352, 640, 0)])
+def test_ltx_transformer(clip: tuple[int, int, int, int]) -> None:
+    model = vdm(LTX)
+    module: Any = model.meta("transformer")
+    channels, frames, rows, columns = model.shapes.geometry.cells(*clip[:3])
+    tokens = model.shapes.tokens(*clip)
+    assert (channels, tokens.total) == (128, (frames + clip[3]) * rows * columns)
+    times = meta(1, tokens.total) if clip[3] else meta(1)
+    text, mask = meta(1, tokens.text, 4096), meta(1, tokens.text, dtype=torch.bool)
+    sizes = {"num_frames": frames + clip[3], "height": rows, "width": columns}
+    real = counted(lambda: module(meta(1, tokens.total, channels), text, times, mask, **sizes))
+    assert model.shapes.transformer_flops(tokens).total == pytest.approx(real, rel=0.02)
+
+
 def test_the_papers_clip_is_13200_tokens() -> None:
     tokens = vdm(WAN).shapes.tokens(*PAPER)
     assert (tokens.reference, tokens.target) == (6 * 22 * 40, 9 * 22 * 40)
@@ -85,6 +102,9 @@ def test_the_papers_clip_is_13200_tokens() -> None:
         (WAN, (33, 352, 640)),
         (WAN, (1, 352, 640)),
         (WAN, (17, 480, 832)),
+        (WAN22, (17, 352, 640)),
+        (LTX, (33, 352, 640)),
+        (LTX, (1, 352, 640)),
         ("tiny", (9, 32, 32)),
     ],
 )
@@ -97,7 +117,7 @@ def test_vae(name: str, size: tuple[int, int, int]) -> None:
     assert model.shapes.decode_flops(*size).total == pytest.approx(decode, rel=0.02)
 
 
-@pytest.mark.parametrize(("name", "tokens"), [(WAN, 40), (WAN, 512), ("tiny", 12)])
+@pytest.mark.parametrize(("name", "tokens"), [(WAN, 40), (WAN, 512), (LTX, 128), ("tiny", 12)])
 def test_text_encoder(name: str, tokens: int) -> None:
     model = vdm(name)
     module = model.meta("text_encoder")

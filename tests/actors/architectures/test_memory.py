@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 from transformers import Qwen2_5_VLTextConfig, Qwen3VLTextConfig
@@ -51,6 +52,21 @@ def test_wan_block(dtype: torch.dtype, lora: bool) -> None:
     rotary = (torch.randn(1, TOKENS, 1, HEAD),) * 2
     planned = wan.shapes.block_bytes(TOKENS, TEXT, ELEMENT[dtype], lora)
     assert kept(block, lambda: block(hidden, text, times, rotary)) == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("dtype", ELEMENT)
+def test_ltx_block(dtype: torch.dtype, lora: bool) -> None:
+    shape = {"num_attention_heads": WIDTH // HEAD, "attention_head_dim": HEAD}
+    ltx = Architecture("vdm", "narrow", {"transformer": shape}, {"_class_name": "LTXPipeline"})
+    block: Any = LTXVideoTransformerBlock(WIDTH, WIDTH // HEAD, HEAD, WIDTH).to(dtype)
+    if lora:
+        inject_lora(block, LoraSection(rank=8, alpha=32.0), ltx.blueprint.family().lora_targets)
+    hidden = torch.randn(1, TOKENS, WIDTH, dtype=dtype).requires_grad_()
+    text, times = torch.randn(1, TEXT, WIDTH, dtype=dtype), torch.randn(1, TOKENS, 6 * WIDTH, dtype=dtype)
+    rotary, mask = (torch.randn(1, TOKENS, WIDTH),) * 2, torch.zeros(1, 1, TEXT, dtype=dtype)
+    planned = ltx.shapes.block_bytes(TOKENS, TEXT, ELEMENT[dtype], lora)
+    assert kept(block, lambda: block(hidden, text, times, rotary, mask)) == pytest.approx(planned, rel=0.05)
 
 
 @pytest.mark.parametrize("lora", [True, False])

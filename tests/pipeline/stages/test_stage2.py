@@ -235,7 +235,10 @@ def test_a_range_that_reaches_steps_whose_noise_stays_is_told() -> None:
         window_warnings(parse_config(joint))
 
 
-@pytest.mark.parametrize("name", ["toy", "real", "vans_paper", "vans_1gpu", "vans_8gpu", "vans_2node", "vans_qwen3vl"])
+@pytest.mark.parametrize(
+    "name",
+    ["toy", "real", "vans_paper", "vans_1gpu", "vans_8gpu", "vans_2node", "vans_qwen3vl", "vans_wan22", "vans_ltx"],
+)
 def test_no_shipped_run_leaves_noise_in_its_clips(name: str) -> None:
     assert window_warnings(load_config(name)) == []
 

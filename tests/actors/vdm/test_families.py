@@ -1,0 +1,272 @@
+"""What every member of every family must do, on tiny random weights: nothing here knows which one it is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from actors.architectures import architecture
+from actors.failures import BadSampleError, Ok
+from actors.learner.objectives.grpo import grpo_loss, normaliser
+from actors.learner.sharding import unit_names
+from actors.policy.settings import LoraSection
+from actors.records import EmbedRequest, EncodeRequest, RenderRequest, SdeSpec, VdmExperience
+from actors.vdm.embed_worker import EmbedWorker
+from actors.vdm.policy import VdmPolicy
+from actors.vdm.sampling import check, sample, sample_latents
+from actors.vdm.settings import ConditioningSection
+from cluster.errors import CheckpointError
+from tests.actors.vdm.pipelines import MEMBERS, build
+
+LORA = LoraSection(rank=4, alpha=8.0)
+SDE = SdeSpec("flow", 0.7, 1, 2)
+CAPTIONS = ("the red circle rises", "blue square", "the green circle moves up")
+
+
+@pytest.fixture(scope="module", params=MEMBERS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(request.param, tmp_path_factory.mktemp("member"))
+
+
+@pytest.fixture(scope="module")
+def policy(folder: Path) -> VdmPolicy:
+    """The base pipeline; tests must not change its weights."""
+    return VdmPolicy.load(folder)
+
+
+def adapted(folder: Path, **options: Any) -> VdmPolicy:
+    """The pipeline with an adapter whose B is not zero: the same one each time."""
+    policy = VdmPolicy.load(folder, lora=LORA, **options)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in policy.module.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def ask(index: int = 0, references: int = 2, **changes: Any) -> RenderRequest:
+    frames = np.random.default_rng(5).integers(0, 256, (references, 32, 32, 3), dtype=np.uint8)
+    fields = {"caption": CAPTIONS[index % 3], "num_frames": 9, "steps": 4, "guidance": 1.0, "noise_seed": index}
+    return RenderRequest("s", index, reference_frames=frames, sde_seed=index, **(fields | changes))
+
+
+def experiences(policy: VdmPolicy, requests: list[RenderRequest]) -> list[VdmExperience]:
+    return [
+        VdmExperience(c.sample_id, c.index, c.caption, r.reference_frames, c.trajectory, 1.0, c.condition)
+        for c, r in zip(sample(policy, requests), requests, strict=True)
+        if c.trajectory is not None
+    ]
+
+
+@pytest.mark.parametrize(("references", "guidance"), [(2, 1.0), (0, 1.0), (2, 3.0)])
+def test_before_the_first_update_the_ratio_is_exactly_one(folder: Path, references: int, guidance: float) -> None:
+    """A learner of the transformer alone, with what the clips bring along, repeats the sampler bit for bit."""
+    sampler = adapted(folder)
+    items = experiences(sampler, [ask(i, references, guidance=guidance, sde=SDE) for i in range(3)])
+    learner = VdmPolicy.load(folder, lora=LORA, components=("transformer",))
+    learner.load_adapter_state(sampler.adapter_state())
+    out = learner.forward(learner.collate(items))
+    assert torch.equal(out.logprobs.detach(), learner.rollout_logprobs(items)) and out.mask.all()
+    with learner.reference(), torch.no_grad():
+        reference = learner.forward(learner.collate(items))
+    assert (learner.kl(out, reference) > 0).all()
+
+
+def test_one_update_raises_the_reward(folder: Path) -> None:
+    """The reward is the mean of the final latents: after one step of GRPO, clips of the same noise have more of it."""
+    policy = adapted(folder)
+    requests = [ask(i, noise_seed=0, sde=SdeSpec("flow", 0.7, 0, 3), caption=CAPTIONS[0]) for i in range(8)]
+    shape = check(policy, requests[0])
+
+    def rewards() -> torch.Tensor:
+        return sample_latents(policy, requests, shape)[0].flatten(1).mean(dim=1)
+
+    before = rewards()
+    advantages = (before - before.mean()) / before.std()
+    trained = [p for p in policy.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-3)
+    out = policy.forward(policy.collate(experiences(policy, requests)))
+    loss, _ = grpo_loss(
+        out.logprobs,
+        out.logprobs.detach(),
+        advantages,
+        out.mask,
+        clip_low=1e-3,
+        clip_high=1e-3,
+        loss_norm="sequence",
+        normaliser=normaliser(out.mask, "sequence"),
+    )
+    loss.backward()
+    optimizer.step()
+    assert rewards().mean() > before.mean()
+
+
+def test_an_exported_adapter_and_a_whole_model_load_in_diffusers(folder: Path, tmp_path: Path) -> None:
+    policy = adapted(folder)
+    policy.export(tmp_path / "adapter")
+    kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    pipe = getattr(diffusers, kind).from_pretrained(folder)
+    pipe.load_lora_weights(str(tmp_path / "adapter"), weight_name="pytorch_lora_weights.safetensors")
+    request = ask(references=0)
+    x = torch.randn(1, *check(policy, request), generator=torch.Generator().manual_seed(0))
+    sigma, condition = torch.tensor([0.5]), policy.condition([request.caption], [request.reference_frames], [1.0])
+    ours = policy.velocity(x, sigma, condition)
+    stock = VdmPolicy.load(folder)
+    stock.module = pipe.transformer
+    stock.family.prepare(pipe.transformer)
+    assert (stock.velocity(x, sigma, condition) - ours).abs().max() <= 1e-5
+    assert (VdmPolicy.load(folder).velocity(x, sigma, condition) - ours).abs().max() > 1e-3
+    again = VdmPolicy.load(folder, adapter=tmp_path / "adapter", lora=LORA)
+    assert torch.equal(again.velocity(x, sigma, condition), ours)
+    whole = VdmPolicy.load(folder)
+    with torch.no_grad():
+        whole.module.proj_out.bias += 0.1
+    whole.export(tmp_path / "whole", {name: tensor.clone() for name, tensor in whole.module.state_dict().items()})
+    getattr(diffusers, kind).from_pretrained(tmp_path / "whole")
+    loaded = VdmPolicy.load(tmp_path / "whole")
+    assert torch.equal(loaded.velocity(x, sigma, condition), whole.velocity(x, sigma, condition))
+
+
+def test_what_an_embed_worker_makes_is_bitwise_what_a_sampler_makes(folder: Path, policy: VdmPolicy) -> None:
+    worker, request = EmbedWorker("embed-0", str(folder)), ask()
+    worker.setup()
+    answers = worker.process([EmbedRequest(request.caption), EncodeRequest("s", request.reference_frames)])
+    text, latents = (answer.value for answer in answers if isinstance(answer, Ok))
+    made = policy.encode(request.caption, request.reference_frames, 1.0)
+    assert made.references is not None and text.max_tokens == made.max_tokens
+    assert np.array_equal(text.rows, made.text.numpy()) and np.array_equal(latents, made.references.numpy())
+
+
+def test_a_caption_does_not_depend_on_its_batch(policy: VdmPolicy) -> None:
+    embedder = policy.embedder
+    assert embedder is not None
+    together, alone = embedder(CAPTIONS), embedder(CAPTIONS[1:2])
+    assert torch.equal(together.rows[1], alone.rows[0]) and torch.equal(together.mask[1], alone.mask[0])
+    embedder.train(True)  # the batch that a trained encoder sees at once
+    try:
+        batch = embedder(CAPTIONS)
+    finally:
+        embedder.train(False)
+    assert torch.equal(batch.mask, together.mask) and (batch.rows - together.rows).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("time", ["zero", "shared"])
+def test_references_are_seen_and_keep_the_time_they_are_given(folder: Path, time: str) -> None:
+    policy = VdmPolicy.load(folder, conditioning=ConditioningSection(time=time))
+    request = ask()
+    x = torch.randn(2, *check(policy, request), generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.5, 0.9])
+    frames = [request.reference_frames, 255 - request.reference_frames]
+    condition = policy.condition([CAPTIONS[0]] * 2, frames, [1.0, 1.0])
+    seen: list[torch.Tensor] = []
+    hook = policy.module.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
+    )
+    v = policy.velocity(x, sigma, condition)
+    hook.remove()
+    (times,) = seen
+    target = sigma[:, None] * 1000
+    if time == "shared":
+        assert torch.equal(times, target[:, 0])
+    else:
+        clean = (times == 0).sum(dim=1)
+        assert clean.tolist() == [times.shape[1] * 2 // (2 + x.shape[2])] * 2
+        assert all(
+            bool((row[: clean[0]] == 0).all()) and bool((row[clean[0] :] == t).all()) for row, t in zip(times, target)
+        )
+    alone = policy.condition([CAPTIONS[0]] * 2, [frames[0]] * 2, [1.0, 1.0])
+    other = policy.velocity(x, sigma, alone)
+    assert torch.allclose(v[0], other[0], atol=1e-5) and (v[1] - other[1]).abs().max() > 1e-3
+
+
+def test_two_times_embedded_once_are_the_same_and_a_copy_keeps_them(folder: Path) -> None:
+    request = ask()
+    velocities = []
+    for shared, copied in ((True, False), (False, False), (True, True)):
+        policy = VdmPolicy.load(folder, shared_times=shared)
+        if copied:
+            policy.module = copy.deepcopy(policy.module)
+        x = torch.randn(1, *check(policy, request), generator=torch.Generator().manual_seed(0))
+        condition = policy.condition([request.caption], [request.reference_frames], [1.0])
+        velocities.append(policy.velocity(x, torch.tensor([0.7]), condition))
+    assert torch.equal(velocities[2], velocities[0])
+    # The rows' products may be summed in another order where there are two of them instead of a clip's tokens.
+    assert (velocities[1] - velocities[0]).abs().max() <= 1e-5
+
+
+def test_times_are_exact_however_the_inputs_were_cast(folder: Path, policy: VdmPolicy) -> None:
+    """FSDP's mixed precision casts what goes into the module: 999.5 would be 1000 in bfloat16."""
+    request, seen = ask(), []
+    other = VdmPolicy.load(folder)
+
+    def cast(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        for name in ("timestep", "video_coords"):
+            if name in kwargs and isinstance(kwargs[name], torch.Tensor):
+                seen.append(name)
+                kwargs[name] = kwargs[name].to(torch.bfloat16)
+        return args, kwargs
+
+    other.module.register_forward_pre_hook(cast, with_kwargs=True)
+    x = torch.randn(1, *check(policy, request), generator=torch.Generator().manual_seed(0))
+    condition = policy.condition([request.caption], [request.reference_frames], [1.0])
+    pair = [p.velocity(x, torch.tensor([0.9995]), condition) for p in (policy, other)]
+    assert "timestep" in seen and torch.equal(*pair)
+
+
+def test_equal_latents_are_decoded_to_equal_frames(policy: VdmPolicy) -> None:
+    state = torch.get_rng_state()
+    latents = torch.randn(2, *check(policy, ask()), generator=torch.Generator().manual_seed(0))
+    first = policy.decode(latents)
+    assert first.shape == (2, 9, 32, 32, 3) and np.array_equal(first, policy.decode(latents))
+    assert np.abs(policy.decode(latents[:1]).astype(int) - first[:1]).max() <= 1  # another batch: float noise only
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_frames_of_which_the_vae_would_drop_some_are_refused(policy: VdmPolicy) -> None:
+    chunk = policy.geometry.chunk
+    with pytest.raises(BadSampleError, match=f"takes {chunk}k\\+1 frames .*use 1 or {1 + chunk}"):
+        check(policy, ask(num_frames=3))
+    with pytest.raises(BadSampleError, match="width=33 is not a multiple"):
+        policy.encode_targets([np.zeros((9, 32, 33, 3), np.uint8)])
+    clip = VdmPolicy.load(policy.blueprint.folder, conditioning=ConditioningSection(references="clip", take=2))
+    with pytest.raises(BadSampleError, match=f"clip of 7 frames .*{chunk}k\\+1"):
+        clip.encode_references(np.zeros((7, 32, 32, 3), np.uint8))
+    assert clip.encode_references(np.zeros((9, 32, 32, 3), np.uint8)).shape[1] == 2
+
+
+def test_blocks_and_the_default_adapter_are_what_the_plan_counts(folder: Path) -> None:
+    policy, model = VdmPolicy.load(folder, lora=LORA), architecture(folder, "vdm")
+    assert len(unit_names(policy.module, policy.fsdp_units)) == model.shapes.layers
+    trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+    assert trained == model.shapes.lora_parameters(4)
+    assert sum(p.numel() for p in VdmPolicy.load(folder).module.parameters()) == model.parameters("transformer")
+
+
+@pytest.mark.parametrize("change", ["channels", "class"])
+def test_a_pipeline_that_cannot_be_used_says_why(folder: Path, tmp_path: Path, change: str) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    if change == "class":
+        edit(other / "model_index.json", lambda c: c.update(_class_name="CogVideoXPipeline"))
+        reason = "is of a CogVideoXPipeline; the vdm must be one of WanPipeline"
+    else:
+        edit(other / "transformer" / "config.json", lambda c: c.update(in_channels=99))
+        reason = "takes 99 latent channels"
+    for load in (lambda: VdmPolicy.load(other), lambda: architecture(other, "vdm")):
+        with pytest.raises(CheckpointError, match=reason):
+            load()
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
