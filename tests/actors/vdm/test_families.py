@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from actors.architectures import architecture
 from actors.failures import BadSampleError, Ok
 from actors.learner.objectives.grpo import grpo_loss, normaliser
-from actors.learner.sharding import unit_names
+from actors.learner.sharding import shard, unit_names
+from actors.policy.protocol import trainable_parameters
 from actors.policy.settings import LoraSection
 from actors.records import EmbedRequest, EncodeRequest, RenderRequest, SdeSpec, VdmExperience
 from actors.vdm.embed_worker import EmbedWorker
@@ -80,6 +83,30 @@ def test_before_the_first_update_the_ratio_is_exactly_one(folder: Path, referenc
     with learner.reference(), torch.no_grad():
         reference = learner.forward(learner.collate(items))
     assert (learner.kl(out, reference) > 0).all()
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_sharded_policy_that_checkpoints_its_blocks_learns_the_same(folder: Path, mesh: Any) -> None:
+    """As the learner does it: the reference pass first, guidance, several forwards before the backward."""
+    plain, sharded = adapted(folder), adapted(folder)
+    items = experiences(plain, [ask(i, sde=SDE, guidance=2.0) for i in range(2)])
+    shard(sharded.module, sharded.fsdp_units, mesh, torch.float32, checkpointing=True)
+    batch = sharded.collate(items)
+    with torch.no_grad(), sharded.reference():
+        reference = sharded.forward(batch)
+    outs = [plain.forward(plain.collate(items)), sharded.forward(batch)]
+    for out in outs:
+        out.logprobs.sum().backward()
+    assert torch.equal(outs[0].logprobs, outs[1].logprobs) and (sharded.kl(outs[1], reference) > 0).all()
+    for one, other in zip(trainable_parameters(plain.module), trainable_parameters(sharded.module), strict=True):
+        assert (one.grad - other.grad.full_tensor()).norm() <= 1e-6 * one.grad.norm()  # type: ignore[union-attr]
 
 
 def test_one_update_raises_the_reward(folder: Path) -> None:
