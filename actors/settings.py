@@ -33,6 +33,7 @@ PAPERS = {
     "AWM": "arXiv:2509.25050",
     "classifier-free guidance": "arXiv:2207.12598",
     "rectified flow": "arXiv:2403.03206",
+    "DeepSpeed-Ulysses": "arXiv:2309.14509",
     "LoRA": "arXiv:2106.09685",
     "nucleus sampling": "arXiv:1904.09751",
     "AdamW": "arXiv:1711.05101",

@@ -197,15 +197,16 @@ class LearnerGroup:
             TrainingError: see ``Trainer.update``; RankDiedError where a rank is gone.
             RankSilentError: a rank did not answer within ``step_timeout_s``.
         """
+        settings, sharers = self.spec.settings, self.spec.settings.sharers(self.spec.kind)
         plans = plan_batch(
             items,
-            ranks=self.spec.settings.ranks,
-            micro_batch=self.spec.settings.at_once(self.spec.kind),
+            ranks=settings.ranks // sharers,
+            micro_batch=settings.at_once(self.spec.kind),
             updates=updates,
         )
-        answers = await self._call("update", per_rank=[(plan, epochs) for plan in plans])
+        answers = await self._call("update", per_rank=[(plan, epochs) for plan in plans for _ in range(sharers)])
         self._version = answers[0][1]
-        return merge_reports([report for report, _ in answers])
+        return merge_reports([report for report, _ in answers[::sharers]])  # each item counts once
 
     async def publish(self, *, averaged: bool = False, receivers: int = 0) -> list[Any]:
         """Gather the trained weights into the object store; returns what ``actors.weights.fetch`` and ``receive`` take.

@@ -5,12 +5,15 @@ Responsible for keys, defaults and ranges. The objectives' own are in ``objectiv
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actors.pool.settings import Gpus, Labels
 from actors.settings import FREE, Pair, Positive, Section, cite
+from cluster.errors import ConfigError
 from cluster.layout import Strategy
 
 
@@ -75,6 +78,12 @@ class LearnerSection(Section):
         description="Denoising steps of a trajectory's window per forward and backward (stage 2): 1 keeps the activations of one "
         "step at a time; null takes the whole window.",
     )
+    context_parallel: Positive = Field(
+        1,
+        description="Neighbouring ranks that share the tokens of a clip, in stage 2's learner: for clips whose activations outgrow a "
+        "GPU. It divides ranks, the artist's attention heads and a clip's tokens. The thinker's ranks and vans sft share nothing.",
+        json_schema_extra=cite("DeepSpeed-Ulysses"),
+    )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     reference_offload: bool = Field(
         False,
@@ -99,6 +108,28 @@ class LearnerSection(Section):
         json_schema_extra=FREE,
     )
 
+    @model_validator(mode="after")
+    def _whole_groups(self) -> LearnerSection:
+        if self.ranks % self.context_parallel:
+            raise ValueError(
+                f"context_parallel={self.context_parallel} must divide ranks={self.ranks}: ranks share a clip in groups of that many"
+            )
+        return self
+
+    def sharers(self, policy: str) -> int:
+        """Return how many ranks share each item of ``policy``: only the artist's clips are shared."""
+        return 1 if policy == "vlm" else self.context_parallel
+
     def at_once(self, policy: str) -> int:
         """Return how many trajectories, or completions, of ``policy`` (vlm, vdm) one rank's forward and backward takes."""
         return (self.micro_completions if policy == "vlm" else None) or self.micro_batch
+
+
+def require_divisor(count: int, sizes: Mapping[str, int]) -> None:
+    """Raise ConfigError unless context_parallel= ``count`` divides all of ``sizes``, which are named as a sentence names them."""
+    if all(size % count == 0 for size in sizes.values()):
+        return
+    common = math.gcd(*sizes.values())
+    right = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+    told = " and ".join(f"{name} ({size})" for name, size in sizes.items())
+    raise ConfigError(f"learner.context_parallel={count} must divide {told}: use one of {right}")

@@ -40,7 +40,7 @@ from actors.policy.protocol import (
 )
 from actors.records import Experience, VdmExperience, Weights
 from actors.weights.transport import pack
-from cluster.errors import CheckpointError, CheckpointWriteError, TrainingError
+from cluster.errors import CheckpointError, CheckpointWriteError, ConfigError, TrainingError
 from cluster.storage import write_failure
 
 STATE_FILE = "learner.json"
@@ -64,6 +64,7 @@ class Trainer:
     def __init__(self, policy: Trainable, spec: LearnerSpec, mesh: DeviceMesh, device: torch.device) -> None:
         self.policy, self.spec, self.device = policy, spec, device
         self.rank, self.world = mesh.get_local_rank(), mesh.size()
+        self.sharers = spec.settings.sharers(spec.kind)  # ranks that run the same items, each a part of their tokens
         self.objective = make_objective(spec.objective, spec.learning, spec.longest)
         dtype = torch_dtype(spec.settings.dtype)
         policy.module.eval()
@@ -75,6 +76,9 @@ class Trainer:
             names = [name for name, m in policy.module.named_modules() if id(m) in ids]
             self.frozen = copy.deepcopy(policy.module).requires_grad_(False)
             units = [self.frozen.get_submodule(n) for n in names]
+        if self.sharers > 1:
+            self._share_tokens()
+        if self.frozen is not None:
             shard(self.frozen, units, mesh, dtype, checkpointing=False, offload=spec.settings.reference_offload)
         shard(policy.module, policy.fsdp_units, mesh, dtype, spec.settings.activation_checkpointing)
         self.optimizer = Optimizer(policy.module, spec.optim, spec.total_steps, spec.name)
@@ -87,6 +91,16 @@ class Trainer:
     def version(self) -> int:
         """The version of the trained weights: the number of updates that changed them."""
         return self.optimizer.applied
+
+    def _share_tokens(self) -> None:
+        """Let neighbouring ranks share the tokens of each item, in the reference too where that is a module of its own."""
+        share = getattr(self.policy, "share_tokens", None)
+        if share is None:
+            raise ConfigError(
+                f"learner.context_parallel={self.sharers}: {type(self.policy).__name__} cannot share an item's tokens among ranks; "
+                "use learner.context_parallel: 1"
+            )
+        share(self.sharers, [m for m in (self.policy.module, self.frozen) if m is not None])
 
     # --- memory
     # -----------------------------------------------------------------------------------------------------------
@@ -239,7 +253,8 @@ class Trainer:
             )
 
     def _apply(self, total: float, count: float, report: RankReport) -> None:
-        sum_total, sum_count = self._reduce([total, count], dist.ReduceOp.SUM)
+        # Ranks that share items have the same loss and count; the parts of the gradient add up as those of other items do.
+        sum_total, sum_count = (s / self.sharers for s in self._reduce([total, count], dist.ReduceOp.SUM))
         if sum_count == 0:
             raise TrainingError(f"{self.spec.name}: no item of the batch has a step that counts (all masks are empty)")
         scale_gradients(self.parameters, self.world / sum_count)
@@ -250,7 +265,7 @@ class Trainer:
             if self.sampled is not None:
                 self.sampled.same = False
             report.common["grad_norm"] = stepped.grad_norm
-            report.sums["applied"] += 1.0 / self.world
+            report.sums["applied"] += self.sharers / self.world
 
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)

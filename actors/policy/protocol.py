@@ -21,6 +21,9 @@ How the learner uses a policy, which is what an implementation must allow for:
 7. A policy whose steps have a forward each may have ``split(batch, steps)``, which cuts a batch along T into
    ``[(slice of T, batch), …]`` of at most ``steps`` steps: with ``LearnerSpec.micro_steps`` each part gets a forward and
    backward of its own, and the activations of one part at a time are kept. All ranks must get equally many parts.
+8. A policy whose items are long sequences may have ``share_tokens(count, modules)``: afterwards groups of ``count`` neighbouring
+   ranks, which run the same items, each compute a part of their tokens in ``modules`` (``module``, and the learner's frozen copy of
+   it). Outputs are whole and equal in a group; the gradients of its ranks add up to the gradient. It is called before 2.
 """
 
 from __future__ import annotations

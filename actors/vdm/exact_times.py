@@ -18,7 +18,11 @@ class ExactTimes:
 
     With ``shared``, times of single tokens are embedded once for the clip's clean tokens and once for its noisy ones,
     and the two rows are repeated afterwards: the embedding is a function of a token's time alone, and there are two.
+
+    ``part`` says which of how many equal parts of a clip's tokens the transformer computes here (``context_parallel``).
     """
+
+    part = (0, 1)
 
     def __init__(
         self, embedder: nn.Module, projection: nn.Module, shared: bool = False, two: Mapping[str, Any] | None = None
@@ -60,9 +64,13 @@ class ExactTimes:
     @contextmanager
     def exactly(self, times: Tensor, clean: int = 0) -> Iterator[None]:
         """Within it, the embedding sees ``times``, float32 (B,) or (B, tokens) with the ``clean`` tokens first."""
-        if self.shared and times.ndim == 2 and 0 < clean < times.shape[1]:
+        if times.ndim == 2:
+            index, parts = self.part
+            length = times.shape[1] // parts
+            times, clean = times[:, index * length : (index + 1) * length], min(max(clean - index * length, 0), length)
+        if self.shared and times.ndim == 2:
             self._counts = (clean, times.shape[1] - clean)
-            times = times[:, [0, clean]]
+            times = times[:, [0, -1]]
         self._value = times.flatten()
         try:
             yield

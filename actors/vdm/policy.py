@@ -32,6 +32,7 @@ from actors.policy.protocol import PolicyOutput, SupervisedLoss, torch_dtype
 from actors.policy.settings import LoraSection
 from actors.records import Experience, RenderRequest, VdmExperience
 from actors.vdm import flow_sde, trajectories
+from actors.vdm.context_parallel import share_tokens
 from actors.vdm.files import COMPONENTS, Parts, held_bytes, load_parts, save_full
 from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.frames import frames_to_video, video_to_frames
@@ -317,6 +318,10 @@ class VdmPolicy:
         ]
 
     # --- learning ---
+
+    def share_tokens(self, count: int, modules: Sequence[nn.Module]) -> None:
+        """Let ``count`` neighbouring ranks share the tokens of a clip: see ``context_parallel.share_tokens``. Collective."""
+        self.family.times.part = share_tokens(modules, count, self.device.type), count
 
     def collate(self, items: Sequence[Experience]) -> VdmBatch:
         """Return trajectories as one batch; they must agree in noise schedule, level and sizes."""
