@@ -46,12 +46,25 @@ class ClusterSection(Section):
     placement_timeout_s: float = Field(60.0, gt=0, description="Longest wait for room.")
 
 
+class RolloutsSection(Section):
+    """Every rollout of the run, to look at: Parquet files in its folder (docs/rollouts.md)."""
+
+    every: int = Field(1, ge=0, description="Steps between those whose rollouts are stored; 0 stores none.")
+    keep_steps: Positive = Field(50, description="Newest stored steps that are kept of each stage.")
+    clips: Literal["all", "best_worst", "none"] = Field(
+        "best_worst",
+        description="Whose clips are stored: all; those with the highest and the lowest reward of each group; none, and no input "
+        "and true clip either.",
+    )
+
+
 class TrackingSection(Section):
     """MLflow. The environment's MLFLOW_TRACKING_URI wins over ``uri``."""
 
     uri: str | None = Field(None, description="Tracking server; null is sqlite in the run's folder.")
     experiment: str = Field("vans", description="Experiment name.")
     clips_every: int = Field(10, ge=0, description="Steps between logged sample clips; 0 logs none.")
+    rollouts: RolloutsSection = Field(default_factory=RolloutsSection)
 
     @field_validator("uri")
     @classmethod

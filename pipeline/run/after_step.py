@@ -20,6 +20,8 @@ from pipeline.stages.loop import Learners, StageStopped, StepReport
 from pipeline.stages.table import AnyStage
 from pipeline.support.interrupt import StopRequest
 from pipeline.support.progress import step_note
+from pipeline.tracking.behind import RolloutWriter
+from pipeline.tracking.rollouts import step_rollouts
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +46,12 @@ class StepHook:
     stop: StopRequest = field(default_factory=StopRequest)
     held_out: HeldOut | None = None
     on_step: OnStep | None = None
+    rollouts: RolloutWriter | None = None
     ended: FeedCursor | None = None  # where the next stage draws from, if this one ended before its last step
     saved: int = -1  # the step of the last checkpoint
     unsent: int = 0  # uploads to the mirror that have failed
     sent: str = ""  # the newest checkpoint that is whole in the mirror
+    lost: int = 0  # steps whose rollouts could not be stored
 
     async def begin(self, first: int, cursor: FeedCursor) -> None:
         """Evaluate the pair that the stage begins with, and make good what a killed run did not come to."""
@@ -91,6 +95,7 @@ class StepHook:
             for clip in (g.members[0].clip for g in report.batch.groups[:2]):
                 if clip is not None:
                     tracker.log_clip(clip.frames, clip.caption, report.step, fps=section.video.fps)
+        self.store_rollouts(report)
         held = self.held_out
         over = held is not None and held.standing.asked == done and held.over
         last = over or done == self.stage.section.steps or bool(watched.lasting)
@@ -114,13 +119,15 @@ class StepHook:
     async def save(self, done: int, cursor: FeedCursor, *, last: bool) -> None:
         """Write the checkpoint from which step ``done`` is next, or tell why there is none.
 
-        First the figures of the steps before it go to the store or the spool: a run that is killed afterwards does not
-        repeat those steps, so they would be missing for ever.
+        First the figures of the steps before it go to the store or the spool, and their rollouts to the disk: a run that is
+        killed afterwards does not repeat those steps, so they would be missing for ever.
         """
         if not await asyncio.to_thread(self.keeper.tracker.flush, FLUSH_S):
             log.warning(
                 "the tracking store has not answered for %.0f s; the checkpoint is written all the same", FLUSH_S
             )
+        if self.rollouts is not None and not await asyncio.to_thread(self.rollouts.flush, FLUSH_S):
+            log.warning("the rollouts are not written after %.0f s; the checkpoint is written all the same", FLUSH_S)
         told = await self.keeper.save(self.stage, self.learners, done, cursor, self.alarms.state, last=last)
         if self.held_out is not None and self.held_out.is_best(self.stage.name, done):
             await asyncio.to_thread(self.held_out.settle, told is None)
@@ -129,6 +136,32 @@ class StepHook:
             return
         self.progress.say(told, "bold yellow")
         self.keeper.tracker.log_metrics({"checkpoint/failed": float(self.keeper.failures.total)}, done - 1)
+
+    def store_rollouts(self, report: StepReport) -> None:
+        """Have the step's rollouts written where they are due, and tell what could not be."""
+        section, writer = self.config.tracking.rollouts, self.rollouts
+        if writer is None:
+            return
+        if section.every and report.step % section.every == 0:
+            stage = self.stage.section
+            writer.put(
+                step_rollouts(
+                    self.stage.name,
+                    report.step,
+                    report.batch,
+                    clips=section.clips,
+                    group_size=stage.rollout.group_size,
+                    weights=stage.rewards.weights,
+                    figures=report.metrics,
+                    fps=self.config.video.fps,
+                    run_id=self.keeper.tracker.run_id,
+                )
+            )
+        if writer.counts.lost != self.lost:
+            self.lost = writer.counts.lost
+            self.keeper.tracker.log_metrics({"tracking/rollouts_lost": float(self.lost)}, report.step)
+        for line in writer.news():
+            self.progress.say(line, "bold yellow")
 
     def tell_uploads(self, step: int) -> None:
         """Tell what could not be sent to the mirror; raises CheckpointWriteError where that was once too often in a row."""

@@ -56,6 +56,8 @@ from pipeline.support.interrupt import StopRequest, stop_on_signals
 from pipeline.support.location import Uri
 from pipeline.support.progress import bar, waiting
 from pipeline.tracking import Tracker, has_store
+from pipeline.tracking.behind import RolloutWriter
+from pipeline.tracking.rollouts import clear
 from rewards.alarms import AlarmState
 
 log = logging.getLogger(__name__)
@@ -138,6 +140,8 @@ def _run_held(
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     config.out.mkdir(parents=True, exist_ok=True)
     terminal.keep_log_in(config.out)
+    if checkpoint is None:
+        clear(config.out)
     (config.out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     if mirror is not None:
         mirror.describe(to_yaml(config))
@@ -175,6 +179,8 @@ def _run_held(
         except KeyboardInterrupt:
             tracker.log_tags({"vans.stopped": stop.name})
             raise
+        finally:
+            run.rollouts.close()
 
 
 @dataclass
@@ -202,6 +208,7 @@ class Run:
         self.held_out = HeldOut(
             self.config, self.tracker, self.store, self.uploads, self.held_source, self.require_owned
         )
+        self.rollouts = RolloutWriter(self.config.out, self.config.tracking.rollouts.keep_steps, self.require_owned)
         self.keeper = Keeper(
             self.config, self.store, self.tracker, self.uploads, self.inputs, self.held_out, self.run_ids
         )
@@ -322,7 +329,17 @@ class Run:
             with bar(self.console, stage.title, stage.section.steps, first) as progress, self.stop.deferred():
                 held = self.held_out
                 hook = StepHook(
-                    self.config, self.keeper, stage, learners, alarms, progress, restarts, self.stop, held, self.on_step
+                    self.config,
+                    self.keeper,
+                    stage,
+                    learners,
+                    alarms,
+                    progress,
+                    restarts,
+                    self.stop,
+                    held,
+                    self.on_step,
+                    self.rollouts,
                 )
                 try:
                     await hook.begin(first, self.feed.cursor)

@@ -29,6 +29,10 @@ class Member:
     completion: Completion | None = None
     clip: Clip | None = None
     weights_version: int = 0
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    """What it was sampled with: ``text``, ``noise``, ``sde``, as far as it was."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall seconds from request to answer, queues included: ``text``, ``render``, ``score``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,8 @@ class Group:
     members: tuple[Member, ...]
     failures: tuple[str, ...] = ()
     """The reason of each trajectory that was lost; of all of them, where nothing could be asked about the sample."""
+    text: str = ""
+    """What the frozen thinker wrote for all members (stage 2); empty where each has a completion of its own."""
 
 
 MAX_EMPTY_BATCHES = 5
@@ -94,6 +100,8 @@ class RolloutBatch:
     totals: tuple[np.ndarray, ...]
     advantages: tuple[np.ndarray, ...]
     metrics: dict[str, float] = field(default_factory=dict)
+    left_out: tuple[Group, ...] = ()
+    """Groups with too few scored members, which nothing learns from."""
 
 
 def assemble(
@@ -117,7 +125,8 @@ def assemble(
     }
     if kept:
         metrics |= _reward_metrics(kept, values, totals, zero_std, trained_version)
-    return RolloutBatch(kept, totals, tuple(advantages), metrics)
+    left_out = tuple(g for g in groups if g is not None and len(g.members) < min_group)
+    return RolloutBatch(kept, totals, tuple(advantages), metrics, left_out)
 
 
 def _reward_metrics(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Awaitable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -16,6 +18,15 @@ from pipeline.stages.groups import Group, Member
 
 if TYPE_CHECKING:  # `vans answer` draws without pools
     from pipeline.fleet.open import Fleet
+
+T = TypeVar("T")
+
+
+async def timed(work: Awaitable[T]) -> tuple[T, float]:
+    """Return what ``work`` gives, and the wall seconds that it took."""
+    started = time.monotonic()
+    found = await work
+    return found, time.monotonic() - started
 
 
 def completion_request(sample: Sample, text: TextSamplingSection, seed: int, n: int = 1) -> CompletionRequest:
@@ -74,6 +85,11 @@ async def render(fleet: Fleet, request: RenderRequest) -> Clip:
     return clip if clip.trajectory is None else replace(clip, condition=request.condition)
 
 
+def render_seeds(request: RenderRequest) -> dict[str, int]:
+    """Return what ``request`` draws with: the seed of the initial noise, and that of the SDE's steps where there are any."""
+    return {"noise": request.noise_seed} | ({"sde": request.sde_seed} if request.sde is not None else {})
+
+
 def score_request(
     sample: Sample, index: int, components: tuple[str, ...], text: str, caption: str, frames: np.ndarray | None
 ) -> ScoreRequest:
@@ -91,8 +107,11 @@ def score_request(
     )
 
 
-def collect(sample: Sample, done: list[Member | BaseException]) -> Group:
-    """Return the group of the members that succeeded; a data failure leaves the group, anything else is raised."""
+def collect(sample: Sample, done: list[Member | BaseException], text: str = "") -> Group:
+    """Return the group of the members that succeeded; a data failure leaves the group, anything else is raised.
+
+    ``text`` is what the frozen thinker wrote for all of them.
+    """
     members, failures = [], []
     for result in done:
         if isinstance(result, SampleFailed):
@@ -101,4 +120,4 @@ def collect(sample: Sample, done: list[Member | BaseException]) -> Group:
             raise result
         else:
             members.append(result)
-    return Group(sample, tuple(members), tuple(failures))
+    return Group(sample, tuple(members), tuple(failures), text)

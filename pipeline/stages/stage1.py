@@ -12,14 +12,25 @@ from typing import ClassVar
 import numpy as np
 
 from actors.pool.errors import SampleFailed
-from actors.records import Clip, Completion, Experience, Sample, Scores, VlmExperience, derive_seed
+from actors.records import Clip, Completion, Experience, RenderRequest, Sample, Scores, VlmExperience, derive_seed
 from actors.scoring.scorer import TEXT_ONLY
 from pipeline.config import RunConfig
 from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
-from pipeline.stages.requests import collect, completion_request, render, render_request, score_request
+from pipeline.stages.requests import (
+    collect,
+    completion_request,
+    render,
+    render_request,
+    render_seeds,
+    score_request,
+    timed,
+)
+
+Drawing = tuple[RenderRequest, asyncio.Task[tuple[Clip, float]]]
+"""What was asked of the artist, and the clip with the seconds that it took."""
 
 
 @dataclass
@@ -50,33 +61,45 @@ class Stage1:
         section, seed = self.section, derive_seed(self.config.seed, self.name, step, sample.id, "text")
         request = completion_request(sample, section.text, seed, section.rollout.group_size)
         try:
-            completions: list[Completion] = await self.fleet.vlm.submit(request)
+            completions, text_s = await timed(self.fleet.vlm.submit(request))
         except SampleFailed as error:
             return Group(sample, (), (str(error),) * section.rollout.group_size)
         answers = self.config.models.prompt.answers
         captions = [answer.caption if (answer := answers.parse(c.text)) else None for c in completions]
         draws = not TEXT_ONLY.issuperset(section.rewards.weights)  # else nobody would look at the clips
         keys = [caption if section.dedupe else (caption, i) for i, caption in enumerate(captions)]
-        renders: dict[object, asyncio.Task[Clip]] = {}
+        renders: dict[object, Drawing] = {}
         for i, (key, caption) in enumerate(zip(keys, captions, strict=True)):
             if draws and caption is not None and key not in renders:
-                renders[key] = asyncio.create_task(render(self.fleet, self._render(sample, caption, i, step)))
+                asked = self._render(sample, caption, i, step)
+                renders[key] = asked, asyncio.create_task(timed(render(self.fleet, asked)))
         members = [
-            self._member(sample, i, c, caption, renders.get(key))
+            self._member(sample, i, c, caption, renders.get(key), {"text": seed}, {"text": text_s})
             for i, (c, caption, key) in enumerate(zip(completions, captions, keys, strict=True))
         ]
         done = await asyncio.gather(*members, return_exceptions=True)
         return collect(sample, done)
 
     async def _member(
-        self, sample: Sample, index: int, completion: Completion, caption: str | None, render: asyncio.Task[Clip] | None
+        self,
+        sample: Sample,
+        index: int,
+        completion: Completion,
+        caption: str | None,
+        drawing: Drawing | None,
+        seeds: dict[str, int],
+        seconds: dict[str, float],
     ) -> Member:
-        clip = await render if render is not None else None
+        clip = None
+        if drawing is not None:
+            asked, rendering = drawing
+            clip, render_s = await rendering
+            seeds, seconds = seeds | render_seeds(asked), seconds | {"render": render_s}
         names = tuple(self.section.rewards.weights)
         wanted = names if caption is not None else tuple(n for n in names if n == "format")
-        scores: Scores = await self.fleet.reward.submit(
-            score_request(sample, index, wanted, completion.text, caption or "", None if clip is None else clip.frames)
-        )
+        frames = None if clip is None else clip.frames
+        request = score_request(sample, index, wanted, completion.text, caption or "", frames)
+        scores, score_s = await timed(self.fleet.reward.submit(request))
         # A malformed answer has no caption and no video: what judges them is 0 by definition, not by imputation.
         values = {name: scores.values.get(name, 0.0) for name in names} if caption is None else scores.values
         return Member(
@@ -86,6 +109,8 @@ class Stage1:
             completion,
             clip,
             completion.weights_version,
+            seeds,
+            seconds | {"score": score_s},
         )
 
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]:

@@ -23,7 +23,16 @@ from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import Group, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
-from pipeline.stages.requests import artist_frames, collect, completion_request, render, render_request, score_request
+from pipeline.stages.requests import (
+    artist_frames,
+    collect,
+    completion_request,
+    render,
+    render_request,
+    render_seeds,
+    score_request,
+    timed,
+)
 from rewards.errors import RewardError
 from rewards.text import rouge_l
 
@@ -107,7 +116,7 @@ class Stage2:
             *(self._member(sample, anchor, i, step, spec) for i in range(self.section.rollout.group_size)),
             return_exceptions=True,
         )
-        return collect(sample, done)
+        return collect(sample, done, anchor.text)
 
     async def _member(self, sample: Sample, anchor: Anchor, index: int, step: str, spec: SdeSpec | None) -> Member:
         assert anchor.caption is not None
@@ -124,12 +133,13 @@ class Stage2:
             ends=ends,
             sde_seed=derive_seed(*seed, "sde", index),
         )
-        clip = await render(self.fleet, request)
+        clip, render_s = await timed(render(self.fleet, request))
         names = tuple(self.section.rewards.weights)
-        scores = await self.fleet.reward.submit(
-            score_request(sample, index, names, anchor.text, anchor.caption, clip.frames)
+        scores, score_s = await timed(
+            self.fleet.reward.submit(score_request(sample, index, names, anchor.text, anchor.caption, clip.frames))
         )
-        return Member(index, anchor.caption, scores, None, clip, clip.weights_version)
+        seconds = {"render": render_s, "score": score_s}
+        return Member(index, anchor.caption, scores, None, clip, clip.weights_version, render_seeds(request), seconds)
 
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]:
         """Return what the learner reads, in a fixed order."""

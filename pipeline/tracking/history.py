@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from mlflow import MlflowClient
 
 from pipeline.tracking.store import PARENT_TAG, STAGE_TAG
 
 Series = dict[str, list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class JobRun:
+    """What MLflow says about a job: its status, when it began and ended in seconds since the epoch, its tags and last figures."""
+
+    id: str
+    status: str
+    start: float
+    end: float | None
+    tags: dict[str, str] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def read_job(uri: str, parent_id: str) -> JobRun:
+    """Return what MLflow says about the job ``parent_id``."""
+    run = MlflowClient(tracking_uri=uri).get_run(parent_id)
+    end = run.info.end_time / 1e3 if run.info.end_time else None
+    return JobRun(
+        parent_id, run.info.status, run.info.start_time / 1e3, end, dict(run.data.tags), dict(run.data.metrics)
+    )
 
 
 def read_stages(uri: str, parent_id: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, Series]:

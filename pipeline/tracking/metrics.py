@@ -285,6 +285,9 @@ REST = Family(
         Metric("tracking/spooled", "records",
                "Tracking records kept in the local spool because the store could not be reached.",
                "Returns to 0 when the store is back."),
+        Metric("tracking/rollouts_lost", "steps",
+               "Steps whose rollouts are not stored (tracking.rollouts), since the start; logged from the first one on.",
+               "Make room, or store fewer clips: the reason is in the log. Nothing of the training is lost."),
     ),
 )
 

@@ -39,7 +39,7 @@ class OutboxCounts:
 @dataclass
 class _Entry:
     record: Record
-    prepare: Callable[[], None] | None = None
+    prepare: Callable[[], object] | None = None
 
 
 class Outbox:
@@ -75,7 +75,7 @@ class Outbox:
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
-    def put(self, record: Record, prepare: Callable[[], None] | None = None) -> None:
+    def put(self, record: Record, prepare: Callable[[], object] | None = None) -> None:
         """Queue ``record`` and return at once; ``prepare`` (writing the file it names) runs in the thread before it."""
         with self._idle:
             self._unfinished += 1

@@ -179,9 +179,13 @@ class Tracker:
 
     def log_text(self, text: str, name: str) -> None:
         """Log ``text`` as the artifact ``name``, which may have folders in front."""
+        self.log_file(lambda path: media.write_text(text, path), name)
+
+    def log_file(self, write: Callable[[Path], object], name: str) -> None:
+        """Log the artifact ``name``, which may have folders in front; the tracking thread calls ``write`` with the path to write."""
         folder, _, file = name.rpartition("/")
         path = self._outgoing(folder) / file
-        self._put("artifact", lambda: media.write_text(text, path), path=str(path), to=folder, remove=True)
+        self._put("artifact", lambda: write(path), path=str(path), to=folder, remove=True)
 
     def log_image(self, image: np.ndarray | str | Path, step: int, key: str = "contact_sheet") -> None:
         """Log a picture, uint8 (H, W, 3) or the path of a file, under ``key`` with a slider over steps."""
@@ -282,7 +286,7 @@ class Tracker:
         path.mkdir(parents=True, exist_ok=True)
         return path.resolve()
 
-    def _put(self, op: str, prepare: Callable[[], None] | None = None, **content: Any) -> None:
+    def _put(self, op: str, prepare: Callable[[], object] | None = None, **content: Any) -> None:
         self._outbox.put({"op": op, "parent": self.run_id, "run": self._run, **content}, prepare)
 
 
