@@ -17,6 +17,7 @@ from pipeline.commands.data import data
 from pipeline.commands.program import Config, Out, Overrides, Program, local, print_plain, wide_console
 from pipeline.commands.release import import_release
 from pipeline.commands.watching import profile, scale, status
+from pipeline.commands.report import report
 from pipeline.support import terminal
 
 _SITE = Site()  # the defaults of `vans manifests`
@@ -29,6 +30,7 @@ app = Program(
     "Joint-GRPO, on Ray.\n\nStart with `vans doctor`, then `vans demo`.",
 )
 app.add_typer(data, name="data")
+app.command()(report)
 
 
 def main() -> None:

@@ -155,6 +155,7 @@ def tell(console: Console, out: Path, summary: dict[str, Any]) -> None:
         f"frozen models unchanged: {'yes' if summary['frozen_ok'] else 'NO'} · first-update ratio off by {summary['ratio_gate']} · "
         f"{wall['demo']:.0f} s in all\n\nLook at   {out}/contact_sheet.png, {out}/answers/*.mp4, {out}/table.md\n"
         f"Curves    mlflow ui --backend-store-uri {shlex.quote(summary['mlflow']['tracking_uri'])}\n"
+        f"Rollouts  vans report {shlex.quote(str(out))} --open\n"
         f"Ask       vans answer --vlm {out}/vlm_adapter --vdm {out}/vdm_adapter --video {out}/input.mp4 \\\n"
         f'              --question "what if it were reversed ?" --out answer.mp4\n'
         f"Next      vans train toy stage1.steps=120 · vans train --help",

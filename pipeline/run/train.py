@@ -31,7 +31,8 @@ from pipeline.evaluate.table import EvaluationTable
 from pipeline.fleet.open import Fleet, at_rest, cluster_session, serve_trained
 from pipeline.lock import hold_all
 from pipeline.lock.holding import QUEUED_WAIT_S
-from pipeline.run.after_step import OnStep, StepHook
+from pipeline.report.page import write_page
+from pipeline.run.after_step import FLUSH_S, OnStep, StepHook
 from pipeline.run.best import BEST, standing_of
 from pipeline.run.held_out import HeldOut, held_out_source
 from pipeline.run.keep import Keeper
@@ -63,6 +64,8 @@ from rewards.alarms import AlarmState
 log = logging.getLogger(__name__)
 
 FEED_CLOSE_S = 30.0
+PAGE, PAGE_BYTES = "report/index.html", 32 << 20
+"""The artifact that the run's page is, and how large its clips may be together."""
 SYSTEMS = ("SFT", "Joint-GRPO")
 Resume = bool | Literal["if_any"]
 
@@ -307,8 +310,18 @@ class Run:
             result = await train_with_restarts(
                 attempt, first, restarts, lambda: self.store.latest(stage.name), on_restart
             )
+        await self.log_page()
         self.report.stages[stage.name] = result
         self.report.wall_s[stage.name] = round(time.monotonic() - started, 1)
+
+    async def log_page(self) -> None:
+        """Have the run's page, with the newest rollouts, logged as an artifact of the job; what it shows is waited for shortly."""
+        await asyncio.gather(
+            asyncio.to_thread(self.tracker.flush, FLUSH_S), asyncio.to_thread(self.rollouts.flush, FLUSH_S)
+        )
+        self.tracker.log_file(
+            lambda path: write_page(self.config.out, path.parent, single=True, most_bytes=PAGE_BYTES), PAGE
+        )
 
     async def _attempt(self, stage: AnyStage, fleet: Fleet, here: Checkpoint | None, restarts: Restarts) -> StageResult:
         """Train ``stage`` with new learner groups from ``here`` (None: its beginning) to its end, and export the result."""

@@ -1,6 +1,6 @@
 """Tracking in MLflow, by the driver alone.
 
-For: the tracker, every metric's name and meaning, the outbox that never blocks, profiles.
+For: the tracker, every metric's name and meaning, the outbox that never blocks, stored rollouts, profiles.
 Not for: deciding anything.
 Begin with ``tracker``.
 """

@@ -27,6 +27,8 @@ from pipeline.tracking.outbox import Record, Unreachable
 PARENT = "parent"
 STAGE_TAG, PARENT_TAG = "vans.stage", "mlflow.parentRunId"
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Has MLflow's pages open a new experiment as training runs; without it they show an evaluation of language models."""
 
 # The store's answer is about the request itself, so that asking again would not help.
 _REFUSED = {
@@ -61,7 +63,9 @@ class MlflowStore:
                     "(tracking.experiment=…)"
                 )
             location = artifacts.resolve().as_uri() if artifacts else None
-            self.experiment_id = found.experiment_id if found else self.client.create_experiment(experiment, location)
+            self.experiment_id = (
+                found.experiment_id if found else self.client.create_experiment(experiment, location, KIND)
+            )
 
     def start(self, name: str, tags: dict[str, str]) -> str:
         """Create a parent run and return its id; raises TrackingError where the store does not answer."""

@@ -33,6 +33,15 @@ from pipeline.tracking.outbox import Outbox, OutboxCounts
 from pipeline.tracking.store import PARENT, MlflowStore, TrackingError, merge_metrics
 
 STRICT_VARIABLE = "VANS_STRICT_METRICS"
+DESCRIPTION = """\
+The artifact `report/index.html`, written at the end of each stage, is the run's page: curves, alarms and every stored rollout.
+`vans report FOLDER` writes it at any time.
+
+Of the metrics of `stage1` and `stage2` start with `reward/total_mean`, `reward/<component>_mean`, `rollout/format_rate`,
+`alarm/on`, `learner/kl`, `learner/ratio_max_dev` (0 before an update), `evaluate/<metric>` and `time/step_s`; docs/metrics.md
+explains each.
+"""
+"""What MLflow shows above a job's figures."""
 FOLDER = "tracking"  # under the run's folder: spool, and files on their way to the store
 
 _UNQUOTED = "".join(chr(c) for c in range(33, 127) if chr(c) not in "%?#") + " "
@@ -63,7 +72,7 @@ class Tracker:
             config.out,
             config.tracking,
             flatten(config),
-            tags={"vans.config.digest": config_digest(config)},
+            tags={"vans.config.digest": config_digest(config), "mlflow.note.content": DESCRIPTION},
             resume_run_id=resume_run_id,
             strict=strict,
         )

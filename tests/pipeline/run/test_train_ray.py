@@ -27,6 +27,7 @@ from pipeline.evaluate.evaluation import write_report
 from pipeline.fleet.models import resolve_model
 from pipeline.run.train import SYSTEMS, RunReport, run_training
 from pipeline.stages.loop import StepReport
+from pipeline.tracking.rollouts import read_step, stored_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS, GROUP, PROMPTS = 2, 4, 4
@@ -140,6 +141,30 @@ def test_mlflow_holds_the_job_its_stages_and_their_steps(run: tuple[RunConfig, R
         assert any(a.path.startswith("samples") for a in client.list_artifacts(child.info.run_id))
     assert any(key.startswith("eval/") for key in parent.data.metrics)
     assert (config.out / "config.yaml").is_file()
+
+
+def test_every_rollout_is_in_the_folder_and_on_the_page(run: tuple[RunConfig, RunReport], tmp_path: Path) -> None:
+    config, report = run
+    stored = stored_steps(config.out)
+    assert [(each.stage, each.step) for each in stored] == [(n, s) for n in ("stage1", "stage2") for s in range(STEPS)]
+    for each, groups in zip(stored, (PROMPTS, PROMPTS, 2, 2), strict=True):
+        rows, note = read_step(each.path)
+        figures = report.stages[each.stage].history[each.step]
+        assert len(rows) == groups * GROUP and {row["lost"] for row in rows} == {None}
+        assert np.mean([row["reward"] for row in rows]) == pytest.approx(figures["reward/total_mean"])
+        assert note["figures"] == figures and note["run"] == report.run_id
+        assert {len({row[name] for row in rows if row["group"] == 0}) for name in ("question", "input_video")} == {1}
+        for row in rows:
+            if row["caption"]:
+                assert decode_video(row["clip"], 9, 32, 32).shape == (9, 32, 32, 3)
+                assert row["seeds"]["noise"] and row["seconds"]["render"] > 0
+    page = mlflow.MlflowClient(report.tracking_uri).download_artifacts(
+        report.run_id, "report/index.html", str(tmp_path)
+    )
+    html = Path(page).read_text(encoding="utf-8")
+    assert (
+        all(f'id="step-{each.stage}-{each.step}"' in html for each in stored) and "reward/total_mean at step 1" in html
+    )
 
 
 def test_checkpoints_of_both_stages_are_whole(run: tuple[RunConfig, RunReport]) -> None:
