@@ -17,6 +17,7 @@ from pipeline.commands.data import data
 from pipeline.commands.program import Config, Out, Overrides, Program, local, print_plain, wide_console
 from pipeline.commands.release import import_release
 from pipeline.commands.watching import profile, scale, status
+from pipeline.commands.replay import replay
 from pipeline.commands.report import report
 from pipeline.support import terminal
 
@@ -31,6 +32,7 @@ app = Program(
 )
 app.add_typer(data, name="data")
 app.command()(report)
+app.command()(replay)
 
 
 def main() -> None:

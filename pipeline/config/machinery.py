@@ -56,6 +56,11 @@ class RolloutsSection(Section):
         description="Whose clips are stored: all; those with the highest and the lowest reward of each group; none, and no input "
         "and true clip either.",
     )
+    replay: bool = Field(
+        False,
+        description="Store what the learner read too, tensors and all: a step that follows a checkpoint can then be fed to the "
+        "learner alone (`vans replay`). Large: every frame, latent and embedding of the step.",
+    )
 
 
 class TrackingSection(Section):

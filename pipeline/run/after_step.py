@@ -155,6 +155,9 @@ class StepHook:
                     figures=report.metrics,
                     fps=self.config.video.fps,
                     run_id=self.keeper.tracker.run_id,
+                    experiences={policy: self.stage.experiences(report.batch, policy) for policy in self.stage.policies}
+                    if section.replay
+                    else None,
                 )
             )
         if writer.counts.lost != self.lost:

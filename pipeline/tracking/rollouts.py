@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from cluster.errors import DataError
 from pipeline.data.video import encode_mp4
 from pipeline.stages.groups import Group, Member, RolloutBatch
+from pipeline.tracking.experiences import Experiences, experiences_path, write_experiences
 
 FOLDER = "rollouts"  # under the run's folder
 FORMAT = 1
@@ -68,7 +69,8 @@ _DICTIONARY_BYTES = 1 << 30  # a group's videos stand once in a file, however la
 class StepRollouts:
     """What one step leaves to be written: rows whose videos are still frames, uint8 (T, H, W, 3), and what is said of all of them.
 
-    It holds no trajectory, so that what waits to be written holds no latents.
+    It holds no trajectory, so that what waits to be written holds no latents, but for the ``experiences`` of a run that is to
+    be replayed.
     """
 
     stage: str
@@ -76,6 +78,7 @@ class StepRollouts:
     rows: tuple[dict[str, Any], ...]
     note: dict[str, Any] = field(default_factory=dict)
     fps: float = 8.0  # of clips and targets
+    experiences: Experiences | None = None
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,13 @@ def step_rollouts(
     figures: Mapping[str, float],
     fps: float,
     run_id: str = "",
+    experiences: Experiences | None = None,
 ) -> StepRollouts:
     """Return the rows of ``batch``: every member of every group, and every trajectory that was lost, with the reason.
 
     ``clips`` says whose clips are kept: all, those with a group's highest and lowest reward, or none; with none the input
-    and the true clip are left out too. ``weights`` are those of the reward's components, ``figures`` the step's metrics.
+    and the true clip are left out too. ``weights`` are those of the reward's components, ``figures`` the step's metrics,
+    ``experiences`` what the learner read, where the step is to be replayed.
     """
     rows: list[dict[str, Any]] = []
     for place, (group, totals, advantages) in enumerate(zip(batch.groups, batch.totals, batch.advantages, strict=True)):
@@ -125,8 +130,9 @@ def step_rollouts(
             for m in group.members
         }
         rows += _with_lost(found, of_group, group, group_size)
-    note = {"format": FORMAT, "run": run_id, "weights": dict(weights), "figures": dict(figures)}
-    return StepRollouts(stage, step, tuple(rows), note, fps)
+    note = {"format": FORMAT, "run": run_id, "weights": dict(weights)}
+    note["figures"] = {name: float(value) for name, value in figures.items()}
+    return StepRollouts(stage, step, tuple(rows), note, fps, experiences)
 
 
 def _shown(totals: np.ndarray, clips: Clips) -> set[int]:
@@ -188,12 +194,16 @@ def _with_lost(
 def write_step(folder: Path, rollouts: StepRollouts) -> Path:
     """Write ``rollouts`` into ``folder`` and return the file; one of the same stage and step is replaced.
 
-    The file gets its name when it is whole, so a reader never sees a part of it. Raises OSError or pyarrow's error where the
-    disk does not take it.
+    The file gets its name when it is whole, so a reader never sees a part of it; the experiences beside it come first. Raises
+    OSError or pyarrow's error where the disk does not take it.
     """
     path = folder / f"{rollouts.stage}-step{rollouts.step:06d}.parquet"
     beside = folder / f".{path.name}.part"
     folder.mkdir(parents=True, exist_ok=True)
+    if rollouts.experiences is None:
+        experiences_path(path).unlink(missing_ok=True)  # of the step as it was before the run was resumed
+    else:
+        write_experiences(experiences_path(path), rollouts.experiences)
     try:
         with beside.open("wb") as file:
             pq.write_table(
@@ -249,13 +259,18 @@ def prune(run: Path, stage: str, step: int, keep: int) -> None:
     """Keep of ``stage`` the newest ``keep`` files up to ``step``; later ones are of a run that is being repeated."""
     steps = [each for each in stored_steps(run) if each.stage == stage and each.step <= step]
     for each in steps[:-keep]:
-        each.path.unlink(missing_ok=True)
+        _remove(each)
 
 
 def clear(run: Path) -> None:
     """Remove all rollouts from the folder of a run that begins anew."""
     for each in stored_steps(run):
-        each.path.unlink(missing_ok=True)
+        _remove(each)
+
+
+def _remove(step: StoredStep) -> None:
+    for path in (step.path, experiences_path(step.path)):
+        path.unlink(missing_ok=True)
 
 
 def read_step(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
