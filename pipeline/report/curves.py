@@ -23,10 +23,16 @@ class Panel:
     title: str
     about: str
     metrics: tuple[str, ...]
+    first_too: bool = True
+    """Whether a process's first step is drawn; in times it waits for caches, and would flatten all others."""
 
     def chosen(self, names: Sequence[str]) -> list[str]:
         """Return which of ``names`` stand in it, in the patterns' order."""
         return list(dict.fromkeys(n for pattern in self.metrics for n in names if fnmatchcase(n, pattern)))
+
+    def points(self, points: Points) -> Points:
+        """Return which of ``points`` are drawn."""
+        return points if self.first_too or len(points) == 1 else points[1:]
 
 
 FIRST = (
@@ -72,11 +78,17 @@ FIRST = (
         ("rollout/staleness_mean",),
     ),
     Panel("Gradient norm", "Before clipping.", ("learner/*grad_norm",)),
-    Panel("Time by pool", "Busy seconds of a step, summed over workers.", ("profile/*/busy_s",)),
+    Panel(
+        "Time by pool",
+        "Busy seconds of a step, summed over workers; without the first step, which waits for caches.",
+        ("profile/*/busy_s",),
+        first_too=False,
+    ),
     Panel(
         "Time of a step",
-        "Seconds.",
+        "Seconds; without the first step, which waits for caches.",
         ("time/step_s", "time/rollout_s", "time/update_s", "time/publish_s", "time/evaluate_s"),
+        first_too=False,
     ),
 )
 """The charts that a stage's part of the page begins with; what no run has is left out."""
@@ -154,8 +166,8 @@ def thinned(points: Points) -> Points:
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Return round values that cover ``low`` to ``high``, about ``count`` intervals; two at least."""
     if high == low:
-        pad = abs(high) * 0.1 or 1.0
-        low, high = low - pad, high + pad
+        pad = abs(high) * 0.1
+        low, high = (low - pad, high + pad) if pad else (0.0, 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     size = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)

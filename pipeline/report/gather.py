@@ -77,7 +77,7 @@ def gather(folder: str | Path) -> Run:
     config = load_config(root / "config.yaml")
     steps = tuple(stored_steps(root))
     notes: list[str] = []
-    job, stages, why = _tracked(root, config)
+    job, stages, why = _tracked(root, config, steps)
     if why:
         notes.append(why)
     stages = stages or _from_notes(steps)
@@ -100,19 +100,31 @@ def gather(folder: str | Path) -> Run:
     )
 
 
-def _tracked(root: Path, config: RunConfig) -> tuple[JobRun | None, dict[str, Series], str]:
+def _tracked(
+    root: Path, config: RunConfig, steps: tuple[StoredStep, ...]
+) -> tuple[JobRun | None, dict[str, Series], str]:
     """Return the job, its curves by stage, and what is to be said where they are not there."""
     uri, _ = location(root, config.tracking)
     if not has_store(root, config.tracking):
         return None, {}, "There is no MLflow store here: curves are of the stored steps alone."
     try:
-        parent = newest_parent(uri, config.tracking.experiment, config.name)
+        parent = _named(steps) or newest_parent(uri, config.tracking.experiment, config.name)
         if parent is None:
             return None, {}, f"MLflow ({redacted(uri)}) has no run called {config.name} yet."
         return read_job(uri, parent), read_stages(uri, parent), ""
     except (MlflowException, SQLAlchemyError, OSError) as error:
         told = redacted((str(error).splitlines() or [type(error).__name__])[0][:200])
         return None, {}, f"MLflow ({redacted(uri)}) does not answer: {told}. Curves are of the stored steps alone."
+
+
+def _named(steps: tuple[StoredStep, ...]) -> str:
+    """Return MLflow's id of the job that stored the last of ``steps``, "" where none says it: others may have the same name."""
+    for each in reversed(steps):
+        try:
+            return str(read_note(each.path).get("run", ""))
+        except DataError:
+            continue
+    return ""
 
 
 def _from_notes(steps: tuple[StoredStep, ...]) -> dict[str, Series]:

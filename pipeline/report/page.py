@@ -199,7 +199,7 @@ def stage_view(run: Run, name: str, series: Series, there: set[tuple[str, int]])
         def link(step: int) -> str | None:
             return f"#{name}-{step}" if (name, step) in there else None
 
-        drawn = chart({metric: series[metric] for metric in names}, marks, link)
+        drawn = chart({metric: panel.points(series[metric]) for metric in names}, marks, link)
         panels.append({"title": panel.title, "about": panel.about, "svg": drawn, "names": names})
     rest = [
         {"name": metric, "last": points[-1][1], "svg": spark(points), **_meaning(metric)}

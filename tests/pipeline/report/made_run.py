@@ -71,8 +71,10 @@ def make_run(out: Path, *more: str, store: bool = True, clips: str = "all") -> R
         (stage, step): made.metrics | {"learner/kl": 0.01 * step, "time/step_s": 2.0, "cache/captions": float(step)}
         for (stage, step), made in batches.items()
     }
+    run_id = ""
     if store:
         with Tracker.start(config) as tracker:
+            run_id = tracker.run_id
             for stage, count in STEPS.items():
                 with tracker.stage(stage):
                     for step in range(count):
@@ -86,7 +88,8 @@ def make_run(out: Path, *more: str, store: bool = True, clips: str = "all") -> R
             group_size=SIZE,
             weights=WEIGHTS,
             figures=figures[stage, step],
-            fps=8.0,  # type: ignore[arg-type]
+            fps=8.0,
+            run_id=run_id,  # type: ignore[arg-type]
         )
         write_step(out / FOLDER, rollouts)
     return config

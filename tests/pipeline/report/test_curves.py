@@ -31,14 +31,14 @@ from pipeline.tracking.metrics import find
         (0.13, 2.9, [0.0, 1.0, 2.0, 3.0]),
         (-3.0, 5.0, [-4.0, -2.0, 0.0, 2.0, 4.0, 6.0]),
         (7.0, 7.0, [6.0, 6.5, 7.0, 7.5, 8.0]),
+        (0.0, 0.0, [0.0, 0.25, 0.5, 0.75, 1.0]),
         (1e-6, 3e-6, [1e-6, 1.5e-6, 2e-6, 2.5e-6, 3e-6]),
     ],
 )
 def test_ticks_are_round_and_cover_the_values(low: float, high: float, ticks: list[float]) -> None:
     found = nice_ticks(low, high)
     assert found[0] <= low and found[-1] >= high
-    if low != high:
-        assert found == pytest.approx(ticks)
+    assert found == pytest.approx(ticks)
     assert 2 <= len(found) <= 8
 
 
@@ -79,6 +79,13 @@ def test_long_curves_are_thinned_and_keep_their_ends() -> None:
     found = thinned(points)
     assert found[0] == points[0] and found[-1] == points[-1] and MOST // 2 < len(found) <= MOST + 1
     assert thinned(points[:MOST]) == points[:MOST]
+
+
+def test_times_are_drawn_without_the_first_step_where_there_are_others() -> None:
+    times = next(panel for panel in FIRST if "time/step_s" in panel.metrics)
+    assert times.points([(0, 36.0), (1, 1.0), (2, 1.1)]) == [(1, 1.0), (2, 1.1)]
+    assert times.points([(0, 36.0)]) == [(0, 36.0)]
+    assert FIRST[0].points([(0, 1.0), (1, 2.0)]) == [(0, 1.0), (1, 2.0)]
 
 
 def test_the_first_charts_name_metrics_that_there_are() -> None:

@@ -92,6 +92,17 @@ def test_curves_come_from_mlflow_and_lead_to_their_steps(folder: Path) -> None:
     assert "0.500 [0.400, 0.600]" in html
 
 
+def test_the_curves_are_of_the_job_that_stored_the_rollouts_and_of_no_other_of_that_name(run: Path) -> None:
+    from pipeline.tracking import Tracker
+
+    mine = gather(run).job
+    assert mine is not None
+    with Tracker.start(gather(run).config) as later:
+        assert later.run_id != mine.id
+    found = gather(run)
+    assert found.job == mine and set(found.stages) == set(STEPS)
+
+
 def test_the_configuration_is_compared_with_the_nearest_bundled_run(run: Path) -> None:
     name, changes = nearest_base(gather(run).config)
     assert name == "toy" and {change.key for change in changes} == {"name", "out", "alarms.patience"}
