@@ -89,7 +89,7 @@ def make_run(out: Path, *more: str, store: bool = True, clips: str = "all") -> R
             weights=WEIGHTS,
             figures=figures[stage, step],
             fps=8.0,
-            run_id=run_id,  # type: ignore[arg-type]
+            run_id=run_id,
         )
         write_step(out / FOLDER, rollouts)
     return config
