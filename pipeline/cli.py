@@ -16,9 +16,9 @@ from cluster.surroundings import collector_later
 from pipeline.commands.data import data
 from pipeline.commands.program import Config, Out, Overrides, Program, local, print_plain, wide_console
 from pipeline.commands.release import import_release
-from pipeline.commands.watching import profile, scale, status
 from pipeline.commands.replay import replay
 from pipeline.commands.report import report
+from pipeline.commands.watching import profile, scale, status
 from pipeline.support import terminal
 
 _SITE = Site()  # the defaults of `vans manifests`
@@ -31,8 +31,6 @@ app = Program(
     "Joint-GRPO, on Ray.\n\nStart with `vans doctor`, then `vans demo`.",
 )
 app.add_typer(data, name="data")
-app.command()(report)
-app.command()(replay)
 
 
 def main() -> None:
@@ -165,7 +163,7 @@ def plan(
     raise typer.Exit(0 if found.fits else 1)
 
 
-for _command in (status, profile, scale):
+for _command in (status, profile, report, replay, scale):
     app.command()(_command)
 
 
