@@ -34,7 +34,6 @@ COMPONENTS: dict[Role, tuple[str, ...]] = {
     "clip": ("model",),
 }
 _KNOWN = Path(__file__).parent / "known"
-_VLM_TYPES = ("qwen2_5_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True)
@@ -196,10 +195,19 @@ def _read_folder(folder: Path, role: Role) -> Architecture:
         blueprint = read_blueprint(folder)
         return Architecture(role, str(folder), blueprint.parts, blueprint.index)
     config = read_config(folder / "config.json")
-    found, wanted = config.get("model_type"), _VLM_TYPES if role == "vlm" else ("clip",)
-    if found not in wanted:
-        raise CheckpointError(f"{folder}/config.json has model_type={found!r}; a {role} is {' or '.join(wanted)}")
+    if role == "vlm":
+        config = _whole_vlm(folder)
+    elif config.get("model_type") != "clip":
+        raise CheckpointError(f"{folder}/config.json has model_type={config.get('model_type')!r}; a {role} is clip")
     return Architecture(role, str(folder), {"model": config})
+
+
+def _whole_vlm(folder: Path) -> dict[str, Any]:
+    """Return a thinker's configuration with the values that its ``config.json`` leaves to transformers."""
+    from actors.vlm.loading import load_config
+
+    values: dict[str, Any] = load_config(folder).to_dict()
+    return values
 
 
 @functools.lru_cache(maxsize=64)

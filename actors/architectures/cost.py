@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.architectures.architecture import Architecture
+from actors.architectures.thinker import sizes
 from actors.flops import Flops, attention, dense
 
 # --- the vision-language model ---------------------------------------------------------------------------------------
@@ -36,11 +37,17 @@ class VlmTokens:
         return self.video + self.text
 
 
+def has_grid(vlm: Architecture) -> bool:
+    """Return whether the video's tokens follow from its size, on a grid; of other makes the processor must be asked."""
+    return {"spatial_merge_size", "temporal_patch_size"} <= vlm.components["model"]["vision_config"].keys()
+
+
 def vlm_tokens(vlm: Architecture, frames: int, height: int, width: int, text: int) -> VlmTokens:
     """Return the tokens of ``frames`` frames of height x width and a prompt of ``text`` tokens without its video.
 
-    Sides are rounded to whole merged patches (28 pixels for Qwen2.5-VL, 32 for Qwen3-VL), as the processor does between its
-    limits of pixels. ``text`` includes the time stamps that Qwen3-VL writes before each pair of frames.
+    ``vlm`` must have a grid (:func:`has_grid`). Sides are rounded to whole merged patches (28 pixels for Qwen2.5-VL, 32 for Qwen3-VL),
+    as the processor does between its limits of pixels. ``text`` includes the time stamps that Qwen3-VL writes before each pair of
+    frames.
     """
     v = vlm.components["model"]["vision_config"]
     patch, merge, temporal = int(v["patch_size"]), int(v["spatial_merge_size"]), int(v["temporal_patch_size"])
@@ -50,7 +57,9 @@ def vlm_tokens(vlm: Architecture, frames: int, height: int, width: int, text: in
 
 
 def vision_flops(vlm: Architecture, tokens: VlmTokens) -> Flops:
-    """Return the vision tower's reading of one video."""
+    """Return the vision tower's reading of one video; by parameters where its make has no formula (:func:`rough`)."""
+    if _vision_by_parameters(vlm):
+        return Flops(2.0 * sizes(vlm).vision * tokens.patches)
     v = vlm.components["model"]["vision_config"]
     d, n, merge = int(v["hidden_size"]), tokens.patches, int(v["spatial_merge_size"]) ** 2
     qwen25 = "fullatt_block_indexes" in v
@@ -75,9 +84,11 @@ def vision_flops(vlm: Architecture, tokens: VlmTokens) -> Flops:
 def language_flops(vlm: Architecture, tokens: float, logits: float, context: float = 0) -> Flops:
     """Return the language model's forward over ``tokens`` tokens behind ``context`` cached ones.
 
-    ``logits`` tokens are projected to the vocabulary.
+    ``logits`` tokens are projected to the vocabulary. By parameters where its make has no formula (:func:`rough`).
     """
     c = text_config(vlm)
+    if _language_by_parameters(vlm):
+        return Flops(2.0 * sizes(vlm).language * tokens)
     d, q, kv = int(c["hidden_size"]), *attention_widths(c)
     per_layer = dense(tokens, d, q) * 2 + dense(tokens, d, kv) * 2 + dense(tokens, d, int(c["intermediate_size"])) * 3
     layers = int(c["num_hidden_layers"])
@@ -101,6 +112,25 @@ def generate_flops(vlm: Architecture, tokens: VlmTokens, new: int, completions: 
     once = vision_flops(vlm, tokens) + language_flops(vlm, tokens.prompt, 1)
     decode = language_flops(vlm, new, new, context=tokens.prompt)
     return once + decode * completions
+
+
+def rough(vlm: Architecture) -> tuple[str, ...]:
+    """Return the parts whose operations are taken as two for each parameter and token, since their make has no formula here."""
+    parts = {"vision tower": _vision_by_parameters(vlm), "language model": _language_by_parameters(vlm)}
+    return tuple(part for part, by_parameters in parts.items() if by_parameters)
+
+
+def _vision_by_parameters(vlm: Architecture) -> bool:
+    """The formula is of Qwen's towers, which have windows or features of several depths."""
+    return not {"fullatt_block_indexes", "deepstack_visual_indexes"} & vlm.components["model"]["vision_config"].keys()
+
+
+def _language_by_parameters(vlm: Architecture) -> bool:
+    """The formula is of dense decoders with gated MLPs and full attention."""
+    c = text_config(vlm)
+    dense = {"hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size"} <= c.keys()
+    experts = any(c.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return not dense or experts or not set(c.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
 
 
 def kv_cache_bytes(vlm: Architecture, tokens: int, element: int = 2) -> int:
@@ -154,6 +184,8 @@ def lora_parameters(model: Architecture, rank: int) -> int:
     """Return the size of an adapter on the default targets (the artist's transformer, or language model of a VLM)."""
     if model.role == "vdm":
         return model.shapes.lora_parameters(rank)
+    if _vision_by_parameters(model) or _language_by_parameters(model):
+        return rank * sum(into + out for out, into in sizes(model).adapted)
     c = text_config(model)
     d, q, kv, ffn = int(c["hidden_size"]), *attention_widths(c), int(c["intermediate_size"])
     return int(c["num_hidden_layers"]) * rank * (2 * (d + q) + 2 * (d + kv) + 3 * (d + ffn))

@@ -27,6 +27,10 @@ Layers = Mapping[str, tuple[int, int]]
 """A model's linear layers: (out features, in features) by the module's full name."""
 
 
+LANGUAGE_MODEL = "model.language_model."
+"""Where transformers keeps the language model of a vision-language model: its modules' names begin so."""
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where an adapter sits in a model: ``trunk`` begins the names of the layers that LoRA may reach."""
@@ -41,10 +45,10 @@ _PLACES: dict[Role, _Place] = {
     # transformers before 4.52 had no language_model in Qwen-VL's names, and put language_model.model in those of others.
     "vlm": _Place(
         "the VLM's language model",
-        "model.language_model.",
+        LANGUAGE_MODEL,
         (
-            "model.language_model.model.",
-            "model.language_model.",
+            f"{LANGUAGE_MODEL}model.",
+            LANGUAGE_MODEL,
             "language_model.model.",
             "language_model.",
             "model.",

@@ -11,32 +11,28 @@ from pathlib import Path
 
 from torch import nn
 
-from actors.learner.adapters import fit, linear_layers
+from actors.learner.adapters import LANGUAGE_MODEL, fit, linear_layers
 from actors.policy.lora import inject_lora, load_adapter_tensors
 from actors.policy.settings import LoraSection
 from actors.weights.files import read_folder
 from cluster.errors import CheckpointError
 
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-
-def language_model_targets(model: nn.Module, suffixes: Sequence[str]) -> list[str]:
-    """Return the full names of the language model's linear layers that are called one of ``suffixes``.
+def language_model_targets(model: nn.Module, suffixes: Sequence[str] | None) -> list[str]:
+    """Return the full names of the language model's linear layers, or of those that are called one of ``suffixes``.
 
     Raises:
         ValueError: a suffix that names no linear layer of the language model.
     """
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "language_model." in name and name.rpartition(".")[2] in suffixes
-    ]
-    unknown = set(suffixes) - {name.rpartition(".")[2] for name in names}
-    if unknown:
+    names = [name for name in linear_layers(model) if name.startswith(LANGUAGE_MODEL)]
+    if suffixes is None:
+        return names
+    own = {name.rpartition(".")[2] for name in names}
+    if unknown := set(suffixes) - own:
         raise ValueError(
-            f"LoRA targets {sorted(unknown)} name no linear layer of the language model; it has {', '.join(DEFAULT_TARGETS)}"
+            f"LoRA targets {sorted(unknown)} name no linear layer of the language model; it has {', '.join(sorted(own))}"
         )
-    return names
+    return [name for name in names if name.rpartition(".")[2] in suffixes]
 
 
 def inject(model: nn.Module, lora: LoraSection | None, adapter: str | Path | None, seed: int = 0) -> None:
@@ -51,7 +47,7 @@ def inject(model: nn.Module, lora: LoraSection | None, adapter: str | Path | Non
     """
     if adapter is None:
         assert lora is not None
-        targets = language_model_targets(model, lora.targets or DEFAULT_TARGETS)
+        targets = language_model_targets(model, lora.targets or None)
         inject_lora(model, lora.model_copy(update={"targets": targets}), (), seed)
         return
     config, tensors = read_folder(adapter)

@@ -32,8 +32,10 @@ from actors.vlm.engine_args import (
     private_folder,
     with_adapter_rank,
 )
-from actors.vlm.inputs import video_prompt
+from actors.vlm.inputs import PromptEncoder, video_prompt
+from actors.vlm.loading import load_model
 from actors.vlm.prompt import BAN_BIAS, banned_token_ids, check_prompt, decoded
+from actors.vlm.servable import PROBE, require_same_tokens, require_servable
 from actors.vlm.settings import PROMPT, PromptSection
 from cluster.errors import CheckpointError
 
@@ -77,28 +79,51 @@ class VlmEngine:
         self._tied: set[str] = set()
 
     async def start(self) -> None:
-        """Load the model. Raises CheckpointError for a folder that is no VLM, or not whole; ConfigError where its tokenizer cannot
-        write what the prompt asks for; InfrastructureError where another attempt may succeed.
+        """Load the model. Raises CheckpointError for a folder that is no VLM, not whole, or that vLLM cannot serve; ConfigError where
+        its tokenizer cannot write what the prompt asks for; InfrastructureError where another attempt may succeed.
         """
         self.spec = with_adapter_rank(self.spec)
         prepare_environment(self.spec)
-        from actors.vlm.policy import load_model
-
         # Before vLLM has it: its errors are not for people. The layers are for adapters to fit in.
         model, self.processor = load_model(self.spec.model_path, empty=True)
         check_prompt(self.processor.tokenizer, self.spec.prompt)
         self._layers, self._shapes = linear_layers(model), shapes_of(model)
         self._tied = set(model.state_dict()) - set(self._shapes)
-        banned = banned_token_ids(self.processor.tokenizer, int(model.config.text_config.vocab_size))
+        banned = banned_token_ids(self.processor, int(model.config.get_text_config().vocab_size))
         self._bias = dict.fromkeys(banned, BAN_BIAS)
         self._folder = private_folder()
+        require_servable(self.spec.model_path, bool(self.spec.lora_rank))
         backend = InProcessBackend if in_process(self.spec) else AsyncBackend
         self._backend = backend(engine_args(self.spec))
         await self._backend.start()
+        try:
+            await self._compare_tokens(model.config)
+        except CheckpointError:
+            self.close()
+            raise
         await self._backend.rpc("vans_count_videos")
         if self.spec.settings.grouped_lora and self.spec.lora_rank and not on_gpu():
             await self._backend.rpc("vans_group_lora")
         await self._serve_base(0)
+
+    async def _compare_tokens(self, config: Any) -> None:
+        """Raise CheckpointError unless vLLM reads a prompt in the learner's tokens. It is read once, and forgotten."""
+        path, prompt = self.spec.model_path, self.spec.prompt
+        (ours,) = PromptEncoder(self.processor, config, engine_dtype=self.spec.settings.dtype, prompt=prompt).encode(
+            [PROBE]
+        )
+        params = self._sampling(CompletionRequest("probe", PROBE, 1, 0, 0.0, max_tokens=1))
+        if len(ours.input_ids) >= self.spec.settings.max_model_len:
+            raise CheckpointError(
+                f"{path}: {len(PROBE.frames)} frames and a word are {len(ours.input_ids)} tokens, and pools.vlm.max_model_len="
+                f"{self.spec.settings.max_model_len} leaves no room for an answer; raise it"
+            )
+        try:
+            output = await self.backend.generate(engine_prompt(self.processor, PROBE, prompt), params, None)
+        except (ValueError, _client_error()) as error:
+            raise CheckpointError(f"{path}: vLLM cannot take a prompt with a video: {error}") from error
+        require_same_tokens(path, self.processor, ours.input_ids, output.prompt_token_ids)
+        await self.backend.drop_caches()
 
     @property
     def backend(self) -> Backend:
@@ -257,8 +282,6 @@ class VlmEngine:
         if not self._full:
             await self._switch(adapter, version)
             return
-        from actors.vlm.policy import load_model
-
         model, _ = load_model(self.spec.model_path, "float32")
         await self._reload(model.state_dict(), adapter, version)
         self._full = False

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from actors.learner.adapters import plain_lora
-from actors.vlm.prompt import PROCESSOR_OPTIONS
+from actors.vlm.loading import processor_options
 from actors.vlm.settings import PROMPT, PromptSection, VlmPoolSection
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told
@@ -39,7 +39,7 @@ class EngineSpec:
 
 
 def engine_args(spec: EngineSpec) -> dict[str, Any]:
-    """Return the arguments of vLLM's engine."""
+    """Return the arguments of vLLM's engine. Raises CheckpointError for a folder that is no model of a known make."""
     args: dict[str, Any] = {
         "model": spec.model_path,
         "dtype": spec.settings.dtype,
@@ -51,7 +51,7 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         "max_num_seqs": 1 if spec.alone else spec.max_num_seqs,
         "limit_mm_per_prompt": {"video": 1, "image": 0},
         "skip_mm_profiling": True,
-        "mm_processor_kwargs": dict(PROCESSOR_OPTIONS),
+        "mm_processor_kwargs": processor_options(spec.model_path),
         "mm_processor_cache_gb": 1.0,
         # The log-probabilities of the distribution that was sampled from: after the ban and the temperature.
         "logprobs_mode": "processed_logprobs",

@@ -62,17 +62,18 @@ class WeightsExtension:
         return group_lora(worker.model_runner)
 
     def vans_count_videos(self) -> None:
-        """Count from now on what goes through the vision tower."""
+        """Count from now on the videos that the model sees; a replayed CUDA graph is not counted."""
         worker: Any = self
         worker.vans_videos = 0
-        tower = getattr(worker.model_runner.get_model(), "visual", None)
+        model = worker.model_runner.get_model()
+        embed = model.embed_multimodal
 
-        def count(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
-            worker.vans_videos += 0 if grid is None else len(grid)  # None: a replayed graph, which is not counted
+        def counted(**inputs: Any) -> Any:
+            embeddings = embed(**inputs)  # one tensor for each video
+            worker.vans_videos += len(embeddings)
+            return embeddings
 
-        if tower is not None:
-            tower.register_forward_pre_hook(count, with_kwargs=True)
+        model.embed_multimodal = counted
 
     def vans_videos_encoded(self) -> int:
         """Return how many videos the vision tower has encoded since the count began."""

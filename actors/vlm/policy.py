@@ -18,25 +18,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from actors.failures import BadSampleError
 from actors.learner.objectives.grpo import kl_estimate
-from actors.loading import load_whole
 from actors.policy.lora import adapter_config, adapters_disabled, has_lora, peft_names
-from actors.policy.protocol import PolicyOutput, SupervisedLoss, torch_dtype
+from actors.policy.protocol import PolicyOutput, SupervisedLoss
 from actors.policy.settings import LoraSection
 from actors.records import Experience, VlmExperience
 from actors.vlm.adapter import inject
 from actors.vlm.inputs import EncodedPrompt, PromptEncoder
-from actors.vlm.prompt import BAN_BIAS, banned_token_ids, check_prompt, check_text, load_processor
+from actors.vlm.loading import language_model, load_model, model_units
+from actors.vlm.prompt import BAN_BIAS, banned_token_ids, check_prompt, check_text
 from actors.vlm.rows import VlmBatch, join
 from actors.vlm.settings import PROMPT, PromptSection
 from actors.weights.files import write_folder
-from cluster.errors import CheckpointError
-
-MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-"""The architectures whose prompts and positions ``actors.vlm.inputs`` knows."""
 
 
 class VlmPolicy:
-    """A Qwen2.5-VL or Qwen3-VL model as a policy over answer tokens (``actors.policy.protocol.Trainable``).
+    """A vision-language model as a policy over answer tokens (``actors.policy.protocol.Trainable``).
 
     ``temperature`` divides the logits of :meth:`forward`, as it does in the sampler: the policy that is optimised is the
     one that was sampled from. ``engine_dtype`` is the sampler's dtype, on which the prompt's positions depend, whatever
@@ -65,12 +61,15 @@ class VlmPolicy:
         self.device = torch.device(device)
         inner: Any = model
         self.fsdp_units = model_units(inner)
+        text = inner.config.get_text_config()
         # A mask that says who may be attended to would switch a sliding window off.
-        self.shared_prompts = shared_prompts and not getattr(inner.model.language_model, "has_sliding_layers", False)
+        windowed = getattr(language_model(inner), "has_sliding_layers", False)
+        others = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+        self.shared_prompts = shared_prompts and not windowed and not others
         self.eos_token_id = int(processor.tokenizer.eos_token_id)
-        vocab_size = int(inner.config.text_config.vocab_size)
-        self.max_positions = int(inner.config.text_config.max_position_embeddings)
-        self.banned_ids = banned_token_ids(processor.tokenizer, vocab_size)
+        vocab_size = int(text.vocab_size)
+        self.max_positions = int(text.max_position_embeddings)
+        self.banned_ids = banned_token_ids(processor, vocab_size)
         self._bias = torch.zeros(vocab_size, device=self.device)
         self._bias[self.banned_ids] = BAN_BIAS
         self._prompts = PromptEncoder(processor, inner.config, cache_size, engine_dtype, prompt)
@@ -96,7 +95,7 @@ class VlmPolicy:
         With ``lora`` only the adapter trains, whose first values ``seed`` draws; ``adapter`` is a PEFT folder to start from.
 
         Raises:
-            CheckpointError: the folder is missing, of another architecture, or the adapter doesn't fit it.
+            CheckpointError: the folder is missing or cannot be trained here, or the adapter doesn't fit it.
             ConfigError: the tokenizer cannot write what ``prompt`` asks for.
         """
         model, processor = load_model(path, dtype)
@@ -250,38 +249,3 @@ class VlmPolicy:
         module: Any = self.module
         module.save_pretrained(folder, state_dict=dict(module.state_dict() if state is None else state))
         self.processor.save_pretrained(folder)
-
-
-def model_units(model: Any) -> list[nn.Module]:
-    """Return what a Qwen-VL model is sharded and checkpointed by: the language model's layers, the vision tower's blocks."""
-    return [*model.model.language_model.layers, *model.model.visual.blocks]
-
-
-def load_model(path: str | Path, dtype: str = "float32", *, empty: bool = False) -> tuple[Any, Any]:
-    """Return (model, processor) of a transformers folder; all parameters are trainable, dropout is off.
-
-    With ``empty`` the parameters are on the meta device: the folder is checked, and no memory is taken. Raises
-    CheckpointError for a folder that is no such model, or not whole.
-    """
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    try:
-        processor = load_processor(path)
-        kind = AutoConfig.from_pretrained(str(path)).model_type
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot load a VLM from {str(path)!r}: {error}. It must be a transformers folder (or hub name) "
-            "of Qwen2.5-VL or Qwen3-VL with config, safetensors and processor files"
-        ) from error
-    if kind not in MODEL_TYPES:  # Qwen2-VL has modules of the same names, and lays out time in another way
-        raise CheckpointError(f"{str(path)!r} has model_type={kind!r}; the VLM must be one of {', '.join(MODEL_TYPES)}")
-    options: dict[str, Any] = {"device_map": "meta"} if empty else {}
-    model = load_whole(
-        AutoModelForImageTextToText,
-        str(path),
-        "a VLM",
-        dtype=torch_dtype(dtype),
-        attn_implementation="sdpa",
-        **options,
-    )
-    return model.eval(), processor

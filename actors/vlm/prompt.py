@@ -2,7 +2,7 @@
 
 Responsible for: messages, the rendered chat text with exactly one video, and whether a tokenizer can write what is asked for.
 Not responsible for: the wording and the tags (``actors.vlm.settings``), reading answers (``rewards.format``), tokens and pixels
-(``actors.vlm.inputs``), sampling (``actors.vlm.engine``).
+(``actors.vlm.inputs``), sampling (``actors.vlm.engine``), loading a processor (``actors.vlm.loading``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from actors.failures import BadSampleError
 from actors.vlm.settings import PROMPT, PromptSection
 from cluster.errors import ConfigError
 
-VIDEO_PLACEHOLDER = "<|vision_start|><|video_pad|><|vision_end|>"
-"""What stands for the video in the text; the processor and vLLM both expand it to the video's own number of tokens."""
-
 
 def build_messages(question: str, prompt: PromptSection = PROMPT) -> list[dict[str, Any]]:
     """Return the chat messages for one video and one ``question``: system, then the video followed by the question."""
@@ -25,18 +22,6 @@ def build_messages(question: str, prompt: PromptSection = PROMPT) -> list[dict[s
         {"role": "system", "content": [{"type": "text", "text": prompt.system_text}]},
         {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]},
     ]
-
-
-PROCESSOR_OPTIONS = {"cap_pixels_per_frame": False}
-"""What transformers 5.22 is going to change by itself, and transformers 5.19 warns of until it is said: a video has its pixels
-as the processor's ``size`` says, whatever the number of its frames. vLLM is told the same."""
-
-
-def load_processor(folder: str | Path) -> Any:
-    """Return the model's processor, which engine and learner both take from here."""
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(str(folder), **PROCESSOR_OPTIONS)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -85,21 +70,41 @@ def decoded(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 
 def render_prompt(processor: Any, question: str, prompt: PromptSection = PROMPT) -> str:
-    """Return the chat text up to where the assistant begins, with exactly one :data:`VIDEO_PLACEHOLDER`.
+    """Return the chat text up to where the assistant begins, with the processor's ``video_token`` exactly once.
+
+    Processor and vLLM both expand it to the video's own number of tokens.
 
     Raises:
         BadSampleError: the question is empty, or spells a special token (it would be read as one).
-        ValueError: the model's chat template doesn't write one video placeholder.
+        ValueError: the model's chat template doesn't write one video token.
     """
     check_text(processor.tokenizer, question, "question")
+    for token in placeholders(processor):
+        if token in question:  # of some tokenizers these are no special tokens
+            raise BadSampleError(
+                f"the question contains {token!r}, which would be read as a picture: {question[:120]!r}"
+            )
     messages = build_messages(question, prompt)
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if text.count(VIDEO_PLACEHOLDER) != 1 or text.count("<|video_pad|>") != 1:
+    count = text.count(processor.video_token)
+    if count != 1:
         raise ValueError(
-            f"the model's chat template must write {VIDEO_PLACEHOLDER} once for a video, but it wrote {text[:300]!r}; "
-            "use a Qwen2.5-VL or Qwen3-VL template"
+            f"the model's chat template must write {processor.video_token} once for a video, but it wrote it {count} times: "
+            f"{text[:300]!r}"
         )
     return str(text)
+
+
+def placeholders(processor: Any) -> list[str]:
+    """Return the texts that ``processor`` reads as a picture or a video."""
+    found = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video"))
+    return [token for token in found if token]
+
+
+def placeholder_ids(processor: Any) -> set[int]:
+    """Return the ids of :func:`placeholders`; one that is no token has none."""
+    vocabulary = processor.tokenizer.get_vocab()
+    return {int(vocabulary[token]) for token in placeholders(processor) if token in vocabulary}
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
@@ -107,14 +112,16 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
 
 
-def banned_token_ids(tokenizer: Any, vocab_size: int) -> list[int]:
-    """Return the ids that must not be sampled: special tokens except EOS, and embedding rows beyond the tokenizer.
+def banned_token_ids(processor: Any, vocab_size: int) -> list[int]:
+    """Return the ids that must not be sampled: special tokens except EOS, placeholders, and embedding rows beyond the tokenizer.
 
     A sampled ``<|video_pad|>`` would be taken for a piece of the video when the learner reads the completion. Engine
     and learner lower the logits of the same ids by the same :data:`BAN_BIAS`, so their log-probabilities agree.
     """
+    tokenizer = processor.tokenizer
     special = {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= {int(i) for i in tokenizer.all_special_ids}
+    special |= placeholder_ids(processor)
     special |= set(range(len(tokenizer), vocab_size))
     special.discard(int(tokenizer.eos_token_id))
     return sorted(i for i in special if i < vocab_size)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from actors.failures import BadSampleError
 from actors.vlm.inputs import EncodedPrompt
 
 
@@ -54,7 +55,7 @@ def join(
             length = len(completions[i])
             rows[i], starts[i] = row, start
             parts.append(completions[i])
-            places.append((prompt.next_position + torch.arange(length)).expand(3, -1))
+            places.append((prompt.next_position + torch.arange(length)).expand(len(prompt.positions), -1))
             owners.append(torch.full((length,), k))
             start += length
         ids.append(torch.cat(parts))
@@ -72,9 +73,8 @@ def join(
     model_inputs = {
         "input_ids": pad_sequence(ids, batch_first=True).to(device),
         "attention_mask": _attention(segments, longest, alone=len(members) == len(prompts), device=device),
-        "position_ids": pad_sequence(positions, batch_first=True).permute(2, 0, 1).to(device),
-        "pixel_values_videos": torch.cat([p.pixel_values for p in first_of_rows]).to(device),
-        "video_grid_thw": torch.cat([p.grid_thw for p in first_of_rows]).to(device),
+        "position_ids": _position_ids(positions).to(device),
+        **{name: tensor.to(device) for name, tensor in _videos(first_of_rows).items()},
         "logits_to_keep": torch.arange(first, longest - 1, device=device),
         "use_cache": False,
     }
@@ -85,6 +85,31 @@ def join(
         rows.to(device),
         predictors.clamp(max=longest - 2 - first).to(device),
     )
+
+
+def _position_ids(positions: list[Tensor]) -> Tensor:
+    """Return rows of (S, A) positions as a model takes them: (R, S) for one axis, (A, R, S) for several."""
+    padded = pad_sequence(positions, batch_first=True).permute(2, 0, 1)
+    return padded[0] if len(padded) == 1 else padded
+
+
+def _videos(prompts: list[EncodedPrompt]) -> dict[str, Tensor]:
+    """Return the prompts' videos as one batch, each input joined along its first axis.
+
+    Raises:
+        BadSampleError: the model takes a video as one tensor, and these are not of one shape.
+    """
+    joined = {}
+    for name in prompts[0].visual:
+        parts = [p.visual[name] for p in prompts]
+        if len({part.shape[1:] for part in parts}) > 1:
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise BadSampleError(
+                f"this make of thinker reads videos of one length and size in a batch, but {name} has the shapes {shapes}; give "
+                "all samples as many frames (video.input_frames), or read them one by one"
+            )
+        joined[name] = torch.cat(parts)
+    return joined
 
 
 def _attention(segments: list[Tensor], longest: int, *, alone: bool, device: torch.device) -> Tensor:

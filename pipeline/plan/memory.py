@@ -108,7 +108,7 @@ def _engine(config: RunConfig, models: Models, gib: float) -> Process:
     adapters = 2 * costs.lora_parameters(models.vlm, max(rank, 8)) * element if rank else 0
     weights = (models.parameters["vlm", "model"] * element + adapters) / shards
     batch = min(VLLM_BATCH_TOKENS, VLLM_SEQUENCES * pool.max_model_len)
-    vision = models.prompt.patches * 6 * int(c["vision_config"]["intermediate_size"]) * element
+    vision = models.prompt.patches * 6 * int(c["vision_config"].get("intermediate_size", 4 * hidden)) * element
     logits = min(VLLM_SEQUENCES, pool.max_inflight * config.stage1.rollout.group_size) * vocabulary * 4 * 3
     activations = (batch * (2 * mlp + 6 * hidden) * element) / shards + vision + logits
     rest = pool.gpu_memory_utilization * gib * GIB - weights - activations - CONTEXT

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from actors.architectures import Architecture, architecture
 from actors.architectures import cost as costs
+from actors.records import VideoQuestion
 from actors.vdm.shapes import VdmTokens
 from pipeline.config import RunConfig
 from pipeline.fleet.models import require_drawable, resolve_model
@@ -15,7 +18,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROMPT_TEXT = 128
 """Assumed tokens of system text, question and chat marks around a video."""
 STAMP_TOKENS = 12
-"""Assumed tokens with which Qwen3-VL writes the time of each pair of frames."""
+"""Assumed tokens with which a thinker writes the time of each pair of frames, where time is not in its positions."""
 CAPTION_TOKENS = 64
 """Assumed tokens of a caption."""
 
@@ -49,15 +52,12 @@ def load_models(config: RunConfig) -> Models:
         for component in model.components
     }
     video = config.video
-    vision = vlm.components["model"]
-    pairs = -(-video.input_frames // int(vision["vision_config"]["temporal_patch_size"]))
-    text = PROMPT_TEXT + (STAMP_TOKENS * pairs if str(vision["model_type"]).startswith("qwen3") else 0)
     return Models(
         vlm,
         vdm,
         clip,
         parameters,
-        costs.vlm_tokens(vlm, video.input_frames, *video.vlm_largest, text),
+        prompt_tokens(vlm, video.input_frames, *video.vlm_largest),
         vdm.shapes.tokens(
             video.num_frames,
             video.height,
@@ -66,3 +66,27 @@ def load_models(config: RunConfig) -> Models:
             one_time=video.conditioning.time == "shared",
         ),
     )
+
+
+def prompt_tokens(vlm: Architecture, frames: int, height: int, width: int) -> costs.VlmTokens:
+    """Return the tokens of a prompt about ``frames`` frames of height x width.
+
+    Where they do not follow from the size, the processor in the model's folder is asked. Raises CheckpointError without one.
+    """
+    vision = vlm.components["model"]["vision_config"]
+    if costs.has_grid(vlm):
+        pairs = -(-frames // int(vision["temporal_patch_size"]))
+        stamps = 0 if "tokens_per_second" in vision else STAMP_TOKENS * pairs
+        return costs.vlm_tokens(vlm, frames, height, width, PROMPT_TEXT + stamps)
+    from actors.vlm.inputs import PromptEncoder
+    from actors.vlm.loading import load_config, load_processor
+
+    encoder = PromptEncoder(load_processor(vlm.name), load_config(vlm.name))
+    blank = np.zeros((frames + 2, height, width, 3), np.uint8)
+    longer, shown = encoder.encode([VideoQuestion("?", clip, 1.0) for clip in (blank, blank[2:])])
+    each = (len(longer.input_ids) - len(shown.input_ids)) / 2  # with what is written beside a frame's features
+    side = vision.get("patch_size", 14)
+    patch = int(side[0] if isinstance(side, list | tuple) else side)
+    pixels = sum(v.numel() for name, v in shown.visual.items() if name.startswith("pixel_values")) // 3
+    patches = max(1, pixels // patch**2 // frames)
+    return costs.VlmTokens((frames, 1, patches), round(each * frames), PROMPT_TEXT)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from actors.architectures import cost as costs
 from cluster.errors import ConfigError, PlacementError
 from cluster.hardware import GIB, Hardware, Rates
 from cluster.layout import ClusterView, PlacementPlan, shortfall
@@ -404,6 +405,8 @@ def _assumptions(config: RunConfig, rates: Rates, models: Models, measured: Meas
     yield f"where roles share GPUs, what rests moves off and on again once a step, at {SWITCH_BANDWIDTH / 1e9:g} GB/s"
     if any(section.lora.rank == 0 for section in (config.stage1, config.stage2) if section.steps):
         yield f"whole models are published at {PUBLISH_BANDWIDTH / 1e9:g} GB/s"
+    if parts := costs.rough(models.vlm):
+        yield f"the thinker's {' and '.join(parts)}: two operations for each parameter and token, since no formula of its make is known"
     yield "decoding of input video, the network between ranks and between nodes, and checkpoints are not counted"
     yield (
         f"memory: {CONTEXT / GIB:g} GiB of CUDA context per process, vLLM prefills {VLLM_BATCH_TOKENS} tokens at once, allocators' "

@@ -106,7 +106,8 @@ def _require(tensors: Mapping[str, Header], file: Path, option: str, what: str) 
 
 def _check_base(folder: Path, release: Release) -> None:
     """Raise where the thinker's base cuts frames otherwise, takes no video, or cannot write the release's tags."""
-    from actors.vlm.prompt import check_prompt, load_processor
+    from actors.vlm.loading import load_processor
+    from actors.vlm.prompt import check_prompt
     from actors.vlm.settings import PromptSection
 
     vision = config_of(folder).get("vision_config", {})
@@ -118,10 +119,8 @@ def _check_base(folder: Path, release: Release) -> None:
         )
     try:
         processor = load_processor(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"--base-vlm: {folder} has no processor that can be loaded: {error}") from error
-    if getattr(processor, "video_processor", None) is None:
-        raise CheckpointError(f"--base-vlm: the processor in {folder} takes no video ({type(processor).__name__})")
+    except CheckpointError as error:
+        raise CheckpointError(f"--base-vlm: {error}") from error
     prompt = PromptSection(system=release.values["system"], think_tag=release.think_tag, answer_tag=release.answer_tag)
     check_prompt(processor.tokenizer, prompt)
 

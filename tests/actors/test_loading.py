@@ -17,7 +17,7 @@ from actors.loading import require_whole, shapes_of
 from actors.scoring.clip import ClipScorer
 from actors.vdm.families import read_blueprint
 from actors.vdm.files import load_parts, load_text_encoder, load_vae
-from actors.vlm.policy import load_model
+from actors.vlm.loading import load_model
 from cluster.errors import CheckpointError
 from pipeline.fleet.models import resolve_model
 

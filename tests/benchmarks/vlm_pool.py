@@ -15,7 +15,7 @@ from actors.pool.settings import PoolSection
 from actors.records import CompletionRequest
 from actors.vlm.engine_args import EngineSpec, engine_args, prepare_environment
 from actors.vlm.inputs import video_prompt
-from actors.vlm.policy import load_model
+from actors.vlm.loading import load_model
 from actors.vlm.prompt import BAN_BIAS, banned_token_ids
 from actors.vlm.worker import VlmWorker
 from pipeline.data.toy.world import make_sample
@@ -79,7 +79,7 @@ def measure(size: Size) -> Result:
     llm = LLM(**args)
     processor = AutoProcessor.from_pretrained(spec.model_path)
     vocabulary = int(llm.llm_engine.model_config.hf_config.text_config.vocab_size)
-    bias = dict.fromkeys(banned_token_ids(processor.tokenizer, vocabulary), BAN_BIAS)
+    bias = dict.fromkeys(banned_token_ids(processor, vocabulary), BAN_BIAS)
 
     def bare(batch: list[CompletionRequest]) -> int:
         prompts, params = [], []
@@ -119,7 +119,7 @@ def measure_transformers(size: Size) -> Result:
     model, processor = load_model(resolve_model("tiny", "vlm"), "float32")
     model.eval()
     any_model: Any = model
-    banned = banned_token_ids(processor.tokenizer, int(any_model.config.text_config.vocab_size))
+    banned = banned_token_ids(processor, int(any_model.config.text_config.vocab_size))
     eos = int(processor.tokenizer.eos_token_id)
 
     @torch.inference_mode()

@@ -127,7 +127,10 @@ def test_five_ways_make_one_input(
         "SFT": learnt(policy, lambda: policy.sft_loss([item])),
         "learner": learnt(policy, lambda: policy.collate(completion_experiences(batch))),
     }
-    seen = {way: (e.input_ids.tolist(), e.positions.tolist(), e.pixel_values.numpy()) for way, e in prompts.items()}
+    seen = {
+        way: (e.input_ids.tolist(), e.positions.tolist(), e.visual["pixel_values_videos"].numpy())
+        for way, e in prompts.items()
+    }
     for way, question in asked.items():
         tokens, positions, pixels = engine(question)
         seen[way] = (tokens, positions.tolist(), pixels)
@@ -141,7 +144,7 @@ def test_five_ways_make_one_input(
     (wrong,) = encoder.encode([VideoQuestion(QUESTION, sample.input_frames, config.video.fps)])
     assert (ids, positions) != (wrong.input_ids.tolist(), wrong.positions.tolist())
     if name == "qwen2.5-vl":
-        types = prompts["learner"].token_types == 2
+        types = prompts["learner"].input_ids == policy.processor.video_token_id
         time = prompts["learner"].positions[0][types]
         assert int(time.max() - time.min()) == 112, "seven steps of 4 s, 4 positions a second"
 

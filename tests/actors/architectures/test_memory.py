@@ -15,9 +15,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
 from actors.architectures import Architecture, memory
+from actors.learner.adapters import linear_layers
 from actors.policy.lora import inject_lora
 from actors.policy.settings import LoraSection
-from actors.vlm.adapter import DEFAULT_TARGETS as QWEN_TARGETS
 
 WIDTH, TOKENS, TEXT, HEAD = 256, 300, 64, 64
 ELEMENT = {torch.bfloat16: 2, torch.float32: 4}
@@ -87,7 +87,7 @@ def test_decoder_layer(config: Any, layer: Any, lora: bool) -> None:
     settings._attn_implementation = "sdpa"
     block = layer(settings, 0).to(torch.bfloat16)
     if lora:
-        inject_lora(block, LoraSection(rank=8, alpha=32.0), QWEN_TARGETS)
+        inject_lora(block, LoraSection(rank=8, alpha=32.0), linear_layers(block))
     hidden = torch.randn(1, TOKENS, WIDTH, dtype=torch.bfloat16).requires_grad_()
     rotary = (torch.randn(1, TOKENS, HEAD, dtype=torch.bfloat16),) * 2
     planned = memory._language_block_bytes(shape, TOKENS, 2, lora)

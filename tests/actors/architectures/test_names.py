@@ -19,7 +19,7 @@ from actors.policy.lora import adapter_config, inject_lora, peft_names, resolved
 from actors.policy.protocol import trainable_parameters
 from actors.policy.settings import LoraSection
 from actors.vlm import adapter as vlm_adapter
-from actors.vlm.policy import model_units
+from actors.vlm.loading import model_units
 from actors.weights.files import read_folder, write_folder
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,8 @@ from actors.policy.lora import adapter_config
 from actors.policy.settings import LoraSection
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.worker import VdmWorker
-from actors.vlm.policy import VlmPolicy, load_model
+from actors.vlm.loading import load_model
+from actors.vlm.policy import VlmPolicy
 from actors.weights.files import write_folder
 from actors.weights.transport import Delivery
 from cluster.errors import CheckpointError

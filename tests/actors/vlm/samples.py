@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.records import VideoQuestion, VlmExperience
-from actors.vlm.inputs import mrope_positions
+from actors.vlm.positions import mrope_positions
 from actors.vlm.rows import VlmBatch
 
 QUESTIONS = ("What happens next?", "What is the next step of the red circle?", "What if the blue square rises?")

@@ -19,7 +19,7 @@ from actors.learner.objectives.grpo import Grpo, kl_estimate
 from actors.learner.objectives.settings import TokenGrpoSection
 from actors.records import VideoQuestion
 from actors.vlm.inputs import EncodedPrompt, PromptEncoder, video_prompt
-from actors.vlm.prompt import PROCESSOR_OPTIONS
+from actors.vlm.makes import MAKES
 from pipeline.data.geometry import PixelBudget, stretched
 from pipeline.data.video import decode_budget, encode_mp4
 from tests.actors.vlm import released as r
@@ -42,7 +42,7 @@ def processor() -> Qwen2_5_VLProcessor:
     return Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(size=size, **r.SHAPE),
         tokenizer,
-        Qwen2VLVideoProcessor(size=size, **r.SHAPE, **PROCESSOR_OPTIONS),
+        Qwen2VLVideoProcessor(size=size, **r.SHAPE, **MAKES["qwen2_5_vl"].options),
         chat_template=r.CHAT_TEMPLATE,
     )
 
@@ -55,7 +55,7 @@ def shown(name: str) -> np.ndarray:
 
 def encoded(processor: Qwen2_5_VLProcessor, name: str) -> EncodedPrompt:
     vision = SimpleNamespace(spatial_merge_size=2, tokens_per_second=2)
-    encoder = PromptEncoder(processor, SimpleNamespace(vision_config=vision), prompt=r.PROMPT)
+    encoder = PromptEncoder(processor, SimpleNamespace(model_type="qwen2_5_vl", vision_config=vision), prompt=r.PROMPT)
     (prompt,) = encoder.encode([VideoQuestion(r.QUESTION, shown(name), FPS)])
     return prompt
 
@@ -91,8 +91,8 @@ def test_token_ids_and_positions_are_the_releases(processor: Qwen2_5_VLProcessor
 def test_pixel_values_of_six_frames(processor: Qwen2_5_VLProcessor, golden: dict[str, Tensor], name: str) -> None:
     """Frames that keep their size are the same; of resized ones a few values are another level: torchvision rounds its weights."""
     prompt, theirs = encoded(processor, name), golden[f"pixels.{name}"]
-    assert prompt.grid_thw[0].tolist() == golden[f"grid.{name}"].tolist()
-    ours = r.thinned(prompt.pixel_values)
+    assert prompt.visual["video_grid_thw"][0].tolist() == golden[f"grid.{name}"].tolist()
+    ours = r.thinned(prompt.visual["pixel_values_videos"])
     levels = (ours - theirs).abs() * min(r.CLIP_STD) * 255
     print(f"{name}: {float(levels.max()):.2g} levels, {float((levels > 0.1).float().mean()):.1%} of the values differ")
     assert ours.shape == theirs.shape and levels.max() < (1e-4 if name == "kept" else 1.1)

@@ -119,13 +119,13 @@ def test_prompt_tokens_pixels_and_positions_are_plain_transformers(load, name: s
         encoded = policy._prompts.encode([item.asked])[0]
         stock = plain.prompt(*about(item))
         assert torch.equal(encoded.input_ids, stock["input_ids"][0])
-        assert torch.equal(encoded.pixel_values, stock["pixel_values_videos"])
-        assert torch.equal(encoded.grid_thw, stock["video_grid_thw"])
+        assert torch.equal(encoded.visual["pixel_values_videos"], stock["pixel_values_videos"])
+        assert torch.equal(encoded.visual["video_grid_thw"], stock["video_grid_thw"])
         assert torch.equal(encoded.positions, plain.positions_after_the_video(stock)[:, 0])
         assert encoded.next_position == int(encoded.positions.max()) + 1
         names = ("input_ids", "mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")
         theirs, _ = plain.core.get_rope_index(**{n: stock[n] for n in names if n in stock})
-        after = int((encoded.token_types == 2).nonzero()[-1]) + 1
+        after = int((encoded.input_ids == plain.processor.video_token_id).nonzero()[-1]) + 1
         assert torch.equal(encoded.positions[:, :after], theirs[:, 0, :after])
         parted.append(not torch.equal(encoded.positions, theirs[:, 0]))
     longer = [True, False, True, False]  # than it is wide: not the one of 2 frames, nor that of 5 shown at 24 a second

@@ -14,8 +14,9 @@ from transformers import AutoConfig
 from vllm_inputs import VllmInputs
 
 from actors.records import VideoQuestion
-from actors.vlm.inputs import PromptEncoder, time_interval
+from actors.vlm.inputs import PromptEncoder
 from actors.vlm.policy import VlmPolicy
+from actors.vlm.positions import time_interval
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +91,6 @@ def test_a_folder_that_samples_frames_drops_none(name: str, tmp_path: Path, requ
         asked = VideoQuestion("what comes next?", video, rate)
         tokens, positions, pixels = engine(asked)
         (encoded,) = encoder.encode([asked])
-        assert encoded.grid_thw[0, 0] == 8, "two frames make one step"
+        assert encoded.visual["video_grid_thw"][0, 0] == 8, "two frames make one step"
         assert encoded.input_ids.tolist() == tokens and np.array_equal(encoded.positions.numpy(), positions)
-        assert np.allclose(encoded.pixel_values.numpy(), pixels, atol=1e-6)
+        assert np.allclose(encoded.visual["pixel_values_videos"].numpy(), pixels, atol=1e-6)

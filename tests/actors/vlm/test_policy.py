@@ -17,9 +17,9 @@ from actors.failures import BadSampleError
 from actors.policy.protocol import Trainable, trainable_parameters
 from actors.policy.settings import LoraSection
 from actors.records import VideoQuestion, VlmExperience
-from actors.vlm.inputs import mrope_positions
 from actors.vlm.policy import VlmPolicy
-from actors.vlm.prompt import VIDEO_PLACEHOLDER, render_prompt
+from actors.vlm.positions import mrope_positions
+from actors.vlm.prompt import render_prompt
 from cluster.errors import CheckpointError
 from rewards.format import parse_answer
 
@@ -119,15 +119,15 @@ def test_sft_loss_falls(tiny_vlm_dir: Path) -> None:
 
 
 def test_equal_prompts_are_processed_once(policy: VlmPolicy, items: list[VlmExperience]) -> None:
-    seen: list[int] = []
+    seen: list[VideoQuestion] = []
     encoder = policy._prompts
     process = encoder._process
-    encoder._process = lambda prompts: seen.append(len(prompts)) or process(prompts)  # type: ignore[method-assign,func-returns-value]
+    encoder._process = lambda asked: seen.append(asked) or process(asked)  # type: ignore[method-assign,func-returns-value]
     fresh = experience(77, 4, policy.eos_token_id)
     policy.collate([fresh] * 4 + items[:1])
     policy.collate([fresh])
     del encoder._process
-    assert seen == [1]
+    assert seen == [fresh.asked]
 
 
 def test_text_after_a_long_qwen25_video_starts_after_its_last_position() -> None:
@@ -141,7 +141,7 @@ def test_text_after_a_long_qwen25_video_starts_after_its_last_position() -> None
 
 def test_prompt_has_one_video_and_refuses_special_tokens(policy: VlmPolicy) -> None:
     text = render_prompt(policy.processor, "What now?")
-    assert text.count(VIDEO_PLACEHOLDER) == 1 and text.endswith("assistant\n")
+    assert text.count("<|vision_start|><|video_pad|><|vision_end|>") == 1 and text.endswith("assistant\n")
     with pytest.raises(BadSampleError, match="video_pad"):
         render_prompt(policy.processor, "What <|video_pad|> now?")
     with pytest.raises(BadSampleError, match="empty"):

@@ -14,8 +14,9 @@ from actors.failures import BadSampleError
 from actors.records import VideoQuestion, VlmExperience
 from actors.vlm.engine import VlmEngine, engine_prompt
 from actors.vlm.engine_args import EngineSpec, engine_args
+from actors.vlm.loading import load_processor
 from actors.vlm.policy import VlmPolicy
-from actors.vlm.prompt import check_text, load_processor, load_tokenizer
+from actors.vlm.prompt import check_text, load_tokenizer
 from actors.vlm.settings import PROMPT, PromptSection
 from cluster.errors import ConfigError
 
