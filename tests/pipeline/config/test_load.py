@@ -171,6 +171,7 @@ def test_a_base_is_the_files_own_matter() -> None:
 
 
 RUNS = sorted(path.stem for path in BUNDLED.glob("vans_*.yaml"))
+ARTISTS = {"vans_ltx": "Lightricks/LTX-Video", "vans_wan22": "Wan-AI/Wan2.2-TI2V-5B-Diffusers"}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -195,7 +196,7 @@ def test_the_real_runs_keep_the_papers_settings(name: str) -> None:
     assert set(one.rewards.weights) == {"format", "rouge_l", "clip_v"}
     assert set(two.rewards.weights) == {"clip_v", "clip_score"}
     assert (two.anchor, two.anchor_min_rouge) == ("thinker", 0.6)
-    assert run.training == "two_stage" and run.models.vdm == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert run.training == "two_stage" and run.models.vdm == ARTISTS.get(name, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     assert run.models.vlm == ("Qwen/Qwen3-VL-4B-Instruct" if "qwen3" in name else "Qwen/Qwen2.5-VL-3B-Instruct")
     assert 10 <= two.render.steps <= 20 and 40 <= run.evaluate.render.steps <= 50
     pools = run.pools

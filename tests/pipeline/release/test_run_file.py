@@ -17,8 +17,19 @@ TEXTS = {"models.prompt.system", "models.negative_prompt"}
 """Other people's sentences: the bundled runs have words of their own."""
 WHOLE_FRAMES = {"video.vae_tiling"}
 """A GPU of 80 GB decodes them whole."""
-OF_QWEN3 = {"video.vlm_pixels", "video.vlm_multiple"}
-"""Another patch, the same number of tokens."""
+_GUIDANCE = {f"{stage}.render.guidance" for stage in ("stage1", "stage2", "evaluate")}
+OWN: dict[str, set[str]] = {
+    "vans_qwen3vl": {"video.vlm_pixels", "video.vlm_multiple"},  # another patch, the same number of tokens
+    "vans_ltx": {
+        "models.flow_shift",
+        "video.fps",
+        "video.conditioning.references",
+        "video.conditioning.time",
+        *_GUIDANCE,
+    },
+    "vans_wan22": {"video.fps", "video.conditioning.time"},
+}
+"""What other models bring with them."""
 
 
 def february() -> Release:
@@ -41,8 +52,8 @@ def test_a_bundled_run_is_what_the_release_does(name: str) -> None:
     imported = run_values(february(), {}, "toy", "x")
     told = parse_config({key: value for key, value in imported.items() if key != "base"})
     apart = {key for key in (*KEYS, *BY_CODE) if at(run, key) != at(told, key)}
-    assert apart == TEXTS | WHOLE_FRAMES | (OF_QWEN3 if "qwen3" in name else set())
-    if "qwen3" in name:
+    assert apart == TEXTS | WHOLE_FRAMES | OWN.get(name, set())
+    if name == "vans_qwen3vl":
         unit = run.video.vlm_multiple**2
         assert run.video.vlm_pixels == tuple(pixels // 28**2 * unit for pixels in at(told, "video.vlm_pixels"))
     assert run.models.prompt.think_tag in run.models.prompt.system_text
