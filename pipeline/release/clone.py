@@ -80,6 +80,7 @@ ROWS: Mapping[str, Row] = {
 BY_CODE: Mapping[str, tuple[Any, str]] = {
     "models.prompt.caption": ("first", f"{PIPELINE}: extract_caption takes the first match, else the whole text"),
     "models.prompt.spaced": (False, f"{AGENT}: tokenize joins tags and texts without a space"),
+    "video.vlm_fps": (2.0, f"{AGENT}: tokenize tells the processor no rate, and transformers then takes 2"),
     "video.conditioning.references": ("clip", f"{PIPELINE}: the whole input clip is encoded"),
     "video.conditioning.time": ("shared", f"{PIPELINE}: one timestep goes to all tokens"),
     "sft.vdm.timesteps": ("uniform", f"{PIPELINE}: training_loss draws the timestep's number uniformly"),

@@ -19,7 +19,8 @@ WHOLE_FRAMES = {"video.vae_tiling"}
 """A GPU of 80 GB decodes them whole."""
 _GUIDANCE = {f"{stage}.render.guidance" for stage in ("stage1", "stage2", "evaluate")}
 OWN: dict[str, set[str]] = {
-    "vans_qwen3vl": {"video.vlm_pixels", "video.vlm_multiple"},  # another patch, the same number of tokens
+    # Another patch, the same number of tokens; time is written out, so that it should be true.
+    "vans_qwen3vl": {"video.vlm_pixels", "video.vlm_multiple", "video.vlm_fps"},
     "vans_ltx": {
         "models.flow_shift",
         "video.fps",
