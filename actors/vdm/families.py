@@ -51,6 +51,11 @@ _LTX = Row(
 )
 FAMILIES: dict[str, Row] = {"WanPipeline": _WAN, "LTXPipeline": _LTX, "LTXConditionPipeline": _LTX}
 """Pipeline class → its family."""
+LEFT_OUT: dict[str, str] = {
+    "CogVideoXPipeline": "it predicts v of a variance-preserving path, and steps, KL and losses here are those of the straight path",
+    "WanImageToVideoPipeline": "it gives the first frame to its transformer in channels of their own, which nothing here fills",
+}
+"""Pipeline class → why no family is written for it; for those whose sisters are known."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,10 @@ class Blueprint:
         """The family's row; CheckpointError where no family is known for the pipeline's class."""
         row = FAMILIES.get(self.pipeline)
         if row is None:
+            reason = LEFT_OUT.get(self.pipeline)
             raise CheckpointError(
                 f"{self.where}/model_index.json is of a {self.pipeline}; the vdm must be one of {', '.join(FAMILIES)}"
+                + (f". Of this one: {reason}" if reason else "")
             )
         return row
 

@@ -12,6 +12,7 @@ from actors.vdm.policy import VdmPolicy
 from cluster.errors import DataError
 from pipeline.sft import SftSettings, captions
 from pipeline.sft.captions import distinct_captions, frozen_captions
+from tests.actors.vdm.pipelines import build
 
 
 def test_the_frozen_encoder_is_asked_once_and_then_gone(
@@ -46,16 +47,19 @@ def test_captions_are_read_from_a_store_too(toy_shards: Path) -> None:
     assert distinct_captions([f"file://{path}" for path in paths]) == distinct_captions([str(path) for path in paths])
 
 
-def test_a_policy_with_stored_captions_has_the_same_loss(toy_shards: Path, tiny_vdm_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("member", ["wan2.1", "ltx", "ltx condition"])
+def test_a_policy_with_stored_captions_has_the_same_loss(member: str, toy_shards: Path, tmp_path: Path) -> None:
+    """The transformer alone beside files of captions, in each way that a family reads them."""
     from pipeline.data.toy import make_sample
 
     shards = [str(path) for path in (toy_shards / "train").glob("*.parquet")]
     (caption, *_) = distinct_captions(shards)
     s = make_sample(0, "train")
     batch = [(s.input_frames[-2:], caption, s.target_frames)] * 2
-    whole = VdmPolicy.load(tiny_vdm_dir)
-    bare = VdmPolicy.load(tiny_vdm_dir, components=("transformer", "vae_encoder"))
-    bare.embedder = frozen_captions(str(tiny_vdm_dir), SftSettings(), shards, tmp_path, 0, 1, torch.device("cpu"))
+    folder = build(member, tmp_path / "model")
+    whole = VdmPolicy.load(folder)
+    bare = VdmPolicy.load(folder, components=("transformer", "vae_encoder"))
+    bare.embedder = frozen_captions(str(folder), SftSettings(), shards, tmp_path, 0, 1, torch.device("cpu"))
     losses = [p.sft_loss(batch, generator=torch.Generator().manual_seed(1)).mean for p in (whole, bare)]
     assert torch.equal(losses[0], losses[1])
     assert set(bare.held()) == {"transformer", "vae_encoder"}
