@@ -117,6 +117,33 @@ def test_vae(name: str, size: tuple[int, int, int]) -> None:
     assert model.shapes.decode_flops(*size).total == pytest.approx(decode, rel=0.02)
 
 
+def test_the_vae_of_ltx_0_9_5() -> None:
+    """Its encoder halves space, time and both in turn; its decoder has a time."""
+    config = {
+        "block_out_channels": (128, 256, 512, 1024, 2048),
+        "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+        "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+        "layers_per_block": (4, 6, 6, 2, 2),
+        "spatio_temporal_scaling": (True,) * 4,
+        "decoder_block_out_channels": (256, 512, 1024),
+        "decoder_layers_per_block": (5, 5, 5, 5),
+        "decoder_spatio_temporal_scaling": (True,) * 3,
+        "upsample_residual": (True,) * 3,
+        "upsample_factor": (2, 2, 2),
+        "timestep_conditioning": True,
+        "spatial_compression_ratio": 32,
+        "temporal_compression_ratio": 8,
+    }
+    parts = {"transformer": {"in_channels": 128}, "vae": config}
+    model, size = Architecture("vdm", "0.9.5", parts, {"_class_name": "LTXConditionPipeline"}), (33, 352, 640)
+    module: Any = model.meta("vae")
+    assert model.shapes.geometry.cells(*size) == tuple(module.encode(meta(1, 3, *size)).latent_dist.mode().shape[1:])
+    encode = counted(lambda: module.encode(meta(1, 3, *size)))
+    decode = counted(lambda: module.decode(meta(1, *model.shapes.geometry.cells(*size)), meta(1)))
+    assert model.shapes.encode_flops(*size).total == pytest.approx(encode, rel=0.02)
+    assert model.shapes.decode_flops(*size).total == pytest.approx(decode, rel=0.02)
+
+
 @pytest.mark.parametrize(("name", "tokens"), [(WAN, 40), (WAN, 512), (LTX, 128), ("tiny", 12)])
 def test_text_encoder(name: str, tokens: int) -> None:
     model = vdm(name)
