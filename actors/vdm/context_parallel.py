@@ -62,7 +62,9 @@ class _Split(ContextParallelSplitHook):
     def _prepare_cp_input(self, x: Tensor, cp_input: ContextParallelInput) -> Tensor:
         if x.dim() != cp_input.expected_dims:
             return x
-        require_divisor(self.parallel_config.ulysses_degree, {"a clip's tokens": x.shape[cp_input.split_dim]})
+        require_divisor(
+            self.parallel_config.ulysses_degree, {"the tokens of a clip or caption": x.shape[cp_input.split_dim]}
+        )
         return super()._prepare_cp_input(x, cp_input)
 
 

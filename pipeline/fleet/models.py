@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from actors.failures import BadSampleError
+from actors.learner.settings import require_divisor
 from cluster.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:  # the sections of the pools, whose rows resolve models, are part of it
@@ -98,6 +99,26 @@ def vdm_options(config: RunConfig) -> dict[str, Any]:
         "fps": config.video.fps,
         "conditioning": config.video.conditioning,
     }
+
+
+def require_shareable(config: RunConfig) -> None:
+    """Raise ConfigError where ranks of stage 2's learner cannot share the artist's clips as ``learner.context_parallel`` says.
+
+    Read from the model's configuration alone: of a folder, or of a name whose configuration is known here. Of another name the
+    learner says it when it has loaded it.
+    """
+    sharers, video = config.learner.sharers("vdm"), config.video
+    if sharers == 1:
+        return
+    from actors.architectures import architecture, known  # two seconds of imports saved for those who share nothing
+
+    name = resolve_model(config.models.vdm, "vdm")
+    if not Path(name).is_dir() and name not in known("vdm"):
+        return
+    vdm = architecture(name, "vdm")
+    tokens = vdm.shapes.tokens(video.num_frames, video.height, video.width, video.reference_latents).total
+    heads = int(vdm.components["transformer"]["num_attention_heads"])
+    require_divisor(sharers, {"the artist's attention heads": heads, "a clip's tokens": tokens})
 
 
 def _adapter_hint(folder: Path, role: Role) -> str:

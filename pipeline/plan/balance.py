@@ -100,17 +100,23 @@ class Split:
 
 
 def best_split(
-    stages: Sequence[StageDemand], gpus: int, *, least: Mapping[str, int] | None = None, engine_gpus: int = 1
+    stages: Sequence[StageDemand],
+    gpus: int,
+    *,
+    least: Mapping[str, int] | None = None,
+    engine_gpus: int = 1,
+    sharers: int = 1,
 ) -> Split:
     """Return the split of ``gpus`` over the four roles, each on GPUs of its own, that makes the run shortest.
 
-    ``least``: fewest GPUs of a role (its memory; 1 by default). ``engine_gpus``: GPUs of one VLM engine. All splits are tried, so
-    none is better; of equal ones the first in the order (learner, vlm, reward) with the fewest there is taken.
+    ``least``: fewest GPUs of a role (its memory; 1 by default). ``engine_gpus``: GPUs of one VLM engine. ``sharers``: learner's
+    GPUs on which one clip lies. All splits are tried, so none is better; of equal ones the first in the order (learner, vlm,
+    reward) with the fewest there is taken.
 
     Raises PlacementError where the GPUs are too few.
     """
     fewest = {role: (least or {}).get(role, 1) for role in ROLES}
-    fewest["vlm"] = max(fewest["vlm"], engine_gpus)
+    fewest["vlm"], fewest["learner"] = max(fewest["vlm"], engine_gpus), max(fewest["learner"], sharers)
     if sum(fewest.values()) > gpus:
         told = ", ".join(f"{role} {count}" for role, count in fewest.items())
         raise PlacementError(
@@ -127,7 +133,8 @@ def best_split(
     ]
     learner, vlm, reward = np.meshgrid(*[np.arange(gpus + 1)] * 3, indexing="ij")
     counts = {"vlm": vlm, "vdm": gpus - learner - vlm - reward, "reward": reward, "learner": learner}
-    allowed = np.logical_and.reduce([counts[role] >= fewest[role] for role in ROLES]) & (vlm % engine_gpus == 0)
+    allowed = np.logical_and.reduce([counts[role] >= fewest[role] for role in ROLES])
+    allowed &= (vlm % engine_gpus == 0) & (learner % sharers == 0)
     total = np.zeros(vlm.shape)
     for stage, table in zip(stages, tables):
         seconds = {d.name: table[d.name][np.maximum(counts[standing(d.role)], 0)] for d in stage.demands}

@@ -223,14 +223,14 @@ def completions_of_a_row(config: RunConfig) -> float:
 def _vdm_learner(config: RunConfig, models: Models) -> Process:
     learner, stage = config.learner, config.stage2
     count = models.parameters["vdm", "transformer"]
-    items = min(learner.micro_batch, _items_per_rank(config, "stage2"))
+    items, sharers = min(learner.micro_batch, _items_per_rank(config, "stage2")), learner.sharers("vdm")
     passes = 1  # of a forward-process objective: one noise level, without guidance
     if stage.learning.samples == "steps":
         passes = min(stage.sde.window_size, learner.micro_steps or stage.sde.window_size)
         passes *= 2 if stage.render.guidance > 1 else 1
     found = training.learner_bytes(
         models.vdm,
-        tokens=items * models.clip_tokens.total,
+        tokens=math.ceil(items * models.clip_tokens.total / sharers),
         parameters=count,
         lora_rank=stage.lora.rank,
         ranks=learner.ranks,
@@ -240,7 +240,8 @@ def _vdm_learner(config: RunConfig, models: Models) -> Process:
         kl=stage.learning.kl_beta > 0,
         text=items * models.clip_tokens.text,
     )
-    return _learner(config, f"VDM learner, {items} trajectory(ies) at a time", found, 4.0 * count, stage.optim.ema > 0)
+    does = f"VDM learner, {items} trajectory(ies) at a time" + (f" on {sharers} ranks" if sharers > 1 else "")
+    return _learner(config, does, found, 4.0 * count, stage.optim.ema > 0)
 
 
 def _learner(config: RunConfig, does: str, found: training.TrainingBytes, loading: float, average: bool) -> Process:
@@ -266,4 +267,5 @@ def _learner(config: RunConfig, does: str, found: training.TrainingBytes, loadin
 
 def _items_per_rank(config: RunConfig, stage: str) -> int:
     rollout = getattr(config, stage).rollout
-    return math.ceil(rollout.prompts_per_step * rollout.group_size / config.learner.ranks)
+    apart = config.learner.ranks // config.learner.sharers("vlm" if stage == "stage1" else "vdm")
+    return math.ceil(rollout.prompts_per_step * rollout.group_size / apart)

@@ -17,6 +17,7 @@ from cluster.layout import ClusterView, PlacementPlan, shortfall
 from cluster.packing import Gpu, Member, pack
 from pipeline.config import RunConfig
 from pipeline.config.load import apply_override, parse_config
+from pipeline.fleet.models import require_shareable
 from pipeline.fleet.open import LEARNER, placement_plan, pool_sections
 from pipeline.plan.balance import Split, StageDemand, best_split, shared_split, standing
 from pipeline.plan.demands import PUBLISH_BANDWIDTH, stage_demands
@@ -85,6 +86,7 @@ def make_plan(
     placement, gpus = _placed(config, hardware, problems)
     peaks = {(gpu.node, gpu.index): peak(gpu, kinds) for gpu in gpus}
     problems += _context_problems(config, models, kinds)
+    problems += _sharing_problems(config)
     if gpus:
         problems += _memory_problems(config, hardware, models, gpus, kinds)
     stages = stage_demands(config, models, rates, measured)
@@ -278,6 +280,15 @@ def _context_problems(config: RunConfig, models: Models, kinds: Iterable[Process
     return []
 
 
+def _sharing_problems(config: RunConfig) -> list[Problem]:
+    """Return why ranks cannot share the tokens of the artist's clips."""
+    try:
+        require_shareable(config)
+    except ConfigError as error:
+        return [Problem(str(error), "learner.context_parallel=1")]
+    return []
+
+
 def _memory_problems(
     config: RunConfig, hardware: Hardware, models: Models, gpus: Iterable[Gpu], kinds: tuple[Process, ...]
 ) -> list[Problem]:
@@ -351,10 +362,10 @@ def _splits(
 ) -> tuple[Split, ...]:
     """Return the best split with GPUs of their own, and all GPUs shared, as far as they fit into memory."""
     found = []
-    engine, ranks = config.pools.vlm.tensor_parallel, 1
+    engine, sharers, ranks = config.pools.vlm.tensor_parallel, config.learner.context_parallel, 1
     while True:
         try:
-            split = best_split(stages, hardware.gpus, least={LEARNER: ranks}, engine_gpus=engine)
+            split = best_split(stages, hardware.gpus, least={LEARNER: ranks}, engine_gpus=engine, sharers=sharers)
         except PlacementError:
             break
         if _roomy(config, hardware, models, split):

@@ -261,7 +261,10 @@ def test_a_clip_whose_tokens_do_not_divide_is_refused_on_all_ranks(
 ) -> None:
     odd = clips(artist, 1, references=0, height=16)  # five latent frames of 1 x 2 patches
     for told in on_ranks(processes, refused, changed(spec, ranks=4, context_parallel=4), odd):
-        assert told == "learner.context_parallel=4 must divide a clip's tokens (10): use one of 1, 2, 5, 10"
+        assert (
+            told
+            == "learner.context_parallel=4 must divide the tokens of a clip or caption (10): use one of 1, 2, 5, 10"
+        )
 
 
 def test_ranks_must_make_whole_groups() -> None:

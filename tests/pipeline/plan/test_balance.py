@@ -76,4 +76,6 @@ def test_engines_take_whole_groups_of_gpus_and_too_few_are_refused() -> None:
     assert split.gpus["vlm"] % 2 == 0 and split.gpus["vlm"] >= 2
     with pytest.raises(PlacementError, match=r"3 GPU\(s\) are too few.*vlm 1, vdm 1, reward 1, learner 1.*colocated"):
         best_split([STAGE], 3)
+    # Three ranks would be best, but those that share clips come in pairs.
+    assert [best_split([STAGE], 9, sharers=n).gpus["learner"] % 2 for n in (1, 2)] == [1, 0]
     assert shared_split([STAGE], 3).step_s["stage1"] == pytest.approx(4.5 + 44.0 + 2.2 + 22.0)

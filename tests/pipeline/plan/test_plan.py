@@ -149,6 +149,7 @@ def test_seconds_are_flops_over_the_stated_rate(models: Models) -> None:
         (["pools.vdm.max_batch=64"], "7x40", "sampler, 22 clip"),
         (["pools.vlm.max_model_len=512"], "7x80", "exceed pools.vlm.max_model_len=512"),
         (["learner.gpus=0.5"], "7x80", "NCCL refuses"),
+        (["learner.ranks=8", "learner.context_parallel=8"], "16x80", "must divide the artist's attention heads (12)"),
         ([], "4x80", "asks for 7 of 4 GPU"),
         (["learner.ranks=6", "learner.placement=STRICT_PACK", "pools.vdm.workers=1"], "2x4x80", "STRICT_PACK"),
         ([*COLOCATED, "pools.vlm.gpus=0.5"], "4x80", "1.3"),
@@ -171,6 +172,19 @@ def test_what_nothing_helps_is_said_too(models: Models) -> None:
     found = plan(real(), "7x8", models)  # 3.75 billion weights do not fit into 8 GiB
     assert not found.fits and any(not problem.cure for problem in found.problems)
     assert "nothing that this plan can tell" in printed(found)
+
+
+def test_ranks_that_share_a_clip_keep_a_part_of_its_activations_each(models: Models) -> None:
+    apart, shared = (plan(real(*texts), "9x80", models) for texts in ((), ("learner.context_parallel=2",)))
+    assert apart.fits and shared.fits
+    one, two = (found.processes[-1] for found in (apart, shared))
+    assert (one.does, two.does) == (
+        "VDM learner, 2 trajectory(ies) at a time",
+        "VDM learner, 2 trajectory(ies) at a time on 2 ranks",
+    )
+    assert 0.5 <= two.parts["activations"] / one.parts["activations"] < 0.52  # captions are not shared
+    assert two.parts["weights"] == one.parts["weights"]
+    assert all(split.gpus["learner"] % 2 == 0 for split in shared.splits)
 
 
 def test_resting_pools_make_room_for_the_learner(models: Models) -> None:

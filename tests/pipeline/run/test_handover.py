@@ -70,6 +70,16 @@ def test_what_is_exported_is_named_for_what_it_is() -> None:
     assert [export_name(config, policy) for policy in ("vlm", "vdm")] == ["vlm_adapter", "vdm_model"]
 
 
+def test_clips_that_ranks_cannot_share_are_refused_before_the_start() -> None:
+    require_trainable(load_config("toy", ["learner.ranks=4", "learner.context_parallel=4"]))
+    with pytest.raises(
+        ConfigError, match=r"context_parallel=3 must divide the artist's attention heads \(4\) and a clip's"
+    ):
+        require_trainable(load_config("toy", ["learner.ranks=3", "learner.context_parallel=3"]))
+    with pytest.raises(ConfigError, match=r"context_parallel=2 must divide ranks=3"):
+        load_config("toy", ["learner.ranks=3", "learner.context_parallel=2"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "refused"),
     [
