@@ -1,7 +1,8 @@
 """One clip's tokens on several ranks: context parallelism after DeepSpeed-Ulysses (arXiv 2309.14509), by diffusers' own hooks.
 
 A rank computes every layer on its part of the tokens. Self-attention exchanges tokens for heads: each rank attends over the whole
-clip with its part of the heads. The output is put together at the end, so all ranks of a clip return the same velocity.
+clip with its part of the heads. Cross-attention exchanges nothing, since every rank has the whole caption. The output is put together
+at the end, so all ranks of a clip return the same velocity.
 
 diffusers' ``enable_parallelism`` asks for an accelerator per rank, so its hooks are put in place here. Its ring attention is left out:
 it needs a log-sum-exp, and torch's own attention returns none.
@@ -27,6 +28,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from actors.learner.settings import require_divisor
 from cluster.errors import ConfigError
 
+_CAPTION = ("encoder_hidden_states", "encoder_attention_mask")
+"""Inputs that LTX's plan splits too. Its cross-attention's mask is of all heads, and fits no part of them."""
+_CROSS_ATTENTION = "attn2"
+"""Its name in the blocks of every family."""
+
 
 def share_tokens(modules: Sequence[nn.Module], count: int, device_type: str) -> int:
     """Let groups of ``count`` neighbouring ranks share the tokens of each call of the diffusers ``modules``. Collective.
@@ -49,7 +55,7 @@ def share_tokens(modules: Sequence[nn.Module], count: int, device_type: str) -> 
             processor._parallel_config = ParallelConfig(context_parallel_config=config)
         for name, entry in module._cp_plan.items():
             if isinstance(entry, dict):
-                hook: Any = _Split(entry, config)
+                hook: Any = _Split({key: cut for key, cut in entry.items() if key not in _CAPTION}, config)
             else:
                 hook = ContextParallelGatherHook(entry if isinstance(entry, (list, tuple)) else [entry], config)
             HookRegistry.check_if_exists_or_initialize(module.get_submodule(name)).register_hook(hook, "share_tokens")
@@ -62,9 +68,7 @@ class _Split(ContextParallelSplitHook):
     def _prepare_cp_input(self, x: Tensor, cp_input: ContextParallelInput) -> Tensor:
         if x.dim() != cp_input.expected_dims:
             return x
-        require_divisor(
-            self.parallel_config.ulysses_degree, {"the tokens of a clip or caption": x.shape[cp_input.split_dim]}
-        )
+        require_divisor(self.parallel_config.ulysses_degree, {"a clip's tokens": x.shape[cp_input.split_dim]})
         return super()._prepare_cp_input(x, cp_input)
 
 
@@ -87,6 +91,7 @@ def _require_shareable(module: nn.Module, count: int) -> None:
 
 
 def _processors(module: nn.Module) -> list[Any]:
-    """Return what computes the attentions of ``module``, in diffusers' words."""
-    found = (getattr(part, "processor", None) for part in module.modules())
+    """Return what computes the self-attentions of ``module``, in diffusers' words."""
+    parts = [part for name, part in module.named_modules() if name.rpartition(".")[2] != _CROSS_ATTENTION]
+    found = (getattr(part, "processor", None) for part in parts)
     return [processor for processor in found if hasattr(processor, "_parallel_config")]
