@@ -39,6 +39,7 @@ from actors.vdm.sampling import sample
 from actors.vdm.settings import ConditioningSection
 from cluster.errors import ConfigError
 from tests.actors.learner.toy_policy import ToyPolicy, changed
+from tests.actors.vdm.pipelines import build
 
 pytestmark = pytest.mark.slow
 
@@ -144,17 +145,20 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"shared_times": False},
     ),
     "full weights, one time for all tokens": (FULL, {}, {"conditioning": ConditioningSection(time="shared")}),
+    "full weights of LTX, whose captions have a mask": (FULL, {}, {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_velocities_and_gradients_of_two_ranks_are_those_of_one_process(
-    processes: ProcessPoolExecutor, spec: LearnerSpec, case: str
+    processes: ProcessPoolExecutor, spec: LearnerSpec, case: str, tmp_path: Path
 ) -> None:
     group, settings, options = CASES[case]
+    if "LTX" in case:
+        spec = replace(spec, model_path=str(build("ltx condition", tmp_path)))
     spec = replace(spec, **group, policy_kwargs=spec.policy_kwargs | options)
     plain = VdmPolicy.load(spec.model_path, adapter=spec.adapter_path, **options)
-    items = clips(plain, 2)
+    items = clips(plain, 2, side=64 if "LTX" in case else 32)
     velocity, gradients = derivative(plain, items)
     assert len(gradients) == len(trainable_parameters(plain.module)) and len(items) == 4
     for found, summed in on_ranks(processes, derivatives, changed(spec, **SHARED, **settings), items):
