@@ -29,7 +29,7 @@ NOISE_SEED, STEPS, GUIDANCE, SHIFT = 7, 10, 5.0, 5.0
 LOSS_SEEDS = 5
 PRINTED, TYPED = "the blue square’s “still” grey", 'the blue square\'s "still" grey'
 WORDS = ["the", "red", "circle", "rises", "and", "blue", "square", "sinks", "still", "grey", "s", "'", '"']
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 24,
     "text_dim": 32,
@@ -37,7 +37,15 @@ TRANSFORMER = {
     "ffn_dim": 64,
     "num_layers": 2,
 }
-TEXT = {"vocab_size": 16, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+TEXT: dict[str, Any] = {
+    "vocab_size": 16,
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+}
 
 
 def drawn(name: str, shape: tuple[int, ...]) -> Tensor:

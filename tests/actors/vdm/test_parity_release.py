@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def artist(folder: Path) -> VdmPolicy:
-    options = {"shift": r.SHIFT, "grid": "even", "negative_prompt": r.NEGATIVE, "supervised": SUPERVISED}
+    options: dict[str, Any] = {
+        "shift": r.SHIFT,
+        "grid": "even",
+        "negative_prompt": r.NEGATIVE,
+        "supervised": SUPERVISED,
+    }
     return VdmPolicy.load(folder, conditioning=CLIP, **options)
 
 

@@ -32,7 +32,13 @@ SPECIAL = [
 SIZES = {"grown": (60, 100), "shrunk": (640, 1000), "rendered": (352, 640), "kept": (364, 644)}
 PIXELS, MULTIPLE = (128 * 28 * 28, 768 * 28 * 28), 28
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Qwen2.5-VL's own
-SHAPE = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+SHAPE: dict[str, Any] = {
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
     "{%- for part in message.content -%}{%- if part.type == 'video' -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
