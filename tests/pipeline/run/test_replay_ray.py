@@ -109,7 +109,7 @@ def test_the_command_tells_by_its_exit_code_that_figures_differ(run: Path, monke
     assert "learner/loss" in done.output and "stage1 step 2, from stage1-step000002" in done.output
 
 
-def test_a_step_written_again_without_tensors_has_none(run: Path, tmp_path: Path) -> None:
+def test_a_step_written_again_without_tensors_has_none(tmp_path: Path) -> None:
     about: dict[str, Any] = {"clips": "none", "group_size": 2, "weights": {"x": 1.0}, "fps": 8.0, "figures": {}}
     made = batch()
     stage = Stage1(load_config("toy"), None)  # type: ignore[arg-type]
