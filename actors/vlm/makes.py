@@ -32,11 +32,15 @@ def _size_of_images(processor: Any) -> None:
 
 @dataclass(frozen=True)
 class Make:
-    """One make. ``options`` are given to the processor when it is loaded, here and in vLLM; ``prepare`` changes ours afterwards."""
+    """One make. ``options`` are given to the processor when it is loaded, here and in vLLM; ``prepare`` changes ours afterwards.
+
+    ``text`` is what the language model's configuration must say, because vLLM asks for it and transformers does not.
+    """
 
     positions: Positions = one_axis
     options: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Any], None] = _nothing
+    text: Mapping[str, Any] = field(default_factory=dict)
 
 
 _ANY = Make()
@@ -48,7 +52,8 @@ MAKES: dict[str, Make] = {
     "qwen2_5_vl": Make(spaced_by_seconds, _QWEN_OPTIONS),
     "qwen3_vl": Make(step_by_step, _QWEN_OPTIONS),
     "qwen3_vl_moe": Make(step_by_step, _QWEN_OPTIONS),
-    "glm4v": Make(step_by_step),
+    # Without it vLLM 0.32 leaves the biases of queries, keys and values out, and says nothing.
+    "glm4v": Make(step_by_step, text={"attention_bias": True}),
     "internvl": Make(prepare=_size_of_images),
 }
 """By ``model_type``. A make that is not here needs nothing but its processor, and has positions on one axis."""
@@ -58,11 +63,18 @@ def make_of(config: Any) -> Make:
     """Return the row of a transformers configuration's make.
 
     Raises:
-        CheckpointError: the make has no row, and its positions have several axes.
+        CheckpointError: the make has no row, and its positions have several axes; or ``text`` of its row does not hold.
     """
     kind = config.model_type
     if kind in MAKES:
-        return MAKES[kind]
+        make, text = MAKES[kind], config.get_text_config() if MAKES[kind].text else None
+        for key, value in make.text.items():
+            if getattr(text, key, None) != value:
+                raise CheckpointError(
+                    f"config.json has text_config.{key}={getattr(text, key, None)!r}, but {kind} has {value!r}: transformers takes "
+                    "it for granted, and vLLM would leave out what it stands for; write it as the published config.json does"
+                )
+        return make
     from transformers import MODEL_MAPPING
 
     if type(config) in MODEL_MAPPING and hasattr(MODEL_MAPPING[type(config)], "get_rope_index"):

@@ -80,7 +80,7 @@ def test_pickled_weights_are_not_read(name: str, tmp_path: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "glm4v"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_5"])
 def test_an_architecture_whose_prompts_are_not_known_is_refused(kind: str, tmp_path: Path) -> None:
     """Qwen2-VL's modules have the names of Qwen2.5-VL's, but its positions are others."""
     folder = shutil.copytree(resolve_model("tiny", "vlm"), tmp_path / "model")

@@ -168,7 +168,10 @@ def test_only_three_axes_need_a_row_of_the_table() -> None:
     for kind in ("qwen2_vl", "qwen3_5"):
         with pytest.raises(CheckpointError, match=rf"model_type='{kind}'.*several axes.*qwen2_5_vl"):
             make_of(AutoConfig.for_model(kind))
-    assert all(make_of(AutoConfig.for_model(kind)) is make for kind, make in MAKES.items())
+    for kind, make in MAKES.items():
+        assert make_of(AutoConfig.for_model(kind, text_config=dict(make.text))) is make
+    with pytest.raises(CheckpointError, match=r"text_config\.attention_bias=None, but glm4v has True"):
+        make_of(AutoConfig.for_model("glm4v"))
 
 
 def test_videos_that_are_no_one_tensor_are_named() -> None:

@@ -123,7 +123,7 @@ def build_tiny_glm4v(folder: Path, seed: int = 0) -> Path:
     }
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}
     config = Glm4vConfig(
-        text_config={**text_config(tokenizer), "rope_parameters": rope},
+        text_config={**text_config(tokenizer), "rope_parameters": rope, "attention_bias": True},
         vision_config=vision,
         tie_word_embeddings=False,
         **{
@@ -131,7 +131,12 @@ def build_tiny_glm4v(folder: Path, seed: int = 0) -> Path:
             for name, token in zip(names, tokens, strict=True)
         },
     )
-    Glm4vForConditionalGeneration(config).eval().save_pretrained(folder)
+    model = Glm4vForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.bias"):  # zero as they are made
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
     shape = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2, "image_mean": HALF, "image_std": HALF}
     Glm4vProcessor(
         image_processor=Glm4vImageProcessor(size={"shortest_edge": 256, "longest_edge": 4096}, **shape),
