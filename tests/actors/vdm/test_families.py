@@ -18,8 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from actors.architectures import architecture
 from actors.failures import BadSampleError, Ok
+from actors.learner.batches import plan_batch
 from actors.learner.objectives.grpo import grpo_loss, normaliser
+from actors.learner.objectives.settings import GrpoSection
+from actors.learner.settings import LearnerSection, OptimSection
 from actors.learner.sharding import shard, unit_names
+from actors.learner.spec import LearnerSpec
+from actors.learner.trainer import Trainer
 from actors.policy.protocol import trainable_parameters
 from actors.policy.settings import LoraSection
 from actors.records import EmbedRequest, EncodeRequest, RenderRequest, SdeSpec, VdmExperience
@@ -27,6 +32,8 @@ from actors.vdm.embed_worker import EmbedWorker
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.sampling import check, sample, sample_latents
 from actors.vdm.settings import ConditioningSection
+from actors.vdm.worker import VdmWorker
+from actors.weights.transport import as_tensors
 from cluster.errors import CheckpointError
 from tests.actors.vdm.pipelines import MEMBERS, build
 
@@ -107,6 +114,39 @@ def test_a_sharded_policy_that_checkpoints_its_blocks_learns_the_same(folder: Pa
     assert torch.equal(outs[0].logprobs, outs[1].logprobs) and (sharded.kl(outs[1], reference) > 0).all()
     for one, other in zip(trainable_parameters(plain.module), trainable_parameters(sharded.module), strict=True):
         assert (one.grad - other.grad.full_tensor()).norm() <= 1e-6 * one.grad.norm()  # type: ignore[union-attr]
+
+
+def test_what_a_learner_has_learnt_reaches_the_sampler_and_the_export(folder: Path, mesh: Any, tmp_path: Path) -> None:
+    """Worker, trainer and weights as a step of stage 2 uses them, in one process: draw, learn, publish, draw again."""
+    worker = VdmWorker("vdm-0", str(folder))
+    worker.setup()
+    frozen, requests = worker.weights_hash(), [ask(i, noise_seed=1, sde=SDE) for i in range(4)]
+    clips = [outcome.value for outcome in worker.process(requests) if isinstance(outcome, Ok)]
+    items = [
+        VdmExperience("s", c.index, c.caption, r.reference_frames, c.trajectory, (-1.0) ** c.index, c.condition)
+        for c, r in zip(clips, requests, strict=True)
+    ]
+    spec = LearnerSpec(
+        kind="vdm",
+        model_path=str(folder),
+        settings=LearnerSection(ranks=1),
+        lora=LORA,
+        optim=OptimSection(lr=1e-2),
+        learning=GrpoSection(clip_low=1e-3, clip_high=1e-3, kl_beta=0.004, loss_norm="sequence", kl_estimator="closed"),
+    )
+    learner = VdmPolicy.load(folder, lora=LORA, components=("transformer",))
+    trainer = Trainer(learner, spec, mesh, torch.device("cpu"))
+    report = trainer.update(plan_batch(items, ranks=1, micro_batch=4, updates=1)[0])
+    assert report.common["ratio_max_dev"] == 0.0 and report.maxima["logp_diff_max"] == 0.0
+    weights = trainer.weights()
+    assert weights is not None and report.common["grad_norm"] > 0
+    worker.policy.put_adapter(as_tensors(weights), weights.adapter_config, "the published weights")
+    assert worker.weights_hash() == frozen
+    trainer.export(str(tmp_path / "adapter"))
+    again = VdmPolicy.load(folder, adapter=tmp_path / "adapter")
+    shape, plain = check(again, requests[0]), VdmPolicy.load(folder)
+    drawn, served, before = (sample_latents(p, requests, shape)[0] for p in (again, worker.policy, plain))
+    assert torch.equal(drawn, served) and not torch.equal(drawn, before)
 
 
 def test_one_update_raises_the_reward(folder: Path) -> None:
