@@ -39,7 +39,6 @@ from actors.vdm.sampling import sample
 from actors.vdm.settings import ConditioningSection
 from cluster.errors import ConfigError
 from tests.actors.learner.toy_policy import ToyPolicy, changed
-from tests.actors.vdm.pipelines import build
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +154,8 @@ def test_velocities_and_gradients_of_two_ranks_are_those_of_one_process(
 ) -> None:
     group, settings, options = CASES[case]
     if "LTX" in case:
+        from tests.actors.vdm.pipelines import build  # seconds of imports that no rank needs
+
         spec = replace(spec, model_path=str(build("ltx condition", tmp_path)))
     spec = replace(spec, **group, policy_kwargs=spec.policy_kwargs | options)
     plain = VdmPolicy.load(spec.model_path, adapter=spec.adapter_path, **options)
