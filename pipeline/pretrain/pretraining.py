@@ -104,7 +104,8 @@ def _pretrain(out: Path, seed: int, effort: Effort, parts: tuple[str, ...], cons
         pair = [model for model in PAIR if model[0] in parts] or list(PAIR)
         _fine_tune(pair, out, seed, effort, quality, console)
     _forget_paths(out)
-    quality["seed"], quality["effort"] = seed, asdict(effort)
+    quality["seed"] = seed
+    quality["effort"] = asdict(effort) | {"conditioning": effort.conditioning.model_dump()}
     quality["wall_s"] = round(time.monotonic() - started, 1)
     quality["size_mb"] = {name: round(_size(out / name) / 2**20, 2) for name in ("vlm", "vdm", "clip", "video")}
     (out / "quality.json").write_text(json.dumps(quality, indent=2, sort_keys=True) + "\n")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,19 @@ SHARED = {"ranks": 2, "context_parallel": 2}
 Batch = list[VdmExperience]
 
 
+Processes = Sequence[ProcessPoolExecutor]
+
+
 @pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    """Four processes, forked from one that has imported everything: a rank that waits for its peers keeps its own."""
+def processes() -> Iterator[Processes]:
+    """A process for each of four ranks, forked from one that has imported everything.
+
+    A process keeps its rank from test to test: torch remembers where on a mesh it stands, and a shard is saved by that.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(4, mp_context=context) as pool:
-        yield pool
+    with ExitStack() as stack:
+        yield [stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for _ in range(4)]
 
 
 def clips(artist: VdmPolicy, groups: int, references: int = 2, side: int = 32, ends: bool = False) -> Batch:
@@ -100,10 +106,11 @@ def artist(spec: LearnerSpec) -> VdmPolicy:
     return VdmPolicy.load(spec.model_path, adapter=spec.adapter_path)
 
 
-def on_ranks(processes: ProcessPoolExecutor, work: Callable[..., Any], spec: LearnerSpec, *arguments: Any) -> list[Any]:
+def on_ranks(processes: Processes, work: Callable[..., Any], spec: LearnerSpec, *arguments: Any) -> list[Any]:
     """Return what ``work`` returns on each rank of the group of ``spec``."""
     address = LearnerRank(spec, 0).pick_address()
-    calls = [processes.submit(work, spec, rank, address, *arguments) for rank in range(spec.settings.ranks)]
+    ranks = enumerate(processes[: spec.settings.ranks])
+    calls = [process.submit(work, spec, rank, address, *arguments) for rank, process in ranks]
     return [call.result(timeout=300) for call in calls]
 
 
@@ -150,7 +157,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_velocities_and_gradients_of_two_ranks_are_those_of_one_process(
-    processes: ProcessPoolExecutor, spec: LearnerSpec, case: str, tmp_path: Path
+    processes: Processes, spec: LearnerSpec, case: str, tmp_path: Path
 ) -> None:
     group, settings, options = CASES[case]
     if "LTX" in case:
@@ -189,7 +196,7 @@ def updates(
 
 
 def learnt(
-    processes: ProcessPoolExecutor, spec: LearnerSpec, batches: Sequence[Batch], restore: str = "", save: str = ""
+    processes: Processes, spec: LearnerSpec, batches: Sequence[Batch], restore: str = "", save: str = ""
 ) -> tuple[Mapping[str, np.ndarray], list[dict[str, float]]]:
     """Return the weights that a group learns from ``batches``, and each update's metrics, merged as the group does."""
     answers = on_ranks(processes, updates, spec, batches, restore, save)
@@ -207,7 +214,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_updates_and_figures_of_two_ranks_are_those_of_one(
-    processes: ProcessPoolExecutor, spec: LearnerSpec, artist: VdmPolicy, objective: str
+    processes: Processes, spec: LearnerSpec, artist: VdmPolicy, objective: str
 ) -> None:
     spec = replace(spec, **OBJECTIVES[objective])
     batches = [clips(artist, 2, ends=spec.objective == "nft")] * 2
@@ -222,7 +229,7 @@ def test_updates_and_figures_of_two_ranks_are_those_of_one(
 
 
 def test_groups_that_share_clips_learn_beside_each_other_and_one_of_them_pads(
-    processes: ProcessPoolExecutor, spec: LearnerSpec, artist: VdmPolicy
+    processes: Processes, spec: LearnerSpec, artist: VdmPolicy
 ) -> None:
     batches = [clips(artist, 2)[:3], clips(artist, 1)[:1]]
     expected, figures = learnt(processes, spec, batches)
@@ -233,7 +240,7 @@ def test_groups_that_share_clips_learn_beside_each_other_and_one_of_them_pads(
 
 
 def test_a_resumed_group_goes_on_bit_for_bit(
-    processes: ProcessPoolExecutor, spec: LearnerSpec, artist: VdmPolicy, tmp_path: Path
+    processes: Processes, spec: LearnerSpec, artist: VdmPolicy, tmp_path: Path
 ) -> None:
     spec, batch, state = changed(spec, **SHARED), clips(artist, 1), str(tmp_path / "state")
     through, _ = learnt(processes, spec, [batch, batch], save=state)
@@ -259,7 +266,7 @@ def refused(spec: LearnerSpec, rank: int, address: str, items: Batch) -> str:
 
 
 def test_a_clip_whose_tokens_do_not_divide_is_refused_on_all_ranks(
-    processes: ProcessPoolExecutor, spec: LearnerSpec, artist: VdmPolicy
+    processes: Processes, spec: LearnerSpec, artist: VdmPolicy
 ) -> None:
     odd = clips(artist, 1, references=0, side=16)  # five latent frames of one patch
     for told in on_ranks(processes, refused, changed(spec, **SHARED), odd):

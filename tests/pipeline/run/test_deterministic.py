@@ -7,6 +7,7 @@ import pytest
 from actors.vlm.engine_args import EngineSpec, engine_args
 from cluster.errors import ConfigError
 from pipeline.config import load_config
+from pipeline.fleet.models import ASSETS
 from pipeline.fleet.open import pool_sections
 
 
@@ -31,6 +32,6 @@ def test_no_request_shares_a_call_or_a_batch() -> None:
         config = load_config("toy", [f"deterministic={str(deterministic).lower()}"])
         shared = [pool_sections(config)[name].max_batch > 1 for name in ("vdm", "reward")]
         assert shared == [not deterministic] * 2
-    together, alone = (engine_args(EngineSpec("model", alone=alone)) for alone in (False, True))
+    together, alone = (engine_args(EngineSpec(str(ASSETS / "vlm"), alone=alone)) for alone in (False, True))
     assert alone["max_num_seqs"] == 1 < together["max_num_seqs"]
     assert alone["enable_prefix_caching"] is False and "enable_prefix_caching" not in together
