@@ -63,12 +63,20 @@ class RolloutsSection(Section):
     )
 
 
+SinkName = Literal["tensorboard", "wandb"]
+
+
 class TrackingSection(Section):
     """MLflow. The environment's MLFLOW_TRACKING_URI wins over ``uri``."""
 
     uri: str | None = Field(None, description="Tracking server; null is sqlite in the run's folder.")
     experiment: str = Field("vans", description="Experiment name.")
     clips_every: int = Field(10, ge=0, description="Steps between logged sample clips; 0 logs none.")
+    also: list[SinkName] = Field(
+        [],
+        description="Where figures and pictures go beside MLflow, which stays the record: tensorboard (event files in the run's "
+        "folder), wandb (Weights & Biases, which reads WANDB_API_KEY and WANDB_MODE).",
+    )
     rollouts: RolloutsSection = Field(default_factory=RolloutsSection)
 
     @field_validator("uri")

@@ -5,7 +5,7 @@ Not for: deciding anything.
 Begin with ``tracker``.
 """
 
-from pipeline.tracking.store import TrackingError
+from pipeline.tracking.also import TrackingError
 from pipeline.tracking.tracker import Tracker, has_store
 
 __all__ = ["Tracker", "TrackingError", "has_store"]

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Short: the outbox does the waiting and the trying again. MLflow's own defaults would hang for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -20,11 +21,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from cluster.errors import VansError
 from pipeline.support.harmless import redacted
+from pipeline.tracking.also import PARENT, Copies, TrackingError
 from pipeline.tracking.outbox import Record, Unreachable
 
-PARENT = "parent"
 STAGE_TAG, PARENT_TAG = "vans.stage", "mlflow.parentRunId"
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
 KIND = {"mlflow.experimentKind": "custom_model_development"}
@@ -42,17 +42,17 @@ _REFUSED = {
 }
 
 
-class TrackingError(VansError):
-    """The tracking store cannot be used as configured, or a metric was logged that nobody declared."""
-
-
 class MlflowStore:
-    """Runs of one experiment at ``uri``; ``artifacts`` is where a new experiment keeps files (None: the server's)."""
+    """Runs of one experiment at ``uri``; ``artifacts`` is where a new experiment keeps files (None: the server's).
+
+    ``copies`` is handed what has been carried out.
+    """
 
     def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
         self.uri = uri
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # else it narrates each new sqlite file
         self.client = MlflowClient(tracking_uri=uri)
+        self.copies = Copies({})
         self.run_ids: dict[tuple[str, str], str] = {}  # (parent's id, name) → id
         self._last_steps: dict[str, dict[str, int]] = {}  # run id → metric → last step logged before this process
         with self._start_errors():
@@ -106,26 +106,28 @@ class MlflowStore:
 
     def deliver(self, record: Record) -> None:
         """Carry out one record; raises Unreachable where it should be tried again."""
-        action: Callable[[str, Record], None] = getattr(self, f"_do_{record['op']}")
+        action: Callable[[str, Record], Any] = getattr(self, f"_do_{record['op']}")
         path = record.get("path")
         if path and not Path(path).is_file():
             raise TrackingError(f"{path}: the file to log is not there any more")
         try:
-            action(self.run_id(record["parent"], record["run"]), record)
+            taken = action(self.run_id(record["parent"], record["run"]), record)
         except MlflowException as error:
             if error.error_code in _REFUSED:
                 raise
             raise Unreachable(_first_line(error)) from error
         except (OSError, SQLAlchemyError) as error:
             raise Unreachable(_first_line(error)) from error
+        self.copies.take(record, taken or ())
         if path and record.get("remove"):
             Path(path).unlink()
 
-    def _do_metrics(self, run_id: str, record: Record) -> None:
+    def _do_metrics(self, run_id: str, record: Record) -> list[tuple[str, float, int]]:
         before = self._steps_before(run_id)
         metrics = [entities.Metric(k, v, t, s) for k, v, t, s in record["values"] if s > before.get(k, -1)]
         for start in range(0, len(metrics), METRICS_PER_CALL):
             self.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_CALL], synchronous=True)
+        return [(metric.key, metric.value, metric.step) for metric in metrics]
 
     def _do_params(self, run_id: str, record: Record) -> None:
         params = [entities.Param(key, value) for key, value in record["values"].items()]

@@ -29,8 +29,9 @@ from pipeline.evaluate.table import EvaluationTable
 from pipeline.support.harmless import redacted
 from pipeline.support.location import Uri, parse_location
 from pipeline.tracking import lineage, media, metrics
+from pipeline.tracking.also import PARENT, Copies, Job, TrackingError
 from pipeline.tracking.outbox import Outbox, OutboxCounts
-from pipeline.tracking.store import PARENT, MlflowStore, TrackingError, merge_metrics
+from pipeline.tracking.store import MlflowStore, merge_metrics
 
 STRICT_VARIABLE = "VANS_STRICT_METRICS"
 DESCRIPTION = """\
@@ -103,6 +104,7 @@ class Tracker:
             run_id = store.start(name, {**(tags or {}), **lineage.git_tags()})
         else:
             run_id, known = resume_run_id, store.resume(resume_run_id)
+        store.copies = Copies.open(section.also, Job(name, section.experiment, run_id, out / FOLDER))
         tracker = cls(store, run_id, out / FOLDER, _strict() if strict is None else strict)
         tracker.log_params(params, known)
         tracker.log_tags({f"version.{name}": value for name, value in lineage.library_versions().items()})

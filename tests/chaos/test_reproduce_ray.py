@@ -37,7 +37,12 @@ def test_the_same_command_finishes_what_was_stopped_and_killed(ray_alone: None, 
     assert (finished.read_bytes(), finished.stat().st_mtime_ns) == kept
     table = json.loads((out / "test" / "table.json").read_text(encoding="utf-8"))
     assert {"sft", "stage1", "joint"} <= table["rows"].keys(), table.keys()
-    report = (out / "test" / "table.md").read_text(encoding="utf-8")
-    assert "one seed only" in report and "Joint-GRPO" in report
+    assert "Joint-GRPO" in (out / "test" / "table.md").read_text(encoding="utf-8")
+    # So few questions may point either way; that something holds, one seed never says.
+    assert {ordering["verdict"] for ordering in table["orderings"]} <= {
+        "one seed only",
+        "does not hold",
+        "not measured",
+    }
     for name in ("curves.png", "contact_sheet.png"):
         assert (out / "test" / name).stat().st_size > 1000
