@@ -9,6 +9,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -50,6 +51,7 @@ gc.disable()
 
 import pytest  # noqa: E402 - the environment comes first
 
+from tests.browser import chromium  # noqa: E402
 from tests.s3_server import S3Server  # noqa: E402
 
 
@@ -143,6 +145,13 @@ def s3() -> Iterator[S3Server]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, of Playwright's synchronous API; where there is none the test is skipped (tests/browser.py)."""
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

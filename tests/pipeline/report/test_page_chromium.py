@@ -1,11 +1,10 @@
 """A run's page as a person uses it, in Chromium: slider, sort, filter, search, links, playing videos, nothing from outside.
 
-Skipped, with the reason, where Chromium or Playwright is not installed. The page is opened from the disk, as it will be.
+The page is opened from the disk, as it will be.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,14 @@ from typing import Any
 import pytest
 
 from pipeline.report.page import write_page
+from tests.browser import Seen
 from tests.pipeline.report.made_run import GROUPS, HOSTILE, SIZE, make_run
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"),
-]
+pytestmark = pytest.mark.slow
 
 
-class Seen:
-    """A page with what it asked for and complained of."""
-
-    def __init__(self, page: Any) -> None:
-        self.page = page
-        self.asked: list[str] = []
-        self.complaints: list[str] = []
-        page.on("request", lambda request: self.asked.append(request.url))
-        page.on("console", lambda message: self.complaints.append(message.text))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+class Report(Seen):
+    """A run's page, and what a person reads off it."""
 
     def groups(self) -> list[int]:
         """The numbers of the groups that are shown, in their order."""
@@ -69,18 +54,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        # As root Chromium has no sandbox; it opens nothing here but the page.
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def seen(run: Path, browser: Any) -> Iterator[Seen]:
-    found = Seen(browser.new_page(viewport={"width": 1400, "height": 900}))
+def seen(run: Path, browser: Any) -> Iterator[Report]:
+    found = Report(browser.new_page(viewport={"width": 1400, "height": 900}))
     path = write_page(run, run / "report")
     found.page.goto(path.as_uri())
     found.page.wait_for_selector(".group")
@@ -91,7 +66,7 @@ def seen(run: Path, browser: Any) -> Iterator[Seen]:
     assert found.page.title() == "made · VANS on Ray"
 
 
-def test_the_last_step_is_shown_first_and_the_slider_moves(seen: Seen) -> None:
+def test_the_last_step_is_shown_first_and_the_slider_moves(seen: Report) -> None:
     assert seen.step() == "8" and seen.groups() == list(range(GROUPS))
     assert seen.page.locator(".member").count() == GROUPS * SIZE
     seen.set_slider(2)
@@ -103,13 +78,13 @@ def test_the_last_step_is_shown_first_and_the_slider_moves(seen: Seen) -> None:
     seen.page.select_option("#stage", "stage1")
 
 
-def test_a_point_of_a_curve_leads_to_its_step(seen: Seen) -> None:
+def test_a_point_of_a_curve_leads_to_its_step(seen: Report) -> None:
     seen.page.locator('#part-stage1 a[href="#stage1-6"] .point').first.click()
     seen.wait_until("document.getElementById('shown').textContent === '6'")
     assert seen.page.input_value("#stage") == "stage1"
 
 
-def test_sorting_puts_the_asked_for_group_first(seen: Seen) -> None:
+def test_sorting_puts_the_asked_for_group_first(seen: Report) -> None:
     seen.set_slider(4)
     data = seen.page.evaluate("JSON.parse(document.getElementById('step-stage1-4').textContent).groups")
     for order, key, falling in (("best", "best", True), ("worst", "worst", False), ("apart", "apart", True)):
@@ -124,7 +99,7 @@ def test_sorting_puts_the_asked_for_group_first(seen: Seen) -> None:
     seen.page.select_option("#members", "index")
 
 
-def test_lost_ones_are_found_with_their_reason(seen: Seen) -> None:
+def test_lost_ones_are_found_with_their_reason(seen: Report) -> None:
     seen.set_slider(6)
     seen.page.select_option("#filter", "lost")
     assert len(seen.groups()) == 2
@@ -137,13 +112,13 @@ def test_lost_ones_are_found_with_their_reason(seen: Seen) -> None:
     assert len(seen.groups()) == GROUPS
 
 
-def test_a_question_with_html_is_shown_as_it_was_written(seen: Seen) -> None:
+def test_a_question_with_html_is_shown_as_it_was_written(seen: Report) -> None:
     seen.set_slider(1)
     assert HOSTILE in seen.page.locator(".words b").all_inner_texts()
     assert seen.page.locator("#groups img, #groups script").count() == 0
 
 
-def test_a_clip_plays(seen: Seen) -> None:
+def test_a_clip_plays(seen: Report) -> None:
     seen.set_slider(5)
     seen.page.locator("#rollouts").scroll_into_view_if_needed()
     plays = (
@@ -153,7 +128,7 @@ def test_a_clip_plays(seen: Seen) -> None:
     assert seen.page.eval_on_selector(".member video", "video => [video.videoWidth, video.videoHeight]") == [32, 32]
 
 
-def test_the_search_finds_curves_by_name_and_meaning(seen: Seen) -> None:
+def test_the_search_finds_curves_by_name_and_meaning(seen: Report) -> None:
     seen.page.locator("#part-stage1 .rest summary").click()
     box = seen.page.locator("#part-stage1 .rest input")
     box.fill("captions embedded")
@@ -164,7 +139,7 @@ def test_the_search_finds_curves_by_name_and_meaning(seen: Seen) -> None:
 
 def test_one_file_plays_too_and_a_phone_is_wide_enough(run: Path, browser: Any, tmp_path: Path) -> None:
     path = write_page(run, tmp_path, single=True)
-    found = Seen(browser.new_page(viewport={"width": 390, "height": 844}))
+    found = Report(browser.new_page(viewport={"width": 390, "height": 844}))
     found.page.goto(f"{path.as_uri()}#stage2-1")
     found.wait_until("document.getElementById('shown').textContent === '1'")
     playing = "[...document.querySelectorAll('video')].some(video => video.currentTime > 0.2)"
