@@ -178,18 +178,18 @@ class Copies:
             for name, value, step in metrics:
                 steps.setdefault(step, {})[name] = value
             for step, values in steps.items():
-                self._each(lambda sink, step=step, values=values: sink.metrics(run, step, values))
+                self._each("metrics", run, step, values)
         elif op == "params" and run == PARENT:
-            self._each(lambda sink: sink.params(record["values"]))
+            self._each("params", record["values"])
         elif op == "image":
-            self._each(lambda sink: sink.image(run, record["key"], Path(record["path"]), record["step"]))
+            self._each("image", run, record["key"], Path(record["path"]), record["step"])
         elif op == "end" and run == PARENT:
-            self._each(lambda sink: sink.close(record["status"] != "FINISHED"))
+            self._each("close", record["status"] != "FINISHED")
 
-    def _each(self, call: Callable[[Sink], None]) -> None:
+    def _each(self, method: str, *arguments: Any) -> None:
         for name, sink in self._sinks.items():
             try:
-                call(sink)
+                getattr(sink, method)(*arguments)
             except Exception as error:  # noqa: BLE001 - a copy that cannot be made must not end a run; it is told
                 self.failed += 1
                 told = redacted(f"{type(error).__name__}: {error}"[:300])

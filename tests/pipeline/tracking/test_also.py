@@ -3,6 +3,7 @@
 import json
 import logging
 import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def wandb_history(path: Path) -> list[dict[str, Any]]:
     """Read what was logged from W&B's offline file: LevelDB's log format, blocks of 32 KiB, after a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
     content, at, record, found = path.read_bytes(), 7, b"", []
     while at + 7 <= len(content):
@@ -60,7 +61,7 @@ def wandb_history(path: Path) -> list[dict[str, Any]]:
         record += content[at + 7 : at + 7 + size]
         at += 7 + size
         if part in (1, 4):  # whole, or the last part
-            message = Record.FromString(record)
+            message = wandb_internal_pb2.Record.FromString(record)  # type: ignore[attr-defined]
             record = b""
             items = message.history.item
             if items:
@@ -101,7 +102,11 @@ def test_wandb_gets_both_stages_in_one_run_offline(
                 tracker.log_image(np.zeros((8, 8, 3), np.uint8), step=1, key="sheet")
     (run,) = (tmp_path / "tracking" / "wandb").glob("offline-run-*")
     assert run.name.endswith(tracker.run_id)
-    logged = wandb_history(next(run.glob("*.wandb")))
+    logged: list[dict[str, Any]] = []
+    until = time.monotonic() + 30  # W&B's own process writes the file, and may still do so when the run has finished
+    while len(logged) < 6 and time.monotonic() < until:
+        time.sleep(0.1)
+        logged = wandb_history(next(run.glob("*.wandb")))
     for name in ("stage1", "stage2"):
         points = [
             (row[f"{name}/step"], row[f"{name}/reward/total_mean"])
