@@ -32,11 +32,11 @@ from pipeline.control.autoscale import Autoscaler, PoolPoint
 from pipeline.control.exporter import Exporter
 from pipeline.control.record import RunRecord, new_record, utc_now
 from pipeline.control.snapshot import Resize, RunView, pool_view
+from pipeline.control.trace import TRACE_FILE
 from pipeline.fleet.open import Fleet, open_fleet
 
 log = logging.getLogger(__name__)
 
-TRACE_FILE = "pools.jsonl"
 MOST_BOARDS = 4
 BOARD_TIMEOUT_S = 60.0
 """Longest wait for the board beyond the time it may hold an exchange; its first start is within it."""

@@ -7,7 +7,6 @@ are the same; numbers of workers, ranks, prompts and steps may differ.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 
 from cluster.errors import ConfigError
 from pipeline.config import RunConfig, flatten, load_config
+from pipeline.control.trace import TRACE_FILE, read_trace
 
-TRACE_FILE = "pools.jsonl"
 _SAME = (
     "models.",
     "video.",
@@ -137,17 +136,6 @@ def per_request(series: Mapping[str, Sequence[tuple[int, float]]], pool: str) ->
                 steps + 1,
             )
     return (seconds / requests, requests / steps) if requests else None
-
-
-def read_trace(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a ``pools.jsonl``; a last line that was cut short is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
 
 
 def busy_per_request(trace: Iterable[Mapping[str, Any]], pool: str, window: tuple[float, float]) -> float | None:

@@ -32,7 +32,24 @@ def step_view(
         "step": step,
         "weights": weights,
         "groups": [_group([rows[i] for i in found], [apart[i] for i in found], keep) for found in groups.values()],
+        "timeline": [timeline([rows[i] for i in found]) for found in groups.values()],
     }
+
+
+def timeline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a group's path through the pools: its number, when it ended, and its requests as [kind, began, ended, index].
+
+    Seconds after the step's first request. Members that share a request, such as the group's completions, have it once. No request
+    where the file is of a version that kept no times.
+    """
+    found: dict[tuple[str, float, float], int] = {}
+    for row in rows:
+        began = dict(row.get("began") or {})
+        for kind, seconds in dict(row["seconds"] or {}).items():
+            if kind in began:
+                found.setdefault((kind, began[kind], began[kind] + seconds), row["index"])
+    spans = [[*span, index] for span, index in sorted(found.items(), key=lambda each: each[0][1:])]
+    return {"group": rows[0]["group"], "end": max((span[2] for span in spans), default=0.0), "spans": spans}
 
 
 def _group(rows: Sequence[Mapping[str, Any]], apart: Sequence[float], keep: Keep) -> dict[str, Any]:

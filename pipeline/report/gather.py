@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from cluster.errors import ConfigError, DataError
 from pipeline.config import RunConfig, flatten, load_config
 from pipeline.config.load import BUNDLED
+from pipeline.control.trace import TRACE_FILE, read_trace
 from pipeline.stages.alarms import AlarmWatch
 from pipeline.support.harmless import redacted
 from pipeline.support.location import local_path
@@ -57,6 +58,7 @@ class Run:
     stages: dict[str, Series]
     alarms: tuple[AlarmSpan, ...]
     steps: tuple[StoredStep, ...]
+    trace: tuple[dict[str, Any], ...]
     base: str
     changes: tuple[Change, ...]
     table: dict[str, Any] | None = None
@@ -92,6 +94,7 @@ def gather(folder: str | Path) -> Run:
         stages,
         tuple(span for name, series in stages.items() for span in alarm_spans(config, name, series)),
         steps,
+        tuple(read_trace(root / TRACE_FILE)) if (root / TRACE_FILE).is_file() else (),
         base,
         changes,
         _table(root / "table.json"),

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,12 @@ from pipeline.tracking.history import Series
 from pipeline.tracking.metrics import find
 from pipeline.tracking.rollouts import StoredStep, read_step
 
+POOL_CHARTS = (
+    ("Workers at work", "Over seconds since the pools were opened; one look every control.trace_every_s.", "busy"),
+    ("Workers that serve", "A pool that grows or loses a worker shows here.", "ready"),
+    ("Waiting requests", "The pool with the longest queue holds up the step.", "queue_len"),
+)
+"""Title, what to look for, and the figure of a line of pools.jsonl."""
 INDEX, CLIPS = "index.html", "clips"
 _LOADER = PackageLoader("pipeline.report")
 
@@ -122,6 +128,7 @@ def render(
         run=run,
         notes=notes,
         facts=facts(run),
+        pools=pool_panels(run.trace),
         stages=[stage_view(run, name, series, there) for name, series in run.stages.items()],
         steps=[{"id": f"{s['stage']}-{s['step']}", "data": s} for s in steps],
         numbers=_numbers(steps),
@@ -211,6 +218,25 @@ def stage_view(run: Run, name: str, series: Series, there: set[tuple[str, int]])
     section = run.config.stage2 if name == "stage2" else run.config.stage1
     edge = (_mean(rewards[:5]), _mean(rewards[-5:])) if rewards else None
     return StageView(name, done, section.steps, edge, alarms, panels, rest)
+
+
+def pool_panels(trace: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return charts over a run's time of how many workers of each pool were at work, served, and what waited for them."""
+    began = trace[0]["time"] if trace else 0.0
+    names = list(dict.fromkeys(name for line in trace for name in line["pools"]))
+    panels = []
+    for title, about, key in POOL_CHARTS:
+        curves = {
+            name: [
+                (round(line["time"] - began), float(line["pools"][name][key]))
+                for line in trace
+                if name in line["pools"]
+            ]
+            for name in names
+        }
+        if any(curves.values()):
+            panels.append({"title": title, "about": about, "svg": chart(curves), "names": names})
+    return panels
 
 
 def _meaning(metric: str) -> dict[str, str]:

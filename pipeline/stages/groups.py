@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,13 @@ from cluster.errors import TrainingError
 from pipeline.stages.advantages import group_advantages
 from rewards.combine import combine_rewards
 from rewards.signs import component_correlations
+
+
+class Span(NamedTuple):
+    """A request from its sending to its answer, waiting in the queue included."""
+
+    began: float  # of ``time.monotonic()`` in the driver
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +39,8 @@ class Member:
     weights_version: int = 0
     seeds: Mapping[str, int] = field(default_factory=dict)
     """What it was sampled with: ``text``, ``noise``, ``sde``, as far as it was."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall seconds from request to answer, queues included: ``text``, ``render``, ``score``."""
+    spans: Mapping[str, Span] = field(default_factory=dict)
+    """When its requests were under way: ``text``, ``render``, ``score``."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from actors.records import Clip, CompletionRequest, RenderRequest, Sample, Score
 from actors.vdm.frames import conditioning_frames
 from pipeline.config.schema import RunConfig, VideoSection
 from pipeline.config.stages import RenderSection, TextSamplingSection
-from pipeline.stages.groups import Group, Member
+from pipeline.stages.groups import Group, Member, Span
 
 if TYPE_CHECKING:  # `vans answer` draws without pools
     from pipeline.fleet.open import Fleet
@@ -22,11 +22,11 @@ if TYPE_CHECKING:  # `vans answer` draws without pools
 T = TypeVar("T")
 
 
-async def timed(work: Awaitable[T]) -> tuple[T, float]:
-    """Return what ``work`` gives, and the wall seconds that it took."""
-    started = time.monotonic()
+async def timed(work: Awaitable[T]) -> tuple[T, Span]:
+    """Return what ``work`` gives, and when it was under way."""
+    began = time.monotonic()
     found = await work
-    return found, time.monotonic() - started
+    return found, Span(began, time.monotonic() - began)
 
 
 def completion_request(sample: Sample, text: TextSamplingSection, seed: int, n: int = 1) -> CompletionRequest:

@@ -17,7 +17,7 @@ from actors.scoring.scorer import TEXT_ONLY
 from pipeline.config import RunConfig
 from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
-from pipeline.stages.groups import Group, Member, RolloutBatch
+from pipeline.stages.groups import Group, Member, RolloutBatch, Span
 from pipeline.stages.refill import draw_key
 from pipeline.stages.requests import (
     collect,
@@ -61,7 +61,7 @@ class Stage1:
         section, seed = self.section, derive_seed(self.config.seed, self.name, step, sample.id, "text")
         request = completion_request(sample, section.text, seed, section.rollout.group_size)
         try:
-            completions, text_s = await timed(self.fleet.vlm.submit(request))
+            completions, text = await timed(self.fleet.vlm.submit(request))
         except SampleFailed as error:
             return Group(sample, (), (str(error),) * section.rollout.group_size)
         answers = self.config.models.prompt.answers
@@ -74,7 +74,7 @@ class Stage1:
                 asked = self._render(sample, caption, i, step)
                 renders[key] = asked, asyncio.create_task(timed(render(self.fleet, asked)))
         members = [
-            self._member(sample, i, c, caption, renders.get(key), {"text": seed}, {"text": text_s})
+            self._member(sample, i, c, caption, renders.get(key), {"text": seed}, {"text": text})
             for i, (c, caption, key) in enumerate(zip(completions, captions, keys, strict=True))
         ]
         done = await asyncio.gather(*members, return_exceptions=True)
@@ -88,18 +88,18 @@ class Stage1:
         caption: str | None,
         drawing: Drawing | None,
         seeds: dict[str, int],
-        seconds: dict[str, float],
+        spans: dict[str, Span],
     ) -> Member:
         clip = None
         if drawing is not None:
             asked, rendering = drawing
-            clip, render_s = await rendering
-            seeds, seconds = seeds | render_seeds(asked), seconds | {"render": render_s}
+            clip, drawn = await rendering
+            seeds, spans = seeds | render_seeds(asked), spans | {"render": drawn}
         names = tuple(self.section.rewards.weights)
         wanted = names if caption is not None else tuple(n for n in names if n == "format")
         frames = None if clip is None else clip.frames
         request = score_request(sample, index, wanted, completion.text, caption or "", frames)
-        scores, score_s = await timed(self.fleet.reward.submit(request))
+        scores, scored = await timed(self.fleet.reward.submit(request))
         # A malformed answer has no caption and no video: what judges them is 0 by definition, not by imputation.
         values = {name: scores.values.get(name, 0.0) for name in names} if caption is None else scores.values
         return Member(
@@ -110,7 +110,7 @@ class Stage1:
             clip,
             completion.weights_version,
             seeds,
-            seconds | {"score": score_s},
+            spans | {"score": scored},
         )
 
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]:

@@ -133,13 +133,13 @@ class Stage2:
             ends=ends,
             sde_seed=derive_seed(*seed, "sde", index),
         )
-        clip, render_s = await timed(render(self.fleet, request))
+        clip, drawn = await timed(render(self.fleet, request))
         names = tuple(self.section.rewards.weights)
-        scores, score_s = await timed(
+        scores, scored = await timed(
             self.fleet.reward.submit(score_request(sample, index, names, anchor.text, anchor.caption, clip.frames))
         )
-        seconds = {"render": render_s, "score": score_s}
-        return Member(index, anchor.caption, scores, None, clip, clip.weights_version, render_seeds(request), seconds)
+        spans = {"render": drawn, "score": scored}
+        return Member(index, anchor.caption, scores, None, clip, clip.weights_version, render_seeds(request), spans)
 
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]:
         """Return what the learner reads, in a fixed order."""

@@ -51,6 +51,7 @@ SCHEMA = pa.schema(
         pa.field("weights_version", pa.int64()),
         pa.field("clip_version", pa.int64()),
         pa.field("seeds", pa.map_(pa.string(), pa.int64())),
+        pa.field("began", _NUMBERS),
         pa.field("seconds", _NUMBERS),
         pa.field("input_video", pa.binary()),
         pa.field("target_video", pa.binary()),
@@ -113,12 +114,14 @@ def step_rollouts(
     ``experiences`` what the learner read, where the step is to be replayed.
     """
     rows: list[dict[str, Any]] = []
+    everyone = [member for group in (*batch.groups, *batch.left_out) for member in group.members]
+    start = min((span.began for member in everyone for span in member.spans.values()), default=0.0)
     for place, (group, totals, advantages) in enumerate(zip(batch.groups, batch.totals, batch.advantages, strict=True)):
         shown = _shown(totals, clips)
         of_group = _of_group(stage, step, place, group, clips)
         found = {
             member.index: of_group
-            | _of_member(member, group)
+            | _of_member(member, group, start)
             | {"reward": float(total), "advantage": float(advantage), "clip": _frames(member, i in shown)}
             for i, (member, total, advantage) in enumerate(zip(group.members, totals, advantages, strict=True))
         }
@@ -126,7 +129,7 @@ def step_rollouts(
     for place, group in enumerate(batch.left_out, start=len(batch.groups)):
         of_group = _of_group(stage, step, place, group, clips)
         found = {
-            m.index: of_group | _of_member(m, group) | {"lost": TOO_FEW, "clip": _frames(m, clips == "all")}
+            m.index: of_group | _of_member(m, group, start) | {"lost": TOO_FEW, "clip": _frames(m, clips == "all")}
             for m in group.members
         }
         rows += _with_lost(found, of_group, group, group_size)
@@ -162,7 +165,7 @@ def _of_group(stage: str, step: int, place: int, group: Group, clips: Clips) -> 
     }
 
 
-def _of_member(member: Member, group: Group) -> dict[str, Any]:
+def _of_member(member: Member, group: Group, start: float) -> dict[str, Any]:
     completion, clip = member.completion, member.clip
     return {
         "index": member.index,
@@ -175,7 +178,8 @@ def _of_member(member: Member, group: Group) -> dict[str, Any]:
         "weights_version": member.weights_version,
         "clip_version": None if clip is None else clip.weights_version,
         "seeds": member.seeds,
-        "seconds": member.seconds,
+        "began": {name: span.began - start for name, span in member.spans.items()},
+        "seconds": {name: span.seconds for name, span in member.spans.items()},
     }
 
 

@@ -132,6 +132,32 @@ function groupCard(group, ranges) {
   return card;
 }
 
+const kinds = { text: "the thinker writes", render: "the artist draws", score: "the scorer judges" };
+function colour(kind) {
+  return index.colours[Object.keys(kinds).indexOf(kind) % index.colours.length];
+}
+// Slowest group first. A bar is a request from its sending to its answer, waiting in the queue included.
+function showPaths(timeline) {
+  const whole = Math.max(...timeline.map((path) => path.end));
+  at("timeline").hidden = !(whole > 0);
+  at("paths").replaceChildren(...[...timeline].sort(descending("end")).map((path) => {
+    const row = make("div", "path"), name = make("button", "", `group ${path.group}`), lanes = make("div", "lanes");
+    name.type = "button";
+    name.addEventListener("click", () => document.querySelector(`.group[data-group="${path.group}"]`)?.scrollIntoView());
+    for (const [kind, began, ended, member] of path.spans) {
+      const span = make("span", "span");
+      span.style.left = `${100 * began / whole}%`;
+      span.style.width = `${100 * (ended - began) / whole}%`;
+      span.style.top = `${7 * Object.keys(kinds).indexOf(kind)}px`;
+      span.style.background = colour(kind);
+      span.title = `${kinds[kind] ?? kind}, #${member}: ${number(began, 2)} to ${number(ended, 2)} s`;
+      lanes.append(span);
+    }
+    row.append(name, lanes, make("span", "soft", `${number(path.end, 2)} s`));
+    return row;
+  }));
+}
+
 function show() {
   const steps = index.numbers[stageBox.value], step = steps[slider.value];
   const data = view(stageBox.value, step), words = at("words").value.toLowerCase();
@@ -146,6 +172,7 @@ function show() {
   const chosen = data.groups.filter(filters[at("filter").value]).filter(has).sort(orders[at("order").value]);
   const weighed = Object.entries(data.weights).map(([name, weight]) => `${weight} × ${name}`).join(" + ");
   at("summary").textContent = `${chosen.length} of ${data.groups.length} groups · reward = ${weighed}`;
+  showPaths(data.timeline);
   seen.disconnect();
   at("groups").replaceChildren(...chosen.map((group) => groupCard(group, ranges)));
 }
@@ -171,6 +198,11 @@ function turn(by) {
 }
 
 if (stageBox) {
+  for (const [kind, words] of Object.entries(kinds)) {
+    const entry = make("span", "", words);
+    entry.style.color = colour(kind);
+    at("kinds").append(entry);
+  }
   slider.addEventListener("input", () => {
     history.replaceState(null, "", `#${stageBox.value}-${index.numbers[stageBox.value][slider.value]}`);
     show();

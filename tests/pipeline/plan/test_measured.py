@@ -9,9 +9,10 @@ import pytest
 
 from cluster.errors import ConfigError
 from pipeline.config import load_config, to_yaml
+from pipeline.control.trace import read_trace
 from pipeline.plan.balance import Demand
 from pipeline.plan.demands import as_measured
-from pipeline.plan.measured import busy_per_request, incomparable, per_request, read_run, read_trace
+from pipeline.plan.measured import busy_per_request, incomparable, per_request, read_run
 from pipeline.tracking import Tracker
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from actors.records import Clip, Completion, Sample, Scores
 from pipeline.config import RunConfig, load_config, to_yaml
+from pipeline.control.trace import TRACE_FILE
 from pipeline.data.toy import make_sample
-from pipeline.stages.groups import Group, Member, RolloutBatch, assemble
+from pipeline.stages.groups import Group, Member, RolloutBatch, Span, assemble
 from pipeline.tracking import Tracker
 from pipeline.tracking.rollouts import FOLDER, step_rollouts, write_step
 
@@ -38,11 +41,9 @@ def member(sample: Sample, step: int, index: int, rng: np.random.Generator) -> M
         "clip_v": good * (0.4 + 0.05 * step + rng.normal(0, 0.05)),
     }
     clip = Clip(sample.id, index, sample.caption, np.roll(sample.target_frames, index * 3, axis=2), 0) if good else None
-    seconds = {"text": 0.4, "render": rng.uniform(0.5, 3.0), "score": 0.1}
+    spans = {"text": Span(50.0, 0.4), "render": Span(50.4, rng.uniform(0.5, 3.0)), "score": Span(54.0, 0.1)}
     scores = Scores(sample.id, index, values, {"motion_ratio": 0.05 if step in FROZEN else 0.9})
-    return Member(
-        index, sample.caption if good else "", scores, completion, clip, step, {"text": 2**62 + index}, seconds
-    )
+    return Member(index, sample.caption if good else "", scores, completion, clip, step, {"text": 2**62 + index}, spans)
 
 
 def batch(stage: str, step: int) -> RolloutBatch:
@@ -61,11 +62,24 @@ def batch(stage: str, step: int) -> RolloutBatch:
     return assemble(groups, WEIGHTS, std_norm="group", normalise_rewards=False, min_group=2, trained_version=step)
 
 
+def trace() -> list[dict[str, Any]]:
+    """Lines of pools.jsonl: the artist's pool works all the time, the thinker's waits; a second artist comes after a minute."""
+    point = {"ready": 1, "queue_len": 0}
+    return [
+        {
+            "time": 1e9 + t,
+            "pools": {"vlm": point | {"busy": 0}, "vdm": point | {"busy": 1, "ready": 1 + (t > 60), "queue_len": t}},
+        }
+        for t in range(0, 120, 10)
+    ]
+
+
 def make_run(out: Path, *more: str, store: bool = True, clips: str = "all") -> RunConfig:
     """Write the folder of a run into ``out`` and return its configuration; without ``store`` nothing is in MLflow."""
     config = load_config("toy", ["name=made", f"out={out}", "alarms.patience=1", *more])
     out.mkdir(parents=True)
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (out / TRACE_FILE).write_text("".join(json.dumps(line) + "\n" for line in trace()), encoding="utf-8")
     batches = {(stage, step): batch(stage, step) for stage, count in STEPS.items() for step in range(count)}
     figures = {
         (stage, step): made.metrics | {"learner/kl": 0.01 * step, "time/step_s": 2.0, "cache/captions": float(step)}

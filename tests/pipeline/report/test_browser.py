@@ -47,6 +47,29 @@ def test_a_group_has_what_it_is_sorted_and_filtered_by() -> None:
     assert [m["lost"] for m in first["members"]] == [None, None, "too long"]
 
 
+def test_a_groups_way_through_the_pools_has_each_request_once() -> None:
+    text = {"began": {"text": 0.5}, "seconds": {"text": 1.0}}
+    rows = [
+        row(
+            0,
+            0,
+            1.0,
+            {},
+            began=text["began"] | {"render": 1.5, "score": 4.0},
+            seconds=text["seconds"] | {"render": 2.0, "score": 0.25},
+        ),
+        row(0, 1, 1.0, {}, began=text["began"] | {"render": 1.5}, seconds=text["seconds"] | {"render": 2.0}),
+        row(1, 0, 1.0, {}, seconds={"text": 3.0}),
+    ]
+    first, old = step_view(rows, {"weights": {}}, "stage1", 0, clip_name)["timeline"]
+    assert first == {
+        "group": 0,
+        "end": 4.25,
+        "spans": [["text", 0.5, 1.5, 0], ["render", 1.5, 3.5, 0], ["score", 4.0, 4.25, 0]],
+    }
+    assert old == {"group": 1, "end": 0.0, "spans": []}  # a file without begins
+
+
 def test_seeds_stay_whole_and_what_json_has_no_number_for_is_left_out() -> None:
     seed = 2**62 + 1
     view = step_view(

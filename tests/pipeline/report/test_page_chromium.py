@@ -118,6 +118,18 @@ def test_a_question_with_html_is_shown_as_it_was_written(seen: Report) -> None:
     assert seen.page.locator("#groups img, #groups script").count() == 0
 
 
+def test_the_slowest_groups_way_is_first_and_leads_to_it(seen: Report) -> None:
+    seen.set_slider(4)
+    seen.page.click("#timeline summary")
+    ends = [float(text.split()[0]) for text in seen.page.locator(".path > .soft").all_inner_texts()]
+    assert len(ends) == GROUPS and ends == sorted(ends, reverse=True)
+    titles = seen.page.locator(".path").first.locator(".span").evaluate_all("all => all.map(each => each.title)")
+    assert [title.partition(",")[0] for title in titles][:2] == ["the thinker writes", "the artist draws"]
+    assert len([title for title in titles if title.startswith("the artist draws")]) == SIZE
+    seen.page.locator(".path button").first.click()
+    assert seen.page.locator("#pools svg").count() == 3 and "vdm" in seen.page.inner_text("#pools")
+
+
 def test_a_clip_plays(seen: Report) -> None:
     seen.set_slider(5)
     seen.page.locator("#rollouts").scroll_into_view_if_needed()

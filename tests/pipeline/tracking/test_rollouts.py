@@ -15,7 +15,7 @@ import pytest
 from actors.records import Clip, Completion, Sample, Scores
 from cluster.errors import DataError
 from pipeline.data.video import decode_video
-from pipeline.stages.groups import Group, Member, RolloutBatch, assemble
+from pipeline.stages.groups import Group, Member, RolloutBatch, Span, assemble
 from pipeline.tracking import behind
 from pipeline.tracking.behind import WAITING, RolloutWriter
 from pipeline.tracking.rollouts import (
@@ -46,7 +46,16 @@ def member(index: int, clip_v: float, clip: np.ndarray | None = None) -> Member:
     completion = Completion(f"<think>{index}</think>", ids, np.zeros(len(ids), np.float32), "stop", 4)
     scores = Scores("s", index, {"format": 1.0, "clip_v": clip_v}, {"motion_ratio": 0.25})
     drawn = None if clip is None else Clip("s", index, "c", clip, 2)
-    return Member(index, f"c{index}", scores, completion, drawn, 4, {"text": 2**62 + 1, "noise": 7}, {"score": 0.5})
+    return Member(
+        index,
+        f"c{index}",
+        scores,
+        completion,
+        drawn,
+        4,
+        {"text": 2**62 + 1, "noise": 7},
+        {"score": Span(9.0 + index, 0.5)},
+    )
 
 
 def group(name: str, *members: Member, failures: tuple[str, ...] = ()) -> Group:
@@ -92,7 +101,10 @@ def test_a_file_holds_what_the_step_learnt_from_exactly(tmp_path: Path) -> None:
     assert first["scores"] == {"format": 1.0, "clip_v": 0.5} and first["diagnostics"] == {"motion_ratio": 0.25}
     assert [row["reward"] for row in rows] == WHOLE.totals[0].tolist()
     assert [row["advantage"] for row in rows] == WHOLE.advantages[0].tolist()  # float64, to the last bit
-    assert first["seeds"] == {"text": 2**62 + 1, "noise": 7} and first["seconds"] == {"score": 0.5}
+    assert first["seeds"] == {"text": 2**62 + 1, "noise": 7} and (first["began"], first["seconds"]) == (
+        {"score": 0.0},
+        {"score": 0.5},
+    )
     assert (first["tokens"], first["finish_reason"], first["weights_version"], first["clip_version"]) == (
         2,
         "stop",
