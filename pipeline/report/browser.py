@@ -49,7 +49,7 @@ def timeline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if kind in began:
                 found.setdefault((kind, began[kind], began[kind] + seconds), row["index"])
     spans = [[*span, index] for span, index in sorted(found.items(), key=lambda each: each[0][1:])]
-    return {"group": rows[0]["group"], "end": max((span[2] for span in spans), default=0.0), "spans": spans}
+    return {"group": rows[0]["group"], "end": max((ended for _, _, ended in found), default=0.0), "spans": spans}
 
 
 def _group(rows: Sequence[Mapping[str, Any]], apart: Sequence[float], keep: Keep) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from pipeline.stages.requests import (
     timed,
 )
 
-Drawing = tuple[RenderRequest, asyncio.Task[tuple[Clip, float]]]
-"""What was asked of the artist, and the clip with the seconds that it took."""
+Drawing = tuple[RenderRequest, asyncio.Task[tuple[Clip, Span]]]
+"""What was asked of the artist, and the clip with when it was drawn."""
 
 
 @dataclass
