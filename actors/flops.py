@@ -7,7 +7,9 @@ milliseconds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,21 @@ def conv(cells: float, into: int, out: int, kernel: int) -> Flops:
 def attention(queries: float, keys: float, width: int) -> float:
     """Return the operations between queries and keys of ``width`` in all heads together, and between weights and values."""
     return 4.0 * queries * keys * width
+
+
+def encoder(config: Mapping[str, Any], tokens: int) -> Flops:
+    """Return the operations of one of CLIP's towers on ``tokens`` tokens that are embedded."""
+    d = int(config["hidden_size"])
+    per_layer = dense(tokens, d, d) * 4 + dense(tokens, d, int(config["intermediate_size"])) * 2
+    return Flops(per_layer, attention(tokens, tokens, d)) * int(config["num_hidden_layers"])
+
+
+def image_tokens(config: Mapping[str, Any]) -> int:
+    """Return the tokens that CLIP's vision tower makes of an image: its patches, and one for the whole."""
+    return (int(config["image_size"]) // int(config["patch_size"])) ** 2 + 1
+
+
+def image_tower(config: Mapping[str, Any]) -> Flops:
+    """Return the operations of CLIP's vision tower on one image, before any projection."""
+    pixels, tokens = int(config.get("num_channels", 3)) * int(config["patch_size"]) ** 2, image_tokens(config)
+    return Flops(dense(tokens - 1, pixels, int(config["hidden_size"]))) + encoder(config, tokens)

@@ -118,6 +118,7 @@ class Conditioning:
     negative: np.ndarray | None  # float32 (tokens, D) of the negative prompt; None without guidance
     references: np.ndarray | None  # float32 (C, n, h, w), clean latents before the target; None without any
     max_tokens: int  # to how many tokens the transformer wants the text padded
+    image: np.ndarray | None = None  # float32 (tokens, D), of the artist's image encoder; None where it has none
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +130,24 @@ class EmbedRequest:
 
 @dataclass(frozen=True, eq=False)
 class EncodeRequest:
-    """Ask the embed pool for the latents, float32 (C, n', h, w), of n reference frames."""
+    """Ask the embed pool what the frozen models make of n reference frames of a clip of ``num_frames`` frames."""
 
     sample_id: str
     reference_frames: np.ndarray  # uint8 (n, H, W, 3), RGB
+    num_frames: int
+
+
+@dataclass(frozen=True, eq=False)
+class FrameEncoding:
+    """The embed pool's answer to an :class:`EncodeRequest`."""
+
+    latents: np.ndarray  # float32 (C, n', h, w)
+    image: np.ndarray | None  # float32 (tokens, D), of the artist's image encoder; None where it has none
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return int(self.latents.nbytes) + (0 if self.image is None else int(self.image.nbytes))
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,6 @@ Not for: loading weights (``actors.loading``), plans (``pipeline.plan``).
 Begin with ``architecture``.
 """
 
-from actors.architectures.architecture import COMPONENTS, Architecture, Role, architecture, known
+from actors.architectures.architecture import Architecture, Role, architecture, known
 
-__all__ = ["COMPONENTS", "Architecture", "Role", "architecture", "known"]
+__all__ = ["Architecture", "Role", "architecture", "known"]

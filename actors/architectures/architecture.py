@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from actors.vdm.shapes import Shapes
 
 Role = Literal["vlm", "vdm", "clip"]
-COMPONENTS: dict[Role, tuple[str, ...]] = {
-    "vlm": ("model",),
-    "vdm": ("transformer", "text_encoder", "vae"),
-    "clip": ("model",),
-}
 _KNOWN = Path(__file__).parent / "known"
 
 
@@ -42,7 +37,7 @@ class Architecture:
 
     role: Role
     name: str  # hub name, or folder
-    components: Mapping[str, Mapping[str, Any]]  # COMPONENTS[role], in order
+    components: Mapping[str, Mapping[str, Any]]  # "model"; of a vdm its family's parts
     index: Mapping[str, Any] = field(default_factory=dict)  # model_index.json of a vdm
 
     @functools.cached_property

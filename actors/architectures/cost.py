@@ -13,7 +13,7 @@ from typing import Any
 
 from actors.architectures.architecture import Architecture
 from actors.architectures.thinker import sizes
-from actors.flops import Flops, attention, dense
+from actors.flops import Flops, attention, dense, encoder, image_tower
 
 # --- the vision-language model ---------------------------------------------------------------------------------------
 
@@ -159,22 +159,14 @@ def clip_image_flops(clip: Architecture) -> Flops:
     """Return one image's features."""
     config = clip.components["model"]
     v = config["vision_config"]
-    patches = (int(v["image_size"]) // int(v["patch_size"])) ** 2
-    embed = dense(patches, int(v.get("num_channels", 3)) * int(v["patch_size"]) ** 2, int(v["hidden_size"]))
-    return Flops(embed + dense(1, int(v["hidden_size"]), int(config["projection_dim"]))) + _encoder(v, patches + 1)
+    return Flops(dense(1, int(v["hidden_size"]), int(config["projection_dim"]))) + image_tower(v)
 
 
 def clip_text_flops(clip: Architecture, tokens: int = 77) -> Flops:
     """Return one caption's features."""
     config = clip.components["model"]
     t = config["text_config"]
-    return Flops(dense(1, int(t["hidden_size"]), int(config["projection_dim"]))) + _encoder(t, tokens)
-
-
-def _encoder(c: Mapping[str, Any], tokens: int) -> Flops:
-    d = int(c["hidden_size"])
-    per_layer = dense(tokens, d, d) * 4 + dense(tokens, d, int(c["intermediate_size"])) * 2
-    return Flops(per_layer, attention(tokens, tokens, d)) * int(c["num_hidden_layers"])
+    return Flops(dense(1, int(t["hidden_size"]), int(config["projection_dim"]))) + encoder(t, tokens)
 
 
 # --- bytes of a learner ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from actors.vdm.shapes import Shapes
 
 PARTS = ("transformer", "text_encoder", "vae")
-"""The models of a pipeline; each has a folder of its own."""
+"""The models of every pipeline; each has a folder of its own. A family's row may have more: ``image_encoder``."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ _WAN = Row(
         "vae": ("diffusers", "AutoencoderKLWan"),
     },
 )
+_WAN_I2V = Row("actors.vdm.wan_i2v", {**_WAN.classes, "image_encoder": ("transformers", "CLIPVisionModel")})
 _LTX = Row(
     "actors.vdm.ltx",
     {
@@ -49,11 +50,15 @@ _LTX = Row(
         "vae": ("diffusers", "AutoencoderKLLTXVideo"),
     },
 )
-FAMILIES: dict[str, Row] = {"WanPipeline": _WAN, "LTXPipeline": _LTX, "LTXConditionPipeline": _LTX}
+FAMILIES: dict[str, Row] = {
+    "WanPipeline": _WAN,
+    "WanImageToVideoPipeline": _WAN_I2V,
+    "LTXPipeline": _LTX,
+    "LTXConditionPipeline": _LTX,
+}
 """Pipeline class → its family."""
 LEFT_OUT: dict[str, str] = {
     "CogVideoXPipeline": "it predicts v of a variance-preserving path, and steps, KL and losses here are those of the straight path",
-    "WanImageToVideoPipeline": "it gives the first frame to its transformer in channels of their own, which nothing here fills",
 }
 """Pipeline class → why no family is written for it; for those whose sisters are known."""
 
@@ -64,7 +69,7 @@ class Blueprint:
 
     where: str  # folder or hub name
     index: Mapping[str, Any]  # model_index.json
-    parts: Mapping[str, Mapping[str, Any]]  # PARTS → config.json
+    parts: Mapping[str, Mapping[str, Any]]  # the row's parts, those that the pipeline has → config.json
 
     @property
     def folder(self) -> Path:
@@ -100,14 +105,16 @@ class Blueprint:
         return family
 
     def part_class(self, part: str) -> Any:
-        """Return the class of ``part`` (of :data:`PARTS`). Imports its library."""
+        """Return the class of ``part`` (of the row's). Imports its library."""
         library, name = self.row.classes[part]
         return getattr(importlib.import_module(library), name)
 
     def build(self, part: str) -> Any:
         """Return ``part`` with the weights that its class begins with, on the default device."""
         kind, config = self.part_class(part), dict(self.parts[part])
-        return kind(kind.config_class(**config)) if part == "text_encoder" else kind.from_config(config)
+        if self.row.classes[part][0] == "diffusers":
+            return kind.from_config(config)
+        return kind(kind.config_class(**config))
 
 
 def read_blueprint(folder: Path) -> Blueprint:
@@ -117,7 +124,9 @@ def read_blueprint(folder: Path) -> Blueprint:
     """
     index = read_config(folder / "model_index.json")
     blueprint = Blueprint(str(folder), index, {})
-    _ = blueprint.row  # a folder of another kind is refused by its class, not by a file that it lacks
-    blueprint = Blueprint(str(folder), index, {part: read_config(folder / part / "config.json") for part in PARTS})
+    row = blueprint.row  # a folder of another kind is refused by its class, not by a file that it lacks
+    # An index names what its pipeline does without: [null, null]. Whether it can be used without is the family's to say.
+    parts = [part for part in row.classes if part in PARTS or (index.get(part) or [None])[0] is not None]
+    blueprint = Blueprint(str(folder), index, {part: read_config(folder / part / "config.json") for part in parts})
     _ = blueprint.shapes
     return blueprint

@@ -1,8 +1,9 @@
 """What a family of video models owes: how its text encoder, VAE and transformer are called. ``shapes`` has what it owes a plan.
 
-Responsible for the protocol, and for what families have in common: reference latents stand before the target's along time
-(arXiv 2511.16669, section on the VDM). Policy, samplers, embedders and learners use nothing else of a family. To add one: a package
-with ``shapes`` and ``family``, and a row in ``families``.
+Responsible for the protocol, and for what most families have in common: reference latents stand before the target's along time
+(arXiv 2511.16669, section on the VDM). One that is conditioned in another way says so in ``encode_condition``, ``embed_image`` and
+its ``shapes``. Policy, samplers, embedders and learners use nothing else of a family. To add one: a package with ``shapes`` and
+``family``, and a row in ``families``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from actors.vdm.exact_times import ExactTimes
 from actors.vdm.families import Blueprint
 from actors.vdm.flow_sde import NUM_TRAIN_TIMESTEPS
 from actors.vdm.frames import frames_to_video
+from actors.vdm.image_encoder import ImageEncoder
 from actors.vdm.settings import ConditioningSection
 from actors.vdm.shapes import Geometry
 from actors.vdm.text_encoder import CaptionReading, Captions
@@ -54,6 +56,15 @@ class Family(ABC):
         self.shared_times, self.fps = shared_times, fps
         self.geometry: Geometry = blueprint.shapes.geometry
 
+    @property
+    def sees_image(self) -> bool:
+        """Whether the transformer reads what an image encoder makes of the input, beside latents."""
+        return "image_encoder" in self.blueprint.parts
+
+    def reference_latents(self, frames: int) -> int:
+        """Return how many latent frames stand before the target's where ``frames`` are shown; BadSampleError: it cannot be done."""
+        return self.blueprint.shapes.reference_latents(self.conditioning, frames)
+
     # --- text -------------------------------------------------------------------------------------------------------
 
     @property
@@ -73,7 +84,14 @@ class Family(ABC):
 
     @abstractmethod
     def velocity(
-        self, module: Any, x: Tensor, sigma: Tensor, text: Captions, references: Tensor | None, dtype: torch.dtype
+        self,
+        module: Any,
+        x: Tensor,
+        sigma: Tensor,
+        text: Captions,
+        references: Tensor | None,
+        dtype: torch.dtype,
+        image: Tensor | None = None,
     ) -> Tensor:
         """Return v = eps - x0 of the target latents, float32, of x's shape.
 
@@ -84,6 +102,7 @@ class Family(ABC):
             text: the captions, or the negative prompt once for each clip.
             references: float32 (B, C, n, h, w), what :meth:`encode_condition` made; None: the caption alone.
             dtype: that the transformer computes in.
+            image: float32 (B, tokens, D), what :meth:`embed_image` made; None where the family has no image encoder.
         """
 
     # --- VAE --------------------------------------------------------------------------------------------------------
@@ -96,14 +115,22 @@ class Family(ABC):
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """Decode latents (B, C, F, h, w) to videos, in the VAE's dtype. Equal latents give equal videos."""
 
+    def embed_image(self, encoder: ImageEncoder, frames: np.ndarray) -> Tensor:
+        """Embed the last of the input's frames uint8 (n, H, W, 3): float32 (tokens, D). Of families with an image encoder."""
+        return encoder(frames[-1])
+
     @torch.no_grad()
-    def encode_condition(self, vae: Any, frames: np.ndarray, device: torch.device) -> Tensor:
+    def encode_condition(
+        self, vae: Any, frames: np.ndarray, device: torch.device, num_frames: int | None = None
+    ) -> Tensor:
         """Encode the input's frames uint8 (n, H, W, 3) to the clean latents (C, n', h, w) that the target is conditioned on.
 
         Each frame is encoded as a video of its own: a causal VAE drops frames that do not fill a chunk. Or all of them are one
         clip, and ``take`` of its F latent frames are kept, those at floor(linspace(0, F - 1, take)): VANS' released code. The
         call's batch is always one clip's frames, so that the sampler and the learner get equal bits. BadSampleError for a clip of
         which the VAE would drop frames.
+
+        num_frames: of the answer. Only families whose condition is as long as the clip read it.
         """
         if self.conditioning.references == "frames":
             videos = frames_to_video(frames[:, None]).to(device)  # (n, 3, 1, H, W)

@@ -13,13 +13,15 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CLIPImageProcessor
 
 from actors.loading import load_whole
 from actors.vdm.families import PARTS, Blueprint, read_blueprint
+from actors.vdm.image_encoder import ImageEncoder
 from cluster.errors import CheckpointError, ConfigError
 
-COMPONENTS = ("transformer", "vae_encoder", "vae_decoder", "text_encoder")
+COMPONENTS = ("transformer", "vae_encoder", "vae_decoder", "text_encoder", "image_encoder")
+"""What a process may ask for. A pipeline without an image encoder has none to load."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Parts:
     vae: Any
     text_encoder: Any
     tokenizer: Any
+    image_encoder: ImageEncoder | None = None
 
     @property
     def has_encoder(self) -> bool:
@@ -75,13 +78,25 @@ def load_tokenizer(blueprint: Blueprint) -> Any:
     return AutoTokenizer.from_pretrained(blueprint.folder / "tokenizer")
 
 
+def load_image_encoder(blueprint: Blueprint) -> ImageEncoder | None:
+    """Return the image encoder of a pipeline, float32, with its processor; None where the pipeline has none."""
+    if "image_encoder" not in blueprint.parts:
+        return None
+    folder = blueprint.folder / "image_processor"
+    try:
+        processor = CLIPImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not the folder of a CLIPImageProcessor: {error}") from error
+    return ImageEncoder(_load(blueprint, "image_encoder", dtype=torch.float32), processor)
+
+
 def _load(blueprint: Blueprint, part: str, **options: Any) -> Any:
     kind = blueprint.part_class(part)
     return load_whole(kind, blueprint.folder / part, f"a {kind.__name__}", **options)
 
 
 def load_parts(path: str | Path, dtype: torch.dtype, components: Sequence[str] = COMPONENTS) -> Parts:
-    """Load ``components`` of a pipeline folder or hub name; the VAE stays float32."""
+    """Load ``components`` of a pipeline folder or hub name; VAE and image encoder stay float32."""
     unknown = set(components) - set(COMPONENTS)
     if unknown or "transformer" not in components:
         raise ConfigError(
@@ -94,7 +109,8 @@ def load_parts(path: str | Path, dtype: torch.dtype, components: Sequence[str] =
         vae = load_vae(blueprint, encoder="vae_encoder" in components, decoder="vae_decoder" in components)
     if "text_encoder" in components:
         text_encoder, tokenizer = load_text_encoder(blueprint, dtype)
-    return Parts(blueprint, transformer, vae, text_encoder, tokenizer)
+    image_encoder = load_image_encoder(blueprint) if "image_encoder" in components else None
+    return Parts(blueprint, transformer, vae, text_encoder, tokenizer, image_encoder)
 
 
 def save_full(

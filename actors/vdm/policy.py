@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from actors.learner.adapters import fit, linear_layers
-from actors.policy.cache import Cache, content_key
 from actors.policy.lora import (
     adapter_config,
     adapters_disabled,
@@ -35,7 +34,8 @@ from actors.vdm import flow_sde, trajectories
 from actors.vdm.context_parallel import share_tokens
 from actors.vdm.files import COMPONENTS, Parts, held_bytes, load_parts, save_full
 from actors.vdm.flow_sde import FlowMatchingSpec
-from actors.vdm.frames import frames_to_video, video_to_frames
+from actors.vdm.frame_encoder import FrameEncoder
+from actors.vdm.frames import video_to_frames
 from actors.vdm.settings import ConditioningSection, VdmPoolSection
 from actors.vdm.supervised import flow_matching_loss
 from actors.vdm.text_encoder import CaptionEmbedder, Captions, padded
@@ -74,13 +74,14 @@ class VdmPolicy:
         self.device = torch.device(device)
         self.module: nn.Module = parts.transformer.to(self.device).eval()
         self.vae = parts.vae.to(self.device).eval().requires_grad_(False) if parts.vae is not None else None
-        self.has_encoder, self.has_decoder = parts.has_encoder, parts.has_decoder
+        self.has_decoder = parts.has_decoder
         if vae_tiling and self.vae is not None:
             self.vae.enable_tiling()
         if settings.channels_last and self.vae is not None and self.has_decoder:
             channels_last(self.vae.decoder)
         self.family = parts.blueprint.family(conditioning=conditioning, shared_times=shared_times, fps=fps)
         self.geometry, self.conditioning = self.family.geometry, self.family.conditioning
+        self.image_encoder = parts.image_encoder.to(self.device) if parts.image_encoder is not None else None
         self.embedder: CaptionEmbedder | None = None
         if parts.text_encoder is not None:
             encoder = parts.text_encoder.to(self.device).eval().requires_grad_(False)
@@ -103,8 +104,7 @@ class VdmPolicy:
         self.family.prepare(parts.transformer)
         if settings.compile_blocks:
             parts.transformer.compile_repeated_blocks()
-        self._latents: Cache[Tensor] = Cache(cache_bytes)
-        self._references: Cache[Tensor] = Cache(cache_bytes)
+        self.frames = FrameEncoder(self.family, parts, self.device, cache_bytes)
 
     @classmethod
     def load(
@@ -203,9 +203,10 @@ class VdmPolicy:
 
     @property
     def frozen_parts(self) -> list[nn.Module]:
-        """The models beside ``module``: VAE and text encoder, as far as they were loaded."""
+        """The models beside ``module``: VAE, text encoder and image encoder, as far as they were loaded."""
         encoder = self.embedder.encoder if self.embedder is not None else None
-        return [part for part in (self.vae, encoder) if part is not None]
+        images = self.image_encoder.model if self.image_encoder is not None else None
+        return [part for part in (self.vae, encoder, images) if part is not None]
 
     # --- conditions ---
 
@@ -221,26 +222,26 @@ class VdmPolicy:
             )
         return self.embedder
 
-    def encode_references(self, frames: np.ndarray) -> Tensor:
-        """Return the latents (C, n', h, w) of reference frames uint8 (n, H, W, 3), as ``conditioning`` makes them."""
-        if not self.has_encoder:
-            raise CheckpointError(
-                "reference frames cannot be encoded: the policy was loaded without the component 'vae_encoder'"
-            )
-        return self._references.get(
-            content_key(frames), lambda: self.family.encode_condition(self.vae, frames, self.device)
-        )
+    def encode_references(self, frames: np.ndarray, num_frames: int | None = None) -> Tensor:
+        """Return the latents (C, n', h, w) of reference frames uint8 (n, H, W, 3), as ``conditioning`` makes them.
 
-    def encode(self, caption: str, references: np.ndarray, guidance: float) -> Encoded:
+        num_frames: of the answer, which families need whose condition is as long as the clip.
+        """
+        return self.frames.references(frames, num_frames)
+
+    def encode(self, caption: str, references: np.ndarray, guidance: float, num_frames: int | None = None) -> Encoded:
         """Return what the frozen models make of one caption (its embedding, the negative prompt's where ``guidance`` is
         not 1) and of its reference frames uint8 (n, H, W, 3): what a process without them has to be sent.
+
+        num_frames: of the answer, as of :meth:`encode_references`.
         """
         embedder = self._require_embedder()
         return Encoded(
             text=embedder.row(caption),
             negative=embedder.row(self.negative_prompt) if guidance != 1.0 else None,
-            references=self.encode_references(references) if len(references) else None,
+            references=self.encode_references(references, num_frames) if len(references) else None,
             max_tokens=embedder.max_tokens,
+            image=self.frames.image(references) if len(references) else None,
         )
 
     def join(self, items: Sequence[Encoded], guidance: Sequence[float]) -> Condition:
@@ -253,11 +254,10 @@ class VdmPolicy:
             negative = padded(rows, length)
         return Condition(
             text=padded([item.text for item in items], length),
-            references=None
-            if items[0].references is None
-            else torch.stack([item.references for item in items if item.references is not None]),
+            references=_stacked([item.references for item in items]),
             negative=negative,
             guidance=torch.tensor(guidance, dtype=torch.float32, device=self.device),
+            image=_stacked([item.image for item in items]),
         )
 
     def counters(self) -> dict[str, float]:
@@ -266,30 +266,37 @@ class VdmPolicy:
         return {
             "captions": float(made),
             "captions_asked": float(asked),
-            "references": float(self._references.misses),
-            "references_asked": float(self._references.misses + self._references.hits),
+            **self.frames.counters(),
         }
 
     def held(self) -> dict[str, int]:
         """Return the bytes of the parameters that this process holds, by component; sharded ones count their shard."""
         encoder = self.embedder.encoder if self.embedder is not None else None
         halves = {} if self.vae is None else {"vae_encoder": self.vae.encoder, "vae_decoder": self.vae.decoder}
-        parts = {"transformer": self.module, "text_encoder": encoder, **halves}
+        images = self.image_encoder.model if self.image_encoder is not None else None
+        parts = {"transformer": self.module, "text_encoder": encoder, "image_encoder": images, **halves}
         return {name: held_bytes(part) for name, part in parts.items() if part is not None}
 
     def condition(
-        self, captions: Sequence[str], references: Sequence[np.ndarray], guidance: Sequence[float]
+        self,
+        captions: Sequence[str],
+        references: Sequence[np.ndarray],
+        guidance: Sequence[float],
+        num_frames: int | None = None,
     ) -> Condition:
-        """Return the condition of a batch; guidance 1 in all rows leaves the negative branch out."""
-        embedder, latents = self._require_embedder(), None
+        """Return the condition of a batch; guidance 1 in all rows leaves the negative branch out.
+
+        num_frames: of the answers, as of :meth:`encode_references`.
+        """
+        embedder, latents, image = self._require_embedder(), None, None
         if len(references[0]):
-            latents = torch.stack([self.encode_references(frames) for frames in references])
+            latents = torch.stack([self.encode_references(frames, num_frames) for frames in references])
+            image = _stacked([self.frames.image(frames) for frames in references])
         negative = None
         if any(scale != 1.0 for scale in guidance):
             negative = embedder([self.negative_prompt] * len(captions))
-        return Condition(
-            embedder(captions), latents, negative, torch.tensor(guidance, dtype=torch.float32, device=self.device)
-        )
+        scales = torch.tensor(guidance, dtype=torch.float32, device=self.device)
+        return Condition(embedder(captions), latents, negative, scales, image)
 
     def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Return v of the target latents x (B, C, F, h, w) at sigma (B,), guided, float32.
@@ -298,7 +305,8 @@ class VdmPolicy:
         """
 
         def run(text: Captions) -> Tensor:
-            return self.family.velocity(self.module, x, sigma, text, condition.references, self.compute_dtype)
+            references, image = condition.references, condition.image
+            return self.family.velocity(self.module, x, sigma, text, references, self.compute_dtype, image)
 
         v = run(condition.text)
         if condition.negative is not None:
@@ -311,11 +319,16 @@ class VdmPolicy:
         if self.embedder is not None:
             self.embedder.embed([item.caption for item in items if item.condition is None])
         return [
-            self.encode(item.caption, item.reference_frames, item.guidance)
+            self.encode(item.caption, item.reference_frames, item.guidance, self._num_frames(item))
             if item.condition is None
             else Encoded.received(item.condition, self.device)
             for item in items
         ]
+
+    def _num_frames(self, item: RenderRequest | VdmExperience) -> int:
+        if isinstance(item, RenderRequest):
+            return item.num_frames
+        return self.geometry.frames(item.trajectory.latents.shape[2])
 
     # --- learning ---
 
@@ -399,29 +412,21 @@ class VdmPolicy:
         self.embedder.train(enabled)
         return self.embedder.encoder
 
-    def encode_targets(self, targets: Sequence[np.ndarray], references: int = 0) -> Tensor:
-        """Return the latents (B, C, F, h, w) of clips uint8 (T, H, W, 3), cached by content."""
-        if not self.has_encoder:
-            raise CheckpointError(
-                "target frames cannot be encoded: the policy was loaded without the component 'vae_encoder'"
-            )
-        for frames in targets:
-            self.geometry.latent_shape(len(frames), frames.shape[1], frames.shape[2], references)
-        keys = [("target", content_key(frames)) for frames in targets]
-        rows = {key: self._latents.find(key) for key in keys}
-        new = {key: frames for key, frames in zip(keys, targets) if rows[key] is None}
-        if new:
-            videos = torch.stack([frames_to_video(frames) for frames in new.values()]).to(self.device)
-            for key, latents in zip(new, self.family.encode(self.vae, videos)):
-                rows[key] = self._latents.put(key, latents.clone())
-        return torch.stack([rows[key] for key in keys])
+    def encode_targets(self, targets: Sequence[np.ndarray], references: Sequence[np.ndarray] = ()) -> Tensor:
+        """Return the latents (B, C, F, h, w) of answers uint8 (T, H, W, 3), as ``FrameEncoder.targets`` makes them."""
+        return self.frames.targets(targets, references)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Return the clips uint8 (B, T, H, W, 3) of final latents (B, C, F, h, w), so many at once as the VAE may decode."""
+        """Return the answers uint8 (B, T, H, W, 3) of final latents (B, C, F, h, w), so many at once as the VAE may decode."""
         if not self.has_decoder:
             raise CheckpointError("clips cannot be decoded: the policy was loaded without the component 'vae_decoder'")
-        parts = latents.split(self.decode_batch)
-        return np.concatenate([video_to_frames(self.family.decode(self.vae, part)) for part in parts])
+        videos = (self.family.decode(self.vae, part) for part in latents.split(self.decode_batch))
+        return np.concatenate([video_to_frames(video[:, :, self.geometry.given :]) for video in videos])
+
+
+def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the rows as one batch; None where the first is."""
+    return None if rows[0] is None else torch.stack([row for row in rows if row is not None])
 
 
 def channels_last(module: nn.Module) -> None:

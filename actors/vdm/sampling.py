@@ -38,7 +38,7 @@ def check(policy: VdmPolicy, request: RenderRequest) -> tuple[int, int, int, int
         raise BadSampleError(f"{name}: ends are those of an ODE, and the request asks for an SDE")
     if request.sde is not None:
         flow_sde.check_window(request.sde, request.steps)
-    latents = policy.conditioning.latents(len(frames))
+    latents = policy.family.reference_latents(len(frames))
     return policy.geometry.latent_shape(request.num_frames, frames.shape[1], frames.shape[2], latents)
 
 

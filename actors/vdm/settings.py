@@ -17,7 +17,10 @@ WindowPer = Literal["batch", "prompt"]
 
 
 class ConditioningSection(Section):
-    """How the artist sees the input: clean latents before the noisy target, along time."""
+    """How the artist sees the input: clean latents before the noisy target, along time.
+
+    Wan image to video is given one frame in channels instead, and takes references: frames alone; take and time say nothing to it.
+    """
 
     references: Literal["frames", "clip"] = Field(
         "frames",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from actors.failures import BadSampleError
 from actors.flops import Flops, attention, dense
+from actors.vdm.settings import ConditioningSection
 from cluster.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,18 +30,29 @@ class Geometry:
     patch: tuple[int, int, int]  # latent cells per token (t, h, w), transformer
     chunk: int  # frames after the first come in multiples of it, or the VAE would drop some
     rope_max: int | None = None  # most tokens along any axis; None: no limit
+    given: int = 0
+    """Frames of the input that a drawn clip begins with. Latents hold them; they are no part of the answer, and are cut when it is
+    decoded."""
 
     def cells(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return (C, F, h, w) of a clip, unchecked: a plan's arithmetic."""
-        return self.channels, (num_frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial
+        """Return (C, F, h, w) of an answer's latents, those of the given frames included, unchecked: a plan's arithmetic."""
+        frames = (num_frames + self.given - 1) // self.temporal + 1
+        return self.channels, frames, height // self.spatial, width // self.spatial
+
+    def frames(self, latent_frames: int) -> int:
+        """Return the frames of the answer that ``latent_frames`` decode to."""
+        return (latent_frames - 1) * self.temporal + 1 - self.given
 
     def latent_shape(self, num_frames: int, height: int, width: int, references: int) -> tuple[int, int, int, int]:
         """Return (C, F, h, w) of a clip; BadSampleError names what does not fit and the nearest size that does."""
-        if num_frames < 1 or (num_frames - 1) % self.chunk:
-            low = max(num_frames - 1, 0) // self.chunk * self.chunk + 1
+        total = num_frames + self.given
+        if num_frames < 1 or (total - 1) % self.chunk:
+            low = max(total - 1, 0) // self.chunk * self.chunk + 1 - self.given
+            fitting = [str(n) for n in (low, low + self.chunk) if n >= 1]
+            given = f", the first {self.given} of them the input's," if self.given else ""
             raise BadSampleError(
-                f"num_frames={num_frames}: this model's causal VAE takes {self.chunk}k+1 frames and would drop the rest "
-                f"silently; use {low} or {low + self.chunk}"
+                f"num_frames={num_frames}: this model's causal VAE takes {self.chunk}k+1 frames{given} and would drop the rest "
+                f"silently; use {' or '.join(fitting)}"
             )
         for name, size, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
             unit = self.spatial * patch
@@ -99,6 +111,7 @@ class Shapes(ABC):
         self.transformer: Mapping[str, Any] = blueprint.parts.get("transformer", {})
         self.vae: Mapping[str, Any] = blueprint.parts.get("vae", {})
         self.text_encoder: Mapping[str, Any] = blueprint.parts.get("text_encoder", {})
+        self.image_encoder: Mapping[str, Any] = blueprint.parts.get("image_encoder", {})
         reason = self.refusal()
         if reason is not None:
             raise CheckpointError(f"{blueprint.where}: {reason}")
@@ -132,6 +145,13 @@ class Shapes(ABC):
         """Blocks of the transformer."""
         return int(self.transformer["num_layers"])
 
+    def reference_latents(self, conditioning: ConditioningSection, frames: int) -> int:
+        """Return how many latent frames stand before the target's where a clip is conditioned on ``frames`` frames.
+
+        BadSampleError names the key where the model cannot be conditioned so.
+        """
+        return conditioning.latents(frames)
+
     def tokens(self, num_frames: int, height: int, width: int, references: int, *, one_time: bool = False) -> VdmTokens:
         """Return the tokens of a clip with ``references`` reference latents of its size; ``one_time``: theirs is the target's."""
         _, frames, rows, columns = self.geometry.cells(num_frames, height, width)
@@ -153,6 +173,14 @@ class Shapes(ABC):
     @abstractmethod
     def encode_flops(self, num_frames: int, height: int, width: int) -> Flops:
         """Return the VAE's encoding of one clip; reference frames are clips of one frame each."""
+
+    def condition_flops(
+        self, conditioning: ConditioningSection, frames: int, num_frames: int, height: int, width: int
+    ) -> Flops:
+        """Return the encoding of what a clip of ``num_frames`` is conditioned on: ``frames`` frames, each alone, or a clip as long."""
+        if conditioning.references == "clip":
+            return self.encode_flops(num_frames, height, width)
+        return self.encode_flops(1, height, width) * frames
 
     @abstractmethod
     def decode_flops(self, num_frames: int, height: int, width: int) -> Flops:

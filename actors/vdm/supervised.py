@@ -32,7 +32,7 @@ def flow_matching_loss(
     cut. None is torch's global one.
     """
     references = [reference for reference, _, _ in batch]
-    clean = policy.encode_targets([target for _, _, target in batch], policy.conditioning.latents(len(references[0])))
+    clean = policy.encode_targets([target for _, _, target in batch], references)
     draws = [
         (
             float(torch.rand((), generator=generator)) < spec.caption_dropout,
@@ -46,7 +46,7 @@ def flow_matching_loss(
     sigma = torch.cat([sigma for _, sigma, _ in draws]).to(policy.device)
     noise = torch.stack([noise for _, _, noise in draws]).to(policy.device)
     noisy, target = flow_sde.noisy_pair(clean, noise, sigma)
-    condition = policy.condition(captions, references, [1.0] * len(batch))
+    condition = policy.condition(captions, references, [1.0] * len(batch), len(batch[0][2]))
     per_clip = ((policy.velocity(noisy, sigma, condition) - target) ** 2).flatten(1).mean(dim=1)
     if spec.weighting == "bell":
         per_clip = per_clip * flow_sde.bell_weights(sigma, policy.shift)

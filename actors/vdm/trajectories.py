@@ -26,24 +26,25 @@ class Encoded:
     negative: Tensor | None  # (tokens, D) of the negative prompt; None without guidance
     references: Tensor | None  # float32 (C, n, h, w)
     max_tokens: int
+    image: Tensor | None = None  # float32 (tokens, D), where the family has an image encoder
 
     @classmethod
     def received(cls, record: Conditioning, device: torch.device) -> Encoded:
         """Return what travelled as ``record``."""
-        text, negative, references = (
+        text, negative, references, image = (
             None if array is None else torch.from_numpy(np.array(array)).to(device)  # Ray's arrays are read-only
-            for array in (record.text, record.negative, record.references)
+            for array in (record.text, record.negative, record.references, record.image)
         )
         assert text is not None
-        return cls(text, negative, references, record.max_tokens)
+        return cls(text, negative, references, record.max_tokens, image)
 
     def record(self) -> Conditioning:
         """Return the same, ready to travel."""
-        text, negative, references = (
+        text, negative, references, image = (
             None if tensor is None else tensor.float().cpu().numpy()
-            for tensor in (self.text, self.negative, self.references)
+            for tensor in (self.text, self.negative, self.references, self.image)
         )
-        return Conditioning(text, negative, references, self.max_tokens)  # type: ignore[arg-type]
+        return Conditioning(text, negative, references, self.max_tokens, image)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Condition:
     references: Tensor | None  # float32 (B, C, n, h, w)
     negative: Captions | None
     guidance: Tensor  # float32 (B,)
+    image: Tensor | None = None  # float32 (B, tokens, D)
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,9 @@ class VdmWorker:
     def _base_hash(self) -> str:
         policy = self.policy
         encoder = policy.embedder.encoder if policy.embedder is not None else None
-        return parameter_hash({"transformer": policy.module, "vae": policy.vae, "text_encoder": encoder})
+        images = policy.image_encoder.model if policy.image_encoder is not None else None
+        frozen = {"vae": policy.vae, "text_encoder": encoder, "image_encoder": images}
+        return parameter_hash({"transformer": policy.module, **frozen})
 
 
 def _snapshot(policy: VdmPolicy) -> dict[str, Tensor]:

@@ -71,7 +71,9 @@ class VideoSection(Section):
     """Shape of the clips. Paper: n=6 reference frames, 33 frames of 352x640."""
 
     num_frames: Positive = Field(
-        9, description="Frames of a rendered clip: 4k+1, or what the artist's causal VAE takes (LTX-Video: 8k+1)."
+        9,
+        description="Frames of a rendered clip: 4k+1, or what the artist's causal VAE takes (LTX-Video: 8k+1; Wan image to video: 4k, "
+        "since the frame that it is given is not counted).",
     )
     height: Positive = Field(32, description="Height of rendered and target frames in pixels.")
     width: Positive = Field(32, description="Width of rendered and target frames in pixels.")
@@ -104,7 +106,7 @@ class VideoSection(Section):
     reference_frames: Positive = Field(
         2,
         description="Reference frames that condition the VDM (n), last input frame included; conditioning.references=clip has take "
-        "instead.",
+        "instead. Wan image to video takes 1.",
     )
     conditioning: ConditioningSection = Field(default_factory=ConditioningSection)
     vae_tiling: bool = Field(
@@ -116,11 +118,6 @@ class VideoSection(Section):
     def context_frames(self) -> int | None:
         """Frames of the input video that the artist gets, where they are not those that the thinker sees."""
         return self.num_frames if self.conditioning.references == "clip" else None
-
-    @property
-    def reference_latents(self) -> int:
-        """Latent frames that stand before the target's."""
-        return self.conditioning.latents(self.reference_frames)
 
     @property
     def vlm_largest(self) -> tuple[int, int]:
@@ -143,10 +140,12 @@ class VideoSection(Section):
 
     @model_validator(mode="after")
     def _causal_vae(self) -> VideoSection:
-        if self.num_frames % 4 != 1:
-            down, up = self.num_frames - (self.num_frames - 1) % 4, self.num_frames + 3 - (self.num_frames - 2) % 4
+        if self.num_frames % 4 not in (0, 1):
+            down = self.num_frames // 4 * 4
+            more = " or ".join(str(n) for n in (down, down + 4) if n)
             raise ValueError(
-                f"num_frames={self.num_frames} must be 4k+1 (a causal VAE drops other frames silently), e.g. {down} or {up}"
+                f"num_frames={self.num_frames} must be 4k+1 (a causal VAE drops other frames silently), e.g. {down + 1} or "
+                f"{down + 5}; or 4k of an artist whose clips begin with the input's last frame, e.g. {more}"
             )
         return self
 

@@ -40,19 +40,20 @@ class Conditions:
         """Return what ``request`` is conditioned on. Raises what the pool raises: SampleFailed for what cannot be used."""
         frames = request.reference_frames
         text = self._get(self.captions, ("text", request.caption), EmbedRequest(request.caption))
-        negative = references = None
+        negative = references = image = None
         wanted = [text]
         if request.guidance != 1.0:
             wanted.append(self._get(self.captions, ("negative",), EmbedRequest(None)))
         if len(frames):
-            key = ("references", content_key(frames))
-            wanted.append(self._get(self.references, key, EncodeRequest(request.sample_id, frames)))
+            key = ("references", content_key(frames), request.num_frames)
+            ask = EncodeRequest(request.sample_id, frames, request.num_frames)
+            wanted.append(self._get(self.references, key, ask))
         found = await asyncio.gather(*wanted)
         if request.guidance != 1.0:
             negative = found[1].rows
         if len(frames):
-            references = found[-1]
-        return Conditioning(found[0].rows, negative, references, found[0].max_tokens)
+            references, image = found[-1].latents, found[-1].image
+        return Conditioning(found[0].rows, negative, references, found[0].max_tokens, image)
 
     def counters(self) -> dict[str, float]:
         """Return how much was made and asked for since the start."""

@@ -71,7 +71,7 @@ def resolve_adapter(name: str | None, role: Literal["vlm", "vdm"], model: str) -
 
 
 def require_drawable(config: RunConfig) -> None:
-    """Raise where the artist of ``config`` cannot draw its clips: ConfigError for their size, CheckpointError for the model.
+    """Raise where the artist of ``config`` cannot draw its clips: ConfigError for size or condition, CheckpointError for the model.
 
     Read from the model's configuration alone: of a folder, or of a name whose configuration is known here. Of another name
     the workers say it when they have loaded it.
@@ -81,9 +81,10 @@ def require_drawable(config: RunConfig) -> None:
     name, video = resolve_model(config.models.vdm, "vdm"), config.video
     if not Path(name).is_dir() and name not in known("vdm"):
         return
-    geometry = architecture(name, "vdm").shapes.geometry
+    shapes = architecture(name, "vdm").shapes
     try:
-        geometry.latent_shape(video.num_frames, video.height, video.width, video.reference_latents)
+        latents = shapes.reference_latents(video.conditioning, video.reference_frames)
+        shapes.geometry.latent_shape(video.num_frames, video.height, video.width, latents)
     except BadSampleError as error:
         raise ConfigError(f"video does not fit models.vdm={config.models.vdm!r}: {error}") from error
 
@@ -116,7 +117,8 @@ def require_shareable(config: RunConfig) -> None:
     if not Path(name).is_dir() and name not in known("vdm"):
         return
     vdm = architecture(name, "vdm")
-    tokens = vdm.shapes.tokens(video.num_frames, video.height, video.width, video.reference_latents).total
+    latents = vdm.shapes.reference_latents(video.conditioning, video.reference_frames)
+    tokens = vdm.shapes.tokens(video.num_frames, video.height, video.width, latents).total
     heads = int(vdm.components["transformer"]["num_attention_heads"])
     require_divisor(sharers, {"the artist's attention heads": heads, "a clip's tokens": tokens})
 

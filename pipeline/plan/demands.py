@@ -109,8 +109,9 @@ class _Count:
             pools.embed if pools.embed.workers else pools.vdm,
         )
         caption = shapes.text_encoder_flops(CAPTION_TOKENS).total / self.rates.flops(embedder.dtype)
-        times, frames = (video.reference_frames, 1) if video.context_frames is None else (1, video.context_frames)
-        encoding = times * shapes.encode_flops(frames, video.height, video.width).total
+        encoding = shapes.condition_flops(
+            video.conditioning, video.reference_frames, video.num_frames, video.height, video.width
+        ).total
         group = captions * caption + encoding / self.rates.tf32
         if not pools.embed.workers:
             return [Demand("draw", "vdm", clips, seconds + group / rollout.group_size, source="FLOPs")]

@@ -139,7 +139,7 @@ def _sampler(config: RunConfig, models: Models) -> Process:
     ]
     weights = element * models.parameters["vdm", "transformer"] + 4.0 * models.parameters["vdm", "vae"]
     if not config.pools.embed.workers:
-        weights += element * models.parameters["vdm", "text_encoder"]
+        weights += element * models.parameters["vdm", "text_encoder"] + _image_encoder(models)
         moments.append(_encoding_bytes(config, models))
     rank = config.stage2.lora.rank
     weights += costs.lora_parameters(models.vdm, rank) * element if rank else 0
@@ -155,9 +155,16 @@ def _embedder(config: RunConfig, models: Models) -> Process:
     pool = config.pools.embed
     parameters = models.parameters
     weights = BYTES[pool.dtype] * parameters["vdm", "text_encoder"] + 4.0 * parameters["vdm", "vae"]
+    weights += _image_encoder(models)
     activations = _encoding_bytes(config, models)
     parts = {"weights": weights, "activations": activations, "CUDA context": CONTEXT}
-    return Process("embed", "text encoder, VAE encoder", parts, rests=pool.rest)
+    does = "text encoder, VAE encoder" + (", image encoder" if _image_encoder(models) else "")
+    return Process("embed", does, parts, rests=pool.rest)
+
+
+def _image_encoder(models: Models) -> float:
+    """Return the bytes of the artist's image encoder, float32; 0 where it has none."""
+    return 4.0 * models.parameters.get(("vdm", "image_encoder"), 0)
 
 
 def _encoding_bytes(config: RunConfig, models: Models) -> float:

@@ -62,7 +62,7 @@ def load_models(config: RunConfig) -> Models:
             video.num_frames,
             video.height,
             video.width,
-            video.reference_latents,
+            vdm.shapes.reference_latents(video.conditioning, video.reference_frames),
             one_time=video.conditioning.time == "shared",
         ),
     )

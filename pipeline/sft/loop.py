@@ -79,7 +79,7 @@ class Loop:
             captions = frozen_captions(
                 self.model, settings, config["shards"], Path(config["captions"]), self.rank, self.world, self.device
             )
-            more = {"components": ("transformer", "vae_encoder")}
+            more = {"components": ("transformer", "vae_encoder", "image_encoder")}
         self.policy = load_policy(self.kind, self.model, settings, self.samples, self.device, **more)
         if captions is not None:
             self.policy.embedder = captions

@@ -51,7 +51,14 @@ class LtxFamily(Family):
         transformer.rope.register_forward_pre_hook(lambda _module, args: self._exact_positions(args))
 
     def velocity(
-        self, module: Any, x: Tensor, sigma: Tensor, text: Captions, references: Tensor | None, dtype: torch.dtype
+        self,
+        module: Any,
+        x: Tensor,
+        sigma: Tensor,
+        text: Captions,
+        references: Tensor | None,
+        dtype: torch.dtype,
+        image: Tensor | None = None,
     ) -> Tensor:
         """Return the velocity of the frames behind the references."""
         n = 0 if references is None else references.shape[2]

@@ -38,7 +38,14 @@ class WanFamily(Family):
         self.times = ExactTimes(embedder, embedder.timesteps_proj, self.shared_times, two={"timestep_seq_len": 2})
 
     def velocity(
-        self, module: Any, x: Tensor, sigma: Tensor, text: Captions, references: Tensor | None, dtype: torch.dtype
+        self,
+        module: Any,
+        x: Tensor,
+        sigma: Tensor,
+        text: Captions,
+        references: Tensor | None,
+        dtype: torch.dtype,
+        image: Tensor | None = None,
     ) -> Tensor:
         """Return the velocity of the frames behind the references."""
         n = 0 if references is None else references.shape[2]

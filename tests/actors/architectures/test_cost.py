@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from actors.architectures import Architecture, architecture, cost
 from actors.policy.lora import inject_lora
 from actors.policy.settings import LoraSection
+from actors.vdm.settings import ConditioningSection
 from pipeline.fleet.models import ASSETS
 
 pytestmark = pytest.mark.slow
@@ -20,6 +21,7 @@ WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 WAN22 = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 LTX = "Lightricks/LTX-Video"
 WAN14 = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+I2V = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
 PAPER = (33, 352, 640, 6)  # frames, height, width, reference frames
 
 
@@ -60,6 +62,29 @@ def test_wan_transformer(name: str, clip: tuple[int, int, int, int]) -> None:
     latents = meta(1, channels, frames + references, rows, columns)
     real = counted(lambda: module(latents, times, text, return_dict=False))
     assert model.shapes.transformer_flops(tokens).total == pytest.approx(real, rel=0.02)
+
+
+def test_wan_image_to_video() -> None:
+    """Channels of mask and condition beside the noise, and a second attention of each block to the image's 257 tokens."""
+    model = vdm(I2V)
+    module: Any = model.meta("transformer")
+    channels, frames, rows, columns = model.shapes.geometry.cells(32, 352, 640)
+    tokens = model.shapes.tokens(32, 352, 640, 0)
+    assert (channels, tokens.total) == (16, 9 * 22 * 40)  # the given frame's latents are among the nine
+    latents, text, image = meta(1, 36, frames, rows, columns), meta(1, tokens.text, 4096), meta(1, 257, 1280)
+    real = counted(lambda: module(latents, meta(1), text, image, return_dict=False))
+    assert model.shapes.transformer_flops(tokens).total == pytest.approx(real, rel=0.02)
+    small = model.shapes.tokens(4, 32, 32, 0)  # a few tokens, so that what the image costs is a large part
+    real = counted(lambda: module(meta(1, 36, 2, 4, 4), meta(1), text, image, return_dict=False))
+    assert model.shapes.transformer_flops(small).total == pytest.approx(real, rel=0.02)
+
+
+def test_what_wan_image_to_video_is_conditioned_on() -> None:
+    model, how = vdm(I2V), ConditioningSection()
+    tower: Any = model.meta("image_encoder")
+    encode = counted(lambda: model.meta("vae").encode(meta(1, 3, 5, 96, 96)))  # type: ignore[operator]
+    image = counted(lambda: tower(meta(1, 3, 224, 224), output_hidden_states=True))
+    assert model.shapes.condition_flops(how, 1, 4, 96, 96).total == pytest.approx(encode + image, rel=0.02)
 
 
 @pytest.mark.parametrize(("clip", "lora"), [(PAPER, True), ((5, 96, 96, 1), True), ((5, 96, 96, 1), False)])

@@ -56,6 +56,27 @@ def test_wan_block(dtype: torch.dtype, lora: bool) -> None:
 
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("dtype", ELEMENT)
+def test_wan_image_to_video_block(dtype: torch.dtype, lora: bool) -> None:
+    """A second attention in each block, to the image's tokens, which stand before the caption's 512."""
+    shape = {"num_attention_heads": WIDTH // HEAD, "attention_head_dim": HEAD, "ffn_dim": 6 * WIDTH}
+    shape |= {"in_channels": 36, "image_dim": 80, "added_kv_proj_dim": WIDTH}
+    tower = {"hidden_size": 80, "image_size": 224, "patch_size": 14}
+    parts = {"transformer": shape, "image_encoder": tower}
+    wan = Architecture("vdm", "narrow", parts, {"_class_name": "WanImageToVideoPipeline"})
+    block: Any = WanTransformerBlock(WIDTH, 6 * WIDTH, WIDTH // HEAD, cross_attn_norm=True, added_kv_proj_dim=WIDTH).to(
+        dtype
+    )
+    if lora:
+        inject_lora(block, LoraSection(rank=8, alpha=32.0), wan.blueprint.family().lora_targets)
+    hidden = torch.randn(1, TOKENS, WIDTH, dtype=dtype).requires_grad_()
+    text, times = torch.randn(1, 257 + 512, WIDTH, dtype=dtype), torch.randn(1, TOKENS, 6, WIDTH, dtype=dtype)
+    rotary = (torch.randn(1, TOKENS, 1, HEAD),) * 2
+    planned = wan.shapes.block_bytes(TOKENS, 512, ELEMENT[dtype], lora)
+    assert kept(block, lambda: block(hidden, text, times, rotary)) == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("dtype", ELEMENT)
 def test_ltx_block(dtype: torch.dtype, lora: bool) -> None:
     shape = {"num_attention_heads": WIDTH // HEAD, "attention_head_dim": HEAD}
     ltx = Architecture("vdm", "narrow", {"transformer": shape}, {"_class_name": "LTXPipeline"})

@@ -13,21 +13,32 @@ from diffusers import (
     LTXConditionPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from pipeline.pretrain.tokenizers import word_tokenizer
 
 TEXT_TOKENS = 16
-MEMBERS = ("wan2.1", "wan2.2", "ltx", "ltx condition")
+MEMBERS = ("wan2.1", "wan2.2", "wan i2v", "ltx", "ltx condition")
+GIVEN = {"wan i2v": 1}
+"""Members whose clips begin with frames of the input: how many. They take so many reference frames, and no others."""
 
 
 def build(member: str, folder: Path) -> Path:
     """Save the pipeline of ``member`` (of :data:`MEMBERS`) into ``folder``, and return it."""
     torch.manual_seed(1)
-    makers = {"wan2.1": _wan21, "wan2.2": _wan22, "ltx": _ltx, "ltx condition": _ltx_condition}
+    makers = {"wan2.1": _wan21, "wan2.2": _wan22, "wan i2v": _wan_i2v, "ltx": _ltx, "ltx condition": _ltx_condition}
     makers[member]().save_pretrained(str(folder), safe_serialization=True)
     return folder
 
@@ -37,7 +48,7 @@ def _text_encoder(config_class: Any, model_class: Any, tokenizer: Any) -> Any:
     return model_class(config_class(vocab_size=len(tokenizer), **shape)).eval()
 
 
-def _wan(vae: dict[str, Any], transformer: dict[str, Any], **options: Any) -> Any:
+def _wan(vae: dict[str, Any], transformer: dict[str, Any], pipeline: Any = WanPipeline, **options: Any) -> Any:
     tokenizer = word_tokenizer(max_length=TEXT_TOKENS, clip=False)
     shape = {
         "num_attention_heads": 2,
@@ -53,7 +64,7 @@ def _wan(vae: dict[str, Any], transformer: dict[str, Any], **options: Any) -> An
         "latents_mean": [0.1 * (i % 5 - 2) for i in range(z)],
         "latents_std": [0.8 + 0.05 * (i % 16) for i in range(z)],
     }
-    return WanPipeline(
+    return pipeline(
         tokenizer=tokenizer,
         text_encoder=_text_encoder(UMT5Config, UMT5EncoderModel, tokenizer),
         vae=AutoencoderKLWan(
@@ -69,6 +80,28 @@ def _wan21() -> Any:
     """Wan's own compression (4x8x8) and latent statistics that matter."""
     vae = {"base_dim": 16, "z_dim": 16, "dim_mult": [1, 1, 1], "temperal_downsample": [True, True]}
     return _wan(vae | {"scale_factor_spatial": 8, "scale_factor_temporal": 4}, {"patch_size": (1, 1, 1)})
+
+
+def _wan_i2v() -> Any:
+    """2.1 I2V 14B in small: noise, mask and condition in 36 channels, and an image encoder of 4x4 patches."""
+    torch.manual_seed(2)
+    tower = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    encoder = CLIPVisionModel(
+        CLIPVisionConfig(image_size=16, patch_size=4, projection_dim=8, hidden_act="gelu", **tower)
+    )
+    vae = {"base_dim": 16, "z_dim": 16, "dim_mult": [1, 1, 1], "temperal_downsample": [True, True]}
+    pipe = _wan(
+        vae | {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
+        {"patch_size": (1, 2, 2), "in_channels": 36, "out_channels": 16, "image_dim": 24, "added_kv_proj_dim": 64},
+        WanImageToVideoPipeline,
+        image_encoder=encoder.eval(),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    )
+    with torch.no_grad():  # louder than it begins, so that what of the image is not handed on is missed
+        for block in pipe.transformer.blocks:
+            block.attn2.add_k_proj.weight.mul_(3)
+            block.attn2.add_v_proj.weight.mul_(3)
+    return pipe
 
 
 def _wan22() -> Any:

@@ -152,7 +152,7 @@ def test_the_supervised_loss_is_that_written_out_plainly(tiny, make_request, how
     generator = torch.Generator().manual_seed(0)
     torch.rand((), generator=generator)  # whether the caption is dropped
     sigma = sample_sigmas(1, spec, 3.0, generator)
-    clean = policy.encode_targets([target], 2)
+    clean = policy.encode_targets([target], [request.reference_frames])
     noisy, wanted = noisy_pair(clean, torch.randn(clean.shape[1:], generator=generator)[None], sigma)
     references = plain_references(tiny, request.reference_frames, how)
     v = plain_velocity(tiny, policy, noisy, float(sigma), policy.embed([request.caption]), references, how)
@@ -175,6 +175,8 @@ def test_a_clip_that_the_vae_would_cut_is_refused_and_the_sequence_counts_what_i
         policy.encode_references(np.zeros((8, 32, 32, 3), np.uint8))
     embedder = EmbedWorker("embed-0", str(tiny), conditioning=CLIP)
     embedder.setup()
-    assert "cannot be encoded" in embedder.process([EncodeRequest("s", np.zeros((8, 32, 32, 3), np.uint8))])[0].message
+    assert (
+        "cannot be encoded" in embedder.process([EncodeRequest("s", np.zeros((8, 32, 32, 3), np.uint8), 9)])[0].message
+    )
     long = make_request(reference_frames=np.zeros((117, 32, 32, 3), np.uint8), num_frames=117)
     assert check(policy, long)[1] == 30  # with the two that are kept, as many as the position embedding has

@@ -147,8 +147,8 @@ def test_the_embed_worker_pins_failures_and_holds_no_transformer(embedder, make_
         [
             EmbedRequest("red"),
             EmbedRequest(""),
-            EncodeRequest("s", frames.astype(np.float32)),
-            EncodeRequest("s", frames),
+            EncodeRequest("s", frames.astype(np.float32), 9),
+            EncodeRequest("s", frames, 9),
         ]
     )
     assert [type(o) for o in outcomes] == [Ok, Failure, Failure, Ok]

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from actors.vdm.embed_worker import EmbedWorker
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.sampling import check, sample, sample_latents
 from actors.vdm.settings import ConditioningSection
+from actors.vdm.trajectories import Condition
 from actors.vdm.worker import VdmWorker
 from actors.weights.transport import as_tensors
 from cluster.errors import CheckpointError
-from tests.actors.vdm.pipelines import MEMBERS, build
+from tests.actors.vdm.pipelines import GIVEN, MEMBERS, build
 
 LORA = LoraSection(rank=4, alpha=8.0)
 SDE = SdeSpec("flow", 0.7, 1, 2)
@@ -43,8 +45,14 @@ CAPTIONS = ("the red circle rises", "blue square", "the green circle moves up")
 
 
 @pytest.fixture(scope="module", params=MEMBERS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(request.param, tmp_path_factory.mktemp("member"))
+def member(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(member: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(member, tmp_path_factory.mktemp("member"))
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +72,31 @@ def adapted(folder: Path, **options: Any) -> VdmPolicy:
     return policy
 
 
-def ask(index: int = 0, references: int = 2, **changes: Any) -> RenderRequest:
-    frames = np.random.default_rng(5).integers(0, 256, (references, 32, 32, 3), dtype=np.uint8)
-    fields = {"caption": CAPTIONS[index % 3], "num_frames": 9, "steps": 4, "guidance": 1.0, "noise_seed": index}
-    return RenderRequest("s", index, reference_frames=frames, sde_seed=index, **(fields | changes))
+Ask = Callable[..., RenderRequest]
+
+
+@pytest.fixture(scope="module")
+def ask(member: str) -> Ask:
+    """Requests as the member takes them, different in what is given."""
+    given = GIVEN.get(member, 0)
+
+    def make(index: int = 0, references: int = given or 2, **changes: Any) -> RenderRequest:
+        frames = np.random.default_rng(5).integers(0, 256, (references, 32, 32, 3), dtype=np.uint8)
+        fields = {"caption": CAPTIONS[index % 3], "num_frames": 9 - given, "steps": 4, "guidance": 1.0}
+        return RenderRequest(
+            "s", index, reference_frames=frames, sde_seed=index, **({"noise_seed": index} | fields | changes)
+        )
+
+    return make
+
+
+def condition_of(policy: VdmPolicy, *requests: RenderRequest) -> Condition:
+    return policy.condition(
+        [r.caption for r in requests],
+        [r.reference_frames for r in requests],
+        [r.guidance for r in requests],
+        requests[0].num_frames,
+    )
 
 
 def experiences(policy: VdmPolicy, requests: list[RenderRequest]) -> list[VdmExperience]:
@@ -78,11 +107,18 @@ def experiences(policy: VdmPolicy, requests: list[RenderRequest]) -> list[VdmExp
     ]
 
 
-@pytest.mark.parametrize(("references", "guidance"), [(2, 1.0), (0, 1.0), (2, 3.0)])
-def test_before_the_first_update_the_ratio_is_exactly_one(folder: Path, references: int, guidance: float) -> None:
+@pytest.mark.parametrize(("alone", "guidance"), [(False, 1.0), (True, 1.0), (False, 3.0)])
+def test_before_the_first_update_the_ratio_is_exactly_one(
+    member: str, folder: Path, ask: Ask, alone: bool, guidance: float
+) -> None:
     """A learner of the transformer alone, with what the clips bring along, repeats the sampler bit for bit."""
     sampler = adapted(folder)
-    items = experiences(sampler, [ask(i, references, guidance=guidance, sde=SDE) for i in range(3)])
+    requests = [ask(i, **({"references": 0} if alone else {}), guidance=guidance, sde=SDE) for i in range(3)]
+    if alone and member in GIVEN:
+        with pytest.raises(BadSampleError, match="reference_frames=0: this model begins with one given frame"):
+            sample(sampler, requests)
+        return
+    items = experiences(sampler, requests)
     learner = VdmPolicy.load(folder, lora=LORA, components=("transformer",))
     learner.load_adapter_state(sampler.adapter_state())
     out = learner.forward(learner.collate(items))
@@ -100,7 +136,7 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def test_a_sharded_policy_that_checkpoints_its_blocks_learns_the_same(folder: Path, mesh: Any) -> None:
+def test_a_sharded_policy_that_checkpoints_its_blocks_learns_the_same(folder: Path, ask: Ask, mesh: Any) -> None:
     """As the learner does it: the reference pass first, guidance, several forwards before the backward."""
     plain, sharded = adapted(folder), adapted(folder)
     items = experiences(plain, [ask(i, sde=SDE, guidance=2.0) for i in range(2)])
@@ -116,7 +152,9 @@ def test_a_sharded_policy_that_checkpoints_its_blocks_learns_the_same(folder: Pa
         assert (one.grad - other.grad.full_tensor()).norm() <= 1e-6 * one.grad.norm()  # type: ignore[union-attr]
 
 
-def test_what_a_learner_has_learnt_reaches_the_sampler_and_the_export(folder: Path, mesh: Any, tmp_path: Path) -> None:
+def test_what_a_learner_has_learnt_reaches_the_sampler_and_the_export(
+    folder: Path, ask: Ask, mesh: Any, tmp_path: Path
+) -> None:
     """Worker, trainer and weights as a step of stage 2 uses them, in one process: draw, learn, publish, draw again."""
     worker = VdmWorker("vdm-0", str(folder))
     worker.setup()
@@ -149,7 +187,7 @@ def test_what_a_learner_has_learnt_reaches_the_sampler_and_the_export(folder: Pa
     assert torch.equal(drawn, served) and not torch.equal(drawn, before)
 
 
-def test_one_update_raises_the_reward(folder: Path) -> None:
+def test_one_update_raises_the_reward(folder: Path, ask: Ask) -> None:
     """The reward is the mean of the final latents: after one step of GRPO, clips of the same noise have more of it."""
     policy = adapted(folder)
     requests = [ask(i, noise_seed=0, sde=SdeSpec("flow", 0.7, 0, 3), caption=CAPTIONS[0]) for i in range(8)]
@@ -178,15 +216,17 @@ def test_one_update_raises_the_reward(folder: Path) -> None:
     assert rewards().mean() > before.mean()
 
 
-def test_an_exported_adapter_and_a_whole_model_load_in_diffusers(folder: Path, tmp_path: Path) -> None:
+def test_an_exported_adapter_and_a_whole_model_load_in_diffusers(
+    member: str, folder: Path, ask: Ask, tmp_path: Path
+) -> None:
     policy = adapted(folder)
     policy.export(tmp_path / "adapter")
     kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
     pipe = getattr(diffusers, kind).from_pretrained(folder)
     pipe.load_lora_weights(str(tmp_path / "adapter"), weight_name="pytorch_lora_weights.safetensors")
-    request = ask(references=0)
+    request = ask(references=GIVEN.get(member, 0))
     x = torch.randn(1, *check(policy, request), generator=torch.Generator().manual_seed(0))
-    sigma, condition = torch.tensor([0.5]), policy.condition([request.caption], [request.reference_frames], [1.0])
+    sigma, condition = torch.tensor([0.5]), condition_of(policy, request)
     ours = policy.velocity(x, sigma, condition)
     stock = VdmPolicy.load(folder)
     stock.module = pipe.transformer
@@ -199,19 +239,34 @@ def test_an_exported_adapter_and_a_whole_model_load_in_diffusers(folder: Path, t
     with torch.no_grad():
         whole.module.proj_out.bias += 0.1
     whole.export(tmp_path / "whole", {name: tensor.clone() for name, tensor in whole.module.state_dict().items()})
-    getattr(diffusers, kind).from_pretrained(tmp_path / "whole")
+    exported = getattr(diffusers, kind).from_pretrained(tmp_path / "whole")
+    assert all(getattr(exported, part) is not None for part in policy.blueprint.row.classes)
     loaded = VdmPolicy.load(tmp_path / "whole")
     assert torch.equal(loaded.velocity(x, sigma, condition), whole.velocity(x, sigma, condition))
 
 
-def test_what_an_embed_worker_makes_is_bitwise_what_a_sampler_makes(folder: Path, policy: VdmPolicy) -> None:
+def test_what_an_embed_worker_makes_is_bitwise_what_a_sampler_makes(folder: Path, policy: VdmPolicy, ask: Ask) -> None:
     worker, request = EmbedWorker("embed-0", str(folder)), ask()
     worker.setup()
-    answers = worker.process([EmbedRequest(request.caption), EncodeRequest("s", request.reference_frames)])
-    text, latents = (answer.value for answer in answers if isinstance(answer, Ok))
-    made = policy.encode(request.caption, request.reference_frames, 1.0)
+    frames = EncodeRequest("s", request.reference_frames, request.num_frames)
+    text, found = (
+        answer.value for answer in worker.process([EmbedRequest(request.caption), frames]) if isinstance(answer, Ok)
+    )
+    made = policy.encode(request.caption, request.reference_frames, 1.0, request.num_frames)
     assert made.references is not None and text.max_tokens == made.max_tokens
-    assert np.array_equal(text.rows, made.text.numpy()) and np.array_equal(latents, made.references.numpy())
+    assert np.array_equal(text.rows, made.text.numpy()) and np.array_equal(found.latents, made.references.numpy())
+    assert (found.image is None) == (made.image is None) == ("image_encoder" not in worker.held())
+    assert made.image is None or np.array_equal(found.image, made.image.numpy())
+    assert found.nbytes == sum(array.nbytes for array in (found.latents, found.image) if array is not None)
+    # Every model that stands before the transformer is in the proof that it stays as it is, and can rest.
+    frozen = set(policy.blueprint.row.classes) - {"transformer"}
+    for part in frozen:
+        hashed = worker.weights_hash()
+        parameter = next(worker._models()[part].parameters())
+        with torch.no_grad():
+            parameter += 1
+        assert worker.weights_hash() != hashed, part
+    assert len(VdmPolicy.load(folder).frozen_parts) == len(frozen)
 
 
 def test_a_caption_does_not_depend_on_its_batch(policy: VdmPolicy) -> None:
@@ -228,13 +283,13 @@ def test_a_caption_does_not_depend_on_its_batch(policy: VdmPolicy) -> None:
 
 
 @pytest.mark.parametrize("time", ["zero", "shared"])
-def test_references_are_seen_and_keep_the_time_they_are_given(folder: Path, time: str) -> None:
+def test_references_are_seen_and_keep_the_time_they_are_given(member: str, folder: Path, ask: Ask, time: str) -> None:
     policy = VdmPolicy.load(folder, conditioning=ConditioningSection(time=time))
     request = ask()
     x = torch.randn(2, *check(policy, request), generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.5, 0.9])
-    frames = [request.reference_frames, 255 - request.reference_frames]
-    condition = policy.condition([CAPTIONS[0]] * 2, frames, [1.0, 1.0])
+    inverted = replace(request, reference_frames=255 - request.reference_frames)
+    condition = condition_of(policy, request, inverted)
     seen: list[torch.Tensor] = []
     hook = policy.module.register_forward_pre_hook(
         lambda _m, _a, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
@@ -243,7 +298,7 @@ def test_references_are_seen_and_keep_the_time_they_are_given(folder: Path, time
     hook.remove()
     (times,) = seen
     target = sigma[:, None] * 1000
-    if time == "shared":
+    if time == "shared" or member in GIVEN:  # what is given stands in channels: no token is its own
         assert torch.equal(times, target[:, 0])
     else:
         clean = (times == 0).sum(dim=1)
@@ -251,12 +306,11 @@ def test_references_are_seen_and_keep_the_time_they_are_given(folder: Path, time
         assert all(
             bool((row[: clean[0]] == 0).all()) and bool((row[clean[0] :] == t).all()) for row, t in zip(times, target)
         )
-    alone = policy.condition([CAPTIONS[0]] * 2, [frames[0]] * 2, [1.0, 1.0])
-    other = policy.velocity(x, sigma, alone)
+    other = policy.velocity(x, sigma, condition_of(policy, request, request))
     assert torch.allclose(v[0], other[0], atol=1e-5) and (v[1] - other[1]).abs().max() > 1e-3
 
 
-def test_two_times_embedded_once_are_the_same_and_a_copy_keeps_them(folder: Path) -> None:
+def test_two_times_embedded_once_are_the_same_and_a_copy_keeps_them(folder: Path, ask: Ask) -> None:
     request = ask()
     velocities = []
     for shared, copied in ((True, False), (False, False), (True, True)):
@@ -264,14 +318,14 @@ def test_two_times_embedded_once_are_the_same_and_a_copy_keeps_them(folder: Path
         if copied:
             policy.module = copy.deepcopy(policy.module)
         x = torch.randn(1, *check(policy, request), generator=torch.Generator().manual_seed(0))
-        condition = policy.condition([request.caption], [request.reference_frames], [1.0])
+        condition = condition_of(policy, request)
         velocities.append(policy.velocity(x, torch.tensor([0.7]), condition))
     assert torch.equal(velocities[2], velocities[0])
     # The rows' products may be summed in another order where there are two of them instead of a clip's tokens.
     assert (velocities[1] - velocities[0]).abs().max() <= 1e-5
 
 
-def test_times_are_exact_however_the_inputs_were_cast(folder: Path, policy: VdmPolicy) -> None:
+def test_times_are_exact_however_the_inputs_were_cast(folder: Path, policy: VdmPolicy, ask: Ask) -> None:
     """FSDP's mixed precision casts what goes into the module: 999.5 would be 1000 in bfloat16."""
     request, seen = ask(), []
     other = VdmPolicy.load(folder)
@@ -285,26 +339,30 @@ def test_times_are_exact_however_the_inputs_were_cast(folder: Path, policy: VdmP
 
     other.module.register_forward_pre_hook(cast, with_kwargs=True)
     x = torch.randn(1, *check(policy, request), generator=torch.Generator().manual_seed(0))
-    condition = policy.condition([request.caption], [request.reference_frames], [1.0])
+    condition = condition_of(policy, request)
     pair = [p.velocity(x, torch.tensor([0.9995]), condition) for p in (policy, other)]
     assert "timestep" in seen and torch.equal(*pair)
 
 
-def test_equal_latents_are_decoded_to_equal_frames(policy: VdmPolicy) -> None:
+def test_equal_latents_are_decoded_to_equal_frames(policy: VdmPolicy, ask: Ask) -> None:
     state = torch.get_rng_state()
     latents = torch.randn(2, *check(policy, ask()), generator=torch.Generator().manual_seed(0))
     first = policy.decode(latents)
-    assert first.shape == (2, 9, 32, 32, 3) and np.array_equal(first, policy.decode(latents))
+    assert first.shape == (2, ask().num_frames, 32, 32, 3) and np.array_equal(first, policy.decode(latents))
     assert np.abs(policy.decode(latents[:1]).astype(int) - first[:1]).max() <= 1  # another batch: float noise only
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_frames_of_which_the_vae_would_drop_some_are_refused(policy: VdmPolicy) -> None:
+def test_frames_of_which_the_vae_would_drop_some_are_refused(member: str, policy: VdmPolicy, ask: Ask) -> None:
     chunk = policy.geometry.chunk
-    with pytest.raises(BadSampleError, match=f"takes {chunk}k\\+1 frames .*use 1 or {1 + chunk}"):
+    fitting = f"first 1 of them the input's, .*use {chunk}$" if member in GIVEN else f"use 1 or {1 + chunk}"
+    with pytest.raises(BadSampleError, match=f"takes {chunk}k\\+1 frames.*{fitting}"):
         check(policy, ask(num_frames=3))
+    wide = np.zeros((9, 32, 33, 3), np.uint8)
     with pytest.raises(BadSampleError, match="width=33 is not a multiple"):
-        policy.encode_targets([np.zeros((9, 32, 33, 3), np.uint8)])
+        policy.encode_targets([wide[: ask().num_frames]], [wide[: GIVEN.get(member, 0)]])
+    if member in GIVEN:
+        return
     clip = VdmPolicy.load(policy.blueprint.folder, conditioning=ConditioningSection(references="clip", take=2))
     with pytest.raises(BadSampleError, match=f"clip of 7 frames .*{chunk}k\\+1"):
         clip.encode_references(np.zeros((7, 32, 32, 3), np.uint8))

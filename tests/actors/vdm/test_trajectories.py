@@ -86,13 +86,14 @@ def test_what_a_trajectory_was_conditioned_on_travels_unchanged(guided: bool, re
         torch.randn(2, 4, generator=g) if guided else None,
         torch.randn(2, 1, 2, 2, generator=g) if references else None,
         max_tokens=7,
+        image=torch.randn(3, 5, generator=g) if references else None,
     )
     record = sent.record()
-    for array in (record.text, record.negative, record.references):
+    for array in (record.text, record.negative, record.references, record.image):
         if array is not None:
             array.flags.writeable = False  # as Ray hands them out
     received = Encoded.received(record, CPU)
     assert received.max_tokens == 7
-    for name in ("text", "negative", "references"):
+    for name in ("text", "negative", "references", "image"):
         before, after = getattr(sent, name), getattr(received, name)
         assert (before is None and after is None) or torch.equal(before, after)

@@ -21,6 +21,7 @@ SHIPPED = (
     "vans_2node",
     "vans_qwen3vl",
     "vans_wan22",
+    "vans_wan_i2v",
     "vans_ltx",
 )
 IMPORT = r"made into folders by vans import-release \(docs/vans\.md\)"
@@ -63,6 +64,10 @@ def test_a_shipped_runs_artist_draws_its_clips(name: str) -> None:
         ("vans_ltx", "video.num_frames=37", r"num_frames=37: .* takes 8k\+1 frames .*use 33 or 41"),
         ("vans_ltx", "video.height=368", "height=368 is not a multiple of 32"),
         ("vans_wan22", "video.width=624", "width=624 is not a multiple of 32"),
+        ("vans_wan_i2v", "video.num_frames=33", r"num_frames=33: .* first 1 of them the input's, .*use 32 or 36"),
+        ("vans_wan_i2v", "video.reference_frames=6", r"video\.reference_frames=6: .*use video\.reference_frames: 1"),
+        ("vans_wan_i2v", "video.conditioning.references=clip", r"references=clip: .* reads no clip"),
+        ("vans_paper", "video.num_frames=32", r"num_frames=32: .* takes 4k\+1 frames .*use 29 or 33"),
         ("vans_paper", "video.width=632", "width=632 is not a multiple of 16"),
     ],
 )

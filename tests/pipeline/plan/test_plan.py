@@ -14,10 +14,10 @@ from actors.architectures import cost
 from actors.vdm.shapes import VdmTokens
 from cluster.hardware import GIB, parse_gpus, rates_of
 from pipeline.cli import app
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, load_config
 from pipeline.config.load import parse_config
 from pipeline.plan import Plan, load_models, make_plan
-from pipeline.plan.memory import CONTEXT
+from pipeline.plan.memory import CONTEXT, processes
 from pipeline.plan.models import Models
 from pipeline.plan.plan import overrides, with_overrides
 from pipeline.plan.report import as_json, duration, show
@@ -262,3 +262,21 @@ def test_reference_latents_count_as_many_tokens_as_they_are_and_one_time_costs_l
     assert apart.times and not together.times and models.clip_tokens.times
     flops = [models.vdm.shapes.transformer_flops(tokens).total for tokens in (together, apart, models.clip_tokens)]
     assert flops == sorted(flops) and flops[0] < flops[1]
+
+
+def test_an_image_encoder_stands_where_the_vaes_encoder_does_and_a_given_frame_takes_no_tokens_before_the_clip() -> (
+    None
+):
+    run = load_config("vans_wan_i2v")
+    models, image_encoder = load_models(run), 630_766_080
+    assert (models.clip_tokens.reference, models.clip_tokens.target) == (
+        0,
+        9 * 22 * 40,
+    )  # of 1 given frame and 32 drawn ones
+    found = {process.role: process.parts["weights"] for process in processes(run, models, 80.0)}
+    assert found["embed"] == 2 * TEXT_ENCODER + 4 * (VAE + image_encoder)
+    alone = {
+        p.role: p.parts["weights"]
+        for p in processes(load_config("vans_wan_i2v", ["pools.embed.workers=0"]), models, 80.0)
+    }
+    assert alone["vdm"] - found["vdm"] == 2 * TEXT_ENCODER + 4 * image_encoder

@@ -298,7 +298,7 @@ BAD: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         lambda w: {"clone": {"unit": 28}},
         r"squares of 16 pixels, the clone's frames are multiples of 28",
     ),
-    "a run that cannot be": (lambda w: {"clone": {"frames": 8}}, r"makes no run: .*num_frames=8 must be 4k\+1"),
+    "a run that cannot be": (lambda w: {"clone": {"frames": 7}}, r"makes no run: .*num_frames=7 must be 4k\+1"),
     "a text that is read as something else": (
         lambda w: {"clone": {"system": "say <|im_end|> [Think][/Think] [Ans][/Ans]"}},
         r"models\.prompt\.system: the system text contains the special token '<\|im_end\|>'",

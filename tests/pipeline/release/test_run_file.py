@@ -29,6 +29,12 @@ OWN: dict[str, set[str]] = {
         *_GUIDANCE,
     },
     "vans_wan22": {"video.fps", "video.conditioning.time"},
+    "vans_wan_i2v": {
+        "models.flow_shift",
+        "video.fps",
+        "video.num_frames",
+        "video.conditioning.references",
+    },
 }
 """What other models bring with them."""
 

@@ -17,6 +17,7 @@ from actors.scoring.worker import RewardWorker
 from actors.vdm.worker import VdmWorker
 from cluster.errors import ConfigError, TrainingError
 from pipeline.config import RunConfig, load_config, parse_config
+from pipeline.config.load import BUNDLED
 from pipeline.data.toy import make_sample
 from pipeline.stages.all_in_one import AllInOne
 from pipeline.stages.feed import SampleFeed
@@ -235,10 +236,7 @@ def test_a_range_that_reaches_steps_whose_noise_stays_is_told() -> None:
         window_warnings(parse_config(joint))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["toy", "real", "vans_paper", "vans_1gpu", "vans_8gpu", "vans_2node", "vans_qwen3vl", "vans_wan22", "vans_ltx"],
-)
+@pytest.mark.parametrize("name", sorted(path.stem for path in BUNDLED.glob("*.yaml")))
 def test_no_shipped_run_leaves_noise_in_its_clips(name: str) -> None:
     assert window_warnings(load_config(name)) == []
 
