@@ -21,6 +21,7 @@ from pipeline.evaluate.predictions import Prediction, read_predictions, write_pr
 from pipeline.evaluate.score import score_predictions
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable, check_compared
+from pipeline.fleet.models import require_drawable
 from pipeline.fleet.open import Fleet, cluster_session, open_fleet
 from pipeline.lock import hold
 from pipeline.support import terminal
@@ -46,6 +47,8 @@ def run_evaluation(
     """
     console = terminal.console()
     read = read_systems(predictions)
+    if not read:
+        require_drawable(config)
     if compare is not None:
         check_compared(compare, list(read) or [PAIR])
     video = None

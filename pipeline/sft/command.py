@@ -13,7 +13,7 @@ from cluster.session import connect
 from pipeline.config import RunConfig
 from pipeline.config.machinery import TrackingSection
 from pipeline.config.training import SftModelSection
-from pipeline.fleet.models import resolve_adapter, resolve_model
+from pipeline.fleet.models import require_drawable, resolve_adapter, resolve_model
 from pipeline.fleet.open import cluster_session
 from pipeline.lock import hold
 from pipeline.sft.finetuning import SftJob, carry_out, check_room, prepare
@@ -35,8 +35,11 @@ def run_configured_sft(
 ) -> SftResult:
     """Tune the model of ``kind`` as ``config`` says; ``data`` and ``out`` win over its section ``sft``.
 
-    Raises as :func:`pipeline.sft.run_sft`, and CheckpointError for a model or adapter that is not there.
+    Raises as :func:`pipeline.sft.run_sft`, CheckpointError for a model or adapter that is not there, and ConfigError for clips that
+    the artist cannot draw.
     """
+    if kind == "vdm":
+        require_drawable(config)
     section: SftModelSection = getattr(config.sft, kind)
     settings = sft_settings(config, kind)
     model = resolve_model(getattr(config.models, kind), kind)

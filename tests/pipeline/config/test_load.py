@@ -49,7 +49,10 @@ def test_resolved_yaml_is_the_same_run(tmp_path) -> None:
         (["stage1.optim.ema=1.0"], "less than 1"),
         (["stage2.render.guidance=0.5"], "greater than or equal to 1"),
         (["video.num_frames=7"], "begin with the input's last frame, e.g. 4 or 8"),
-        (["video.num_frames=2"], "num_frames=2 must be 4k+1 (a causal VAE drops other frames silently), e.g. 1 or 5; or 4k"),
+        (
+            ["video.num_frames=2"],
+            "num_frames=2 must be 4k+1 (a causal VAE drops other frames silently), e.g. 1 or 5; or 4k",
+        ),
         (["learner.ranks=0"], "greater than 0"),
         (["alarms.length_range=[2.0, 3.0]"], "it must hold 1"),
         (["stage1.rollout=3"], "stage1.rollout=3"),

@@ -1,36 +1,55 @@
-"""A whole run with an artist that is not Wan: LTX-Video of random weights, tuned by SFT, then both stages, then the evaluation."""
+"""Whole runs with artists that are not Wan 2.1's text to video, of random weights: SFT, then both stages, then the evaluation."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from diffusers import LTXConditionPipeline
+from diffusers import DiffusionPipeline
 
 from pipeline.config import load_config
-from pipeline.config.training import SftModelSection
 from pipeline.run.train import run_training
-from pipeline.sft import SftSettings, run_sft
-from tests.actors.vdm.pipelines import build
+from pipeline.sft import run_sft
+from pipeline.sft.settings import sft_settings
+from tests.actors.vdm.pipelines import GIVEN, build
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos, pytest.mark.timeout(1200)]
 
 
+@pytest.fixture(scope="module", params=["ltx condition", "wan i2v"])
+def member(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def tuned(ray_alone: None, toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def video(member: str) -> list[str]:
+    """What a run says of the clips of such an artist."""
+    given = GIVEN.get(member)
+    return [f"video.reference_frames={given}", f"video.num_frames={9 - given}"] if given else []
+
+
+@pytest.fixture(scope="module")
+def tuned(
+    ray_alone: None, member: str, video: list[str], toy_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The artist after two supervised steps, its captions embedded before them and its encoder gone."""
-    folder = tmp_path_factory.mktemp("ltx")
-    source, out = build("ltx condition", folder / "random"), folder / "sft"
-    result = run_sft("vdm", source, toy_shards / "train", out, SftSettings(SftModelSection(steps=2, batch=4)))
+    folder = tmp_path_factory.mktemp("tuned")
+    source, out = build(member, folder / "random"), folder / "sft"
+    settings = sft_settings(load_config("toy", [*video, "sft.vdm={steps: 2, batch: 4}"]), "vdm")
+    result = run_sft("vdm", source, toy_shards / "train", out, settings)
     assert result.steps == 2 and list(out.glob("captions/*/*.safetensors"))
     return out
 
 
-def test_both_stages_learn_and_what_they_export_loads(tuned: Path, toy_shards: Path, tmp_path: Path) -> None:
+def test_both_stages_learn_and_what_they_export_loads(
+    tuned: Path, video: list[str], toy_shards: Path, tmp_path: Path
+) -> None:
     config = load_config(
         "toy",
         [
-            "name=ltx",
+            *video,
+            "name=other",
             f"out={tmp_path / 'run'}",
             f"data.train={toy_shards}/train",
             f"data.eval={toy_shards}/test",
@@ -50,5 +69,5 @@ def test_both_stages_learn_and_what_they_export_loads(tuned: Path, toy_shards: P
     for stage in report.stages.values():
         assert stage.frozen_ok and stage.ratio_max_dev == 0.0
     assert [m["learner/applied"] for m in report.stages["stage2"].history] == [1.0, 1.0]
-    pipe = LTXConditionPipeline.from_pretrained(tuned)
+    pipe = DiffusionPipeline.from_pretrained(tuned)
     pipe.load_lora_weights(str(config.out / "vdm_adapter"), weight_name="pytorch_lora_weights.safetensors")
