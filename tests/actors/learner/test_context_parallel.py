@@ -65,10 +65,11 @@ def processes() -> Iterator[Processes]:
 
 def clips(artist: VdmPolicy, groups: int, references: int = 2, side: int = 32, ends: bool = False) -> Batch:
     """Groups of two guided clips with opposite advantages: two learnt SDE steps, or where an ODE ends."""
-    frames = np.random.default_rng(0).integers(0, 256, (references, side, side, 3)).astype(np.uint8)
+    given = artist.geometry.given
+    frames = np.random.default_rng(0).integers(0, 256, (given or references, side, side, 3)).astype(np.uint8)
     how: dict[str, Any] = {"ends": True} if ends else {"sde": SdeSpec("flow", 0.7, 0, 2)}
     requests = [
-        RenderRequest(f"s{g}", i, f"the {colour} circle rises", frames, 9, 3, 2.0, noise_seed=10 * g + i, **how)
+        RenderRequest(f"s{g}", i, f"the {colour} circle rises", frames, 9 - given, 3, 2.0, noise_seed=10 * g + i, **how)
         for g, colour in enumerate(("red", "blue", "green")[:groups])
         for i in range(2)
     ]
@@ -152,7 +153,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "full weights, one time for all tokens": (FULL, {}, {"conditioning": ConditioningSection(time="shared")}),
     "full weights of LTX, whose captions have a mask": (FULL, {}, {}),
+    "full weights of Wan image to video, whose image no rank shares": (FULL, {}, {}),
 }
+MEMBERS = {"LTX": "ltx condition", "image to video": "wan i2v"}
+"""What is in a case's name → which other artist it is of."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -160,10 +164,10 @@ def test_velocities_and_gradients_of_two_ranks_are_those_of_one_process(
     processes: Processes, spec: LearnerSpec, case: str, tmp_path: Path
 ) -> None:
     group, settings, options = CASES[case]
-    if "LTX" in case:
+    for member in (member for words, member in MEMBERS.items() if words in case):
         from tests.actors.vdm.pipelines import build  # seconds of imports that no rank needs
 
-        spec = replace(spec, model_path=str(build("ltx condition", tmp_path)))
+        spec = replace(spec, model_path=str(build(member, tmp_path)))
     spec = replace(spec, **group, policy_kwargs=spec.policy_kwargs | options)
     plain = VdmPolicy.load(spec.model_path, adapter=spec.adapter_path, **options)
     items = clips(plain, 2, side=64 if "LTX" in case else 32)
