@@ -187,6 +187,18 @@ def test_what_a_learner_has_learnt_reaches_the_sampler_and_the_export(
     assert torch.equal(drawn, served) and not torch.equal(drawn, before)
 
 
+def test_a_samplers_hash_is_of_every_frozen_model(folder: Path) -> None:
+    worker = VdmWorker("vdm-0", str(folder))
+    worker.setup()
+    hashes = [worker.weights_hash()]
+    for model in worker.policy.frozen_parts:
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+        hashes.append(worker.weights_hash())
+    assert len(set(hashes)) == len(worker.policy.blueprint.row.classes)  # the transformer's place is that of the first
+    assert {"vae_encoder", "vae_decoder", *worker.policy.blueprint.row.classes} - {"vae"} == set(worker.held())
+
+
 def test_one_update_raises_the_reward(folder: Path, ask: Ask) -> None:
     """The reward is the mean of the final latents: after one step of GRPO, clips of the same noise have more of it."""
     policy = adapted(folder)
