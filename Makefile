@@ -15,7 +15,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Where byte code may not be written, every worker would compile the libraries anew, each taking some ten seconds more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-fast chaos chaos-share bench check docs clean
+.PHONY: help setup demo test test-fast chaos chaos-share bench check docs site clean
 
 help:
 	@echo "make demo    install what is needed, then align the tiny pair with Joint-GRPO (runs/demo)"
@@ -24,8 +24,9 @@ help:
 	@echo "make chaos   the long tests of faults and exact resume, then twenty minutes of random faults"
 	@echo "make chaos-share   fifteen minutes of those tests, others at every commit"
 	@echo "make bench   measure every claim of speed against its baseline, and write docs/results/benchmarks.md"
-	@echo "make check   lint, formatting, types and import layering"
+	@echo "make check   lint, formatting, types, import layering and the documentation site"
 	@echo "make docs    write what in docs/ and cluster/manifests/examples comes from the code"
+	@echo "make site    build the documentation site into site/, and say how to read it"
 	@echo "make setup   install only"
 	@echo "make clean   remove .venv, caches and runs/demo"
 
@@ -78,7 +79,7 @@ chaos-share: setup
 bench: setup
 	$(BIN)/python -m tests.benchmarks.run --out docs/results
 
-check: setup
+check: setup site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -89,6 +90,13 @@ docs: setup
 	$(BIN)/python -W ignore -m pipeline.config.reference > docs/configuration.md
 	$(BIN)/python -W ignore -m pipeline.commands.manifests
 	$(BIN)/python -W ignore -m pipeline.plan.document docs/placement.md
+	$(BIN)/python -W ignore -m typer pipeline.cli utils docs --name vans --title Commands --output docs/commands.md
+	$(BIN)/python -W ignore -m pipeline.data.toy.picture docs/images/toy_world.mp4
+
+# Strict: a dead link, a page that is not in the menu or a name that is not in the code ends it.
+site: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The documentation is in site/; to read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site 8000"
 
 clean:
-	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf $(VENV) runs/demo site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info

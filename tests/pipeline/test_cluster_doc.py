@@ -1,4 +1,4 @@
-"""Every command of docs/cluster.md is one that the program, or Ray's, takes; ports and names are those of the manifests."""
+"""Every command of Ray's in docs/cluster.md is one that it takes; ports and names are those of the manifests."""
 
 from __future__ import annotations
 
@@ -6,46 +6,13 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 import yaml
-from typer.main import get_command
 
 from cluster import ports
-from cluster.manifests import KINDS, Site
-from pipeline.cli import app
-from pipeline.config import load_config
+from cluster.manifests import Site
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text(encoding="utf-8")
 LINES = [line.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
-
-
-def ours(words: list[str]) -> list[str] | None:
-    """Return the arguments of our program in a command, wherever it stands."""
-    if words[:1] == ["kubectl"]:  # its namespace has our name
-        words = words[words.index("--") + 1 :] if "--" in words else []
-    for start in (["vans"], ["python", "-m", "pipeline"]):
-        for at in range(len(words)):
-            if words[at : at + len(start)] == start:
-                return words[at + len(start) :]
-    return None
-
-
-COMMANDS = [found for line in LINES if (found := ours(shlex.split(line)))]
-
-
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_our_commands_are_taken(words: list[str]) -> None:
-    command = get_command(app)
-    while words and hasattr(command, "commands"):
-        command, words = command.commands[words[0]], words[1:]
-    options = command.make_context("vans", words).params
-    if "config" in options:
-        load_config(options["config"], options["overrides"] or ())
-    assert options.get("kind", KINDS[0]) in KINDS
-
-
-def test_they_are_found() -> None:
-    assert {words[0] for words in COMMANDS} == {"train", "data", "manifests", "status", "scale"}
 
 
 def test_rays_commands_are_taken() -> None:

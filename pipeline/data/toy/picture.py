@@ -35,7 +35,9 @@ def toy_picture() -> np.ndarray:
 
 
 def _card(sample: ToySample) -> np.ndarray:
-    both = [np.kron(clip, np.ones((1, _ZOOM, _ZOOM, 1), np.uint8)) for clip in (sample.input_frames, sample.target_frames)]
+    both = [
+        np.kron(clip, np.ones((1, _ZOOM, _ZOOM, 1), np.uint8)) for clip in (sample.input_frames, sample.target_frames)
+    ]
     frames = []
     for time in range(2 * FRAMES + _HOLD):
         page = Image.new("RGB", (_WIDTH, _HEIGHT), _PAPER)

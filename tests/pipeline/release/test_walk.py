@@ -1,11 +1,10 @@
-"""docs/vans.md: its commands are taken by the program, and what needs no engine is done as the page says."""
+"""docs/vans.md: what needs no engine is done as the page says."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from pipeline.cli import app
@@ -15,14 +14,6 @@ from pipeline.release.clone import ROWS
 from tests.pipeline.release.walk import COMMANDS, TEXT, build_folders
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_a_command_of_the_page_is_taken(words: list[str]) -> None:
-    command = get_command(app)
-    while words and hasattr(command, "commands"):
-        command, words = command.commands[words[0]], words[1:]
-    command.make_context("vans", words)
 
 
 def test_the_page_walks_from_import_to_a_trained_pair() -> None:
