@@ -68,7 +68,7 @@ def reference() -> str:
         "then holds only what it changes: sections are merged key by key, lists and the rewards' weights are replaced as a",
         "whole. A base may have a base.",
         "",
-        "A key marked ↻ may have another value when a run is resumed; any other change is refused (`docs/faults.md`).",
+        "A key marked ↻ may have another value when a run is resumed; any other change is refused ([faults](faults.md)).",
         "",
         "Scalars are those of YAML 1.2: `true` and `false` are the only booleans (`yes` and `on` are text), `010` is ten, `1e-5` is a",
         "number, `1_000`, `1:30` and dates are text. A key that stands twice in a mapping is an error, in a file and in an override;",
