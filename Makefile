@@ -79,11 +79,12 @@ chaos-share: setup
 bench: setup
 	$(BIN)/python -m tests.benchmarks.run --out docs/results
 
-check: setup site
+check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(SITE)
 
 docs: setup
 	$(BIN)/python -W ignore -m pipeline.tracking.metrics > docs/metrics.md
@@ -93,9 +94,11 @@ docs: setup
 	$(BIN)/python -W ignore -m typer pipeline.cli utils docs --name vans --title Commands --output docs/commands.md
 	$(BIN)/python -W ignore -m pipeline.data.toy.picture docs/images/toy_world.mp4
 
-# Strict: a dead link, a page that is not in the menu or a name that is not in the code ends it.
+# A dead link, a page that is not in the menu or a name that is not in the code ends it.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 site: setup
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(SITE)
 	@echo "The documentation is in site/; to read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site 8000"
 
 clean:
