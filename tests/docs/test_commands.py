@@ -36,6 +36,7 @@ RUN_BY = {
     "reproduce": "tests/chaos/test_reproduce_ray.py",
     "answer": "tests/chaos/test_released_pair_ray.py",
     "import-release": "tests/pipeline/release/test_walk.py",
+    "data toy": "tests/pipeline/checkpoint/test_mirror_s3.py",
     "data real-demo": "tests/pipeline/data/test_real.py",
     "data import-vans": "tests/pipeline/release/test_walk.py",
     "data import-jsonl": "tests/pipeline/data/test_importers.py",

@@ -1,7 +1,4 @@
-"""The site as a person reads it, in Chromium: built strictly, served on loopback, nothing from outside, no complaint.
-
-Skipped, with the reason, where Chromium or Playwright is not installed.
-"""
+"""The site as a person reads it, in Chromium: built strictly, served on loopback, nothing from outside, no complaint."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import functools
 import http.server
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -19,16 +15,10 @@ from typing import Any
 
 import pytest
 
+from tests.browser import Seen
 from tests.docs.pages import ROOT
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"),
-]
+pytestmark = pytest.mark.slow
 WIDTHS = (1280, 390)
 SEEN = (
     "index.html",
@@ -68,15 +58,6 @@ def address(site: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync = pytest.importorskip("playwright.sync_api")
-    with sync.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 def test_nothing_on_any_page_is_loaded_from_elsewhere(site: Path) -> None:
     loads = re.compile(
         r"""<(?:script|img|video|source|iframe|link(?! rel="?canonical))[^>]*?(?:src|href)=["']?(?:https?:)?//"""
@@ -90,19 +71,15 @@ def test_nothing_on_any_page_is_loaded_from_elsewhere(site: Path) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_pages_are_shown_without_a_complaint_or_a_request_to_elsewhere(address: str, browser: Any, width: int) -> None:
     page = browser.new_page(viewport={"width": width, "height": 800})
-    asked: list[str] = []
-    complaints: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
+    seen = Seen(page)
     for name in SEEN:
         page.goto(f"{address}/{name}")
         assert page.locator("h1").count() == 1, name
         wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert wide <= 0, f"{name} is {wide} pixels wider than the window"
-    assert len(asked) > len(SEEN)
-    assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
-    assert not complaints
+    assert len(seen.asked) > len(SEEN)
+    assert not [url for url in seen.asked if not url.startswith((address, "data:", "blob:"))]
+    assert not seen.complaints
     page.close()
 
 
