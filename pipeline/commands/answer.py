@@ -9,27 +9,33 @@ import asyncio
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from actors.failures import BadSampleError, InfrastructureError
-from actors.records import Clip, Completion, CompletionRequest, RenderRequest, Sample, derive_seed
+from actors.records import Clip, Completion, RenderRequest, Sample
 from cluster.errors import DataError, StorageError, TrainingError, VansError
 from cluster.session import require_loopback
 from pipeline.config import RunConfig
 from pipeline.data.sheet import Strip, contact_sheet
-from pipeline.data.sources import video_limits, video_shape
-from pipeline.data.video import decode_video, encode_mp4
-from pipeline.fleet.models import resolve_adapter, resolve_model, vdm_options
-from pipeline.stages.requests import completion_request, render_request
+from pipeline.data.video import encode_mp4
+from pipeline.fleet.models import vdm_options
+from pipeline.stages.question import (
+    Drawn,
+    Said,
+    Unanswered,
+    caption_request,
+    captioned,
+    question_request,
+    read_video,
+    split_model,
+)
 from pipeline.support import terminal
 from pipeline.support.harmless import in_markup, short
 from pipeline.support.progress import Bar, bar
-from rewards.format import AnswerFormat
 
 PHASES = ("starting the thinker", "asking", "loading the artist", "drawing")
 
@@ -43,31 +49,6 @@ class VideoAnswer:
     caption: str
     frames: np.ndarray  # uint8 (T, H, W, 3)
     path: Path
-
-
-@dataclass(frozen=True)
-class Said:
-    """The thinker's answer to ``question``: the whole ``text``, and the ``caption`` in it."""
-
-    question: str
-    text: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What was said, and the clip that the artist drew of it."""
-
-    said: Said
-    frames: np.ndarray  # uint8 (T, H, W, 3)
-
-
-@dataclass(frozen=True)
-class Unanswered:
-    """A question that has no future, and why."""
-
-    question: str
-    reason: str
 
 
 class AnswerError(VansError):
@@ -142,34 +123,13 @@ def answer_paths(out: Path, count: int) -> list[Path]:
 
 
 def load_video(config: RunConfig, video: Path) -> Sample:
-    """Decode ``video`` at the sizes the two models see. Raises DataError for a video without frames or a broken one."""
+    """Decode the file of ``--video``. Raises DataError for one that is not there, is broken or has no frames."""
     if not video.is_file():
         raise DataError(f"--video {video}: no such file")
-    shape, limits = video_shape(config), video_limits(config)
     try:
-        seen, fps = shape.seen(video, limits)
-        context = decode_video(video, shape.context, shape.height, shape.width, limits)
+        return read_video(config, video)
     except DataError as error:
         raise DataError(f"--video {video}: {error}") from error
-    return Sample(video.stem, "predictive", "", "", seen, context, fps=fps, context_frames=context)
-
-
-def question_request(config: RunConfig, sample: Sample, question: str, seed: int) -> CompletionRequest:
-    """Return what the engine is asked: ``question`` about the video of ``sample``."""
-    asked = replace(sample, question=question)
-    return completion_request(asked, config.evaluate.text, derive_seed(seed, sample.id, question))
-
-
-def split_model(config: RunConfig, role: Literal["vlm", "vdm"], given: str | None) -> tuple[str, str | None]:
-    """Return (model folder, adapter folder or None): ``given`` may be a whole model or a PEFT adapter of the configured one."""
-    base = getattr(config.models, role)
-    adapter = getattr(config.models, f"{role}_adapter")
-    if given is None:
-        given = adapter
-    elif not (Path(given).expanduser() / "adapter_config.json").is_file():
-        return resolve_model(given, role), None
-    model = resolve_model(base, role)
-    return model, resolve_adapter(given, role, model)
 
 
 def require_writable(folder: Path) -> None:
@@ -245,21 +205,12 @@ async def ask(
     return [next(rest) if bad is None else bad for bad in found]
 
 
-def captioned(question: str, text: str, answers: AnswerFormat) -> Said | Unanswered:
-    """Return the thinker's ``text`` with its caption; where it has none there is nothing to draw."""
-    answer = answers.parse(text)
-    if answer is None:
-        return Unanswered(question, f"the model's answer is not {answers}, so there is nothing to draw: {text!r}")
-    return Said(question, text, answer.caption)
-
-
 def draw(
     config: RunConfig, sample: Sample, said: Sequence[Said | Unanswered], vdm: str | None, seed: int, progress: Bar
 ) -> list[Drawn | Unanswered]:
     """Draw every caption in ``said``. The artist is loaded only where there is one."""
     from actors.vdm.policy import VdmPolicy
     from actors.vdm.sampling import sample as draw_clips
-    from actors.vdm.settings import VdmPoolSection
 
     captions = {i: item.caption for i, item in enumerate(said) if isinstance(item, Said)}
     clips: dict[int, Clip | str] = {}
@@ -269,17 +220,14 @@ def draw(
             model,
             dtype=config.pools.vdm.dtype,
             adapter=adapter,
-            settings=VdmPoolSection(max_decode=config.pools.vdm.max_decode),
+            settings=config.pools.vdm.model_copy(update={"compile_blocks": False}),  # slower for one answer
             **vdm_options(config),
         )
         render = config.evaluate.render
         artist.embed([*captions.values(), *([artist.negative_prompt] if render.guidance != 1.0 else [])])
         artist.drop_text_encoder()  # the largest of the models, and done
         progress.advance(PHASES[3])
-        noise = derive_seed(seed, sample.id, "noise")
-        requests = [
-            render_request(config, sample, caption, i, render, noise_seed=noise) for i, caption in captions.items()
-        ]
+        requests = [caption_request(config, sample, caption, i, render, seed) for i, caption in captions.items()]
         clips = dict(zip(captions, sample_each(partial(draw_clips, artist), requests), strict=True))
         progress.advance()
     found: list[Drawn | Unanswered] = []

@@ -17,7 +17,7 @@ import pytest
 from actors.records import Completion, CompletionRequest, Sample, Scores, VideoQuestion
 from actors.vlm.inputs import PromptEncoder
 from actors.vlm.policy import VlmPolicy
-from pipeline.commands.answer import load_video, question_request
+from pipeline.commands.answer import load_video
 from pipeline.config import RunConfig, load_config, parse_config
 from pipeline.data.decoder import Shard, VideoShape, block_items, decode_block
 from pipeline.data.schema import Row, ShardWriter
@@ -26,6 +26,7 @@ from pipeline.evaluate.predict import answer_one
 from pipeline.sft import SftSettings
 from pipeline.sft.items import training_item
 from pipeline.stages.groups import Group, Member, RolloutBatch
+from pipeline.stages.question import question_request
 from pipeline.stages.stage1 import Stage1, completion_experiences
 from pipeline.stages.stage2 import Stage2
 from tests.actors.vlm.vllm_inputs import VllmInputs

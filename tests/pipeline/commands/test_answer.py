@@ -14,11 +14,7 @@ from actors.records import Clip, RenderRequest, Sample
 from cluster.errors import StorageError, TrainingError
 from pipeline.commands.answer import (
     AnswerError,
-    Drawn,
-    Said,
-    Unanswered,
     answer_paths,
-    captioned,
     draw,
     load_video,
     require_writable,
@@ -29,6 +25,7 @@ from pipeline.commands.answer import (
 from pipeline.config import RunConfig, load_config
 from pipeline.data.toy import make_sample
 from pipeline.data.video import encode_mp4, probe
+from pipeline.stages.question import Drawn, Said, Unanswered, captioned
 from pipeline.support.progress import bar
 from rewards.format import DEFAULT
 
