@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints-cpu.txt $(wildcard pipeline/setup/*.py)
 STAMP := $(VENV)/.ready-$(shell cat $(INPUTS) | cksum | cut -d' ' -f1)
 
+# The extra of `vans serve`, which the tests try and the demo does not need.
+SERVE := $(VENV)/.serve-$(shell cat $(INPUTS) constraints-serve.txt | cksum | cut -d' ' -f1)
+
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -53,6 +56,9 @@ $(STAMP):
 	&& touch $@ \
 	&& echo "Installed in $$(cat $(VENV)/install_seconds) s; \`$(BIN)/vans doctor\` says what works"
 
+$(SERVE): $(STAMP)
+	@rm -f $(VENV)/.serve-* && $(PIP) install --no-compile --no-deps -r constraints-serve.txt && touch $@
+
 demo: setup
 	$(BIN)/vans demo
 
@@ -60,19 +66,19 @@ demo: setup
 LANES ?= 2
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
-test: setup
+test: setup $(SERVE)
 	$(PYTEST) -n $(LANES)
 
-test-fast: setup
+test-fast: setup $(SERVE)
 	$(PYTEST) -n 2 -m "not (ray or vllm or slow or chaos or gpu)"
 
 # The tests that take longer than 20 seconds each, and 20 minutes of random faults.
-chaos: setup
+chaos: setup $(SERVE)
 	$(BIN)/python -m pytest -m chaos
 	rm -rf runs/chaos && $(BIN)/python tests/chaos/soak.py --minutes 20 --seed 0 --out runs/chaos
 
 # Fifteen minutes of them, others at every commit.
-chaos-share: setup
+chaos-share: setup $(SERVE)
 	$(BIN)/python -m tests.chaos.share --minutes 15
 
 # Each row in a process of its own, beside its baseline. Nothing else should run on the machine meanwhile.

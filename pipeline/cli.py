@@ -18,6 +18,7 @@ from pipeline.commands.program import Config, Out, Overrides, Program, local, pr
 from pipeline.commands.release import import_release
 from pipeline.commands.replay import replay
 from pipeline.commands.report import report
+from pipeline.commands.serve import serve
 from pipeline.commands.watching import profile, scale, status
 from pipeline.support import terminal
 
@@ -390,6 +391,7 @@ def answer(
     run_answer(load_config(config), video, question, out, vlm=vlm, vdm=vdm, seed=seed)
 
 
+app.command()(serve)
 app.command("import-release")(import_release)
 
 

@@ -160,7 +160,8 @@ def tell(console: Console, out: Path, summary: dict[str, Any]) -> None:
         f"Rollouts  vans report {shlex.quote(str(out))} --open\n"
         f"Ask       vans answer --vlm {out}/vlm_adapter --vdm {out}/vdm_adapter --video {out}/input.mp4 \\\n"
         f'              --question "what if it were reversed ?" --out answer.mp4\n'
-        f"Next      vans data toy, then vans train toy stage1.steps=120 · vans train --help",
+        f"Next      vans data toy, then vans train toy stage1.steps=120 · vans train --help\n"
+        f"Serve     vans serve {shlex.quote(str(out))}",
         highlight=False,
         markup=False,
         soft_wrap=True,

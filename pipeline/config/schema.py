@@ -27,6 +27,7 @@ from pipeline.config.machinery import (
 from pipeline.config.stages import GreedyTextSection, RenderSection, Stage1Section, Stage2Section
 from pipeline.config.training import SftSection
 from pipeline.fleet.kinds import PoolsSection
+from pipeline.serve.settings import ServeSection
 from pipeline.support.location import LocalPath, Location, Uri, opened
 
 
@@ -246,6 +247,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, json_schema_extra=FREE)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection, json_schema_extra=FREE)
     alarms: AlarmsSection = Field(default_factory=AlarmsSection, json_schema_extra=FREE)
+    serve: ServeSection = Field(default_factory=ServeSection, json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _collective(self) -> RunConfig:

@@ -25,11 +25,12 @@ from rewards.format import AnswerFormat
 
 @dataclass(frozen=True)
 class Said:
-    """The thinker's answer to ``question``: the whole ``text``, and the ``caption`` in it."""
+    """The thinker's answer to ``question``: the whole ``text``, and the ``caption`` and the ``thought`` in it."""
 
     question: str
     text: str
     caption: str
+    thought: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def captioned(question: str, text: str, answers: AnswerFormat) -> Said | Unanswe
     answer = answers.parse(text)
     if answer is None:
         return Unanswered(question, f"the model's answer is not {answers}, so there is nothing to draw: {text!r}")
-    return Said(question, text, answer.caption)
+    return Said(question, text, answer.caption, answer.thought)
 
 
 def split_model(config: RunConfig, role: Literal["vlm", "vdm"], given: str | None) -> tuple[str, str | None]:

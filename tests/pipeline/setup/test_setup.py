@@ -23,8 +23,8 @@ NOT_INSTALLED = {"torchaudio", "torchcodec", "triton", "scikit-learn"}
 NOT_PINNED = {"pip", "wheel", "vans-on-ray"}
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints-cpu.txt").read_text().splitlines()
+def pins(file: str = "constraints-cpu.txt") -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
     found = (re.fullmatch(r"([A-Za-z0-9._-]+)==(\S+)", line) for line in lines if line and not line.startswith("#"))
     return {canonicalize_name(match[1]): match[2] for match in found if match}
 
@@ -66,8 +66,17 @@ def test_constraints_name_every_transitive_version() -> None:
     assert not missing, f"not pinned in constraints-cpu.txt: {sorted(missing)}"
 
 
+def test_what_the_server_adds_is_pinned_beside_the_rest_and_changes_none_of_it() -> None:
+    added, known = pins("constraints-serve.txt"), pins()
+    assert not added.keys() & known.keys()
+    for text in EXTRAS["serve"]:
+        requirement = Requirement(text)
+        found = {**known, **added}[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(found), f"{text}: the constraints say {found}"
+
+
 def test_nothing_committed_names_a_package_host() -> None:
-    for name in ("pyproject.toml", "constraints-cpu.txt", "Makefile"):
+    for name in ("pyproject.toml", "constraints-cpu.txt", "constraints-serve.txt", "Makefile"):
         text = (ROOT / name).read_text()
         assert not re.search(r"https?://|--(extra-)?index-url|--find-links|@ (git|file)", text), name
 

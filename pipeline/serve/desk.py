@@ -1,0 +1,169 @@
+"""Where questions are taken and their answers made: the thinker's caption, then the artist's clip, each asked again where a
+replica is lost.
+
+A request repeats itself by its own seed, so what is asked twice has one answer. Not responsible for HTTP (``api``) or for what is
+kept (``answers``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from actors.failures import Failure
+from actors.records import Sample
+from cluster.errors import VansError
+from pipeline.config import RunConfig
+from pipeline.config.stages import RenderSection
+from pipeline.data.video import encode_mp4
+from pipeline.serve.answers import Answer, Kept, Question
+from pipeline.stages.question import Unanswered, caption_request, captioned, question_request, read_video
+
+log = logging.getLogger("ray.serve")
+RETRY_S = 0.5  # between two attempts, so that Ray Serve learns of a lost replica
+PRUNE_S = 10.0
+
+
+class Response(Awaitable[Any], Protocol):
+    """What a deployment's handle returns (``ray.serve.handle.DeploymentResponse``)."""
+
+    def cancel(self) -> None:
+        """Take the request back, where it has not been answered."""
+        ...
+
+
+class Lost(VansError):
+    """A request that no replica could answer."""
+
+
+class Desk:
+    """Takes questions about one video at a time and answers them with ``complete`` and ``draw``, calls of the two deployments."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        complete: Callable[[Any], Response],
+        draw: Callable[[Any], Response],
+        root: Path,
+    ) -> None:
+        limits = config.serve.limits
+        self.config = config
+        self.kept = Kept(root, limits.keep_s, limits.keep_mib << 20)
+        self._complete, self._draw = complete, draw
+        self._decoding = asyncio.Semaphore(1)  # a video at a time: decoding holds its pictures in memory
+
+    async def read(self, video: Path) -> Sample:
+        """Return the frames of an upload; raises DataError where it is no video within ``data.max_*``."""
+        async with self._decoding:
+            return await asyncio.to_thread(read_video, self.config, video)
+
+    def render(self, steps: int | None, guidance: float | None) -> RenderSection:
+        """Return how a clip is drawn where a person asks for other steps or guidance than the run's own."""
+        given = {"steps": steps, "guidance": guidance}
+        return self.config.evaluate.render.model_copy(update={k: v for k, v in given.items() if v is not None})
+
+    def open(self, sample: Sample, questions: list[str], seed: int, render: RenderSection) -> Answer:
+        """Begin to answer ``questions`` about ``sample`` and return what there is of it."""
+        answer = self.kept.new(questions, {"seed": seed, "steps": render.steps, "guidance": render.guidance})
+        # In a context of its own: to Ray Serve it is no part of the HTTP request, which ends now.
+        answer.task = asyncio.get_running_loop().create_task(
+            self._make(answer, sample, seed, render), context=contextvars.Context()
+        )
+        return answer
+
+    def cancel(self, answer: Answer) -> None:
+        """End ``answer`` where it is still being made: what waits is taken back, a clip that is being drawn is not used."""
+        for question in answer.questions:
+            answer.change(question, "cancelled", error="cancelled")
+        if answer.task is not None:
+            answer.task.cancel()
+
+    async def prune(self) -> None:
+        """Remove old answers, for ever."""
+        while True:
+            await asyncio.sleep(PRUNE_S)
+            self.kept.prune()
+
+    async def close(self) -> None:
+        """Cancel all that is being made."""
+        tasks = [answer.task for answer in self.kept if answer.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _make(self, answer: Answer, sample: Sample, seed: int, render: RenderSection) -> None:
+        limit = self.config.serve.limits.answer_s
+        try:
+            async with asyncio.timeout(limit):
+                await asyncio.gather(
+                    *(self._one(answer, i, sample, seed, render) for i in range(len(answer.questions)))
+                )
+        except TimeoutError:
+            for question in answer.questions:
+                answer.change(question, "failed", error=f"not answered within {limit:g} s (serve.limits.answer_s)")
+        finally:
+            self.kept.end(answer)
+
+    async def _one(self, answer: Answer, index: int, sample: Sample, seed: int, render: RenderSection) -> None:
+        question = answer.questions[index]
+        try:
+            await self._steps(answer, question, index, sample, seed, render)
+        except VansError as error:
+            answer.change(question, "failed", error=str(error))
+        except Exception as error:
+            log.exception("a question could not be answered")
+            answer.change(question, "failed", error=f"{type(error).__name__}: {error}")
+
+    async def _steps(
+        self, answer: Answer, question: Question, index: int, sample: Sample, seed: int, render: RenderSection
+    ) -> None:
+        config = self.config
+        answer.change(question, "thinking")
+        asked = question_request(config, sample, question.text, seed)
+        completions = await _asked(lambda: self._complete(asked), config.pools.vlm.max_retries)
+        said = captioned(question.text, completions[0].text, config.models.prompt.answers)
+        if isinstance(said, Unanswered):
+            raise Lost(said.reason)
+        answer.change(question, "drawing", caption=said.caption, reasoning=said.thought)
+        wanted = caption_request(config, sample, said.caption, index, render, seed)
+        clip = await _asked(lambda: self._draw(wanted), config.pools.vdm.max_retries)
+        path = answer.folder / f"{index}.mp4"
+        video = await asyncio.to_thread(encode_mp4, clip.frames, config.video.fps, near_lossless=False)
+        await asyncio.to_thread(path.write_bytes, video)
+        answer.change(question, "done", video=path)
+
+
+async def _asked(call: Callable[[], Response], retries: int) -> Any:
+    """Return the value of what ``call`` asks for; asked again, ``retries`` times at most, after an infrastructure failure.
+
+    Raises Lost with the reason.
+    """
+    from ray.exceptions import RayError, RayTaskError
+    from ray.serve.exceptions import RayServeException
+
+    reason = ""
+    for attempt in range(retries + 1):
+        if attempt:
+            await asyncio.sleep(RETRY_S * attempt)
+        response = call()
+        try:
+            outcome = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except RayTaskError as error:
+            raise Lost(str(error.cause or error)) from error
+        except (RayError, RayServeException) as error:
+            reason = f"the replica was lost: {error}"
+            log.warning("asked again, attempt %d: %s", attempt + 2, type(error).__name__)
+            continue
+        if not isinstance(outcome, Failure):
+            return outcome.value
+        if outcome.kind != "infrastructure":
+            raise Lost(outcome.message)
+        reason = outcome.message
+    raise Lost(f"asked {retries + 1} times without an answer: {reason}")
