@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -49,3 +50,15 @@ def answered(client: httpx.Client, name: str) -> dict[str, Any]:
 def files_of(root: Path) -> list[str]:
     """Return the names of all files below ``root``."""
     return sorted(path.name for path in root.rglob("*") if path.is_file())
+
+
+def replica_pid(deployment: str) -> int:
+    """Return the process of one replica of a deployment of the served application."""
+    import ray
+    from ray.util import list_named_actors
+
+    names = [
+        actor["name"] for actor in list_named_actors(all_namespaces=True) if f"vans#{deployment}#" in actor["name"]
+    ]
+    replica = ray.get_actor(names[0], namespace="serve")
+    return int(ray.get(replica.__ray_call__.remote(lambda actor: os.getpid()), timeout=60))

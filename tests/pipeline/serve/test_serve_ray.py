@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 from pipeline.config import RunConfig, load_config
 from pipeline.data.video import decode_video
 from pipeline.stages.question import Drawn, Said, read_video
-from tests.pipeline.serve.serving import QUESTION, answered, ask, files_of, free_port, toy_clip
+from tests.pipeline.serve.serving import QUESTION, answered, ask, files_of, free_port, replica_pid, toy_clip
 
 pytest.importorskip("grpc_reflection", reason="the extra `serve` is not installed")
 
@@ -200,12 +199,3 @@ def test_an_artist_that_is_killed_costs_no_answer(client: httpx.Client) -> None:
     os.kill(replica_pid("artist"), signal.SIGKILL)
     answers = [answered(client, name) for name in names]
     assert [answer["state"] for answer in answers] == ["done"] * 4, answers
-    assert threading.active_count() < 100
-
-
-def replica_pid(name: str) -> int:
-    """Return the process of one replica of the deployment ``name``."""
-    from ray.util.state import list_actors
-
-    found = [actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")]) if f"#{name}#" in (actor.name or "")]
-    return int(found[0])

@@ -1,0 +1,88 @@
+"""Who may ask a server that wants a token, without models behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pipeline.config import load_config
+from pipeline.serve.api import build
+from pipeline.serve.desk import Desk
+from pipeline.serve.gate import is_loopback
+from tests.pipeline.serve.serving import toy_clip
+
+TOKEN = "a long random text"
+
+
+def asked(
+    root: Path, method: str, path: str, token: str | None = TOKEN, host: str = "10.0.0.1", **request: Any
+) -> httpx.Response:
+    """Return the answer of a server whose replicas are never reached."""
+
+    async def send() -> httpx.Response:
+        desk = Desk(load_config("toy"), _never, _never, root)
+        transport = httpx.ASGITransport(build(desk, token))
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}:8000") as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(send())
+
+
+def _never(request: object) -> Any:
+    raise AssertionError("a request that was refused came through")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}, {"Cookie": "vans_token=wrong"}],
+)
+def test_without_the_token_nothing_is_read(tmp_path: Path, headers: dict[str, str]) -> None:
+    for method, path in (
+        ("GET", "/openapi.json"),
+        ("POST", "/v1/answers"),
+        ("GET", "/v1/answers/x"),
+        ("DELETE", "/v1/answers/x"),
+    ):
+        response = asked(
+            tmp_path, method, path, headers=headers, files={"video": toy_clip()} if method == "POST" else None
+        )
+        assert response.status_code == 401 and "VANS_SERVE_TOKEN" in response.json()["detail"]
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert TOKEN not in response.text
+
+
+def test_with_the_token_it_answers(tmp_path: Path) -> None:
+    assert asked(tmp_path, "GET", "/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+
+
+def test_a_browser_gives_the_token_once_and_its_address_keeps_none(tmp_path: Path) -> None:
+    response = asked(tmp_path, "GET", "/", params={"token": TOKEN})
+    assert response.status_code == 303 and response.headers["location"] == "/"
+    cookie = response.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
+    value = cookie.partition(";")[0]
+    assert asked(tmp_path, "GET", "/openapi.json", headers={"Cookie": value}).status_code == 200
+    assert asked(tmp_path, "GET", "/", params={"token": "wrong"}).status_code == 401
+
+
+def test_another_sites_page_may_not_ask_even_with_the_cookie(tmp_path: Path) -> None:
+    headers = {"Authorization": f"Bearer {TOKEN}", "Origin": "http://elsewhere.example"}
+    assert asked(tmp_path, "GET", "/openapi.json", headers=headers).status_code == 403
+
+
+def test_without_a_token_only_names_of_this_machine_are_answered(tmp_path: Path) -> None:
+    assert asked(tmp_path, "GET", "/openapi.json", None, "127.0.0.1").status_code == 200
+    assert asked(tmp_path, "GET", "/openapi.json", None, "rebound.example").status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [(name, True) for name in ("127.0.0.1", "::1", "localhost")]
+    + [(name, False) for name in ("0.0.0.0", "example.org")],
+)
+def test_loopback_is_known(host: str, local: bool) -> None:
+    assert is_loopback(host) is local
