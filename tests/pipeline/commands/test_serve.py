@@ -14,6 +14,7 @@ from pipeline.cli import app
 from pipeline.config import RunConfig, load_config, to_yaml
 from pipeline.serve import extra
 from pipeline.serve.exports import newest_export, of_run
+from tests.pipeline.serve.serving import export_adapter
 
 
 def told(*words: str, env: dict[str, str | None] | None = None) -> str:
@@ -95,18 +96,5 @@ def exported(folder: Path, second: int) -> Path:
 
 def real_export(config: RunConfig, run: Path) -> RunConfig:
     """Export an untrained adapter of the tiny thinker, and return what serves it."""
-    import torch
-
-    from actors.learner.adapters import model_layers
-    from actors.weights.files import write_folder
-    from pipeline.fleet.models import resolve_model
-
-    layers = model_layers(resolve_model("tiny", "vlm"), "vlm")
-    name = next(n for n in layers if n.endswith("q_proj"))
-    rows, columns = layers[name]
-    tensors = {
-        f"base_model.model.{name}.lora_A.weight": torch.zeros(2, columns),
-        f"base_model.model.{name}.lora_B.weight": torch.zeros(rows, 2),
-    }
-    write_folder(run / "vlm_adapter", {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [name]}, tensors)
+    export_adapter(run / "vlm_adapter", "vlm", 0.0)
     return of_run(config, run)[0]

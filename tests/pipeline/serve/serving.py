@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
@@ -45,6 +45,27 @@ def answered(client: httpx.Client, name: str) -> dict[str, Any]:
             return answer
         time.sleep(0.05)
     raise AssertionError(f"no answer within {DEADLINE_S:g} s: {answer}")
+
+
+def export_adapter(folder: Path, role: Literal["vlm", "vdm"], size: float) -> None:
+    """Write an adapter of the tiny ``role`` as a run does. With ``size`` 0 it changes nothing, with a large one everything."""
+    import torch
+
+    from actors.learner.adapters import model_layers
+    from actors.weights.files import write_folder
+    from pipeline.fleet.models import resolve_model
+
+    layers = model_layers(resolve_model("tiny", role), role)
+    ends = ("q_proj", "attn1.to_q")
+    names = sorted(name for name in layers if name.endswith(ends) and "visual" not in name)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name in names:
+        rows, columns = layers[name]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = size * torch.randn(rows, 2, generator=generator)
+    targets = sorted({name.rpartition(".")[2] for name in names} if role == "vlm" else names)
+    write_folder(folder, {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets}, tensors)
 
 
 def files_of(root: Path) -> list[str]:

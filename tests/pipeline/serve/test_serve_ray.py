@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -17,7 +17,16 @@ import pytest
 from pipeline.config import RunConfig, load_config
 from pipeline.data.video import decode_video
 from pipeline.stages.question import Drawn, Said, read_video
-from tests.pipeline.serve.serving import QUESTION, answered, ask, files_of, free_port, replica_pid, toy_clip
+from tests.pipeline.serve.serving import (
+    QUESTION,
+    answered,
+    ask,
+    export_adapter,
+    files_of,
+    free_port,
+    replica_pid,
+    toy_clip,
+)
 
 pytest.importorskip("grpc_reflection", reason="the extra `serve` is not installed")
 
@@ -25,7 +34,7 @@ pytest.importorskip("grpc_reflection", reason="the extra `serve` is not installe
 @pytest.fixture(scope="module")
 def config() -> RunConfig:
     limits = "serve.limits={questions: 3, question_chars: 1999, queue: 6}"
-    return load_config("toy", [f"serve.port={free_port()}", limits, "data.max_source_mib=4"])
+    return load_config("toy", [f"serve.port={free_port()}", "serve.follow_s=0.2", limits, "data.max_source_mib=4"])
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +43,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(ray_local: None, config: RunConfig, root: Path) -> Iterator[httpx.Client]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run whose exports are followed: it has none yet."""
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def client(ray_local: None, config: RunConfig, root: Path, run: Path) -> Iterator[httpx.Client]:
     from ray import serve
 
-    from pipeline.serve.app import served
+    from pipeline.serve.app import Followed, served
 
     before, tempfile.tempdir = tempfile.tempdir, str(root)
     try:
-        with served(config, None) as address:
+        with served(config, None, Followed(config, run, {})) as address:
             with httpx.Client(base_url=address, timeout=60.0) as client:
                 yield client
         assert files_of(root) == []
@@ -188,6 +203,29 @@ def test_beyond_the_queue_people_are_told_when_to_come_back(client: httpx.Client
     assert refused and all(int(r.headers["Retry-After"]) >= 1 for r in refused)
     taken = [r.json()["id"] for r in responses if r.status_code == 202]
     assert {answered(client, name)["state"] for name in taken} == {"done"}
+
+
+def test_newer_exports_are_served_while_people_ask(client: httpx.Client, run: Path) -> None:
+    def state_and_clip() -> tuple[str, bytes]:
+        (question,) = answered(client, ask(client, toy_clip(4), seed=1).json()["id"])["questions"]
+        assert question["state"] == "done" or "so there is nothing to draw" in question["error"], question
+        return question["state"], client.get(question["video"]).content if question["video"] else b""
+
+    def soon(differs: Callable[[tuple[str, bytes]], bool]) -> tuple[str, bytes]:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            if differs(found := state_and_clip()):
+                return found
+        raise AssertionError("the new weights are not served")
+
+    before = state_and_clip()
+    export_adapter(run / "vdm_adapter", "vdm", 0.5)
+    soon(lambda found: found[1] != before[1])
+    export_adapter(run / "vlm_adapter", "vlm", 50.0)
+    soon(lambda found: found[0] == "failed")  # it babbles
+    for policy in ("vlm", "vdm"):
+        export_adapter(run / "checkpoints" / "stage2-step000001" / f"{policy}_adapter", policy, 0.0)  # type: ignore[arg-type]
+    soon(lambda found: found == before)
 
 
 def test_an_artist_that_is_killed_costs_no_answer(client: httpx.Client) -> None:
