@@ -53,6 +53,7 @@ def _serve(
     from pipeline.config import load_config
     from pipeline.fleet.open import cluster_session
     from pipeline.serve.app import Followed, served
+    from pipeline.serve.examples import held_out
     from pipeline.serve.exports import of_run, run_config, with_models
     from pipeline.support import terminal
     from pipeline.support.progress import waiting
@@ -74,8 +75,8 @@ def _serve(
     try:
         with cluster_session(chosen), ExitStack() as stack:
             with waiting(terminal.console(), "loading the thinker and the artist"):
-                address = stack.enter_context(served(chosen, token, followed))
-            print_plain(f"serving at {address} (API: {address}/openapi.json, docs/serve.md); Ctrl-C ends it")
+                address = stack.enter_context(served(chosen, token, followed, held_out(chosen, run)))
+            print_plain(f"open {address} in a browser (API: docs/serve.md); Ctrl-C ends it")
             while True:
                 time.sleep(3600)
     except KeyboardInterrupt:

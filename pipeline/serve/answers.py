@@ -52,6 +52,11 @@ class Answer:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
+    def input(self) -> Path:
+        """The clip of the input as the artist sees it: as large as the answers, and at their rate."""
+        return self.folder / "input.mp4"
+
+    @property
     def state(self) -> State:
         """The state of the questions together: done where one of them is and all have ended."""
         states = [question.state for question in self.questions]
@@ -92,6 +97,8 @@ class Answer:
             "state": self.state,
             "progress": self.progress,
             **self.settings,
+            "input": f"/v1/answers/{self.id}/input.mp4",
+            "sheet": f"/v1/answers/{self.id}/sheet.png",
             "questions": [self._question(number, question) for number, question in enumerate(self.questions)],
         }
 
@@ -155,7 +162,7 @@ class Kept:
         ended = sorted((a for a in self if a.ended is not None), key=lambda a: a.ended or 0.0, reverse=True)
         held = 0
         for number, answer in enumerate(ended):
-            held += sum(q.video.stat().st_size for q in answer.questions if q.video is not None and q.video.is_file())
+            held += sum(path.stat().st_size for path in answer.folder.glob("*.*"))
             old = self._clock() - (answer.ended or 0.0) > self._seconds
             if old or (number and held > self._most):
                 self.forget(answer)

@@ -5,10 +5,11 @@ Makes the FastAPI application of one :class:`Desk`. Ray Serve runs it (``app``).
 
 # Annotations are evaluated here, not put off: FastAPI could not see the limits that those of a route name.
 import asyncio
+import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +21,12 @@ from pydantic import BaseModel, Field
 from sse_starlette.sse import EventSourceResponse
 
 from cluster.errors import DataError
-from pipeline.serve.answers import Answer
-from pipeline.serve.desk import Desk
+from pipeline.config import RunConfig
+from pipeline.data.sheet import Strip, contact_sheet
+from pipeline.data.video import decode_video
+from pipeline.serve.answers import ENDED, Answer
+from pipeline.serve.desk import Desk, Refused
+from pipeline.serve.examples import Example
 from pipeline.serve.gate import Gate, full
 
 SEEDS = 2**63
@@ -55,11 +60,26 @@ class AnswerView(BaseModel):
     seed: int
     steps: int
     guidance: float
+    input: str = Field(description="Where the input is, as the artist sees it.")
+    sheet: str = Field(description="Where the contact sheet is, once the answer has ended.")
     questions: list[QuestionView]
 
 
-def build(desk: Desk, token: str | None) -> FastAPI:
-    """Return the application that takes questions for ``desk``. ``token`` None asks nobody for one."""
+def write_sheet(config: RunConfig, answer: Answer) -> Path:
+    """Write the contact sheet of an answer beside its clips, and return where it is."""
+    size = config.video.num_frames, config.video.height, config.video.width
+    strips = [Strip("input", decode_video(answer.input, *size))]
+    for question in answer.questions:
+        clip = decode_video(question.video, *size) if question.video else None
+        strips.append(Strip(f"{question.text}\n{question.caption or ''}", clip, question.error or ""))
+    return contact_sheet([("", strips)], answer.folder / "sheet.png")
+
+
+def build(desk: Desk, token: str | None, examples: Sequence[Example] = ()) -> FastAPI:
+    """Return the application that takes questions for ``desk``, with the playground at ``/`` where Gradio is installed.
+
+    ``token`` None asks nobody for one.
+    """
     config, limits = desk.config, desk.config.serve.limits
 
     @asynccontextmanager
@@ -71,9 +91,6 @@ def build(desk: Desk, token: str | None) -> FastAPI:
             pruning.cancel()
             await desk.close()
 
-    def busy() -> int | None:
-        return desk.kept.wait_s() if desk.kept.unfinished >= limits.queue else None
-
     # FastAPI's own pages of the API fetch scripts from elsewhere: /openapi.json has all that they show.
     app = FastAPI(
         title="VANS on Ray",
@@ -82,7 +99,7 @@ def build(desk: Desk, token: str | None) -> FastAPI:
         redoc_url=None,
         lifespan=life,
     )
-    app.add_middleware(Gate, token=token, most_bytes=config.data.max_source_mib << 20, busy=busy)
+    app.add_middleware(Gate, token=token, most_bytes=config.data.max_source_mib << 20, busy=desk.busy)
 
     def found(name: str) -> Answer:
         answer = desk.kept.get(name)
@@ -107,11 +124,10 @@ def build(desk: Desk, token: str | None) -> FastAPI:
         guidance: Annotated[float | None, Form(ge=1, le=limits.guidance, description="Guidance; 1 is off.")] = None,
     ) -> Any:
         """Ask about a video. Answers at once with an id, when the video has been read."""
-        asked = [_question(text, limits.question_chars) for text in question]
-        if len(asked) > limits.questions:
-            raise HTTPException(
-                422, f"{len(asked)} questions: at most {limits.questions} about one video (serve.limits.questions)"
-            )
+        try:
+            asked = desk.questions(question)
+        except Refused as error:
+            raise HTTPException(422, str(error)) from error
         with tempfile.NamedTemporaryFile(dir=desk.kept.root, prefix="upload-") as file:
             await asyncio.to_thread(shutil.copyfileobj, video.file, file, 1 << 20)
             file.flush()
@@ -119,7 +135,7 @@ def build(desk: Desk, token: str | None) -> FastAPI:
                 sample = await desk.read(Path(file.name))
             except DataError as error:
                 raise HTTPException(422, f"video: {error}".replace(file.name, "the upload")) from error
-        if (seconds := busy()) is not None:  # others came while this one was read
+        if (seconds := desk.busy()) is not None:  # others came while this one was read
             return full(seconds)
         return Accepted(id=desk.open(sample, asked, seed, desk.render(steps, guidance)).id)
 
@@ -155,6 +171,22 @@ def build(desk: Desk, token: str | None) -> FastAPI:
             content_disposition_type="inline",
         )
 
+    @app.get("/v1/answers/{name}/input.mp4", response_class=FileResponse)
+    async def shown(name: str) -> FileResponse:
+        """Return the input as the artist sees it."""
+        answer = found(name)
+        if not answer.input.is_file():
+            raise HTTPException(409, "it is not written yet")
+        return FileResponse(answer.input, media_type="video/mp4", content_disposition_type="inline")
+
+    @app.get("/v1/answers/{name}/sheet.png", response_class=FileResponse)
+    async def sheet(name: str) -> FileResponse:
+        """Return the answer as a contact sheet, once it has ended."""
+        answer = found(name)
+        if answer.state not in ENDED or not answer.input.is_file():
+            raise HTTPException(409, "there is a sheet when the answer has ended")
+        return FileResponse(await asyncio.to_thread(write_sheet, config, answer), media_type="image/png")
+
     @app.delete("/v1/answers/{name}", status_code=204)
     async def end(name: str) -> Response:
         """Cancel an answer that is being made; remove one that has ended."""
@@ -168,13 +200,8 @@ def build(desk: Desk, token: str | None) -> FastAPI:
             desk.kept.forget(answer)
         return Response(status_code=204)
 
-    return app
+    if importlib.util.find_spec("gradio") is None:
+        return app
+    from pipeline.serve.page import mount
 
-
-def _question(text: str, longest: int) -> str:
-    asked = text.strip()
-    if not asked:
-        raise HTTPException(422, "question: it is empty; write what you want to know about the video")
-    if len(asked) > longest:
-        raise HTTPException(422, f"question: {len(asked)} characters, at most {longest} (serve.limits.question_chars)")
-    return asked
+    return mount(app, desk, examples)

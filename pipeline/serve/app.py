@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from pipeline.config import RunConfig
 from pipeline.fleet.kinds import KINDS
 from pipeline.serve.api import build
 from pipeline.serve.desk import Desk
+from pipeline.serve.examples import Example
 from pipeline.serve.exports import Export, Policy
 from pipeline.serve.replicas import Artist, Following, Thinker
 from pipeline.serve.settings import DeploymentSection
@@ -50,15 +51,16 @@ class Ingress:
         config: RunConfig,
         token: str | None,
         root: str | None,
+        examples: Sequence[Example],
         thinker: DeploymentHandle,
         artist: DeploymentHandle,
     ) -> None:
         self._root = Path(tempfile.mkdtemp(prefix="vans-serve-", dir=root))
-        self._token = token
+        self._token, self._examples = token, examples
         self._desk = Desk(config, thinker.complete.remote, artist.draw.remote, self._root)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return build(self._desk, self._token)
+        return build(self._desk, self._token, self._examples)
 
     def __del__(self) -> None:
         shutil.rmtree(self._root, ignore_errors=True)
@@ -81,7 +83,13 @@ def _gpus(section: DeploymentSection, pool: PoolSection) -> float:
     return pool.gpus if section.num_gpus is None else section.num_gpus
 
 
-def application(config: RunConfig, token: str | None, root: str | None, followed: Followed | None = None) -> Any:
+def application(
+    config: RunConfig,
+    token: str | None,
+    root: str | None,
+    followed: Followed | None = None,
+    examples: Sequence[Example] = (),
+) -> Any:
     """Return the application for ``serve.run``. Raises CheckpointError where a model is missing."""
     config = serving(config)
     replicas: dict[Policy, DeploymentHandle] = {}
@@ -119,18 +127,20 @@ def application(config: RunConfig, token: str | None, root: str | None, followed
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=5,
     )
-    return ingress.bind(config, token, root, replicas["vlm"], replicas["vdm"])
+    return ingress.bind(config, token, root, examples, replicas["vlm"], replicas["vdm"])
 
 
 @contextmanager
-def served(config: RunConfig, token: str | None, followed: Followed | None = None) -> Iterator[str]:
+def served(
+    config: RunConfig, token: str | None, followed: Followed | None = None, examples: Sequence[Example] = ()
+) -> Iterator[str]:
     """Serve ``config`` for the length of the block, on the Ray that this process has joined, and yield the address.
 
     Raises VansError where a deployment does not start; its message has the reason.
     """
     host, port = config.serve.host, config.serve.port
     folder = tempfile.mkdtemp(prefix="vans-serve-")
-    app = application(config, token, folder, followed)
+    app = application(config, token, folder, followed, examples)
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +40,10 @@ class Lost(VansError):
     """A request that no replica could answer."""
 
 
+class Refused(VansError):
+    """Questions beyond ``serve.limits``."""
+
+
 class Desk:
     """Takes questions about one video at a time and answers them with ``complete`` and ``draw``, calls of the two deployments."""
 
@@ -55,6 +59,27 @@ class Desk:
         self.kept = Kept(root, limits.keep_s, limits.keep_mib << 20)
         self._complete, self._draw = complete, draw
         self._decoding = asyncio.Semaphore(1)  # a video at a time: decoding holds its pictures in memory
+
+    def questions(self, texts: Sequence[str]) -> list[str]:
+        """Return ``texts`` without white space around them; raises Refused for an empty or too long one, and for too many."""
+        limits = self.config.serve.limits
+        asked = [text.strip() for text in texts]
+        if not asked or not all(asked):
+            raise Refused("question: it is empty; write what you want to know about the video")
+        longest = max(map(len, asked))
+        if longest > limits.question_chars:
+            raise Refused(
+                f"question: {longest} characters, at most {limits.question_chars} (serve.limits.question_chars)"
+            )
+        if len(asked) > limits.questions:
+            raise Refused(
+                f"{len(asked)} questions: at most {limits.questions} about one video (serve.limits.questions)"
+            )
+        return asked
+
+    def busy(self) -> int | None:
+        """Return in how many seconds there may be room for another video, None where there is some now."""
+        return self.kept.wait_s() if self.kept.unfinished >= self.config.serve.limits.queue else None
 
     async def read(self, video: Path) -> Sample:
         """Return the frames of an upload; raises DataError where it is no video within ``data.max_*``."""
@@ -99,6 +124,8 @@ class Desk:
         limit = self.config.serve.limits.answer_s
         try:
             async with asyncio.timeout(limit):
+                shown = await asyncio.to_thread(encode_mp4, sample.context, self.config.video.fps, near_lossless=False)
+                await asyncio.to_thread(answer.input.write_bytes, shown)
                 await asyncio.gather(
                     *(self._one(answer, i, sample, seed, render) for i in range(len(answer.questions)))
                 )

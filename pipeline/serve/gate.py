@@ -11,13 +11,19 @@ from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, QueryParams
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN_VARIABLE = "VANS_SERVE_TOKEN"  # noqa: S105 - the variable's name
 COOKIE = "vans_token"
+POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob:; "
+    "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; worker-src 'self' blob:; "
+    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+)
+"""What the page may load: nothing from elsewhere. Gradio's own scripts need the exceptions."""
 _FORM = 1 << 20  # bytes of a form besides its file
 
 
@@ -51,7 +57,7 @@ class Gate:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        await self._app(scope, self._counted(receive), send)
+        await self._app(scope, self._counted(receive), _with_policy(send))
 
     def _refused(self, scope: Scope, headers: Headers) -> Response | None:
         origin, host = headers.get("origin"), headers.get("host", "")
@@ -105,6 +111,18 @@ class Gate:
     @property
     def _too_large(self) -> str:
         return f"the upload is larger than {(self._most - _FORM) >> 20} MiB (data.max_source_mib)"
+
+
+def _with_policy(send: Send) -> Send:
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["Content-Security-Policy"] = POLICY
+            headers["X-Content-Type-Options"] = "nosniff"
+            headers["Referrer-Policy"] = "same-origin"
+        await send(message)
+
+    return sent
 
 
 def full(seconds: int) -> Response:

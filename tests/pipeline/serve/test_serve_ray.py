@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -87,6 +89,8 @@ def test_two_what_ifs_are_answered_caption_before_clip(client: httpx.Client, con
         (tmp_path / "out.mp4").write_bytes(clip.content)
         shape = (config.video.num_frames, config.video.height, config.video.width)
         assert decode_video(tmp_path / "out.mp4", *shape).shape == (*shape, 3)
+    assert client.get(last["input"]).headers["content-type"] == "video/mp4"
+    assert client.get(last["sheet"]).content.startswith(b"\x89PNG")
     part = client.get(last["questions"][0]["video"], headers={"Range": "bytes=0-9"})
     assert part.status_code == 206 and len(part.content) == 10  # browsers seek
 
@@ -203,6 +207,73 @@ def test_beyond_the_queue_people_are_told_when_to_come_back(client: httpx.Client
     assert refused and all(int(r.headers["Retry-After"]) >= 1 for r in refused)
     taken = [r.json()["id"] for r in responses if r.status_code == 202]
     assert {answered(client, name)["state"] for name in taken} == {"done"}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
+    if chromium is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        # As root Chromium has no sandbox; it opens nothing here but the page.
+        started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def visit(browser: Any, client: httpx.Client) -> Iterator[Callable[..., Any]]:
+    """Open the playground; what it asked for and complained of is looked at when the test ends."""
+    address, asked, complaints, contexts = str(client.base_url), [], [], []
+
+    def opened(**options: Any) -> Any:
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(address)
+        page.wait_for_selector("#ask")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    outside = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    assert not outside and not complaints
+
+
+def put(page: Any, clip: bytes, *questions: str) -> None:
+    page.set_input_files("#video input[type=file]", {"name": "in.mp4", "mimeType": "video/mp4", "buffer": clip})
+    page.wait_for_selector("#video video")
+    page.fill("#questions textarea", "\n".join(questions))
+    page.click("#ask")
+
+
+PLAYING = "() => { const all = [...document.querySelectorAll('.vans-pair video')]; return all.length == %d && all.every(v => v.currentTime > 0); }"
+
+
+def test_a_person_sees_two_what_ifs_play_beside_their_clip(visit: Callable[..., Any]) -> None:
+    page = visit()
+    put(page, toy_clip(), "what is the next step ?", "<b>what if</b> it were reversed ?")
+    page.wait_for_function(PLAYING % 4, timeout=60000)
+    shown = page.inner_text("#answers")
+    assert "<b>what if</b> it were reversed ?" in shown and "contact sheet" in shown
+    put(page, toy_clip(1), "what is the next step ?")  # the answer before stays below it
+    page.wait_for_function("() => document.querySelectorAll('.vans-answer').length == 2", timeout=60000)
+
+
+def test_the_page_fits_a_phone_and_speaks_chinese(visit: Callable[..., Any]) -> None:
+    page = visit(locale="zh-CN", viewport={"width": 390, "height": 844})
+    assert "提问" in page.inner_text("#ask") and "接下来会发生什么" in page.inner_text("body")
+    page.click("#ask")
+    page.wait_for_selector(".vans-error")
+    put(page, toy_clip(), "what is the next step ?")
+    page.wait_for_selector(".vans-pair video", timeout=60000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_newer_exports_are_served_while_people_ask(client: httpx.Client, run: Path) -> None:
