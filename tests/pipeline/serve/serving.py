@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +76,11 @@ def files_of(root: Path) -> list[str]:
 
 def replica_pid(deployment: str) -> int:
     """Return the process of one replica of a deployment of the served application."""
+    return int(in_replica(deployment, lambda actor: os.getpid()))
+
+
+def in_replica(deployment: str, call: Callable[[Any], Any]) -> Any:
+    """Return what ``call`` finds in the process of one replica, of which it gets the actor."""
     import ray
     from ray.util import list_named_actors
 
@@ -82,4 +88,4 @@ def replica_pid(deployment: str) -> int:
         actor["name"] for actor in list_named_actors(all_namespaces=True) if f"vans#{deployment}#" in actor["name"]
     ]
     replica = ray.get_actor(names[0], namespace="serve")
-    return int(ray.get(replica.__ray_call__.remote(lambda actor: os.getpid()), timeout=60))
+    return ray.get(replica.__ray_call__.remote(call), timeout=60)

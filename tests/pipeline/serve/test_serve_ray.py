@@ -26,6 +26,7 @@ from tests.pipeline.serve.serving import (
     export_adapter,
     files_of,
     free_port,
+    in_replica,
     replica_pid,
     toy_clip,
 )
@@ -209,6 +210,18 @@ def test_beyond_the_queue_people_are_told_when_to_come_back(client: httpx.Client
     assert {answered(client, name)["state"] for name in taken} == {"done"}
 
 
+@pytest.mark.parametrize("deployment", ["ingress", "thinker", "artist"])
+def test_the_port_at_which_deployments_talk_wants_rays_token(client: httpx.Client, deployment: str) -> None:
+    """Ray Serve opens it on every interface, and what comes in there is unpickled."""
+    import grpc
+
+    port = in_replica(deployment, lambda actor: actor._replica_impl._internal_grpc_port)
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=10)
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     chromium = next(
@@ -253,16 +266,19 @@ def put(page: Any, clip: bytes, *questions: str) -> None:
     page.click("#ask")
 
 
-PLAYING = "() => { const all = [...document.querySelectorAll('.vans-pair video')]; return all.length == %d && all.every(v => v.currentTime > 0); }"
+PLAYING = """() => {
+    const clips = [...document.querySelectorAll(".vans-pair video")];
+    return clips.length == 4 && clips.every((clip) => clip.currentTime > 0);
+}"""
 
 
 def test_a_person_sees_two_what_ifs_play_beside_their_clip(visit: Callable[..., Any]) -> None:
     page = visit()
     put(page, toy_clip(), "what is the next step ?", "<b>what if</b> it were reversed ?")
-    page.wait_for_function(PLAYING % 4, timeout=60000)
+    page.wait_for_function(PLAYING, timeout=60000)
     shown = page.inner_text("#answers")
     assert "<b>what if</b> it were reversed ?" in shown and "contact sheet" in shown
-    put(page, toy_clip(1), "what is the next step ?")  # the answer before stays below it
+    page.click("#ask")  # the answer before stays below the new one
     page.wait_for_function("() => document.querySelectorAll('.vans-answer').length == 2", timeout=60000)
 
 
