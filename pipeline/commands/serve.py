@@ -29,6 +29,12 @@ def serve(
     follow: Annotated[
         bool, typer.Option("--follow", help="Serve the run's newest export as soon as there is one, without a pause.")
     ] = False,
+    before: Annotated[
+        bool,
+        typer.Option(
+            "--before", help="Load the pair that the run began with too, for people to compare: twice the memory."
+        ),
+    ] = False,
     no_install: Annotated[
         bool, typer.Option("--no-install", help="Say what is missing instead of installing it.")
     ] = False,
@@ -44,11 +50,11 @@ def serve(
     if run is not None and "=" in run and not Path(run).is_dir():
         run, changes = None, [run, *changes]
     require_extra(install=not no_install)
-    _serve(None if run is None else local(run), changes, config, vlm, vdm, follow=follow)
+    _serve(None if run is None else local(run), changes, config, vlm, vdm, follow=follow, before=before)
 
 
 def _serve(
-    run: Path | None, overrides: list[str], config: str, vlm: str | None, vdm: str | None, *, follow: bool
+    run: Path | None, overrides: list[str], config: str, vlm: str | None, vdm: str | None, *, follow: bool, before: bool
 ) -> None:
     from pipeline.config import load_config
     from pipeline.fleet.open import cluster_session
@@ -58,10 +64,11 @@ def _serve(
     from pipeline.support import terminal
     from pipeline.support.progress import waiting
 
-    followed = None
+    followed, began = None, None
     if run is None:
-        if follow:
-            raise typer.BadParameter("it goes with a RUN, whose exports are followed", param_hint="--follow")
+        if follow or before:
+            flag = "--follow" if follow else "--before"
+            raise typer.BadParameter("it goes with a RUN, of whose weights it speaks", param_hint=flag)
         chosen = with_models(load_config(config, overrides), vlm, vdm)
     elif vlm or vdm:
         raise typer.BadParameter("a RUN has its own; leave one of the two out", param_hint="--vlm, --vdm")
@@ -69,13 +76,14 @@ def _serve(
         own = run_config(run, overrides)
         chosen, exports = of_run(own, run)
         followed = Followed(own, run, exports) if follow else None
+        began = with_models(own, None, None) if before else None
     token = _token(chosen.serve.host)
     require_free(chosen.serve.host, chosen.serve.port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it in order
     try:
         with cluster_session(chosen), ExitStack() as stack:
             with waiting(terminal.console(), "loading the thinker and the artist"):
-                address = stack.enter_context(served(chosen, token, followed, held_out(chosen, run)))
+                address = stack.enter_context(served(chosen, token, followed, held_out(chosen, run), began))
             print_plain(f"open {address} in a browser (API: docs/serve.md); Ctrl-C ends it")
             while True:
                 time.sleep(3600)

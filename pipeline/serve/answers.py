@@ -39,7 +39,7 @@ class Question:
 
 @dataclass(eq=False)
 class Answer:
-    """All questions about one video. ``folder`` holds the clips; ``settings`` are the seed, steps and guidance they have."""
+    """All questions about one video. ``folder`` holds the clips; ``settings`` are their pair, seed, steps and guidance."""
 
     id: str
     questions: list[Question]

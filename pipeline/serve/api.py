@@ -57,6 +57,7 @@ class AnswerView(BaseModel):
     id: str
     state: str
     progress: float = Field(ge=0, le=1)
+    pair: str = Field(description="Which pair answers.")
     seed: int
     steps: int
     guidance: float
@@ -122,6 +123,7 @@ def build(desk: Desk, token: str | None, examples: Sequence[Example] = ()) -> Fa
         seed: Annotated[int, Form(ge=0, lt=SEEDS, description="Seed of the noise.")] = 0,
         steps: Annotated[int | None, Form(ge=1, le=limits.steps, description="Denoising steps.")] = None,
         guidance: Annotated[float | None, Form(ge=1, le=limits.guidance, description="Guidance; 1 is off.")] = None,
+        pair: Annotated[str | None, Form(description="served, or before: the pair that the run began with.")] = None,
     ) -> Any:
         """Ask about a video. Answers at once with an id, when the video has been read."""
         try:
@@ -137,7 +139,10 @@ def build(desk: Desk, token: str | None, examples: Sequence[Example] = ()) -> Fa
                 raise HTTPException(422, f"video: {error}".replace(file.name, "the upload")) from error
         if (seconds := desk.busy()) is not None:  # others came while this one was read
             return full(seconds)
-        return Accepted(id=desk.open(sample, asked, seed, desk.render(steps, guidance)).id)
+        try:
+            return Accepted(id=desk.open(sample, asked, seed, desk.render(steps, guidance), pair).id)
+        except Refused as error:
+            raise HTTPException(422, str(error)) from error
 
     @app.get("/v1/answers/{name}", response_model=AnswerView)
     async def show(name: str) -> Any:

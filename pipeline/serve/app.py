@@ -23,7 +23,7 @@ from cluster.errors import VansError
 from pipeline.config import RunConfig
 from pipeline.fleet.kinds import KINDS
 from pipeline.serve.api import build
-from pipeline.serve.desk import Desk
+from pipeline.serve.desk import Desk, Pair
 from pipeline.serve.examples import Example
 from pipeline.serve.exports import Export, Policy
 from pipeline.serve.replicas import Artist, Following, Thinker
@@ -31,6 +31,8 @@ from pipeline.serve.settings import DeploymentSection
 
 NAME = "vans"
 """The application in Ray Serve."""
+SERVED, BEFORE = "served", "before"
+"""The two pairs that people may ask, by the names that the API has for them."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,15 @@ class Ingress:
         token: str | None,
         root: str | None,
         examples: Sequence[Example],
-        thinker: DeploymentHandle,
-        artist: DeploymentHandle,
+        pairs: Mapping[str, tuple[DeploymentHandle, DeploymentHandle]],
     ) -> None:
         self._root = Path(tempfile.mkdtemp(prefix="vans-serve-", dir=root))
         self._token, self._examples = token, examples
-        self._desk = Desk(config, thinker.complete.remote, artist.draw.remote, self._root)
+        self._desk = Desk(
+            config,
+            {name: Pair(thinker.complete.remote, artist.draw.remote) for name, (thinker, artist) in pairs.items()},
+            self._root,
+        )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return build(self._desk, self._token, self._examples)
@@ -89,36 +94,20 @@ def application(
     root: str | None,
     followed: Followed | None = None,
     examples: Sequence[Example] = (),
+    before: RunConfig | None = None,
 ) -> Any:
-    """Return the application for ``serve.run``. Raises CheckpointError where a model is missing."""
+    """Return the application for ``serve.run``. Raises CheckpointError where a model is missing.
+
+    ``before`` is a second pair, which people may ask for comparison: it has deployments of its own and changes no weights.
+    """
     config = serving(config)
-    replicas: dict[Policy, DeploymentHandle] = {}
-    classes: dict[Policy, type] = {"vlm": Thinker, "vdm": Artist}
-    for policy, replica in classes.items():
-        section: DeploymentSection = getattr(config.serve, policy)
-        pool = getattr(config.pools, policy)
-        following = None
-        if followed is not None:
-            first = followed.exports.get(policy)
-            following = Following(followed.config, followed.run.resolve(), policy, config.serve.follow_s, first)
-        options: dict[str, Any] = {
-            "name": replica.__name__.lower(),
-            "max_ongoing_requests": section.max_ongoing_requests,
-            "ray_actor_options": {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "resources": pool.resources},
-            "max_constructor_retry_count": 1,
-            "graceful_shutdown_timeout_s": 5,
-        }
-        scale = section.autoscale
-        if scale.enabled:
-            options["autoscaling_config"] = {
-                "min_replicas": scale.min,
-                "max_replicas": scale.max,
-                "target_ongoing_requests": scale.target_ongoing_requests,
-            }
-        else:
-            options["num_replicas"] = section.replicas
-        made = serve.deployment(replica).options(**options)
-        replicas[policy] = made.bind(dict(KINDS[policy].arguments(config)), following)
+    pairs = {SERVED: (_deployment(config, Thinker, "vlm", followed), _deployment(config, Artist, "vdm", followed))}
+    if before is not None:
+        earlier = serving(before)
+        pairs[BEFORE] = (
+            _deployment(earlier, Thinker, "vlm", None, f"-{BEFORE}"),
+            _deployment(earlier, Artist, "vdm", None, f"-{BEFORE}"),
+        )
     ingress = serve.deployment(Ingress).options(
         name="ingress",
         num_replicas=1,
@@ -127,12 +116,47 @@ def application(
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=5,
     )
-    return ingress.bind(config, token, root, examples, replicas["vlm"], replicas["vdm"])
+    return ingress.bind(config, token, root, examples, pairs)
+
+
+def _deployment(
+    config: RunConfig, replica: type, policy: Policy, followed: Followed | None, suffix: str = ""
+) -> DeploymentHandle:
+    """Return the bound deployment of one model, as ``serve`` and its pool's settings have it."""
+    section: DeploymentSection = getattr(config.serve, policy)
+    pool, scale = getattr(config.pools, policy), section.autoscale
+    following = None
+    if followed is not None:
+        first = followed.exports.get(policy)
+        following = Following(followed.config, followed.run.resolve(), policy, config.serve.follow_s, first)
+    options: dict[str, Any] = {
+        "name": replica.__name__.lower() + suffix,
+        "max_ongoing_requests": section.max_ongoing_requests,
+        "ray_actor_options": {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "resources": pool.resources},
+        "max_constructor_retry_count": 1,
+        "graceful_shutdown_timeout_s": 5,
+    }
+    if scale.enabled:
+        options["autoscaling_config"] = {
+            "min_replicas": scale.min,
+            "max_replicas": scale.max,
+            "target_ongoing_requests": scale.target_ongoing_requests,
+        }
+    else:
+        options["num_replicas"] = section.replicas
+    bound: DeploymentHandle = (
+        serve.deployment(replica).options(**options).bind(dict(KINDS[policy].arguments(config)), following)
+    )
+    return bound
 
 
 @contextmanager
 def served(
-    config: RunConfig, token: str | None, followed: Followed | None = None, examples: Sequence[Example] = ()
+    config: RunConfig,
+    token: str | None,
+    followed: Followed | None = None,
+    examples: Sequence[Example] = (),
+    before: RunConfig | None = None,
 ) -> Iterator[str]:
     """Serve ``config`` for the length of the block, on the Ray that this process has joined, and yield the address.
 
@@ -140,7 +164,7 @@ def served(
     """
     host, port = config.serve.host, config.serve.port
     folder = tempfile.mkdtemp(prefix="vans-serve-")
-    app = application(config, token, folder, followed, examples)
+    app = application(config, token, folder, followed, examples, before)
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         try:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,14 @@ class Response(Awaitable[Any], Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The calls of a thinker and of an artist: what sends them a request."""
+
+    complete: Callable[[Any], Response]
+    draw: Callable[[Any], Response]
+
+
 class Lost(VansError):
     """A request that no replica could answer."""
 
@@ -45,19 +54,13 @@ class Refused(VansError):
 
 
 class Desk:
-    """Takes questions about one video at a time and answers them with ``complete`` and ``draw``, calls of the two deployments."""
+    """Takes questions about one video at a time and answers them with one of its ``pairs``, the first where none is named."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        complete: Callable[[Any], Response],
-        draw: Callable[[Any], Response],
-        root: Path,
-    ) -> None:
+    def __init__(self, config: RunConfig, pairs: Mapping[str, Pair], root: Path) -> None:
         limits = config.serve.limits
         self.config = config
         self.kept = Kept(root, limits.keep_s, limits.keep_mib << 20)
-        self._complete, self._draw = complete, draw
+        self.pairs = dict(pairs)
         self._decoding = asyncio.Semaphore(1)  # a video at a time: decoding holds its pictures in memory
 
     def questions(self, texts: Sequence[str]) -> list[str]:
@@ -91,9 +94,15 @@ class Desk:
         given = {"steps": steps, "guidance": guidance}
         return self.config.evaluate.render.model_copy(update={k: v for k, v in given.items() if v is not None})
 
-    def open(self, sample: Sample, questions: list[str], seed: int, render: RenderSection) -> Answer:
-        """Begin to answer ``questions`` about ``sample`` and return what there is of it."""
-        answer = self.kept.new(questions, {"seed": seed, "steps": render.steps, "guidance": render.guidance})
+    def open(
+        self, sample: Sample, questions: list[str], seed: int, render: RenderSection, pair: str | None = None
+    ) -> Answer:
+        """Begin to answer ``questions`` about ``sample`` and return what there is of it. Raises Refused for an unknown pair."""
+        pair = next(iter(self.pairs)) if pair is None else pair
+        if pair not in self.pairs:
+            raise Refused(f"pair={pair[:64]!r}: this server has {' and '.join(self.pairs)} (docs/serve.md)")
+        facts = {"pair": pair, "seed": seed, "steps": render.steps, "guidance": render.guidance}
+        answer = self.kept.new(questions, facts)
         # In a context of its own: to Ray Serve it is no part of the HTTP request, which ends now.
         answer.task = asyncio.get_running_loop().create_task(
             self._make(answer, sample, seed, render), context=contextvars.Context()
@@ -148,16 +157,16 @@ class Desk:
     async def _steps(
         self, answer: Answer, question: Question, index: int, sample: Sample, seed: int, render: RenderSection
     ) -> None:
-        config = self.config
+        config, pair = self.config, self.pairs[answer.settings["pair"]]
         answer.change(question, "thinking")
         asked = question_request(config, sample, question.text, seed)
-        completions = await _asked(lambda: self._complete(asked), config.pools.vlm.max_retries)
+        completions = await _asked(lambda: pair.complete(asked), config.pools.vlm.max_retries)
         said = captioned(question.text, completions[0].text, config.models.prompt.answers)
         if isinstance(said, Unanswered):
             raise Lost(said.reason)
         answer.change(question, "drawing", caption=said.caption, reasoning=said.thought)
         wanted = caption_request(config, sample, said.caption, index, render, seed)
-        clip = await _asked(lambda: self._draw(wanted), config.pools.vdm.max_retries)
+        clip = await _asked(lambda: pair.draw(wanted), config.pools.vdm.max_retries)
         path = answer.folder / f"{index}.mp4"
         video = await asyncio.to_thread(encode_mp4, clip.frames, config.video.fps, near_lossless=False)
         await asyncio.to_thread(path.write_bytes, video)

@@ -5,6 +5,7 @@ API's files. What the page says is in ``words``.
 """
 
 # Annotations are evaluated here, not put off: Gradio looks for its request among those of a function.
+import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
@@ -48,6 +49,7 @@ def mount(app: FastAPI, desk: Desk, examples: Sequence[Example]) -> FastAPI:
                 questions = gr.Textbox(
                     label=i18n("vans_questions"), lines=3, elem_id="questions", info=i18n("vans_one_a_line")
                 )
+                compare = gr.Checkbox(False, label=i18n("vans_compare"), visible=len(desk.pairs) > 1, elem_id="compare")
                 with gr.Accordion(i18n("vans_settings"), open=False):
                     seed = gr.Number(0, label=i18n("vans_seed"), precision=0, minimum=0)
                     steps = gr.Slider(
@@ -70,6 +72,7 @@ def mount(app: FastAPI, desk: Desk, examples: Sequence[Example]) -> FastAPI:
             seed: float | None,
             steps: float,
             guidance: float,
+            both: bool,
             past: list[str],
             request: gr.Request,
         ) -> AsyncIterator[tuple[str, list[str]]]:
@@ -85,19 +88,23 @@ def mount(app: FastAPI, desk: Desk, examples: Sequence[Example]) -> FastAPI:
             except VansError as error:
                 yield _notice(str(error).replace(clip or " ", "video")) + older, past
                 return
-            made = desk.open(sample, asked, int(seed or 0), desk.render(int(steps), float(guidance)))
-            kept = [made.id, *past][:HISTORY]
-            async for state in made.changes():
-                yield card(state, words) + older, kept
+            render = desk.render(int(steps), float(guidance))
+            pairs = list(desk.pairs) if both else [None]
+            made = [desk.open(sample, asked, int(seed or 0), render, pair) for pair in pairs]
+            kept = [*(each.id for each in made), *past][:HISTORY]
+            async for _ in _changes(made):
+                cards = "".join(card(each, words) for each in made)
+                yield f'<div class="vans-compare">{cards}</div>{older}', kept
 
         async def stop(past: list[str]) -> None:
-            newest = desk.kept.get(past[0]) if past else None
-            if newest is not None and newest.ended is None:
-                desk.cancel(newest)
+            for name in past:
+                made = desk.kept.get(name)
+                if made is not None and made.ended is None:
+                    desk.cancel(made)
 
         ask.click(
             answer,
-            [video, questions, seed, steps, guidance, history],
+            [video, questions, seed, steps, guidance, compare, history],
             [shown, history],
             concurrency_limit=None,
             show_progress="hidden",
@@ -132,12 +139,36 @@ def _named(words: Words) -> dict[str, str]:
 def card(answer: Answer, words: Words) -> str:
     """Return the HTML of an answer: each question beside the input, what is known of it, and links to its files."""
     seen = answer.as_json()
-    facts = f"{words.seed} {seen['seed']} · {words.steps} {seen['steps']} · {words.guidance} {seen['guidance']:g}"
+    pair = f"{getattr(words, seen['pair'], seen['pair'])} · "
+    facts = f"{escape(pair)}{words.seed} {seen['seed']} · {words.steps} {seen['steps']} · {words.guidance} {seen['guidance']:g}"
     links = _link(f"/v1/answers/{answer.id}", "JSON", f"{answer.id}.json")
     if answer.state in ENDED and answer.input.is_file():
         links += _link(seen["sheet"], words.sheet, "contact-sheet.png")
     columns = "".join(_column(answer, number, question, words) for number, question in enumerate(answer.questions))
     return f'<section class="vans-answer"><div class="vans-columns">{columns}</div><p class="vans-facts">{facts} {links}</p></section>'
+
+
+async def _changes(answers: Sequence[Answer]) -> AsyncIterator[Answer]:
+    """Yield whichever of ``answers`` has changed, until all have ended."""
+    changed: asyncio.Queue[Answer | None] = asyncio.Queue()
+
+    async def watch(answer: Answer) -> None:
+        async for _ in answer.changes():
+            changed.put_nowait(answer)
+        changed.put_nowait(None)
+
+    watching = [asyncio.create_task(watch(answer)) for answer in answers]
+    try:
+        ended = 0
+        while ended < len(answers):
+            answer = await changed.get()
+            if answer is None:
+                ended += 1
+            else:
+                yield answer
+    finally:
+        for task in watching:
+            task.cancel()
 
 
 def _column(answer: Answer, number: int, question: Question, words: Words) -> str:

@@ -20,6 +20,9 @@ class Words:
     ask: str
     cancel: str
     examples: str
+    compare: str
+    served: str
+    before: str
     no_video: str
     busy: str
     queued: str
@@ -45,6 +48,9 @@ ENGLISH = Words(
     ask="Ask",
     cancel="Cancel",
     examples="Clips that the pair has not learnt from",
+    compare="Ask the pair before training too",
+    served="this pair",
+    before="before training",
     no_video="There is no clip yet: drop one, record one, or choose an example.",
     busy="As many clips wait as may; ask again in {seconds} s.",
     queued="waiting",
@@ -69,6 +75,9 @@ CHINESE = Words(
     ask="提问",
     cancel="取消",
     examples="模型没有学过的视频",
+    compare="同时询问训练前的模型",
+    served="当前模型",
+    before="训练前",
     no_video="还没有视频：请上传、录制，或选择一个示例。",
     busy="排队已满，请在 {seconds} 秒后再试。",
     queued="排队中",

@@ -13,7 +13,16 @@ import psutil
 import pytest
 
 from pipeline.config import load_config
-from tests.pipeline.serve.serving import ENDED, QUESTION, free_port, replica_pid, toy_clip
+from tests.pipeline.serve.serving import (
+    ENDED,
+    QUESTION,
+    answered,
+    ask,
+    export_adapter,
+    free_port,
+    replica_pid,
+    toy_clip,
+)
 
 pytest.importorskip("grpc_reflection", reason="the extra `serve` is not installed")
 pytestmark = pytest.mark.chaos
@@ -21,13 +30,17 @@ ASKERS, ANSWERS, AT_ONCE = 50, 500, 10
 
 
 @pytest.fixture(scope="module")
-def address(ray_local: None) -> Iterator[str]:
+def address(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from ray import serve
 
     from pipeline.serve.app import served
+    from pipeline.serve.exports import with_models
 
     overrides = [f"serve.port={free_port()}", "serve.vdm.replicas=2", "serve.limits.keep_s=5"]
-    with served(load_config("toy", overrides), None) as address:
+    adapter = tmp_path_factory.mktemp("trained") / "vdm_adapter"
+    export_adapter(adapter, "vdm", 0.5)
+    began = load_config("toy", overrides)
+    with served(with_models(began, None, str(adapter)), None, before=began) as address:
         yield address
     serve.shutdown()
 
@@ -53,6 +66,16 @@ def shown(what: str, took: list[float]) -> None:
     ranked = sorted(took)
     p50, p95 = ranked[len(ranked) // 2], ranked[int(len(ranked) * 0.95)]
     print(f"\n{what}: {len(took)} answers, p50 {p50:.2f} s, p95 {p95:.2f} s")
+
+
+def test_the_pair_before_training_answers_beside_the_one_that_is_served(address: str) -> None:
+    with httpx.Client(base_url=address, timeout=60) as client:
+        made = [ask(client, toy_clip(), seed=1, pair=pair).json()["id"] for pair in ("served", "before")]
+        served, before = (answered(client, name) for name in made)
+        clips = [client.get(answer["questions"][0]["video"]).content for answer in (served, before)]
+    assert (served["pair"], before["pair"]) == ("served", "before")
+    assert served["questions"][0]["caption"] == before["questions"][0]["caption"]  # only the artist was trained
+    assert clips[0] != clips[1]
 
 
 def test_fifty_askers_are_each_answered_once_although_an_artist_is_killed(address: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.serve.api import build
-from pipeline.serve.desk import Desk
+from pipeline.serve.desk import Desk, Pair
 from pipeline.serve.gate import is_loopback
 from tests.pipeline.serve.serving import toy_clip
 
@@ -24,7 +24,7 @@ def asked(
     """Return the answer of a server whose replicas are never reached."""
 
     async def send() -> httpx.Response:
-        desk = Desk(load_config("toy"), _never, _never, root)
+        desk = Desk(load_config("toy"), {"served": Pair(_never, _never)}, root)
         transport = httpx.ASGITransport(build(desk, token))
         async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}:8000") as client:
             return await client.request(method, path, **request)

@@ -146,6 +146,7 @@ def header_says(pixels: bytes) -> bytes:
         (toy_clip(), {"question": [QUESTION], "steps": 1000}, 422, "steps"),
         (toy_clip(), {"question": [QUESTION], "guidance": "nan"}, 422, "guidance"),
         (toy_clip(), {"question": [QUESTION], "seed": -1}, 422, "seed"),
+        (toy_clip(), {"question": [QUESTION], "pair": "before"}, 422, "this server has served"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_with_a_sentence_and_leaves_nothing(
