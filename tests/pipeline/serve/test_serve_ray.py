@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import tempfile
 import time
@@ -19,6 +18,7 @@ import pytest
 from pipeline.config import RunConfig, load_config
 from pipeline.data.video import decode_video
 from pipeline.stages.question import Drawn, Said, read_video
+from tests.browser import Seen
 from tests.pipeline.serve.serving import (
     QUESTION,
     answered,
@@ -223,41 +223,23 @@ def test_the_port_at_which_deployments_talk_wants_rays_token(client: httpx.Clien
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
-    if chromium is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        # As root Chromium has no sandbox; it opens nothing here but the page.
-        started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def visit(browser: Any, client: httpx.Client) -> Iterator[Callable[..., Any]]:
     """Open the playground; what it asked for and complained of is looked at when the test ends."""
-    address, asked, complaints, contexts = str(client.base_url), [], [], []
+    address, pages = str(client.base_url), []
 
     def opened(**options: Any) -> Any:
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page = browser.new_page(**options)
+        pages.append(Seen(page))
         page.goto(address)
         page.wait_for_selector("#ask")
         return page
 
     yield opened
-    for context in contexts:
-        context.close()
-    outside = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
-    assert not outside and not complaints
+    for seen in pages:
+        seen.page.close()
+        assert not [url for url in seen.asked if not url.startswith((address, "data:", "blob:"))]
+        assert set(seen.complaints) <= {"Method not implemented."}  # Gradio's, of its player
 
 
 def put(page: Any, clip: bytes, *questions: str) -> None:
