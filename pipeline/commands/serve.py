@@ -48,7 +48,8 @@ def serve(
 
     changes = list(overrides or [])
     if run is not None and "=" in run and not Path(run).is_dir():
-        run, changes = None, [run, *changes]
+        changes.insert(0, run)
+        run = None
     require_extra(install=not no_install)
     _serve(None if run is None else local(run), changes, config, vlm, vdm, follow=follow, before=before)
 
