@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -195,6 +196,18 @@ def test_a_reader_that_goes_away_costs_nobody_the_answer(client: httpx.Client, c
     with client.stream("GET", f"/v1/answers/{name}/events") as events:
         next(events.iter_lines())
     assert answered(client, name)["state"] == "done"
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(client: httpx.Client, config: RunConfig, root: Path) -> None:
+    before = files_of(root)
+    head = b"POST /v1/answers HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n"
+    head += b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+    part = b'--b\r\nContent-Disposition: form-data; name="video"; filename="a.mp4"\r\n\r\n'
+    with socket.create_connection(("127.0.0.1", config.serve.port)) as half:
+        half.sendall(head + part + bytes(2_000_000))
+        time.sleep(0.5)
+    assert answered(client, ask(client, toy_clip(5)).json()["id"])["state"] == "done"
+    assert len(files_of(root)) == len(before) + 2  # the later answer's input and clip
 
 
 def test_pages_of_other_sites_are_refused(client: httpx.Client) -> None:
