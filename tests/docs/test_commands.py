@@ -35,6 +35,7 @@ RUN_BY = {
     "evaluate": "tests/pipeline/evaluate/test_evaluation_ray.py",
     "reproduce": "tests/chaos/test_reproduce_ray.py",
     "answer": "tests/chaos/test_released_pair_ray.py",
+    "serve": "tests/pipeline/serve/test_serve_ray.py",
     "import-release": "tests/pipeline/release/test_walk.py",
     "data toy": "tests/pipeline/checkpoint/test_mirror_s3.py",
     "data real-demo": "tests/pipeline/data/test_real.py",

@@ -92,7 +92,6 @@ def test_tensorboard_has_every_step_once_where_a_resumed_run_repeats_some(databa
 def test_wandb_gets_both_stages_in_one_run_offline(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     with Tracker.start(config_of(database, tmp_path, "wandb")) as tracker:
         for name in ("stage1", "stage2"):
