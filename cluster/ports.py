@@ -10,3 +10,5 @@ CLIENT = 10001
 """Ray Client, which the head serves and a run does not use."""
 METRICS = 8080
 """Prometheus metrics of each node, as KubeRay has it; elsewhere Ray takes a free port."""
+SERVE = 8000
+"""Ray Serve's proxy, where ``vans serve`` answers."""

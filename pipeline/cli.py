@@ -172,7 +172,9 @@ for _command in (status, profile, report, replay, scale):
 def manifests(
     config: Config,
     overrides: Overrides = None,
-    kind: Annotated[str, typer.Option(help="`rayjob`, `raycluster`, `slurm` or `launcher`.")] = "rayjob",
+    kind: Annotated[
+        str, typer.Option(help="`rayjob`, `raycluster`, `rayservice` (`vans serve`), `slurm` or `launcher`.")
+    ] = "rayjob",
     out: Out = Path("manifests"),
     image: Annotated[str, typer.Option(help="Container image, built from `cluster/Dockerfile`.")] = _SITE.image,
     namespace: Annotated[str, typer.Option(help="Kubernetes namespace.")] = _SITE.namespace,

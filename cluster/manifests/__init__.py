@@ -16,14 +16,15 @@ from cluster.manifests.shape import Group, ManifestError, RunShape, Site, fold, 
 from cluster.manifests.slurm import slurm_files
 from cluster.manifests.submit import submit_files
 
-Kind = Literal["rayjob", "raycluster", "slurm", "launcher"]
+Kind = Literal["rayjob", "raycluster", "rayservice", "slurm", "launcher"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 __all__ = ["KINDS", "Group", "Kind", "ManifestError", "RunShape", "Site", "fold", "group_of", "render"]
 
 _MAKERS: Mapping[Kind, Callable[[RunShape, Site], dict[str, str]]] = {
-    "rayjob": lambda run, site: kubernetes_files(run, site, job=True),
-    "raycluster": lambda run, site: kubernetes_files(run, site, job=False) | submit_files(run, site),
+    "rayjob": lambda run, site: kubernetes_files(run, site, "rayjob"),
+    "raycluster": lambda run, site: kubernetes_files(run, site, "raycluster") | submit_files(run, site),
+    "rayservice": lambda run, site: kubernetes_files(run, site, "rayservice"),
     "slurm": slurm_files,
     "launcher": lambda run, site: launcher_files(run, site) | submit_files(run, site),
 }

@@ -1,4 +1,4 @@
-"""KubeRay's RayJob and RayCluster for a run, with the claim for its storage and a network policy. KubeRay 1.6 or newer.
+"""KubeRay's RayJob, RayCluster and RayService for a run, with the claim for its storage and a network policy. KubeRay 1.6 or newer.
 
 Each group of the run has a worker group of its own, whose pods carry just what its members ask for, so that it scales by itself.
 Secrets are named, never written.
@@ -7,7 +7,7 @@ Secrets are named, never written.
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -24,15 +24,15 @@ _OVERHEAD_CPUS = 1  # for the raylet and its agents, which Ray does not count
 _IDLE_S = 300
 
 
-def kubernetes_files(run: RunShape, site: Site, *, job: bool) -> dict[str, str]:
-    """Return ``rayjob.yaml`` or ``raycluster.yaml``, ``storage.yaml`` and ``network.yaml``."""
-    kind = "rayjob" if job else "raycluster"
+def kubernetes_files(run: RunShape, site: Site, kind: Literal["rayjob", "raycluster", "rayservice"]) -> dict[str, str]:
+    """Return ``<kind>.yaml``, ``storage.yaml`` and ``network.yaml``."""
+    make = {"rayjob": ray_job, "raycluster": ray_cluster, "rayservice": ray_service}[kind]
     documents = [config_map(run, site)] if run.config_file is not None else []
-    documents.append(ray_job(run, site) if job else ray_cluster(run, site))
+    documents.append(make(run, site))
     return {
         f"{kind}.yaml": header(run, kind) + _dump(documents),
         "storage.yaml": header(run, kind) + _dump([claim(site)]),
-        "network.yaml": header(run, kind) + _dump([network_policy(site)]),
+        "network.yaml": header(run, kind) + _dump([network_policy(site, serves=kind == "rayservice")]),
     }
 
 
@@ -68,6 +68,27 @@ def ray_cluster(run: RunShape, site: Site) -> dict[str, Any]:
     }
 
 
+def ray_service(run: RunShape, site: Site) -> dict[str, Any]:
+    """Return the RayService: a cluster with the server on it. KubeRay makes a new one beside it where the file changes.
+
+    The proxy stands on the head, and ``<name>-serve-svc`` leads to it. People need the token in ``site.serve_secret``.
+    """
+    serving = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "0.0.0.0", "port": ports.SERVE},  # noqa: S104 - inside the pod network, behind a token
+        "applications": [{"name": "vans", "route_prefix": "/", **(run.application or {})}],
+    }
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": _metadata(run.slug, site),
+        "spec": {
+            "serveConfigV2": yaml.safe_dump(serving, sort_keys=False, width=120),
+            "rayClusterConfig": cluster_spec(run, site),
+        },
+    }
+
+
 def cluster_spec(run: RunShape, site: Site) -> dict[str, Any]:
     """Return the RayClusterSpec: a head without GPUs for the driver, and a worker group for each group of the run."""
     return {
@@ -95,13 +116,14 @@ def claim(site: Site) -> dict[str, Any]:
     }
 
 
-def network_policy(site: Site) -> dict[str, Any]:
-    """Return the policy that lets only the run's own pods reach its pods.
+def network_policy(site: Site, *, serves: bool = False) -> dict[str, Any]:
+    """Return the policy that lets only the run's own pods reach its pods; what ``serves`` is reached by others too, behind its token.
 
     torch.distributed's rendezvous, NCCL and vLLM between GPUs ask for no token (docs/security.md). The job server does, so
     KubeRay's operator and its submitter may reach it; metrics are read-only.
     """
     guarded = [{"protocol": "TCP", "port": port} for port in (ports.DASHBOARD, ports.METRICS)]
+    guarded += [{"protocol": "TCP", "port": ports.SERVE}] if serves else []
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -137,9 +159,10 @@ def _head(run: RunShape, site: Site) -> dict[str, Any]:
             {"name": "dashboard", "containerPort": ports.DASHBOARD},
             {"name": "client", "containerPort": ports.CLIENT},
             {"name": "metrics", "containerPort": ports.METRICS},
+            *([{"name": "serve", "containerPort": ports.SERVE}] if run.application else []),
         ],
-        # The driver alone logs to MLflow.
-        "env": [*_environment(site), *_mlflow(site)],
+        # The driver alone logs to MLflow; a server has none.
+        "env": [*_environment(run, site), *([] if run.application else _mlflow(site))],
         "resources": _pod_resources(cpus + 2, site.head_memory_gib, 0),
     }
     return {
@@ -159,7 +182,7 @@ def _worker_group(run: RunShape, group: Group, site: Site) -> dict[str, Any]:
     container = {
         "name": "ray-worker",
         "ports": [{"name": "metrics", "containerPort": ports.METRICS}],
-        "env": _environment(site),
+        "env": _environment(run, site),
         "resources": _pod_resources(int(pods.resources["CPU"]) + _OVERHEAD_CPUS, _memory(pods, site), gpus),
     }
     spec: dict[str, Any] = {
@@ -202,8 +225,10 @@ def _template(run: RunShape, site: Site, container: dict[str, Any], *, gpus: int
     return {"metadata": {"labels": dict(PART_OF)}, "spec": spec}
 
 
-def _environment(site: Site) -> list[dict[str, Any]]:
+def _environment(run: RunShape, site: Site) -> list[dict[str, Any]]:
+    served = _secret("VANS_SERVE_TOKEN", site.serve_secret, "token", optional=False)
     return [
+        *([served] if run.application else []),
         {"name": "HF_HOME", "value": f"{site.shared}/hub"},
         {"name": "VLLM_NO_USAGE_STATS", "value": "1"},
         _secret("HF_TOKEN", site.hub_secret, "token"),
@@ -218,9 +243,9 @@ def _mlflow(site: Site) -> list[dict[str, Any]]:
     ]
 
 
-def _secret(variable: str, name: str, key: str) -> dict[str, Any]:
-    """Return a variable whose value is in a Secret; without that Secret, the variable is not set."""
-    return {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key, "optional": True}}}
+def _secret(variable: str, name: str, key: str, *, optional: bool = True) -> dict[str, Any]:
+    """Return a variable whose value is in a Secret; without that Secret it is not set, or the pod does not start."""
+    return {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key, "optional": optional}}}
 
 
 def _pod_resources(cpus: int, memory_gib: int, gpus: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.errors import VansError
 
@@ -65,7 +65,9 @@ class RunShape:
     source: str = ""
     """How the run's configuration was named, for the files' first line."""
     config_file: str | None = None
-    """Text of a configuration that is not in the image; ``entrypoint`` then names ``Site.config_path``."""
+    """Text of a configuration that is not in the image; ``entrypoint`` or ``application`` then names ``Site.config_path``."""
+    application: Mapping[str, Any] | None = None
+    """Of a server instead of a run: ``import_path`` and ``args`` of the application for Ray Serve; ``entrypoint`` is empty."""
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.groups]
@@ -111,6 +113,7 @@ class Site:
     token_secret: str = "vans-ray-token"  # noqa: S105 - names of Secrets, not secrets
     hub_secret: str = "vans-hub"  # noqa: S105
     mlflow_secret: str = "vans-mlflow"  # noqa: S105
+    serve_secret: str = "vans-serve-token"  # noqa: S105
 
     config_path = "/etc/vans/run.yaml"
     """Where the text of a configuration that is not in the image is found."""

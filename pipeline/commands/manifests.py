@@ -19,11 +19,11 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "cluster" / "manifests" / "exam
 EXAMPLE_RUNS: tuple[tuple[str, tuple[Kind, ...]], ...] = (
     ("vans_1gpu", ("rayjob", "slurm")),
     ("vans_paper", ("rayjob",)),
-    ("vans_8gpu", ("rayjob", "slurm", "launcher")),
+    ("vans_8gpu", ("rayjob", "rayservice", "slurm", "launcher")),
     ("vans_2node", ("rayjob", "slurm")),
 )
 
-_SEPARATE: tuple[Kind, ...] = ("rayjob", "raycluster")
+_SEPARATE: tuple[Kind, ...] = ("rayjob", "raycluster", "rayservice")
 """Kinds whose nodes differ: each group of workers stands on nodes made for it, found by their label."""
 
 
@@ -32,7 +32,8 @@ def write_manifests(config: str, overrides: Sequence[str], kind: Kind, out: Path
 
     Raises ConfigError for a configuration that no run would take, ManifestError for one that cannot lie on such a site.
     """
-    files = render(kind, run_shape(config, overrides, kind, site), site)
+    shape = service_shape(config, overrides, site) if kind == "rayservice" else run_shape(config, overrides, kind, site)
+    files = render(kind, shape, site)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, text in files.items():
@@ -50,13 +51,7 @@ def run_shape(config: str, overrides: Sequence[str], kind: Kind, site: Site) -> 
     Relative folders of data and output come to lie on the shared storage. Where nodes differ, roles without a label selector
     of their own get one, so that each finds the nodes that were made for it.
     """
-    found = find_config(config)
-    bundled = found.stem == config
-    source, text = config, None
-    if not bundled and kind in _SEPARATE:
-        source, text = site.config_path, to_yaml(load_config(config))  # whole, whatever other files it builds on
-    elif not bundled:
-        source = str(found.resolve())
+    source, name, text = _source(config, kind, site)
     run = load_config(config, overrides)
     placed = list(overrides) + _on_shared_storage(run, site)
     if kind in _SEPARATE:
@@ -67,9 +62,46 @@ def run_shape(config: str, overrides: Sequence[str], kind: Kind, site: Site) -> 
         groups=tuple(_groups(run)),
         entrypoint=("python", "-m", "pipeline", "train", source, *placed, "--resume-if-any"),
         driver_cpus=1.0 + run.data.decoders,
-        source=config if bundled else found.name,
+        source=name,
         config_file=text,
     )
+
+
+def service_shape(config: str, overrides: Sequence[str], site: Site) -> RunShape:
+    """Return the server of ``config`` with ``overrides``: a pod for each replica of its two models (``serve.vlm``, ``serve.vdm``)."""
+    source, name, text = _source(config, "rayservice", site)
+    run = load_config(config, overrides)
+    placed = list(overrides) + _on_shared_storage(run, site)
+    serving = load_config(config, placed)
+    return RunShape(
+        name=run.name,
+        groups=tuple(_replicas(serving, policy) for policy in ("vlm", "vdm")),
+        entrypoint=(),
+        source=name,
+        config_file=text,
+        application={"import_path": "pipeline.serve.build:build", "args": {"config": source, "overrides": placed}},
+    )
+
+
+def _replicas(run: RunConfig, policy: str) -> Group:
+    section, pool = getattr(run.serve, policy), getattr(run.pools, policy)
+    limits = section.autoscale
+    return group_of(
+        policy,
+        limits.min if limits.enabled else section.replicas,
+        {"CPU": pool.cpus, "GPU": section.gpus(pool), **pool.resources},
+        most=limits.max if limits.enabled else 0,
+    )
+
+
+def _source(config: str, kind: Kind, site: Site) -> tuple[str, str, str | None]:
+    """Return how the cluster finds ``config``, what a file's first line calls it, and its text where it travels along."""
+    found = find_config(config)
+    if found.stem == config:
+        return config, config, None
+    if kind in _SEPARATE:
+        return site.config_path, found.name, to_yaml(load_config(config))  # whole, whatever other files it builds on
+    return str(found.resolve()), found.name, None
 
 
 def _on_shared_storage(run: RunConfig, site: Site) -> list[str]:
@@ -126,12 +158,14 @@ def _group_name(reservation: str) -> str:
 
 
 def write_examples() -> list[Path]:
-    """Write ``cluster/manifests/examples`` for the bundled runs, each in a folder of its name."""
+    """Write ``cluster/manifests/examples`` for the bundled runs, each in a folder of its name, a server in one of its own."""
     return [
         path
         for name, kinds in EXAMPLE_RUNS
         for kind in kinds
-        for path in write_manifests(name, (), kind, EXAMPLES / name, Site())
+        for path in write_manifests(
+            name, (), kind, EXAMPLES / (f"{name}_serve" if kind == "rayservice" else name), Site()
+        )
     ]
 
 

@@ -18,7 +18,6 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from actors.pool.settings import PoolSection
 from cluster.errors import VansError
 from pipeline.config import RunConfig
 from pipeline.fleet.kinds import KINDS
@@ -75,17 +74,13 @@ def serving(config: RunConfig) -> RunConfig:
     """Return ``config`` as the replicas load it: no learner wants memory or sends weights, and each artist embeds for itself."""
     pools, own = config.pools, config.serve
     changes = {
-        "vlm": {"rest": False, "gpus": _gpus(own.vlm, pools.vlm)},
-        "vdm": {"rest": False, "gpus": _gpus(own.vdm, pools.vdm)},
+        "vlm": {"rest": False, "gpus": own.vlm.gpus(pools.vlm)},
+        "vdm": {"rest": False, "gpus": own.vdm.gpus(pools.vdm)},
         "embed": {"workers": 0},
     }
     updated = {name: getattr(pools, name).model_copy(update=values) for name, values in changes.items()}
     weights = config.weights.model_copy(update={"transport": "object_store"})
     return config.model_copy(update={"pools": pools.model_copy(update=updated), "weights": weights})
-
-
-def _gpus(section: DeploymentSection, pool: PoolSection) -> float:
-    return pool.gpus if section.num_gpus is None else section.num_gpus
 
 
 def application(

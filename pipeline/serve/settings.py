@@ -9,8 +9,9 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from actors.pool.settings import Gpus
+from actors.pool.settings import Gpus, PoolSection
 from actors.settings import Positive, Section
+from cluster import ports
 
 Port = Annotated[int, Field(gt=0, lt=65536)]
 
@@ -39,6 +40,10 @@ class DeploymentSection(Section):
     num_gpus: Gpus | None = Field(None, description="GPUs of each replica; null is its pool's gpus.")
     max_ongoing_requests: Positive = Field(2, description="Requests that a replica holds at once; others wait for one.")
     autoscale: ReplicasSection = Field(default_factory=ReplicasSection)
+
+    def gpus(self, pool: PoolSection) -> float:
+        """Return the GPUs of a replica of a model that ``pool`` serves in a run."""
+        return pool.gpus if self.num_gpus is None else self.num_gpus
 
 
 class ThinkerDeploymentSection(DeploymentSection):
@@ -72,7 +77,7 @@ class ServeSection(Section):
     host: str = Field(
         "127.0.0.1", min_length=1, description="Address to listen at; another than loopback needs a token."
     )
-    port: Port = Field(8000, description="Port to listen at.")
+    port: Port = Field(ports.SERVE, description="Port to listen at.")
     follow_s: float = Field(5.0, gt=0, description="With --follow: seconds between two looks for a newer export.")
     vlm: ThinkerDeploymentSection = Field(default_factory=ThinkerDeploymentSection)
     vdm: DeploymentSection = Field(default_factory=DeploymentSection)

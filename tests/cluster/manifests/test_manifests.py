@@ -105,6 +105,16 @@ class RayJobSpec(Exact):
     rayClusterSpec: RayClusterSpec
 
 
+class RayServiceSpec(Exact):
+    serveConfigV2: str
+    rayClusterConfig: RayClusterSpec
+
+
+SERVER = RunShape(
+    "ask", GROUPS[:2], (), application={"import_path": "pipeline.serve.build:build", "args": {"config": "toy"}}
+)
+
+
 def documents(kind: str, run: RunShape = RUN, site: Site | None = None) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(render(kind, run, site or Site())[f"{kind}.yaml"]))  # type: ignore[arg-type]
 
@@ -187,6 +197,28 @@ def test_kuberay_takes_the_job_and_its_groups_scale_apart() -> None:
     assert same["kind"] == "RayCluster" and same["spec"] == job["spec"]["rayClusterSpec"]
 
 
+def test_kuberay_takes_the_service_and_ray_serve_its_application() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    (service,) = documents("rayservice", SERVER)
+    assert (service["kind"], service["metadata"]["name"]) == ("RayService", "ask")
+    spec = RayServiceSpec.model_validate(service["spec"])
+    serving = ServeDeploySchema.model_validate(yaml.safe_load(spec.serveConfigV2))
+    (application,) = serving.applications
+    assert application.import_path == SERVER.application["import_path"] and application.args == {"config": "toy"}  # type: ignore[index]
+    assert application.route_prefix == "/" and serving.http_options.port == ports.SERVE
+    head, *workers = spec.rayClusterConfig.headGroupSpec, *spec.rayClusterConfig.workerGroupSpecs
+    assert {"name": "serve", "containerPort": ports.SERVE} in head.template.spec.containers[0].ports
+    assert [group.groupName for group in workers] == ["vlm", "vdm"]
+    token = {"name": "vans-serve-token", "key": "token", "optional": False}  # a pod without it would ask nobody for one
+    for group in (head, *workers):
+        env = {entry["name"]: entry for entry in group.template.spec.containers[0].env}
+        assert env["VANS_SERVE_TOKEN"]["valueFrom"]["secretKeyRef"] == token
+        assert not any(name.startswith("MLFLOW") for name in env)
+    policy = yaml.safe_load(render("rayservice", SERVER, Site())["network.yaml"])
+    assert ports.SERVE in {port["port"] for port in policy["spec"]["ingress"][1]["ports"]}
+
+
 def test_the_structure_that_the_tests_know_refuses_what_kuberay_does_not_know() -> None:
     (job,) = documents("rayjob")
     job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["gpus"] = 1
@@ -198,7 +230,8 @@ def test_secrets_are_named_and_never_written(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("HF_TOKEN", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "hush-hush")
     for kind in KINDS:
-        assert "hush-hush" not in "".join(render(kind, RunShape("r", ALIKE, RUN.entrypoint), Site()).values())
+        shape = SERVER if kind == "rayservice" else RunShape("r", ALIKE, RUN.entrypoint)
+        assert "hush-hush" not in "".join(render(kind, shape, Site()).values())
     (job,) = documents("rayjob")
     cluster = job["spec"]["rayClusterSpec"]
     head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
