@@ -29,7 +29,7 @@ def require_extra(*, install: bool) -> None:
     words = [sys.executable, "-m", "pip", "install", "--no-deps", "-r", str(listed)]
     if not listed.is_file():
         words = [sys.executable, "-m", "pip", "install", "vans-on-ray[serve]"]
-    told = f"vans serve needs the extra `serve`, and {' and '.join(lacking)} is not installed"
+    told = f"vans serve needs the extra `serve`; not installed: {', '.join(lacking)}"
     if not install or not listed.is_file():
         raise VansError(f"{told}: {' '.join(words)}")
     console = terminal.console()
