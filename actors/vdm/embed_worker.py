@@ -30,7 +30,7 @@ from actors.vdm.files import (
     parameter_hash,
 )
 from actors.vdm.image_encoder import ImageEncoder
-from actors.vdm.settings import ConditioningSection
+from actors.vdm.settings import ConditioningSection, Tiling
 from actors.vdm.text_encoder import CaptionEmbedder
 
 
@@ -50,12 +50,12 @@ class EmbedWorker:
         threads: int = 1,
         negative_prompt: str = "",
         max_text_tokens: int | None = None,
-        vae_tiling: bool = False,
+        tiling: Tiling | None = None,
         conditioning: ConditioningSection | None = None,
     ) -> None:
         self.name, self._path, self._dtype, self._device = name, model_path, dtype, torch.device(device)
         self._threads, self._negative, self._max_text_tokens = threads, negative_prompt, max_text_tokens
-        self._tiling, self._conditioning = vae_tiling, conditioning
+        self._tiling, self._conditioning = tiling, conditioning
         self._version = 0
         self._vae: Any = None
         self._family: Family | None = None
@@ -83,8 +83,8 @@ class EmbedWorker:
             encoder, tokenizer, self._family.reading, self._max_text_tokens, cache_bytes=64 << 20
         )
         self._vae = load_vae(blueprint, decoder=False).to(self._device).eval().requires_grad_(False)
-        if self._tiling:
-            self._vae.enable_tiling()
+        if self._tiling is not None:
+            self._tiling.start(self._vae)
         image_encoder = load_image_encoder(blueprint)
         self._image_encoder = image_encoder.to(self._device) if image_encoder is not None else None
         return worker_info(self.name, str(self._device), self._hash())

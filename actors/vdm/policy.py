@@ -36,7 +36,7 @@ from actors.vdm.files import COMPONENTS, Parts, held_bytes, load_parts, save_ful
 from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.frame_encoder import FrameEncoder
 from actors.vdm.frames import video_to_frames
-from actors.vdm.settings import ConditioningSection, VdmPoolSection
+from actors.vdm.settings import ConditioningSection, Tiling, VdmPoolSection
 from actors.vdm.supervised import flow_matching_loss
 from actors.vdm.text_encoder import CaptionEmbedder, Captions, padded
 from actors.vdm.trajectories import Condition, Encoded, Noised, VdmBatch
@@ -65,7 +65,7 @@ class VdmPolicy:
         max_text_tokens: int | None = None,
         negative_prompt: str = "",
         settings: VdmPoolSection | None = None,
-        vae_tiling: bool = False,
+        tiling: Tiling | None = None,
         shared_times: bool = True,
         fps: float = 8.0,
         cache_bytes: int = 256 << 20,
@@ -75,8 +75,8 @@ class VdmPolicy:
         self.module: nn.Module = parts.transformer.to(self.device).eval()
         self.vae = parts.vae.to(self.device).eval().requires_grad_(False) if parts.vae is not None else None
         self.has_decoder = parts.has_decoder
-        if vae_tiling and self.vae is not None:
-            self.vae.enable_tiling()
+        if tiling is not None and self.vae is not None:
+            tiling.start(self.vae)
         if settings.channels_last and self.vae is not None and self.has_decoder:
             channels_last(self.vae.decoder)
         self.family = parts.blueprint.family(conditioning=conditioning, shared_times=shared_times, fps=fps)
@@ -126,7 +126,7 @@ class VdmPolicy:
         ``components`` leaves out what a process does not need (a learner never decodes: no ``vae_decoder``).
         ``options`` are the constructor's: settings (how a sampler draws), shift and grid (of its sigmas), supervised (the sigmas
         of the supervised loss), reference_frames, conditioning (how it sees the input), max_text_tokens, negative_prompt,
-        vae_tiling (large frames go through the VAE in overlapping tiles), shared_times (embed a clip's two times once, not for
+        tiling (large frames go through the VAE in overlapping tiles), shared_times (embed a clip's two times once, not for
         each token), fps (of the clips), cache_bytes. Without LoRA all of the transformer's weights are trainable.
         """
         kind = torch_dtype(dtype)

@@ -4,7 +4,8 @@ command line reads them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,6 +43,25 @@ class ConditioningSection(Section):
     def latents(self, frames: int) -> int:
         """Return how many latent frames come of ``frames`` reference frames; of a clip, ``take`` whatever its length."""
         return min(frames, 1) * self.take if self.references == "clip" else frames
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The overlapping tiles that frames go through the VAE in: (height, width) in pixels; None is the VAE's own."""
+
+    tile: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    """From a tile's begin to the next one's; what is beyond it overlaps, and is blended."""
+
+    def start(self, vae: Any) -> None:
+        """Have ``vae``, one of diffusers', work in these tiles."""
+        (height, width), (down, right) = self.tile or (None, None), self.stride or (None, None)
+        vae.enable_tiling(
+            tile_sample_min_height=height,
+            tile_sample_min_width=width,
+            tile_sample_stride_height=down,
+            tile_sample_stride_width=right,
+        )
 
 
 class VdmPoolSection(PoolSection):

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from actors.learner.settings import LearnerSection
 from actors.settings import FREE, Fraction, Positive, Section, cite
-from actors.vdm.settings import ConditioningSection
+from actors.vdm.settings import ConditioningSection, Tiling
 from actors.vlm.settings import PromptSection
 from pipeline.config.machinery import (
     AlarmsSection,
@@ -112,13 +112,29 @@ class VideoSection(Section):
     conditioning: ConditioningSection = Field(default_factory=ConditioningSection)
     vae_tiling: bool = Field(
         False,
-        description="Encode and decode frames beyond 256 pixels in overlapping tiles: less memory, slightly other pixels.",
+        description="Encode and decode large frames in overlapping tiles: less memory, slightly other pixels.",
+    )
+    vae_tile: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = Field(
+        None,
+        description="Height and width of a tile in pixels; null is the VAE's own (Wan: 256, LTX-Video: 512). The release: [240, 416].",
+        json_schema_extra=cite("VANS as released"),
+    )
+    vae_stride: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = Field(
+        None,
+        description="Pixels from a tile's begin to the next one's; null is the VAE's own (Wan: 192, LTX-Video: 448). The release: "
+        "[120, 208].",
+        json_schema_extra=cite("VANS as released"),
     )
 
     @property
     def context_frames(self) -> int | None:
         """Frames of the input video that the artist gets, where they are not those that the thinker sees."""
         return self.num_frames if self.conditioning.references == "clip" else None
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How the VAE's frames are cut; None: not at all."""
+        return Tiling(self.vae_tile, self.vae_stride) if self.vae_tiling else None
 
     @property
     def vlm_largest(self) -> tuple[int, int]:
@@ -137,6 +153,22 @@ class VideoSection(Section):
             raise ValueError(
                 f"vlm_pixels=[{least}, {most}] leaves no size: the most must be at least the least, and vlm_multiple squared ({unit})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tiles(self) -> VideoSection:
+        if (self.vae_tile is None) != (self.vae_stride is None):
+            raise ValueError("vae_tile and vae_stride go together: give both, or none")
+        if self.vae_tile is not None and self.vae_stride is not None:
+            if any(step > side for step, side in zip(self.vae_stride, self.vae_tile, strict=True)):
+                raise ValueError(
+                    f"vae_stride={list(self.vae_stride)} is beyond vae_tile={list(self.vae_tile)}: pixels between two tiles "
+                    "would be lost"
+                )
+            if odd := [side for side in (*self.vae_tile, *self.vae_stride) if side % 8]:
+                raise ValueError(
+                    f"vae_tile and vae_stride are cut from latents of 8 pixels; {odd[0]} is no multiple of 8"
+                )
         return self
 
     @model_validator(mode="after")

@@ -74,7 +74,7 @@ def _embed(config: RunConfig) -> dict[str, Any]:
         "device": device(section),
         "threads": max(1, int(section.cpus)),
         "negative_prompt": config.models.negative_prompt or "",
-        "vae_tiling": config.video.vae_tiling,
+        "tiling": config.video.tiling,
         "conditioning": config.video.conditioning,
     }
 

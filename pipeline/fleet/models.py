@@ -96,7 +96,7 @@ def vdm_options(config: RunConfig) -> dict[str, Any]:
         "grid": config.models.flow_grid,
         "negative_prompt": config.models.negative_prompt or "",
         "shared_times": config.models.shared_times,
-        "vae_tiling": config.video.vae_tiling,
+        "tiling": config.video.tiling,
         "fps": config.video.fps,
         "conditioning": config.video.conditioning,
     }

@@ -177,7 +177,8 @@ def _encoding_bytes(config: RunConfig, models: Models) -> float:
 def _tile(config: RunConfig, models: Models) -> tuple[int, int]:
     """Return height and width of what the VAE works on at once."""
     video, side = config.video, models.vdm.shapes.tile
-    return (min(video.height, side), min(video.width, side)) if video.vae_tiling else (video.height, video.width)
+    height, width = video.vae_tile or (side, side)
+    return (min(video.height, height), min(video.width, width)) if video.vae_tiling else (video.height, video.width)
 
 
 def _scorer(config: RunConfig, models: Models) -> Process:

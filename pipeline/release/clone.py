@@ -64,6 +64,8 @@ ROWS: Mapping[str, Row] = {
     "width": Row(INFERENCE, Place(_ROW, call="pipe", argument="width"), int, 640),
     "num_frames": Row(INFERENCE, Place(_ROW, call="pipe", argument="num_frames"), int, 33),
     "tiled": Row(INFERENCE, Place(_ROW, call="pipe", argument="tiled"), bool, True),
+    "tile": Row(PIPELINE, Place(_DRAWN, parameter="tile_size"), tuple, (30, 52)),
+    "stride": Row(PIPELINE, Place(_DRAWN, parameter="tile_stride"), tuple, (15, 26)),
     "fps": Row(INFERENCE, Place(_ROW, call="save_video", argument="fps"), float, 11),
     "steps": Row(PIPELINE, Place(_DRAWN, parameter="num_inference_steps"), int, 50),
     "guidance": Row(PIPELINE, Place(_DRAWN, parameter="cfg_scale"), float, 5.0),

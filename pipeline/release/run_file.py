@@ -25,6 +25,8 @@ KEYS: Mapping[str, str] = {
     "video.vlm_multiple": "multiple",
     "video.conditioning.take": "take",
     "video.vae_tiling": "tiled",
+    "video.vae_tile": "tile_pixels",
+    "video.vae_stride": "stride_pixels",
     "stage1.text.max_tokens": "rollout_tokens",
     "stage1.render.guidance": "guidance",
     "stage1.lora.rank": "rank",
@@ -48,7 +50,11 @@ _MADE_OF = {
     "alpha": "lora",
     "pixels": "most_pixels",
     "grid": "extra_step",
+    "tile_pixels": "tile",
+    "stride_pixels": "stride",
 }
+LATENT = 8
+"""Pixels of a side of Wan 2.1's latents, in which the release counts its tiles."""
 
 
 def _values(release: Release) -> dict[str, Any]:
@@ -63,6 +69,8 @@ def _values(release: Release) -> dict[str, Any]:
         "alpha": release.lora.alpha,
         "pixels": [read["least_pixels"], read["most_pixels"]],
         "grid": "even" if even else "diffusers",
+        "tile_pixels": [LATENT * side for side in read["tile"]],
+        "stride_pixels": [LATENT * side for side in read["stride"]],
     }
 
 

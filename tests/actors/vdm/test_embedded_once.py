@@ -17,7 +17,7 @@ from actors.records import EmbedRequest, EncodeRequest, RenderRequest, SdeSpec, 
 from actors.vdm.embed_worker import EmbedWorker
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.sampling import sample
-from actors.vdm.settings import VdmPoolSection
+from actors.vdm.settings import Tiling, VdmPoolSection
 from actors.vdm.worker import VdmWorker
 from cluster.errors import CheckpointError
 from pipeline.fleet.conditions import Conditions
@@ -173,7 +173,7 @@ def test_clips_decoded_in_parts_and_text_let_go_change_nothing(tiny, policy, mak
 def test_tiles_need_less_memory_and_show_the_same(tiny):
     """Beyond 256 pixels the VAE works tile by tile; tiles overlap, so the picture stays."""
     latents = torch.randn(1, 16, 1, 4, 40, generator=torch.Generator().manual_seed(0))
-    plain, tiled = (VdmPolicy.load(tiny, vae_tiling=tiling) for tiling in (False, True))
+    plain, tiled = (VdmPolicy.load(tiny, tiling=tiling) for tiling in (None, Tiling()))
     seen: list[int] = []
     hook = tiled.vae.decoder.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[-1]))
     frames = [p.decode(latents).astype(int) for p in (plain, tiled)]
@@ -182,6 +182,16 @@ def test_tiles_need_less_memory_and_show_the_same(tiny):
     assert max(seen) == 32  # latent columns at a time: 256 pixels
     # The decoder's attention sees a tile instead of the frame, so pixels differ a little everywhere.
     assert np.abs(frames[0] - frames[1]).mean() < 0.1 * frames[0].std()
+
+
+def test_tiles_are_as_large_as_they_are_set(tiny):
+    tiled = VdmPolicy.load(tiny, tiling=Tiling((32, 128), (32, 64)))
+    seen: list[tuple[int, ...]] = []
+    hook = tiled.vae.decoder.register_forward_pre_hook(lambda _m, args: seen.append(tuple(args[0].shape[-2:])))
+    tiled.decode(torch.randn(1, 16, 1, 8, 40, generator=torch.Generator().manual_seed(0)))
+    hook.remove()
+    assert {shape[0] for shape in seen} == {4}  # rows of a latent of 8 pixels
+    assert max(shape[1] for shape in seen) == 16 and len(seen) == 2 * 5
 
 
 def test_an_adapter_that_reaches_into_the_text_encoder_is_refused(lora_policy, tiny, tmp_path):

@@ -74,7 +74,10 @@ class WanVideoPipeline:
     def __init__(self):
         self.scheduler = FlowMatchScheduler(shift=5, sigma_min=0.0, extra_one_step=True)
 
-    def __call__(self, prompt: str, cfg_scale: float = 5.0, num_inference_steps: int = {steps}, sigma_shift: float = 5.0):
+    def __call__(
+        self, prompt: str, cfg_scale: float = 5.0, num_inference_steps: int = {steps}, sigma_shift: float = 5.0,
+        tile_size: tuple = (30, 52), tile_stride: tuple = (15, 26),
+    ):
         indices = torch.linspace(0, total_frames - 1, 6).long()
         return indices
 """,

@@ -188,6 +188,7 @@ def test_the_run_says_what_the_clone_says(world: World, tmp_path: Path) -> None:
     assert (models.negative_prompt, models.flow_shift, models.flow_grid) == (NEGATIVE, 5.0, "even")
     assert (video.num_frames, video.height, video.width, video.fps, video.input_frames) == (9, 32, 32, 11.0, 6)
     assert (video.vlm_pixels, video.vlm_multiple, video.vae_tiling) == ((1024, 4096), 16, True)
+    assert (video.vae_tile, video.vae_stride) == ((240, 416), (120, 208))
     assert (video.conditioning.references, video.conditioning.time, video.conditioning.take) == ("clip", "shared", 6)
     assert (run.evaluate.render.steps, run.evaluate.render.guidance) == (2, 5.0)
     assert (run.evaluate.text.temperature, run.evaluate.text.top_p, run.evaluate.text.max_tokens) == (0.7, 0.9, 24)

@@ -15,7 +15,7 @@ from pipeline.release.run_file import KEYS, run_values, written
 RUNS = sorted(path.stem for path in BUNDLED.glob("vans_*.yaml"))
 TEXTS = {"models.prompt.system", "models.negative_prompt"}
 """Other people's sentences: the bundled runs have words of their own."""
-WHOLE_FRAMES = {"video.vae_tiling"}
+WHOLE_FRAMES = {"video.vae_tiling", "video.vae_tile", "video.vae_stride"}
 """A GPU of 80 GB decodes them whole."""
 _GUIDANCE = {f"{stage}.render.guidance" for stage in ("stage1", "stage2", "evaluate")}
 OWN: dict[str, set[str]] = {

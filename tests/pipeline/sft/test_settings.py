@@ -99,7 +99,7 @@ def test_every_section_of_a_real_run_reaches_the_settings() -> None:
             "negative_prompt": "blurry",
             "shared_times": True,
             "fps": 8.0,
-            "vae_tiling": False,
+            "tiling": None,
             "conditioning": ConditioningSection(),
         },
     )
