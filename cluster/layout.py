@@ -106,7 +106,7 @@ class PlacementPlan:
         raise PlacementError(
             f"colocated roles do not fit on one GPU: {parts} = {sum(ask.gpus for ask in shared):g}. The shares of all roles that "
             "meet on a GPU may add up to 1 (pools.<pool>.gpus, learner.gpus; an engine with tensor_parallel > 1 "
-            "needs whole GPUs, thus cluster.layout=disaggregated)"
+            "and a sampler with context_parallel > 1 need whole GPUs, thus cluster.layout=disaggregated)"
         )
 
     def reservations(self) -> tuple[Reservation, ...]:

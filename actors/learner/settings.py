@@ -48,6 +48,10 @@ class OptimSection(Section):
     )
 
 
+LEARNER_SHARES = "learner.context_parallel"
+"""The setting of how many ranks share a clip."""
+
+
 class LearnerSection(Section):
     """One learner group: FSDP2 ranks."""
 
@@ -125,11 +129,11 @@ class LearnerSection(Section):
         return (self.micro_completions if policy == "vlm" else None) or self.micro_batch
 
 
-def require_divisor(count: int, sizes: Mapping[str, int]) -> None:
-    """Raise ConfigError unless context_parallel= ``count`` divides all of ``sizes``, which are named as a sentence names them."""
+def require_divisor(count: int, sizes: Mapping[str, int], key: str = LEARNER_SHARES) -> None:
+    """Raise ConfigError unless ``count``, the value of ``key``, divides all of ``sizes``, which are named as a sentence names them."""
     if all(size % count == 0 for size in sizes.values()):
         return
     common = math.gcd(*sizes.values())
     right = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
     told = " and ".join(f"{name} ({size})" for name, size in sizes.items())
-    raise ConfigError(f"learner.context_parallel={count} must divide {told}: use one of {right}")
+    raise ConfigError(f"{key}={count} must divide {told}: use one of {right}")

@@ -31,7 +31,7 @@ from actors.policy.protocol import PolicyOutput, SupervisedLoss, torch_dtype
 from actors.policy.settings import LoraSection
 from actors.records import Experience, RenderRequest, VdmExperience
 from actors.vdm import flow_sde, trajectories
-from actors.vdm.context_parallel import share_tokens
+from actors.vdm.context_parallel import TokenSharing
 from actors.vdm.files import COMPONENTS, Parts, held_bytes, load_parts, save_full
 from actors.vdm.flow_sde import FlowMatchingSpec
 from actors.vdm.frame_encoder import FrameEncoder
@@ -332,9 +332,17 @@ class VdmPolicy:
 
     # --- learning ---
 
-    def share_tokens(self, count: int, modules: Sequence[nn.Module]) -> None:
-        """Let ``count`` neighbouring ranks share the tokens of a clip: see ``context_parallel.share_tokens``. Collective."""
-        self.family.times.part = share_tokens(modules, count, self.device.type), count
+    def share_tokens(
+        self, count: int, modules: Sequence[nn.Module], sharing: TokenSharing | None = None
+    ) -> TokenSharing:
+        """Let ``count`` neighbouring ranks share the tokens of a clip: see ``TokenSharing.share``. Returns their groups.
+
+        Collective where these groups are to be made; ``sharing`` are those of an earlier call.
+        """
+        sharing = sharing or TokenSharing(count, self.device.type)
+        sharing.share(modules)
+        self.family.times.part = sharing.part, sharing.count
+        return sharing
 
     def collate(self, items: Sequence[Experience]) -> VdmBatch:
         """Return trajectories as one batch; they must agree in noise schedule, level and sizes."""

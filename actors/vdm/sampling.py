@@ -6,7 +6,7 @@ Responsible for the denoising loop, its noise and what a clip carries. Velocitie
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,8 +19,13 @@ from actors.vdm.policy import VdmPolicy
 from actors.vdm.trajectories import Encoded
 from cluster.errors import TrainingError
 
+Shape = tuple[int, int, int, int]
+"""Of latents: (C, F, h, w)."""
+Drawn = tuple[Tensor, list[Trajectory | None]]
+Draw = Callable[[VdmPolicy, Sequence[RenderRequest], Shape, Sequence[Encoded]], Drawn]
 
-def check(policy: VdmPolicy, request: RenderRequest) -> tuple[int, int, int, int]:
+
+def check(policy: VdmPolicy, request: RenderRequest) -> Shape:
     """Return the latent shape (C, F, h, w) of ``request``; BadSampleError says what is wrong with it."""
     frames, name = request.reference_frames, f"{request.sample_id}[{request.index}]"
     if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[-1] != 3:
@@ -43,12 +48,12 @@ def check(policy: VdmPolicy, request: RenderRequest) -> tuple[int, int, int, int
 
 
 @torch.no_grad()
-def sample(policy: VdmPolicy, requests: Sequence[RenderRequest]) -> list[Clip]:
+def sample(policy: VdmPolicy, requests: Sequence[RenderRequest], draw: Draw | None = None) -> list[Clip]:
     """Render ``requests``, in their order; those that agree in steps, sizes, guidance and SDE share a batch.
 
     Noise is drawn per request from its own seeds, so a clip depends on its batch by float noise only. A request
     with an SDE of positive level comes back with its trajectory. Raises BadSampleError for a request that can
-    never succeed.
+    never succeed. ``draw`` does what :func:`sample_latents` does, which it is by default.
     """
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, request in enumerate(requests):
@@ -57,13 +62,14 @@ def sample(policy: VdmPolicy, requests: Sequence[RenderRequest]) -> list[Clip]:
         groups[(shape, len(request.reference_frames), *kind)].append(i)
     clips: dict[int, Clip] = {}
     for (shape, *_), rows in groups.items():
-        clips.update(zip(rows, _sample_group(policy, [requests[i] for i in rows], shape), strict=True))
+        drawn = _sample_group(policy, [requests[i] for i in rows], shape, draw or sample_latents)
+        clips.update(zip(rows, drawn, strict=True))
     return [clips[i] for i in range(len(requests))]
 
 
-def _sample_group(policy: VdmPolicy, requests: list[RenderRequest], shape: tuple[int, int, int, int]) -> list[Clip]:
+def _sample_group(policy: VdmPolicy, requests: list[RenderRequest], shape: Shape, draw: Draw) -> list[Clip]:
     encoded = policy.encoded(requests)
-    latents, trajectories = sample_latents(policy, requests, shape, encoded)
+    latents, trajectories = draw(policy, requests, shape, encoded)
     for request, finite in zip(requests, latents.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
         if not finite:
             raise TrainingError(
@@ -86,9 +92,9 @@ def _sample_group(policy: VdmPolicy, requests: list[RenderRequest], shape: tuple
 def sample_latents(
     policy: VdmPolicy,
     requests: Sequence[RenderRequest],
-    shape: tuple[int, int, int, int],
+    shape: Shape,
     encoded: Sequence[Encoded] | None = None,
-) -> tuple[Tensor, list[Trajectory | None]]:
+) -> Drawn:
     """Return the final latents (B, C, F, h, w) of requests that share everything but caption, frames and seeds.
 
     ``encoded`` is what the requests are conditioned on, where it has been made.

@@ -64,6 +64,10 @@ class Tiling:
         )
 
 
+SAMPLERS_SHARE = "pools.vdm.context_parallel"
+"""The setting of how many processes of a sampler share a clip."""
+
+
 class VdmPoolSection(PoolSection):
     """Diffusion sampling workers."""
 
@@ -87,6 +91,28 @@ class VdmPoolSection(PoolSection):
         False,
         description="Whether the VAE's decoder keeps its weights with channels last: faster on CPUs, the same up to float noise.",
     )
+    context_parallel: Positive = Field(
+        1,
+        description="Processes of one worker that share the tokens of a clip, each on a GPU of its own: for clips that take too long "
+        "on one, or too much memory. It divides the artist's attention heads and a clip's tokens. Each holds the whole transformer; "
+        "the first alone holds the VAE and the text encoder.",
+        json_schema_extra=cite("DeepSpeed-Ulysses"),
+    )
+
+    @model_validator(mode="after")
+    def _shared_clips(self) -> VdmPoolSection:
+        if self.context_parallel == 1:
+            return self
+        if self.gpus > 0 and self.gpus != self.context_parallel:
+            raise ValueError(
+                f"context_parallel={self.context_parallel} with gpus={self.gpus:g}: a worker of as many processes needs "
+                f"gpus: {self.context_parallel} (one bundle, so all of them are on one node)"
+            )
+        if self.compile_blocks:
+            raise ValueError(
+                f"context_parallel={self.context_parallel} with compile_blocks: compiled blocks do not exchange tokens; use one of them"
+            )
+        return self
 
 
 class EmbedPoolSection(PoolSection):

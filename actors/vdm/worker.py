@@ -1,33 +1,38 @@
 """The video diffusion pool's Ray actor: a :class:`VdmPolicy` behind the worker protocol of ``actors.pool.protocol``.
 
-Responsible for batching a call's requests, for classing what goes wrong with each of them, and for putting published
-weights into the policy. The class is undecorated, so that it also runs in process; make an actor with
-``ray.remote(VdmWorker).options(…)``.
+Responsible for batching a call's requests and for classing what goes wrong with each of them. Which weights it serves is
+``served``'s, the other processes of a worker with ``context_parallel`` are ``peers``'. The class is undecorated, so that it also
+runs in process; make an actor with ``ray.remote(VdmWorker).options(…)``.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from actors.failures import Failure, InfrastructureError, Ok, Outcome, attempt, failure_of
-from actors.offload import Offloader, module_tensors
+from actors.learner.sharding import free_address
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import Clip, RenderRequest
 from actors.vdm import sampling
 from actors.vdm.files import parameter_hash
+from actors.vdm.peers import Peers
 from actors.vdm.policy import VdmPolicy
-from actors.weights.transport import Delivery, fetch
-from cluster.errors import CheckpointError
+from actors.vdm.served import LOOPBACK, Announced, Served, out_of_memory
+from actors.vdm.trajectories import Encoded
+from actors.weights.transport import fetch
 
 
 class VdmWorker:
-    """Renders clips. ``adapter``: a PEFT folder, part of the base weights; ``options``: :meth:`VdmPolicy.load`'s."""
+    """Renders clips. ``adapter``: a PEFT folder, part of the base weights; ``options``: :meth:`VdmPolicy.load`'s.
+
+    With ``context_parallel`` N in its settings it leads N - 1 more processes, which share the tokens of each clip with this one.
+    """
 
     def __init__(
         self,
@@ -40,39 +45,55 @@ class VdmWorker:
         threads: int | None = 1,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.name, self._path, self._adapter, self._dtype, self._device = name, model_path, adapter, dtype, device
-        self._threads = threads
+        self.name, self._device, self._threads = name, device, threads
+        self._arguments = {"model_path": model_path, "adapter": adapter, "dtype": dtype, "device": device}
         self._options = dict(options or {})
-        self._policy: VdmPolicy | None = None
-        self._offloader = Offloader(torch.device(device))
-        self._initial: dict[str, Tensor] = {}  # the adapter as set up: what "base weights" means while one is injected
-        self._full = False
+        self._served = Served(name, options=self._options, **self._arguments)  # type: ignore[arg-type]
+        self._peers: Peers | None = None
         self._arrival: str = "model folder"
         self._busy = threading.Lock()  # one call at a time uses the models; the actor's other thread answers ping()
 
     @property
     def policy(self) -> VdmPolicy:
         """The policy; raises RuntimeError before :meth:`setup`."""
-        if self._policy is None:
-            raise RuntimeError(f"VDM worker {self.name}: used before setup()")
-        return self._policy
+        return self._served.policy
 
     def setup(self) -> WorkerInfo:
-        """Load the pipeline. Raises CheckpointError for a folder that is not one."""
+        """Load the pipeline, here and in the peers.
+
+        Raises CheckpointError for a folder that is not one, ConfigError where its clips cannot be shared.
+        """
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        self._policy = self._load()
+        settings = self._served.settings
+        if settings.context_parallel == 1:
+            self._served.load()
+        else:
+            others = self._arguments | {"options": self._options | {"components": ("transformer",)}}
+            self._peers = Peers(self.name, settings.context_parallel - 1, self._threads, others)
+            try:
+                self._served.load()
+                self._peers.wait(settings.start_timeout_s)
+            except BaseException:
+                self._peers.close()
+                raise
+            address = free_address(LOOPBACK)
+            with self._together("join", address):
+                self._served.join(address)
         return worker_info(self.name, self._device, self._base_hash())
 
     def load_weights(self, version: int, payload: list[Any] | None) -> int:
         """Put the published weights into the policy and return ``version``; None brings back the base weights."""
         weights = fetch(payload, self._device) if payload is not None else None
-        with self._awake():
+        with self._busy:
             if weights is None:
-                self._restore_base()
+                with self._together("put", version, None):
+                    self._served.put(version, None)
+            elif self._peers is None:
+                self._served.put(version, weights)
             else:
-                self._apply(weights)
-            self.policy.version = version
+                with self._together("receive", version, Announced.of(weights)):
+                    self._served.send(version, weights)
             self._arrival = weights.arrival if weights is not None else "model folder"
         return version
 
@@ -105,25 +126,40 @@ class VdmWorker:
         return self.policy.held()
 
     def rest(self) -> int:
-        """Move the models to host memory until they are next needed, by whatever needs them; returns the bytes freed."""
-        return self._offloader.rest(lambda: module_tensors(self.policy.module, *self.policy.frozen_parts))
+        """Move the models to host memory until they are next needed, by whatever needs them; returns the bytes freed here."""
+        with self._busy, self._together("rest"):
+            return self._served.rest()
 
     def ping(self) -> str:
-        """Return the worker's name."""
+        """Return the worker's name; raises InfrastructureError where a peer is lost."""
+        if self._peers is not None:
+            self._peers.check()
         return self.name
+
+    def shutdown(self) -> None:
+        """End the peers."""
+        if self._peers is None:
+            return
+        with self._busy:
+            try:
+                with self._together("leave"):
+                    self._served.leave()
+            finally:
+                self._peers.close()
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
         """Hold the models, on their device."""
-        with self._busy, self._offloader.used():
+        with self._busy, self._served.awake():
             yield
 
-    def _load(self) -> VdmPolicy:
-        policy = VdmPolicy.load(
-            self._path, dtype=self._dtype, adapter=self._adapter, device=self._device, **self._options
-        )
-        self._initial = _snapshot(policy) if policy.adapter is not None else {}
-        return policy
+    def _together(self, method: str, *arguments: Any) -> AbstractContextManager[None]:
+        """Have the peers, where there are any, call a method of ``Served`` while this process does its own part within."""
+        if self._peers is None:
+            return nullcontext()
+        settings = self._served.settings
+        deadline = settings.request_timeout_s if method == "draw" else settings.start_timeout_s
+        return self._peers.doing(method, *arguments, timeout_s=deadline)
 
     def _refuse(self, request: RenderRequest) -> Failure | None:
         try:
@@ -142,37 +178,22 @@ class VdmWorker:
 
     def _sample(self, requests: list[RenderRequest]) -> list[Clip]:
         try:
-            return sampling.sample(self.policy, requests)
+            return sampling.sample(self.policy, requests, self._draw)
         except torch.OutOfMemoryError as error:
-            raise InfrastructureError(
-                f"{self.name}: out of memory while rendering {len(requests)} clips at once; "
-                f"lower pools.vdm.max_batch, or pools.vdm.max_decode: {error}"
-            ) from error
+            raise InfrastructureError(out_of_memory(self.name, len(requests), error)) from error
 
-    def _apply(self, weights: Delivery) -> None:
-        tensors = weights.tensors
-        if weights.kind == "full":
-            if self._adapter is not None:
-                raise CheckpointError(
-                    f"{self.name}: full weights cannot be loaded into a model that starts from an adapter ({self._adapter})"
-                )
-            if self.policy.adapter is not None:
-                self._policy = self._load()
-            self.policy.module.load_state_dict(tensors, strict=True)
-            self._full = True
-            return
-        if self._full:  # an adapter belongs to the folder's own weights
-            self._restore_base()
-        policy, fresh = self.policy, self.policy.adapter is None
-        policy.put_adapter(tensors, weights.adapter_config, f"{self.name}: the published weights")
-        if fresh:  # without an adapter is what one with B = 0 computes
-            self._initial = {n: torch.zeros_like(t) if ".lora_B." in n else t for n, t in _snapshot(policy).items()}
-
-    def _restore_base(self) -> None:
-        if self._full:
-            self._policy, self._full = self._load(), False
-        elif self._initial:
-            self.policy.load_adapter_state(self._initial)
+    def _draw(
+        self, policy: VdmPolicy, requests: Sequence[RenderRequest], shape: sampling.Shape, encoded: Sequence[Encoded]
+    ) -> sampling.Drawn:
+        if self._peers is None:
+            return self._served.draw(requests, shape, encoded)
+        # Peers neither embed nor encode, and the frames have told the shape.
+        slim = [
+            replace(request, reference_frames=request.reference_frames[:0], condition=item.record())
+            for request, item in zip(requests, encoded, strict=True)
+        ]
+        with self._together("draw", slim, shape):
+            return self._served.draw(requests, shape, encoded)
 
     def _base_hash(self) -> str:
         policy = self.policy
@@ -180,7 +201,3 @@ class VdmWorker:
         images = policy.image_encoder.model if policy.image_encoder is not None else None
         frozen = {"vae": policy.vae, "text_encoder": encoder, "image_encoder": images}
         return parameter_hash({"transformer": policy.module, **frozen})
-
-
-def _snapshot(policy: VdmPolicy) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in policy.adapter_state().items()}

@@ -15,9 +15,9 @@ from pydantic import Field
 
 from actors.pool.settings import PoolSection
 from actors.settings import Section
-from actors.vdm.settings import EmbedPoolSection, VdmPoolSection
+from actors.vdm.settings import SAMPLERS_SHARE, EmbedPoolSection, VdmPoolSection
 from actors.vlm.settings import VlmPoolSection
-from pipeline.fleet.models import resolve_adapter, resolve_model, vdm_options
+from pipeline.fleet.models import require_shareable, resolve_adapter, resolve_model, vdm_options
 
 if TYPE_CHECKING:  # a run's configuration is made of these sections
     from pipeline.config import RunConfig
@@ -39,7 +39,9 @@ class Kind:
     worker: str
     """``module:Class`` of its workers (``actors.pool.protocol``)."""
     arguments: Callable[[RunConfig], Mapping[str, Any]]
-    """Keyword arguments of a worker beside its name; raises CheckpointError where a model is missing."""
+    """Keyword arguments of a worker beside its name; raises CheckpointError where a model is missing, ConfigError where
+    it cannot do what its section says.
+    """
     calls: Callable[[Any], int] = lambda section: 2
     """Calls that a worker's process takes at once, by its section: the call under way, and a ping."""
     alone: Mapping[str, Any] = field(default_factory=lambda: {"max_batch": 1})
@@ -82,6 +84,7 @@ def _embed(config: RunConfig) -> dict[str, Any]:
 def _vdm(config: RunConfig) -> dict[str, Any]:
     models, section = config.models, config.pools.vdm
     path = resolve_model(models.vdm, "vdm")
+    require_shareable(config, SAMPLERS_SHARE)
     exact = {"max_embed": 1, "compile_blocks": False} if config.deterministic else {}
     embedded = {"components": ("transformer", "vae_decoder")} if config.pools.embed.workers else {}
     return {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from actors.failures import BadSampleError
-from actors.learner.settings import require_divisor
+from actors.learner.settings import LEARNER_SHARES, require_divisor
+from actors.vdm.settings import SAMPLERS_SHARE
 from cluster.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:  # the sections of the pools, whose rows resolve models, are part of it
@@ -102,13 +104,20 @@ def vdm_options(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def require_shareable(config: RunConfig) -> None:
-    """Raise ConfigError where ranks of stage 2's learner cannot share the artist's clips as ``learner.context_parallel`` says.
+SHARERS: Mapping[str, Callable[[RunConfig], int]] = {
+    LEARNER_SHARES: lambda config: config.learner.sharers("vdm"),
+    SAMPLERS_SHARE: lambda config: config.pools.vdm.context_parallel,
+}
+"""How many processes share each of the artist's clips, by the key that says so."""
+
+
+def require_shareable(config: RunConfig, key: str) -> None:
+    """Raise ConfigError where the artist's clips cannot be shared as ``key`` (of SHARERS) says.
 
     Read from the model's configuration alone: of a folder, or of a name whose configuration is known here. Of another name the
-    learner says it when it has loaded it.
+    learner, or the sampler, says it when it has loaded it.
     """
-    sharers, video = config.learner.sharers("vdm"), config.video
+    sharers, video = SHARERS[key](config), config.video
     if sharers == 1:
         return
     from actors.architectures import architecture, known  # two seconds of imports saved for those who share nothing
@@ -120,7 +129,7 @@ def require_shareable(config: RunConfig) -> None:
     latents = vdm.shapes.reference_latents(video.conditioning, video.reference_frames)
     tokens = vdm.shapes.tokens(video.num_frames, video.height, video.width, latents).total
     heads = int(vdm.components["transformer"]["num_attention_heads"])
-    require_divisor(sharers, {"the artist's attention heads": heads, "a clip's tokens": tokens})
+    require_divisor(sharers, {"the artist's attention heads": heads, "a clip's tokens": tokens}, key)
 
 
 def _adapter_hint(folder: Path, role: Role) -> str:

@@ -104,19 +104,21 @@ def best_split(
     gpus: int,
     *,
     least: Mapping[str, int] | None = None,
-    engine_gpus: int = 1,
-    sharers: int = 1,
+    each: Mapping[str, int] | None = None,
 ) -> Split:
     """Return the split of ``gpus`` over the four roles, each on GPUs of its own, that makes the run shortest.
 
-    ``least``: fewest GPUs of a role (its memory; 1 by default). ``engine_gpus``: GPUs of one VLM engine. ``sharers``: learner's
-    GPUs on which one clip lies. All splits are tried, so none is better; of equal ones the first in the order (learner, vlm,
-    reward) with the fewest there is taken.
+    ``least``: fewest GPUs of a role (its memory; 1 by default). ``each``: GPUs of one VLM engine, of one sampler, and the learner's
+    on which one clip lies (1 by default). All splits are tried, so none is better; of equal ones the first in the order (learner,
+    vlm, reward) with the fewest there is taken.
 
     Raises PlacementError where the GPUs are too few.
     """
-    fewest = {role: (least or {}).get(role, 1) for role in ROLES}
-    fewest["vlm"], fewest["learner"] = max(fewest["vlm"], engine_gpus), max(fewest["learner"], sharers)
+    together = {role: (each or {}).get(role, 1) for role in ROLES}
+    fewest = {role: max((least or {}).get(role, 1), together[role]) for role in ROLES}
+    workers = {
+        role: together[role] if role in ("vlm", "vdm") else 1 for role in ROLES
+    }  # a learner's demand is of its ranks
     if sum(fewest.values()) > gpus:
         told = ", ".join(f"{role} {count}" for role, count in fewest.items())
         raise PlacementError(
@@ -124,9 +126,7 @@ def best_split(
         )
     tables = [
         {
-            demand.name: np.array(
-                [demand.seconds(n // engine_gpus if demand.role == "vlm" else n) for n in range(gpus + 1)]
-            )
+            demand.name: np.array([demand.seconds(n // workers[standing(demand.role)]) for n in range(gpus + 1)])
             for demand in stage.demands
         }
         for stage in stages
@@ -134,7 +134,7 @@ def best_split(
     learner, vlm, reward = np.meshgrid(*[np.arange(gpus + 1)] * 3, indexing="ij")
     counts = {"vlm": vlm, "vdm": gpus - learner - vlm - reward, "reward": reward, "learner": learner}
     allowed = np.logical_and.reduce([counts[role] >= fewest[role] for role in ROLES])
-    allowed &= (vlm % engine_gpus == 0) & (learner % sharers == 0)
+    allowed &= np.logical_and.reduce([counts[role] % together[role] == 0 for role in ROLES])
     total = np.zeros(vlm.shape)
     for stage, table in zip(stages, tables):
         seconds = {d.name: table[d.name][np.maximum(counts[standing(d.role)], 0)] for d in stage.demands}
@@ -142,8 +142,8 @@ def best_split(
     total = np.where(allowed, total, np.inf)
     best = np.unravel_index(int(np.argmin(total)), total.shape)
     split = {role: int(counts[role][best]) for role in ROLES}
-    workers = {role: split[standing(role)] for role in _asked(stages)} | {"vlm": split["vlm"] // engine_gpus}
-    return Split(split, {stage.name: stage.seconds(workers) for stage in stages}, float(total[best]))
+    at_work = {role: split[standing(role)] // workers[standing(role)] for role in {*_asked(stages), "vlm"}}
+    return Split(split, {stage.name: stage.seconds(at_work) for stage in stages}, float(total[best]))
 
 
 def shared_split(stages: Sequence[StageDemand], gpus: int) -> Split:

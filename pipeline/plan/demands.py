@@ -103,7 +103,9 @@ class _Count:
         branches = 2 if render.guidance > 1 else 1
         sampling = shapes.transformer_flops(models.clip_tokens).total * render.steps * branches
         decoding = shapes.decode_flops(video.num_frames, video.height, video.width).total
-        seconds = sampling / self.rates.flops(pools.vdm.dtype) + decoding / self.rates.tf32
+        # The processes of a sampler share a clip's tokens; the first decodes.
+        sharers = pools.vdm.context_parallel
+        seconds = sampling / self.rates.flops(pools.vdm.dtype) / sharers + decoding / self.rates.tf32
         clips, embedder = (
             rollout.prompts_per_step * rollout.group_size,
             pools.embed if pools.embed.workers else pools.vdm,

@@ -134,7 +134,7 @@ def _sampler(config: RunConfig, models: Models) -> Process:
     height, width = _tile(config, models)
     shapes = models.vdm.shapes
     moments = [
-        sampling_bytes(models, clips, pool.dtype),
+        sampling_bytes(models, clips, pool.dtype) / pool.context_parallel,
         shapes.decoding_bytes(video.num_frames, height, width) * min(clips, pool.max_decode),
     ]
     weights = element * models.parameters["vdm", "transformer"] + 4.0 * models.parameters["vdm", "vae"]
@@ -144,7 +144,10 @@ def _sampler(config: RunConfig, models: Models) -> Process:
     rank = config.stage2.lora.rank
     weights += costs.lora_parameters(models.vdm, rank) * element if rank else 0
     parts = {"weights": weights, "activations": max(moments), "caches": 2.0 * CACHE, "CUDA context": CONTEXT}
-    return Process("vdm", f"sampler, {clips} clip(s) at a time", parts, rests=pool.rest)
+    does = f"sampler, {clips} clip(s) at a time"
+    if pool.context_parallel > 1:
+        does += f" on {pool.context_parallel} GPUs, the first of them"  # the others have no VAE
+    return Process("vdm", does, parts, rests=pool.rest)
 
 
 CACHE = 256 * 2**20

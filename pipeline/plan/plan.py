@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from actors.architectures import cost as costs
+from actors.vdm.settings import SAMPLERS_SHARE
 from cluster.errors import ConfigError, PlacementError
 from cluster.hardware import GIB, Hardware, Rates
 from cluster.layout import ClusterView, PlacementPlan, shortfall
 from cluster.packing import Gpu, Member, pack
 from pipeline.config import RunConfig
 from pipeline.config.load import apply_override, parse_config
-from pipeline.fleet.models import require_shareable
+from pipeline.fleet.models import SHARERS, require_shareable
 from pipeline.fleet.open import LEARNER, placement_plan, pool_sections
 from pipeline.plan.balance import Split, StageDemand, best_split, shared_split, standing
 from pipeline.plan.demands import PUBLISH_BANDWIDTH, stage_demands
@@ -140,7 +141,7 @@ def switching(stages: Iterable[StageDemand], kinds: Iterable[Process]) -> tuple[
 
 def overrides(config: RunConfig, split: Split) -> str:
     """Return the overrides with which ``config`` has ``split``."""
-    engine, pools = config.pools.vlm.tensor_parallel, list(pool_sections(config))
+    each_on, pools = _gpus_of_a_worker(config), list(pool_sections(config))
     if split.colocated:
         count = split.gpus["vdm"]
         each = [f"pools.{pool}.workers={count} pools.{pool}.gpus=0.2" for pool in pools]
@@ -149,10 +150,14 @@ def overrides(config: RunConfig, split: Split) -> str:
         ranks = f"learner.ranks={count} learner.gpus=0.2"
         return " ".join(["cluster.layout=colocated", *each, ranks, *RESTING, *stale, share])
     gpus, together = split.gpus, sum(standing(pool) == "reward" for pool in pools)
-    shares = {"vlm": engine, "vdm": 1.0}
-    counts = {pool: gpus[standing(pool)] for pool in pools} | {"vlm": gpus["vlm"] // engine}
-    each = [f"pools.{p}.workers={counts[p]} pools.{p}.gpus={shares.get(p, 1 / together):g}" for p in pools]
+    counts = {pool: gpus[standing(pool)] // each_on.get(pool, 1) for pool in pools}
+    each = [f"pools.{p}.workers={counts[p]} pools.{p}.gpus={each_on.get(p, 1 / together):g}" for p in pools]
     return " ".join(["cluster.layout=disaggregated", *each, f"learner.ranks={gpus['learner']} learner.gpus=1"])
+
+
+def _gpus_of_a_worker(config: RunConfig) -> dict[str, int]:
+    """Return on how many GPUs one worker of a pool works, of those that can have several."""
+    return {"vlm": config.pools.vlm.tensor_parallel, "vdm": config.pools.vdm.context_parallel}
 
 
 def _staleness(config: RunConfig, stage: str) -> int:
@@ -281,12 +286,15 @@ def _context_problems(config: RunConfig, models: Models, kinds: Iterable[Process
 
 
 def _sharing_problems(config: RunConfig) -> list[Problem]:
-    """Return why ranks cannot share the tokens of the artist's clips."""
-    try:
-        require_shareable(config)
-    except ConfigError as error:
-        return [Problem(str(error), "learner.context_parallel=1")]
-    return []
+    """Return why the learner's ranks, or a sampler's processes, cannot share the tokens of the artist's clips."""
+    found = []
+    for key in SHARERS:
+        try:
+            require_shareable(config, key)
+        except ConfigError as error:
+            gpus = " pools.vdm.gpus=1" if key == SAMPLERS_SHARE and config.pools.vdm.gpus else ""
+            found.append(Problem(str(error), f"{key}=1{gpus}"))
+    return found
 
 
 def _memory_problems(
@@ -362,17 +370,17 @@ def _splits(
 ) -> tuple[Split, ...]:
     """Return the best split with GPUs of their own, and all GPUs shared, as far as they fit into memory."""
     found = []
-    engine, sharers, ranks = config.pools.vlm.tensor_parallel, config.learner.context_parallel, 1
+    each, ranks = _gpus_of_a_worker(config) | {LEARNER: config.learner.context_parallel}, 1
     while True:
         try:
-            split = best_split(stages, hardware.gpus, least={LEARNER: ranks}, engine_gpus=engine, sharers=sharers)
+            split = best_split(stages, hardware.gpus, least={LEARNER: ranks}, each=each)
         except PlacementError:
             break
         if _roomy(config, hardware, models, split):
             found.append(split)
             break
         ranks = split.gpus[LEARNER] + 1  # fewer ranks hold larger shards, so only more of them can help
-    if engine == 1:
+    if each["vlm"] == each["vdm"] == 1:
         shared = shared_split(stages, hardware.gpus)
         for percent in range(85, 5, -5):  # the engine takes what it is given; the others need the rest
             shared = dataclasses.replace(shared, engine_share=percent / 100)

@@ -21,7 +21,7 @@ from pipeline.config import RunConfig, to_yaml
 from pipeline.data.source import Cursor, SampleSource
 from pipeline.data.sources import run_inputs, training_source
 from pipeline.evaluate.table import require_metric
-from pipeline.fleet.models import require_drawable, require_shareable
+from pipeline.fleet.models import SHARERS, require_drawable, require_shareable
 from pipeline.fleet.open import placement_plan
 from pipeline.run.best import BEST
 from pipeline.run.learners import export_name, section_of
@@ -136,7 +136,7 @@ def starting_point(config: RunConfig, resume: bool, restart_data: bool, mirror: 
 
 def require_trainable(config: RunConfig) -> None:
     """Raise ConfigError where a model that starts from an adapter is to be trained as full weights, where the artist cannot draw clips
-    of the run's size or the learner's ranks not share them, or where evaluate.metric is unknown.
+    of the run's size or the learner's ranks or a sampler's processes not share them, or where evaluate.metric is unknown.
     """
     require_metric(config.evaluate.metric)
     require_drawable(config)
@@ -150,4 +150,5 @@ def require_trainable(config: RunConfig) -> None:
                     f"models.{policy}_adapter={adapter!r} with {key}.lora.rank=0: full weights cannot be trained through an "
                     f"adapter; set {key}.lora.rank to the adapter's, or start from a whole model (models.{policy})"
                 )
-    require_shareable(config)
+    for key in SHARERS:
+        require_shareable(config, key)

@@ -59,7 +59,9 @@ def test_ranks_of_a_group_are_apart_and_what_has_room_moves_together() -> None:
 def test_shares_that_exceed_a_gpu_are_refused_with_the_sum() -> None:
     with pytest.raises(PlacementError, match=r"vlm 0\.6 \+ learner 0\.5 = 1\.1.*may add up to 1"):
         colocated(Ask("vlm", 2, 1.0, 0.6), Ask("learner", 2, 1.0, 0.5, apart=2))
-    with pytest.raises(PlacementError, match="tensor_parallel > 1 needs whole GPUs"):
+    with pytest.raises(
+        PlacementError, match="tensor_parallel > 1 and a sampler with context_parallel > 1 need whole GPUs"
+    ):
         colocated(Ask("vlm", 1, 1.0, 2.0))
     with pytest.raises(PlacementError, match="not vlm=SPREAD, learner=STRICT_PACK"):
         colocated(Ask("vlm", 1, 1.0, 0.5, strategy="SPREAD"), Ask("learner", 1, 1.0, 0.5, strategy="STRICT_PACK"))

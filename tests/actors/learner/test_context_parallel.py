@@ -33,7 +33,7 @@ from actors.learner.trainer import Trainer
 from actors.policy.protocol import trainable_parameters
 from actors.policy.settings import LoraSection
 from actors.records import RenderRequest, SdeSpec, VdmExperience
-from actors.vdm.context_parallel import share_tokens
+from actors.vdm.context_parallel import require_shareable
 from actors.vdm.policy import VdmPolicy
 from actors.vdm.sampling import sample
 from actors.vdm.settings import ConditioningSection
@@ -294,12 +294,12 @@ REFUSALS: dict[str, tuple[Callable[[VdmPolicy], nn.Module], int, str]] = {
 def test_a_transformer_that_cannot_be_shared_is_refused(artist: VdmPolicy, case: str) -> None:
     module, count, message = REFUSALS[case]
     with pytest.raises(ConfigError, match=message):
-        share_tokens([module(artist)], count, "cpu")
+        require_shareable(module(artist), count)
 
 
 def test_an_attention_that_would_stay_within_a_ranks_tokens_is_refused(artist: VdmPolicy) -> None:
     with attention_backend("flex"), pytest.raises(ConfigError, match="attention 'flex' cannot be shared"):
-        share_tokens([artist.module], 2, "cpu")
+        require_shareable(artist.module, 2)
 
 
 def test_a_policy_that_shares_nothing_is_refused(mesh: DeviceMesh, spec: LearnerSpec) -> None:

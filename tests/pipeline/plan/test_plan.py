@@ -150,6 +150,11 @@ def test_seconds_are_flops_over_the_stated_rate(models: Models) -> None:
         (["pools.vlm.max_model_len=512"], "7x80", "exceed pools.vlm.max_model_len=512"),
         (["learner.gpus=0.5"], "7x80", "NCCL refuses"),
         (["learner.ranks=8", "learner.context_parallel=8"], "16x80", "must divide the artist's attention heads (12)"),
+        (
+            ["pools.vdm.context_parallel=8", "pools.vdm.gpus=8"],
+            "40x80",
+            "pools.vdm.context_parallel=8 must divide the artist's",
+        ),
         ([], "4x80", "asks for 7 of 4 GPU"),
         (["learner.ranks=6", "learner.placement=STRICT_PACK", "pools.vdm.workers=1"], "2x4x80", "STRICT_PACK"),
         ([*COLOCATED, "pools.vlm.gpus=0.5"], "4x80", "1.3"),
@@ -185,6 +190,19 @@ def test_ranks_that_share_a_clip_keep_a_part_of_its_activations_each(models: Mod
     assert 0.5 <= two.parts["activations"] / one.parts["activations"] < 0.52  # captions are not shared
     assert two.parts["weights"] == one.parts["weights"]
     assert all(split.gpus["learner"] % 2 == 0 for split in shared.splits)
+
+
+def test_samplers_that_share_clips_stand_on_whole_groups_of_gpus(models: Models) -> None:
+    shares = ("pools.vdm.context_parallel=2", "pools.vdm.gpus=2")
+    apart, shared = (plan(real(*texts), "16x80", models) for texts in ((), shares))
+    assert apart.fits and shared.fits
+    stood = [sum(member.role == "vdm" for gpu in found.gpus for member in gpu.members) for found in (apart, shared)]
+    assert stood == [real().pools.vdm.workers, 2 * real().pools.vdm.workers]
+    one, two = (next(kind for kind in found.processes if kind.role == "vdm") for found in (apart, shared))
+    assert two.does == f"{one.does} on 2 GPUs, the first of them" and two.parts["weights"] == one.parts["weights"]
+    slow, fast = (next(d for d in found.stages[0].demands if d.name == "draw").unit_s for found in (apart, shared))
+    assert 0.5 * slow < fast < slow  # the decoder's part is not shared
+    assert shared.splits and all(split.gpus["vdm"] % 2 == 0 and not split.colocated for split in shared.splits)
 
 
 def test_resting_pools_make_room_for_the_learner(models: Models) -> None:

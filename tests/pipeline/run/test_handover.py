@@ -78,6 +78,17 @@ def test_clips_that_ranks_cannot_share_are_refused_before_the_start() -> None:
         require_trainable(load_config("toy", ["learner.ranks=3", "learner.context_parallel=3"]))
     with pytest.raises(ConfigError, match=r"context_parallel=2 must divide ranks=3"):
         load_config("toy", ["learner.ranks=3", "learner.context_parallel=2"])
+    require_trainable(load_config("toy", ["pools.vdm.context_parallel=4"]))
+    with pytest.raises(
+        ConfigError, match=r"pools.vdm.context_parallel=3 must divide the artist's attention heads \(4\)"
+    ):
+        require_trainable(load_config("toy", ["pools.vdm.context_parallel=3"]))
+    with pytest.raises(
+        ConfigError, match=r"context_parallel=2 with gpus=1: a worker of as many processes needs gpus: 2"
+    ):
+        load_config("toy", ["pools.vdm.context_parallel=2", "pools.vdm.gpus=1"])
+    with pytest.raises(ConfigError, match="context_parallel=2 with compile_blocks"):
+        load_config("toy", ["pools.vdm.context_parallel=2", "pools.vdm.compile_blocks=true"])
 
 
 @pytest.mark.parametrize(
