@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import TYPE_CHECKING, Any
 
-from actors.failures import Failure, InfrastructureError, Ok, attempt
+from actors.failures import Failure, InfrastructureError, Ok, Outcome, attempt
 
 if TYPE_CHECKING:  # it loads torch and diffusers, which a peer does while its leader does
     from actors.vdm.served import Served
@@ -152,25 +152,21 @@ def _peer(line: Connection, who: str, rank: int, threads: int | None, served: di
         found.load()
         return found
 
-    loaded = attempt(load)
-    if isinstance(loaded, Failure):
-        _fail(line, loaded)
-    line.send(Ok(None))
-    policy: Served = loaded.value
+    policy: Served = _done(line, attempt(load))
     while True:
         try:
             method, arguments = line.recv()
         except EOFError:
             os._exit(0)  # at once: the leader waits, and there is nothing to clean up
-        done = attempt(lambda call=getattr(policy, method), given=arguments: call(*given))  # type: ignore[misc]
-        if isinstance(done, Failure):
-            _fail(line, done)
+        _done(line, attempt(lambda call=getattr(policy, method), given=arguments: call(*given)))  # type: ignore[misc]
+
+
+def _done(line: Connection, outcome: Outcome) -> Any:
+    """Tell the leader how it went, and return the value; after a failure end: in an exchange others wait for this process, for ever."""
+    if isinstance(outcome, Ok):
         line.send(Ok(None))
-
-
-def _fail(line: Connection, failure: Failure) -> None:
-    """Tell the leader of ``failure``, and end: in an exchange it would wait for this process for ever."""
-    line.send(failure)
+        return outcome.value
+    line.send(outcome)
     time.sleep(GRACE_S)  # a leader that failed likewise tells its own reason
     os._exit(1)
 

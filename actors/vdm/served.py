@@ -88,8 +88,8 @@ class Served:
         sharers = self.settings.context_parallel
         if sharers > 1 and self.device.type == "cuda" and torch.cuda.device_count() < sharers:
             raise ConfigError(
-                f"{SAMPLERS_SHARE}={sharers}: {self._who} was given {torch.cuda.device_count()} GPU(s), and each of its processes needs "
-                f"one; set pools.vdm.gpus: {sharers}"
+                f"{SAMPLERS_SHARE}={sharers}: {self._who} was given {torch.cuda.device_count()} GPU(s), and each of its processes "
+                f"needs one; set pools.vdm.gpus: {sharers}"
             )
         self._policy = self._loaded()
 

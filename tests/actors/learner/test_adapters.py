@@ -16,7 +16,7 @@ from actors.learner.adapters import Role, fit, model_layers
 from actors.policy.lora import adapter_config
 from actors.policy.settings import LoraSection
 from actors.vdm.policy import VdmPolicy
-from actors.vdm.worker import VdmWorker
+from actors.vdm.served import Served
 from actors.vlm.loading import load_model
 from actors.vlm.policy import VlmPolicy
 from actors.weights.files import write_folder
@@ -213,10 +213,10 @@ def test_target_modules_are_read_as_peft_reads_them(targets: Any, thinker: Train
 
 
 def test_published_weights_are_compared_with_the_artists_model(artist: Trained) -> None:
-    worker = VdmWorker("vdm", str(artist.model))
-    worker.setup()
-    worker._apply(Delivery("lora", artist.tensors, artist.config))
-    assert all(torch.equal(t, artist.tensors[n]) for n, t in worker.policy.adapter_state().items())
+    served = Served("vdm", str(artist.model))
+    served.load()
+    served.put(1, Delivery("lora", artist.tensors, artist.config))
+    assert all(torch.equal(t, artist.tensors[n]) for n, t in served.policy.adapter_state().items())
     _, broken = half(artist.config, artist.tensors)
     with pytest.raises(CheckpointError, match=r"vdm: the published weights: .*are missing"):
-        worker._apply(Delivery("lora", broken, artist.config))
+        served.put(2, Delivery("lora", broken, artist.config))

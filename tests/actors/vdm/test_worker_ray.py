@@ -139,7 +139,7 @@ def test_a_resting_worker_wakes_for_whatever_needs_it(worker, lora_policy, make_
 
 def test_rest_frees_the_models_memory(tiny, make_request):
     local = VdmWorker("vdm-2", str(tiny))
-    local._policy = local._load()
+    local.setup()
     parameters = list(local.policy.module.parameters())
     # On a CPU they lie in the file that is mapped; on a GPU in memory of torch's own, as here.
     for parameter in parameters:

@@ -74,10 +74,10 @@ def test_no_split_is_better(seed: int) -> None:
 def test_engines_take_whole_groups_of_gpus_and_too_few_are_refused() -> None:
     split = best_split([STAGE], 9, each={"vlm": 2})
     assert split.gpus["vlm"] % 2 == 0 and split.gpus["vlm"] >= 2
-    # Four samplers would be best; of three GPUs each, there is room for one.
-    assert [best_split([STAGE], 9, each={"vdm": n}).gpus["vdm"] for n in (1, 3)] == [4, 3]
+    # Four samplers would be best; of three GPUs each, there are two.
+    assert [best_split([STAGE], 9, each={"vdm": n}).gpus["vdm"] for n in (1, 3)] == [4, 6]
     threes = best_split([STAGE], 9, each={"vdm": 3})
-    assert threes.step_s["stage1"] == STAGE.seconds({**threes.gpus, "vdm": 1})
+    assert threes.step_s["stage1"] == STAGE.seconds({**threes.gpus, "vdm": 2})
     with pytest.raises(PlacementError, match=r"3 GPU\(s\) are too few.*vlm 1, vdm 1, reward 1, learner 1.*colocated"):
         best_split([STAGE], 3)
     # Three ranks would be best, but those that share clips come in pairs.
