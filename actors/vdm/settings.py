@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from actors.pool.settings import PoolSection
 from actors.settings import Positive, Section, cite
 from actors.vdm.schedules import SCHEDULES, NoiseSchedule
+from cluster.errors import ConfigError
 
 WindowKind = Literal["fixed", "progressive", "random"]
 WindowPer = Literal["batch", "prompt"]
@@ -54,7 +55,12 @@ class Tiling:
     """From a tile's begin to the next one's; what is beyond it overlaps, and is blended."""
 
     def start(self, vae: Any) -> None:
-        """Have ``vae``, one of diffusers', work in these tiles."""
+        """Have ``vae``, one of diffusers', work in these tiles; raises ConfigError where they do not fill its latents."""
+        unit = int(vae.spatial_compression_ratio)
+        if odd := [side for side in (*(self.tile or ()), *(self.stride or ())) if side % unit]:
+            raise ConfigError(
+                f"video.vae_tile and video.vae_stride: this VAE makes one latent of {unit} pixels a side, and {odd[0]} is no multiple"
+            )
         (height, width), (down, right) = self.tile or (None, None), self.stride or (None, None)
         vae.enable_tiling(
             tile_sample_min_height=height,

@@ -165,10 +165,6 @@ class VideoSection(Section):
                     f"vae_stride={list(self.vae_stride)} is beyond vae_tile={list(self.vae_tile)}: pixels between two tiles "
                     "would be lost"
                 )
-            if odd := [side for side in (*self.vae_tile, *self.vae_stride) if side % 8]:
-                raise ValueError(
-                    f"vae_tile and vae_stride are cut from latents of 8 pixels; {odd[0]} is no multiple of 8"
-                )
         return self
 
     @model_validator(mode="after")

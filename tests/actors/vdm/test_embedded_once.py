@@ -192,6 +192,8 @@ def test_tiles_are_as_large_as_they_are_set(tiny):
     hook.remove()
     assert {shape[0] for shape in seen} == {4}  # rows of a latent of 8 pixels
     assert max(shape[1] for shape in seen) == 16 and len(seen) == 2 * 5
+    with pytest.raises(ConfigError, match="one latent of 8 pixels a side, and 60 is no multiple"):
+        VdmPolicy.load(tiny, tiling=Tiling((32, 128), (32, 60)))
 
 
 def test_an_adapter_that_reaches_into_the_text_encoder_is_refused(lora_policy, tiny, tmp_path):

@@ -36,7 +36,6 @@ def test_resolved_yaml_is_the_same_run(tmp_path) -> None:
         (["stage1.rollout.group_size=1"], "needs at least 2 trajectories"),
         (["video.vae_tile=[240, 416]"], "go together"),
         (["video.vae_tile=[240, 416]", "video.vae_stride=[120, 420]"], "would be lost"),
-        (["video.vae_tile=[240, 416]", "video.vae_stride=[120, 204]"], "204 is no multiple of 8"),
         (["stage2.sde.window_size=9"], "longer than the"),
         (["stage2.sde.window_range=[0, 40]"], "the last step is always an ODE step"),
         (["stage2.sde.window_range=[3, 3]"], "holds no step"),
