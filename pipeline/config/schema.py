@@ -159,12 +159,11 @@ class VideoSection(Section):
     def _tiles(self) -> VideoSection:
         if (self.vae_tile is None) != (self.vae_stride is None):
             raise ValueError("vae_tile and vae_stride go together: give both, or none")
-        if self.vae_tile is not None and self.vae_stride is not None:
-            if any(step > side for step, side in zip(self.vae_stride, self.vae_tile, strict=True)):
-                raise ValueError(
-                    f"vae_stride={list(self.vae_stride)} is beyond vae_tile={list(self.vae_tile)}: pixels between two tiles "
-                    "would be lost"
-                )
+        pairs = zip(self.vae_stride or (), self.vae_tile or (), strict=True)
+        if any(step > side for step, side in pairs):
+            raise ValueError(
+                f"vae_stride={self.vae_stride} is beyond vae_tile={self.vae_tile}: pixels between two tiles would be lost"
+            )
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from actors.vdm.policy import VdmPolicy
 from actors.vdm.sampling import sample
 from actors.vdm.settings import Tiling, VdmPoolSection
 from actors.vdm.worker import VdmWorker
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, ConfigError
 from pipeline.fleet.conditions import Conditions
 
 SAMPLER = ("transformer", "vae_decoder")
