@@ -55,6 +55,19 @@ class Group:
     """What the frozen thinker wrote for all members (stage 2); empty where each has a completion of its own."""
 
 
+TOO_FEW = "its group has too few scored members to compare (grpo.min_group)"
+NO_GRADIENT = "the rewards of its group are all equal, and a refill was drawn for it (rollout.max_refills)"
+
+
+@dataclass(frozen=True, eq=False)
+class LeftOut:
+    """A group that was drawn for a step and that nothing learns from. ``caption``: of one without members, the anchor's."""
+
+    group: Group
+    reason: str
+    caption: str | None = None
+
+
 MAX_EMPTY_BATCHES = 5
 """Batches in a row without a single trajectory that stop a stage; one may be a single odd sample."""
 JUDGED = 100
@@ -108,8 +121,8 @@ class RolloutBatch:
     totals: tuple[np.ndarray, ...]
     advantages: tuple[np.ndarray, ...]
     metrics: dict[str, float] = field(default_factory=dict)
-    left_out: tuple[Group, ...] = ()
-    """Groups with too few scored members, which nothing learns from."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What was drawn for the step beside ``groups``."""
 
 
 def assemble(
@@ -120,8 +133,12 @@ def assemble(
     normalise_rewards: bool,
     min_group: int,
     trained_version: int,
+    beside: Sequence[LeftOut] = (),
 ) -> RolloutBatch:
-    """Turn ``groups`` (None for a sample that was quarantined) into a batch with advantages and metrics."""
+    """Turn ``groups`` (None for a sample that was quarantined) into a batch with advantages and metrics.
+
+    ``beside`` is what else was drawn for them: groups that a refill took the place of, and samples without one.
+    """
     kept = tuple(g for g in groups if g is not None and len(g.members) >= min_group)
     values = [{name: np.array([m.scores.values[name] for m in g.members]) for name in weights} for g in kept]
     totals = tuple(combine_rewards(v, weights, normalise=normalise_rewards) for v in values)
@@ -133,8 +150,8 @@ def assemble(
     }
     if kept:
         metrics |= _reward_metrics(kept, values, totals, zero_std, trained_version)
-    left_out = tuple(g for g in groups if g is not None and len(g.members) < min_group)
-    return RolloutBatch(kept, totals, tuple(advantages), metrics, left_out)
+    too_few = [LeftOut(g, TOO_FEW) for g in groups if g is not None and len(g.members) < min_group]
+    return RolloutBatch(kept, totals, tuple(advantages), metrics, (*too_few, *beside))
 
 
 def _reward_metrics(

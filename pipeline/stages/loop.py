@@ -22,7 +22,7 @@ from pipeline.config.stages import StageSection
 from pipeline.fleet.open import Fleet, at_rest
 from pipeline.stages.caches import cache_metrics
 from pipeline.stages.feed import FeedCursor, SampleFeed
-from pipeline.stages.groups import FailureBudget, Group, RolloutBatch, assemble
+from pipeline.stages.groups import FailureBudget, Group, LeftOut, RolloutBatch, assemble
 from pipeline.stages.refill import Refill
 from pipeline.stages.step_times import profile
 from pipeline.support.interrupt import StopRequest
@@ -54,6 +54,7 @@ class Stage(Protocol):
         self, feed: SampleFeed, step: int, count: int, wave: int = 0
     ) -> list[asyncio.Task[Group | None]]: ...
     def lost(self, step: int) -> list[str]: ...
+    def passed_over(self, step: int) -> list[LeftOut]: ...
     def experiences(self, batch: RolloutBatch, policy: str) -> list[Experience]: ...
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]: ...
 
@@ -194,6 +195,7 @@ async def rollout(
         normalise_rewards=grpo.normalise_rewards,
         min_group=grpo.min_group,
         trained_version=learners[stage.policies[0]].version,
+        beside=[*(refill.beside if refill else ()), *stage.passed_over(step)],
     )
     if refill:
         batch.metrics.update(refill.metrics())

@@ -11,11 +11,11 @@ and the data cursor after a step is a function of the one before it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.stages.groups import Group
+from pipeline.stages.groups import NO_GRADIENT, TOO_FEW, Group, LeftOut
 from rewards.combine import combine_rewards
 
 
@@ -41,6 +41,8 @@ class Refill:
     budget: int
     drawn: int = 0
     replaced: int = 0
+    beside: list[LeftOut] = field(default_factory=list)
+    """Groups without a gradient that were replaced, or were drawn to replace one."""
 
     def missing(self) -> int:
         """Return how many samples the next wave draws: 0 when all groups count, or the budget is spent."""
@@ -53,13 +55,20 @@ class Refill:
         """
         self.drawn += self.missing()
         useful = [g for g in groups if self._counts(g)]
+        self._leave([g for g in groups if not self._counts(g)])
         for place, group in zip(self._empty(), useful, strict=False):
+            self._leave([self.groups[place]])
             self.groups[place] = group
             self.replaced += 1
 
     def metrics(self) -> dict[str, float]:
         """Return what the refill did, as the step's metrics."""
         return {"rollout/refill_draws": float(self.drawn), "rollout/refilled_groups": float(self.replaced)}
+
+    def _leave(self, groups: Sequence[Group | None]) -> None:
+        for group in groups:
+            if group is not None:
+                self.beside.append(LeftOut(group, TOO_FEW if len(group.members) < self.min_group else NO_GRADIENT))
 
     def _empty(self) -> list[int]:
         return [i for i, group in enumerate(self.groups) if not self._counts(group)]

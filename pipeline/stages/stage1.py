@@ -17,7 +17,7 @@ from actors.scoring.scorer import TEXT_ONLY
 from pipeline.config import RunConfig
 from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
-from pipeline.stages.groups import Group, Member, RolloutBatch, Span
+from pipeline.stages.groups import Group, LeftOut, Member, RolloutBatch, Span
 from pipeline.stages.refill import draw_key
 from pipeline.stages.requests import (
     collect,
@@ -119,6 +119,10 @@ class Stage1:
 
     def lost(self, step: int) -> list[str]:
         """Return nothing: each sample has its group, which says what was lost in it."""
+        return []
+
+    def passed_over(self, step: int) -> list[LeftOut]:
+        """Return nothing: each sample has its group."""
         return []
 
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:

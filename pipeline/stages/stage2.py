@@ -21,7 +21,7 @@ from pipeline.config import RunConfig
 from pipeline.config.schema import VideoSection
 from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
-from pipeline.stages.groups import Group, Member, RolloutBatch
+from pipeline.stages.groups import Group, LeftOut, Member, RolloutBatch
 from pipeline.stages.refill import draw_key
 from pipeline.stages.requests import (
     artist_frames,
@@ -47,6 +47,16 @@ class Anchor:
     failure: str = ""
     """Why there is none: the thinker could not be asked, or its caption could not be compared."""
 
+    def refused(self, least: float) -> str:
+        """Return why nothing is drawn of it, empty where it passes; ``least`` is stage2.anchor_min_rouge."""
+        if self.failure:
+            return self.failure
+        if self.caption is None:
+            return "its anchor answer holds no caption"
+        if self.rouge_l < least:
+            return f"its anchor caption has ROUGE-L {self.rouge_l:.3f} to the truth, below stage2.anchor_min_rouge={least:g}"
+        return ""
+
 
 @dataclass
 class Stage2:
@@ -62,6 +72,7 @@ class Stage2:
     )  # the thinker's answer by the row that it was asked about
     _seen: dict[int, list[Anchor]] = field(default_factory=dict)  # by step: several may be in flight
     _lost: dict[int, list[str]] = field(default_factory=dict)  # by step: why samples got no group
+    _over: dict[int, list[LeftOut]] = field(default_factory=dict)  # by step: samples without one, for the rollouts
 
     def __post_init__(self) -> None:
         # An ODE has no window, and a grid of few steps may have no place for one.
@@ -88,7 +99,9 @@ class Stage2:
                 seen.append(anchor)
                 if anchor.failure:
                     self._lost.setdefault(step, []).append(anchor.failure)
-                if anchor.caption is None or anchor.rouge_l < self.section.anchor_min_rouge:
+                if refused := anchor.refused(self.section.anchor_min_rouge):
+                    left = LeftOut(Group(sample, (), text=anchor.text), refused, anchor.caption)
+                    self._over.setdefault(step, []).append(left)
                     continue
                 name = f"stage2 step {key} {sample.id}"
                 spec = None if self.window is None else sde_spec(self.config, self.window, step, sample.id)
@@ -109,6 +122,10 @@ class Stage2:
     def lost(self, step: int) -> list[str]:
         """Return, once, why samples that were drawn for ``step`` got no group: as often as they would have trajectories."""
         return [reason for reason in self._lost.pop(step, []) for _ in range(self.section.rollout.group_size)]
+
+    def passed_over(self, step: int) -> list[LeftOut]:
+        """Return, once, the samples that were drawn for ``step`` and got no group: their anchors did not pass, or failed."""
+        return self._over.pop(step, [])
 
     async def group(self, sample: Sample, anchor: Anchor, step: str, spec: SdeSpec | None) -> Group | None:
         """Sample, and score, G trajectories of the anchor caption: as an SDE, or without ``spec`` the ends of an ODE."""
@@ -148,7 +165,7 @@ class Stage2:
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """Return what only stage 2 measures, over the anchors that ``step`` has drawn."""
         seen = self._seen.pop(step, [])
-        kept = [a.rouge_l >= self.section.anchor_min_rouge and a.caption is not None for a in seen]
+        kept = [not a.refused(self.section.anchor_min_rouge) for a in seen]
         metrics = {} if self.window is None else {"sde/window_start": mean_start(self.window, batch, step)}
         if seen:
             metrics |= {

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import DataError
 from pipeline.data.video import encode_mp4
-from pipeline.stages.groups import Group, Member, RolloutBatch
+from pipeline.stages.groups import Group, LeftOut, Member, RolloutBatch
 from pipeline.tracking.experiences import Experiences, experiences_path, write_experiences
 
 FOLDER = "rollouts"  # under the run's folder
@@ -60,7 +60,6 @@ SCHEMA = pa.schema(
 )
 """One row is one trajectory; docs/rollouts.md says what each column is."""
 VIDEOS = ("input_video", "target_video", "clip")
-TOO_FEW = "its group has too few scored members to compare (grpo.min_group)"
 
 _NAME = re.compile(r"(?P<stage>\w+)-step(?P<step>\d{6,})\.parquet")
 _DICTIONARY_BYTES = 1 << 30  # a group's videos stand once in a file, however large they are
@@ -107,14 +106,17 @@ def step_rollouts(
     run_id: str = "",
     experiences: Experiences | None = None,
 ) -> StepRollouts:
-    """Return the rows of ``batch``: every member of every group, and every trajectory that was lost, with the reason.
+    """Return the rows of ``batch``: every member of every group, every trajectory that was lost and every group or sample that
+    was left out, with the reason.
 
     ``clips`` says whose clips are kept: all, those with a group's highest and lowest reward, or none; with none the input
     and the true clip are left out too. ``weights`` are those of the reward's components, ``figures`` the step's metrics,
     ``experiences`` what the learner read, where the step is to be replayed.
     """
     rows: list[dict[str, Any]] = []
-    everyone = [member for group in (*batch.groups, *batch.left_out) for member in group.members]
+    everyone = [
+        member for group in (*batch.groups, *(left.group for left in batch.left_out)) for member in group.members
+    ]
     start = min((span.began for member in everyone for span in member.spans.values()), default=0.0)
     for place, (group, totals, advantages) in enumerate(zip(batch.groups, batch.totals, batch.advantages, strict=True)):
         shown = _shown(totals, clips)
@@ -126,13 +128,8 @@ def step_rollouts(
             for i, (member, total, advantage) in enumerate(zip(group.members, totals, advantages, strict=True))
         }
         rows += _with_lost(found, of_group, group, group_size)
-    for place, group in enumerate(batch.left_out, start=len(batch.groups)):
-        of_group = _of_group(stage, step, place, group, clips)
-        found = {
-            m.index: of_group | _of_member(m, group, start) | {"lost": TOO_FEW, "clip": _frames(m, clips == "all")}
-            for m in group.members
-        }
-        rows += _with_lost(found, of_group, group, group_size)
+    for place, left in enumerate(batch.left_out, start=len(batch.groups)):
+        rows += _left_out(left, _of_group(stage, step, place, left.group, clips), clips, group_size, start)
     note = {"format": FORMAT, "run": run_id, "weights": dict(weights)}
     note["figures"] = {name: float(value) for name, value in figures.items()}
     return StepRollouts(stage, step, tuple(rows), note, fps, experiences)
@@ -181,6 +178,20 @@ def _of_member(member: Member, group: Group, start: float) -> dict[str, Any]:
         "began": {name: span.began - start for name, span in member.spans.items()},
         "seconds": {name: span.seconds for name, span in member.spans.items()},
     }
+
+
+def _left_out(
+    left: LeftOut, of_group: dict[str, Any], clips: Clips, group_size: int, start: float
+) -> list[dict[str, Any]]:
+    """Return the rows of a group that nothing learns from; of a sample for which nothing was drawn a single one."""
+    group = left.group
+    if not group.members and not group.failures:
+        return [of_group | {"index": 0, "lost": left.reason, "caption": left.caption}]
+    found = {
+        m.index: of_group | _of_member(m, group, start) | {"lost": left.reason, "clip": _frames(m, clips == "all")}
+        for m in group.members
+    }
+    return _with_lost(found, of_group, group, group_size)
 
 
 def _with_lost(

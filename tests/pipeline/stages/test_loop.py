@@ -15,7 +15,7 @@ from pipeline.config import RunConfig
 from pipeline.config.stages import RolloutSection, Stage1Section
 from pipeline.data.source import Cursor
 from pipeline.stages.feed import SampleFeed
-from pipeline.stages.groups import Group, Member, RolloutBatch
+from pipeline.stages.groups import Group, LeftOut, Member, RolloutBatch
 from pipeline.stages.loop import StepReport, run_stage
 from tests.pipeline.stages.test_feed import Numbers
 
@@ -122,6 +122,9 @@ class CountingStage:
         return [g.sample.id for g in batch.groups for _ in g.members]
 
     def lost(self, step: int) -> list[str]:
+        return []
+
+    def passed_over(self, step: int) -> list[LeftOut]:
         return []
 
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from actors.records import Sample, Scores, derive_seed
 from pipeline.config.stages import RolloutSection, Stage1Section
 from pipeline.stages.feed import FeedCursor, SampleFeed
-from pipeline.stages.groups import Group, Member
+from pipeline.stages.groups import NO_GRADIENT, TOO_FEW, Group, Member
 from pipeline.stages.loop import StepReport
 from pipeline.stages.refill import Refill, draw_key, has_gradient
 from tests.pipeline.stages.test_feed import Numbers, Rows
@@ -57,6 +57,18 @@ def test_replacements_take_the_first_free_places_in_the_order_of_their_draw() ->
     refill.add([group("h", 5, 6)])
     assert names(refill) == ["f", "b", "g", "h"] and refill.missing() == 0
     assert refill.metrics() == {"rollout/refill_draws": 4.0, "rollout/refilled_groups": 3.0}
+    assert [(left.group.sample.id, left.reason) for left in refill.beside] == [
+        ("e", NO_GRADIENT),
+        ("a", NO_GRADIENT),
+        ("d", NO_GRADIENT),
+    ]  # "b" counted, and in c's place there was none
+
+
+def test_a_wave_of_too_few_members_is_told_apart_from_one_without_a_gradient() -> None:
+    refill = Refill([group("a", 1, 1)], {"x": 1.0}, **OPTIONS, budget=1)
+    refill.add([group("b", 1)])
+    assert names(refill) == ["a"]
+    assert [(left.group.sample.id, left.reason) for left in refill.beside] == [("b", TOO_FEW)]
 
 
 def test_the_budget_bounds_the_draws_even_where_nothing_comes_of_them() -> None:

@@ -370,20 +370,23 @@ class Captions(Toys):
 
 @dataclass
 class SureThinker:
-    """Says the toys' caption whatever it is asked; counts how often."""
+    """Says one caption, by default the toys', whatever it is asked; counts how often."""
 
     asked: int = 0
+    caption: str = "the red circle rises"
 
     async def submit(self, request: CompletionRequest) -> list[Completion]:
         self.asked += 1
-        text = "<think></think><ans>the red circle rises</ans>"
+        text = f"<think></think><ans>{self.caption}</ans>"
         return [Completion(text, np.zeros(3, np.int32), np.zeros(3, np.float32), "stop", 0)]
 
 
-def stage_of(fleet: Fleet, **options: Any) -> Stage2:
+def stage_of(fleet: Fleet, thinker: SureThinker | None = None, **options: Any) -> Stage2:
     config = settings(rollout={"group_size": 2}, window_size=1)
     section = config.stage2.model_copy(update=options)
-    return Stage2(config.model_copy(update={"stage2": section}), Fleet(fleet.vdm, fleet.reward, vlm=SureThinker()))  # type: ignore[arg-type]
+    return Stage2(
+        config.model_copy(update={"stage2": section}), Fleet(fleet.vdm, fleet.reward, vlm=thinker or SureThinker())
+    )  # type: ignore[arg-type]
 
 
 def test_a_caption_that_cannot_be_compared_is_lost_counted_and_bounded(fleet: Fleet) -> None:
@@ -402,6 +405,20 @@ def test_a_caption_that_cannot_be_compared_is_lost_counted_and_bounded(fleet: Fl
     metrics = stage.metrics(RolloutBatch((), (), ()), 0)
     assert (metrics["anchor/failed"], metrics["anchor/kept"]) == (1.0, 2.0)
     assert stage.lost(0) == []  # told once
+    (left,) = stage.passed_over(0)
+    assert left.group.sample.id == "0.1" and left.reason == reason and not left.group.members
+    assert stage.passed_over(0) == []
+
+
+def test_an_anchor_below_the_threshold_is_passed_over_with_its_caption_and_score(fleet: Fleet) -> None:
+    thinker = SureThinker(caption="the red circle falls")
+    stage, feed = stage_of(fleet, thinker, anchor_min_rouge=0.99, anchor_max_draws=1), SampleFeed(Captions(set()), 2)  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match=r"no anchor caption out of 2"):
+        asyncio.run(stage.draw(feed, 0, 2))  # type: ignore[arg-type]
+    left = stage.passed_over(0)
+    assert [each.group.sample.id for each in left] == ["0.0", "0.1"]
+    assert {each.caption for each in left} == {"the red circle falls"}
+    assert all("ROUGE-L 0.750 to the truth, below stage2.anchor_min_rouge=0.99" in each.reason for each in left)
 
 
 def test_too_many_captions_that_cannot_be_compared_stop_the_stage(fleet: Fleet) -> None:

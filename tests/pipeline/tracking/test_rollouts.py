@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ import pytest
 from actors.records import Clip, Completion, Sample, Scores
 from cluster.errors import DataError
 from pipeline.data.video import decode_video
-from pipeline.stages.groups import Group, Member, RolloutBatch, Span, assemble
+from pipeline.stages.groups import NO_GRADIENT, TOO_FEW, Group, LeftOut, Member, RolloutBatch, Span, assemble
 from pipeline.tracking import behind
 from pipeline.tracking.behind import WAITING, RolloutWriter
 from pipeline.tracking.rollouts import (
     FOLDER,
     SCHEMA,
-    TOO_FEW,
     StepRollouts,
     clear,
     prune,
@@ -62,9 +61,9 @@ def group(name: str, *members: Member, failures: tuple[str, ...] = ()) -> Group:
     return Group(Sample(name, "predictive", f"{name} <b>?", "truth", frames(1), frames(250)), members, failures)
 
 
-def batch(*groups: Group) -> RolloutBatch:
+def batch(*groups: Group, beside: Sequence[LeftOut] = ()) -> RolloutBatch:
     options: dict[str, Any] = {"std_norm": "group", "normalise_rewards": False, "min_group": 2, "trained_version": 4}
-    return assemble(groups, WEIGHTS, **options)
+    return assemble(groups, WEIGHTS, **options, beside=beside)
 
 
 def rollouts(found: RolloutBatch, step: int = 3, clips: Any = "all", stage: str = "stage1") -> StepRollouts:
@@ -164,6 +163,24 @@ def test_lost_trajectories_are_rows_with_their_reason(tmp_path: Path) -> None:
     assert [row["reward"] is None for row in rows] == [row["lost"] is not None for row in rows]
     assert rows[4]["scores"] == {"format": 1.0, "clip_v": 0.5}  # what it had come to
     assert rows[6]["question"] == "c <b>?"
+
+
+def test_what_was_drawn_beside_the_groups_is_in_the_file_with_its_reason(tmp_path: Path) -> None:
+    replaced = group("b", member(0, 0.5, frames(9)), member(1, 0.5, frames(99)), failures=("too dark",))
+    sample = group("c").sample
+    anchor = LeftOut(Group(sample, (), text="<ans>it falls</ans>"), "ROUGE-L 0.1 is too low", "it falls")
+    found = batch(WHOLE.groups[0], beside=[LeftOut(replaced, NO_GRADIENT), anchor])
+    rows, _ = read_step(write_step(tmp_path, rollouts(found, clips="all")))
+    told = [(row["group"], row["sample_id"], row["index"], row["lost"]) for row in rows[SIZE:]]
+    assert told == [
+        (1, "b", 0, NO_GRADIENT),
+        (1, "b", 1, NO_GRADIENT),
+        (1, "b", 2, "too dark"),
+        (2, "c", 0, "ROUGE-L 0.1 is too low"),
+    ]
+    assert all(row["scores"] and row["clip"] for row in rows[SIZE : SIZE + 2])
+    assert rows[-1]["caption"] == "it falls" and rows[-1]["text"] == "<ans>it falls</ans>"
+    assert rows[-1]["clip"] is None and rows[-1]["scores"] is None and rows[-1]["reward"] is None
 
 
 def test_a_step_written_again_replaces_itself_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
