@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.program import DataOut, Out, Program, local
+from pipeline.commands.program import DataOut, Out, Overrides, Program, local
 from pipeline.support import terminal
 
 data = Program(
@@ -148,3 +148,27 @@ def data_import_jsonl(
     from pipeline.data.importers.jsonl import import_jsonl
 
     import_jsonl(manifests, clips, out)
+
+
+@data.command("select")
+def data_select(
+    folder: Annotated[str, typer.Argument(metavar="PATH|URI", help="Folder of Parquet shards.")],
+    overrides: Overrides = None,
+    for_rl: Annotated[int, typer.Option(min=1, metavar="N", help="Rows to keep.")] = 1000,
+    config: Annotated[
+        str, typer.Option("--with", metavar="CONFIG", help="The run whose pair is asked: a YAML file or a bundled one.")
+    ] = "toy",
+    out: Out = Path("data/rl"),
+) -> None:
+    """Keep the rows that Joint-GRPO can learn from: the pair is asked about each, as in stage 1, and nothing is trained.
+
+    A row is kept where the rewards of its group differ and its anchor caption passes stage 2's filter; of those the N with the largest
+    spread. Called again it goes on where it was.
+
+    Example: `vans data select data/toy/train --for-rl 256 --with toy --out data/rl`
+    """
+    from pipeline.config import load_config
+    from pipeline.config.load import override_of
+    from pipeline.evaluate.selecting import run_selection
+
+    run_selection(load_config(config, [override_of("data.train", folder), *(overrides or [])]), for_rl, out)

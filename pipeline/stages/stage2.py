@@ -94,7 +94,7 @@ class Stage2:
         for _ in range(self.section.anchor_max_draws):
             samples = await feed.draw(count - len(tasks))
             for sample, anchor in zip(
-                samples, await asyncio.gather(*(self._anchor(s, key) for s in samples)), strict=True
+                samples, await asyncio.gather(*(self.anchor(s, key) for s in samples)), strict=True
             ):
                 seen.append(anchor)
                 if anchor.failure:
@@ -176,7 +176,8 @@ class Stage2:
             }
         return metrics
 
-    async def _anchor(self, sample: Sample, step: str) -> Anchor:
+    async def anchor(self, sample: Sample, step: str) -> Anchor:
+        """Return what the thinker says about ``sample``; ``step`` seeds it, where it is sampled."""
         if self.section.anchor == "truth":
             return Anchor("", sample.caption, 1.0)
         return await self._ask(sample, step)

@@ -74,7 +74,7 @@ def write_clip(folder: Path, frames: int, seconds: float) -> tuple[Path, Sample]
 
 WAYS: dict[str, Any] = {
     "stage 1": lambda config, fleet, sample: Stage1(config, fleet).group(sample, "0"),
-    "stage 2": lambda config, fleet, sample: Stage2(config, fleet)._anchor(sample, "0"),
+    "stage 2": lambda config, fleet, sample: Stage2(config, fleet).anchor(sample, "0"),
     "evaluation": answer_one,
 }
 

@@ -251,7 +251,7 @@ def anchors_of(samples: list[Sample], temperature: float) -> tuple[list[Anchor],
     stage = Stage2(config, Fleet(None, None, vlm=thinker))  # type: ignore[arg-type]
 
     async def body() -> list[Anchor]:
-        return [await stage._anchor(s, "0") for s in samples]
+        return [await stage.anchor(s, "0") for s in samples]
 
     return asyncio.run(body()), thinker.asked
 
@@ -449,7 +449,7 @@ def test_captions_of_which_none_can_be_compared_stop_the_stage_at_once(fleet: Fl
 def test_the_greedy_answer_about_such_a_sample_is_remembered_too(fleet: Fleet) -> None:
     stage = stage_of(fleet)
     odd = replace(sample(), caption=WORDLESS)
-    first, again = (asyncio.run(stage._anchor(odd, str(step))) for step in (0, 1))
+    first, again = (asyncio.run(stage.anchor(odd, str(step))) for step in (0, 1))
     assert first == again and first.caption is None and stage.fleet.vlm.asked == 1  # type: ignore[attr-defined]
 
 
