@@ -42,6 +42,7 @@ RUN_BY = {
     "data import-vans": "tests/pipeline/release/test_walk.py",
     "data import-jsonl": "tests/pipeline/data/test_importers.py",
     "data inspect": "tests/pipeline/checkpoint/test_mirror_s3.py",
+    "data select": "tests/chaos/test_selecting_ray.py",
 }
 """Command → the test that runs it, or all that it calls. docs/vans.md is run line by line too, by ``test_released_pair_ray``."""
 
