@@ -136,6 +136,9 @@ def plan(
         Path | None,
         typer.Option(parser=local, metavar="RUN", help="Folder of a run whose recorded service times are used."),
     ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Try every number of GPUs, split, staleness and batch; print the best.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say before anything starts where a run stands, whether it fits into the GPUs, and how long a step takes (docs/placement.md).
@@ -143,7 +146,7 @@ def plan(
     Exit code 1 where it does not fit.
 
     Examples: `vans plan vans_paper --gpus 8x80`, `vans plan run.yaml learner.ranks=8 --gpus 2x8x80 --json`,
-    `vans plan run.yaml --gpus 16x80 --measured runs/first`
+    `vans plan run.yaml --gpus 16x80 --measured runs/first`, `vans plan vans_paper --gpus 8x80 --search`
     """
     import json
 
@@ -151,12 +154,23 @@ def plan(
     from pipeline.config import load_config
     from pipeline.plan import load_models, make_plan
     from pipeline.plan.measured import read_run
-    from pipeline.plan.report import PLAN_WIDTH, show
+    from pipeline.plan.report import PLAN_WIDTH, search_as_json, show, show_search
     from pipeline.plan.report import as_json as values
+    from pipeline.plan.search import pareto
+    from pipeline.plan.search import search as ways
 
     run, hardware = load_config(config, overrides or []), parse_gpus(gpus)
     rates = rates_of(hardware, card, tflops=tflops)
-    found = make_plan(run, hardware, rates, load_models(run), read_run(measured, run) if measured else None)
+    models, recorded = load_models(run), read_run(measured, run) if measured else None
+    if search:
+        tried = ways(run, hardware, rates, models, recorded)
+        best = pareto(tried)
+        if as_json:
+            print_plain(json.dumps(search_as_json(best), indent=1))
+        else:
+            show_search(best, len(tried), wide_console(PLAN_WIDTH))
+        raise typer.Exit(0 if best else 1)
+    found = make_plan(run, hardware, rates, models, recorded)
     if as_json:
         print_plain(json.dumps(values(found), indent=1))
     else:

@@ -12,16 +12,22 @@ from rich.console import Console
 from cluster.hardware import parse_gpus, rates_of
 from pipeline.config import load_config
 from pipeline.plan import load_models, make_plan
-from pipeline.plan.report import PLAN_WIDTH, show
+from pipeline.plan.report import PLAN_WIDTH, show, show_search
+from pipeline.plan.search import pareto, search
 
-_BLOCK = re.compile(r"```\n\$ vans plan (\S+) --gpus (\S+)\n.*?```", re.DOTALL)
+_BLOCK = re.compile(r"```\n\$ vans plan (\S+) --gpus (\S+)( --search)?\n.*?```", re.DOTALL)
 
 
-def printed(config: str, gpus: str) -> str:
-    """Return what ``vans plan CONFIG --gpus GPUS`` prints to a file."""
+def printed(config: str, gpus: str, *, searched: bool = False) -> str:
+    """Return what ``vans plan CONFIG --gpus GPUS`` prints to a file, or the same command with ``--search``."""
     run, hardware = load_config(config), parse_gpus(gpus)
     console = Console(width=PLAN_WIDTH, file=io.StringIO(), color_system=None)
-    show(make_plan(run, hardware, rates_of(hardware), load_models(run)), console)
+    rates, models = rates_of(hardware), load_models(run)
+    if searched:
+        tried = search(run, hardware, rates, models)
+        show_search(pareto(tried), len(tried), console)
+    else:
+        show(make_plan(run, hardware, rates, models), console)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
@@ -30,7 +36,8 @@ def renewed(text: str) -> str:
     """Return ``text`` with the output under each ``$ vans plan CONFIG --gpus GPUS`` written anew."""
 
     def block(found: re.Match[str]) -> str:
-        return f"```\n$ vans plan {found[1]} --gpus {found[2]}\n{printed(found[1], found[2])}\n```"
+        output = printed(found[1], found[2], searched=bool(found[3]))
+        return f"```\n$ vans plan {found[1]} --gpus {found[2]}{found[3] or ''}\n{output}\n```"
 
     return _BLOCK.sub(block, text)
 

@@ -93,7 +93,7 @@ def make_plan(
     stages = stage_demands(config, models, rates, measured)
     workers = _workers(config, placement)
     slowed = tuple(_on_cpu(config, stage, rates) for stage in switching(stages, kinds))
-    splits = _splits(config, hardware, models, stages)
+    splits = splits_of(config, hardware, models, stages)
     if any(p.cure == "split" for p in problems):
         better = min(splits, key=lambda split: split.run_s, default=None)
         cure = overrides(config, better) if better else ""
@@ -365,7 +365,7 @@ def _remedies(config: RunConfig, process: Process) -> list[str]:
 # --- what would be better --------------------------------------------------------------------------------------------
 
 
-def _splits(
+def splits_of(
     config: RunConfig, hardware: Hardware, models: Models, stages: tuple[StageDemand, ...]
 ) -> tuple[Split, ...]:
     """Return the best split with GPUs of their own, and all GPUs shared, as far as they fit into memory."""

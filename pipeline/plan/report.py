@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -15,6 +15,7 @@ from cluster.packing import crowd
 from pipeline.plan.balance import ROLES, Split
 from pipeline.plan.memory import LOADING, PARTS, USABLE, Process
 from pipeline.plan.plan import Plan, overrides
+from pipeline.plan.search import Point
 
 PLAN_WIDTH = 150  # columns of what is printed into a file
 
@@ -53,6 +54,51 @@ def show(plan: Plan, console: Console) -> None:
     console.print(tables(plan), highlight=False)
     for line in closing(plan):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def show_search(points: Sequence[Point], tried: int, console: Console) -> None:
+    """Print the ``points`` that none of the ``tried`` ways beats, and the overrides of the fastest of each batch.
+
+    ``search_as_json`` has those of all.
+    """
+    if not points:
+        console.print(Text("no way to run it fits", style="bold red"))
+        return
+    table = _table("batch", "GPUs", "run", "GPU-hours", "max_staleness", "layout", *ROLES)
+    for point in points:
+        split = point.split
+        layout = "colocated" if split.colocated else "disaggregated"
+        counts = [str(split.gpus[role]) for role in ROLES]
+        facts = [duration(point.run_s), f"{point.gpu_hours:.3g}", str(point.staleness), layout]
+        table.add_row(f"{point.batch} ×", str(point.hardware.gpus), *facts, *counts)
+    console.print(table, highlight=False)
+    console.print(
+        f"\nnone of the {tried} ways that fit is both cheaper and faster than one of these of its batch",
+        highlight=False,
+    )
+    for batch in sorted({point.batch for point in points}):
+        fastest = min((point for point in points if point.batch == batch), key=lambda point: point.run_s)
+        line = f"{batch} ×, fastest: {fastest.settings}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def search_as_json(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Return the points as plain values: seconds, GPU-hours, counts, overrides."""
+    return [
+        {
+            "gpus": point.hardware.gpus,
+            "nodes": point.hardware.nodes,
+            "run_s": point.run_s,
+            "gpu_hours": point.gpu_hours,
+            "max_staleness": point.staleness,
+            "batch": point.batch,
+            "colocated": point.split.colocated,
+            "split": dict(point.split.gpus),
+            "step_s": dict(point.split.step_s),
+            "overrides": point.settings,
+        }
+        for point in points
+    ]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
