@@ -14,6 +14,7 @@ import yaml
 from cluster import ports
 from cluster.manifests.shape import Group, Pods, RunShape, Site, fold, header, node_labels, ray_version
 from cluster.manifests.submit import job_environment
+from cluster.variables import SERVE_TOKEN
 
 GPU = "nvidia.com/gpu"
 PART_OF = {"app.kubernetes.io/part-of": "vans"}
@@ -226,7 +227,7 @@ def _template(run: RunShape, site: Site, container: dict[str, Any], *, gpus: int
 
 
 def _environment(run: RunShape, site: Site) -> list[dict[str, Any]]:
-    served = _secret("VANS_SERVE_TOKEN", site.serve_secret, "token", optional=False)
+    served = _secret(SERVE_TOKEN, site.serve_secret, "token", optional=False)
     return [
         *([served] if run.application else []),
         {"name": "HF_HOME", "value": f"{site.shared}/hub"},

@@ -71,11 +71,10 @@ def service_shape(config: str, overrides: Sequence[str], site: Site) -> RunShape
     """Return the server of ``config`` with ``overrides``: a pod for each replica of its two models (``serve.vlm``, ``serve.vdm``)."""
     source, name, text = _source(config, "rayservice", site)
     run = load_config(config, overrides)
-    placed = list(overrides) + _on_shared_storage(run, site)
-    serving = load_config(config, placed)
+    placed = list(overrides) + _on_shared_storage(run, site)  # no replica's size depends on where the folders are
     return RunShape(
         name=run.name,
-        groups=tuple(_replicas(serving, policy) for policy in ("vlm", "vdm")),
+        groups=tuple(_replicas(run, policy) for policy in ("vlm", "vdm")),
         entrypoint=(),
         source=name,
         config_file=text,

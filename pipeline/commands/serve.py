@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from cluster.errors import ConfigError, VansError
+from cluster.variables import SERVE_TOKEN
 from pipeline.commands.program import Overrides, local, print_plain
 
 
@@ -94,12 +95,12 @@ def _serve(
 
 def _token(host: str) -> str | None:
     """Return the token that people must have; raises ConfigError where one is needed and there is none."""
-    from pipeline.serve.gate import TOKEN_VARIABLE, is_loopback
+    from pipeline.serve.gate import is_loopback
 
-    token = os.environ.get(TOKEN_VARIABLE, "").strip() or None
+    token = os.environ.get(SERVE_TOKEN, "").strip() or None
     if token is None and not is_loopback(host):
         raise ConfigError(
-            f"serve.host={host} can be reached from other machines, and {TOKEN_VARIABLE} is not set: put a long random text "
+            f"serve.host={host} can be reached from other machines, and {SERVE_TOKEN} is not set: put a long random text "
             'in it (python -c "import secrets; print(secrets.token_urlsafe(32))"), or listen at 127.0.0.1'
         )
     return token

@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.errors import ConfigError
+from cluster.variables import SERVE_TOKEN
 from pipeline.config import load_config
 from pipeline.serve.app import application
 from pipeline.serve.examples import held_out
-from pipeline.serve.gate import TOKEN_VARIABLE
 
 
 class BuildArguments(BaseModel):
@@ -35,8 +35,8 @@ def build(args: dict[str, Any]) -> Any:
         raise ConfigError(
             f"the application's args should be config and overrides: {error.errors()[0]['msg']}"
         ) from error
-    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    token = os.environ.get(SERVE_TOKEN, "").strip()
     if not token:
-        raise ConfigError(f"{TOKEN_VARIABLE} is not set; the manifest takes it from a Secret (docs/serve.md)")
+        raise ConfigError(f"{SERVE_TOKEN} is not set; the manifest takes it from a Secret (docs/serve.md)")
     config = load_config(wanted.config, wanted.overrides)
     return application(config, token, None, examples=held_out(config, None))

@@ -16,7 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-TOKEN_VARIABLE = "VANS_SERVE_TOKEN"  # noqa: S105 - the variable's name
+from cluster.variables import SERVE_TOKEN
+
 COOKIE = "vans_token"
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob:; "
@@ -72,7 +73,7 @@ class Gate:
                 return _signed_in(scope, self._token)
             return _said(
                 401,
-                f"a token is needed: send the header 'Authorization: Bearer …' with the server's {TOKEN_VARIABLE}, or open "
+                f"a token is needed: send the header 'Authorization: Bearer …' with the server's {SERVE_TOKEN}, or open "
                 "/?token=… once in the browser",
                 {"WWW-Authenticate": "Bearer"},
             )

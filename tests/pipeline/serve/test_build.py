@@ -11,9 +11,9 @@ from ray._common.utils import import_attr
 
 from cluster.errors import ConfigError
 from cluster.manifests import Site
+from cluster.variables import SERVE_TOKEN
 from pipeline.commands.manifests import write_manifests
 from pipeline.serve.build import build
-from pipeline.serve.gate import TOKEN_VARIABLE
 
 OVERRIDES = ["serve.vdm.replicas=3", "serve.vlm.autoscale={enabled: true, min: 2, max: 5}", "pools.vdm.gpus=0.5"]
 
@@ -33,7 +33,7 @@ def application_of(service: dict[str, Any]) -> dict[str, Any]:
 def test_the_file_makes_the_application_with_the_replicas_that_the_run_asks_for(
     written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(TOKEN_VARIABLE, "long and random")
+    monkeypatch.setenv(SERVE_TOKEN, "long and random")
     application = application_of(written)
     built = import_attr(application["import_path"])(application["args"])
     thinker, artist = built._bound_deployment.init_args[-1]["served"]
@@ -52,7 +52,7 @@ def test_each_replica_has_room_on_the_cluster_beside_it(written: dict[str, Any])
 def test_without_a_token_nothing_is_served_on_a_cluster(
     written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    monkeypatch.delenv(SERVE_TOKEN, raising=False)
     with pytest.raises(ConfigError, match="VANS_SERVE_TOKEN is not set"):
         build(application_of(written)["args"])
 
