@@ -22,7 +22,13 @@ from cluster.errors import TrainingError
 Shape = tuple[int, int, int, int]
 """Of latents: (C, F, h, w)."""
 Drawn = tuple[Tensor, list[Trajectory | None]]
-Draw = Callable[[VdmPolicy, Sequence[RenderRequest], Shape, Sequence[Encoded]], Drawn]
+OnStep = Callable[[int, int], None]
+"""Called after each integration step of a batch with how many steps are done, and of how many."""
+Draw = Callable[[VdmPolicy, Sequence[RenderRequest], Shape, Sequence[Encoded], OnStep | None], Drawn]
+
+
+class NotWanted(Exception):
+    """Raised by an ``OnStep``: the clips that are being drawn are not wanted any more."""
 
 
 def check(policy: VdmPolicy, request: RenderRequest) -> Shape:
@@ -48,12 +54,17 @@ def check(policy: VdmPolicy, request: RenderRequest) -> Shape:
 
 
 @torch.no_grad()
-def sample(policy: VdmPolicy, requests: Sequence[RenderRequest], draw: Draw | None = None) -> list[Clip]:
+def sample(
+    policy: VdmPolicy, requests: Sequence[RenderRequest], draw: Draw | None = None, on_step: OnStep | None = None
+) -> list[Clip]:
     """Render ``requests``, in their order; those that agree in steps, sizes, guidance and SDE share a batch.
 
     Noise is drawn per request from its own seeds, so a clip depends on its batch by float noise only. A request
     with an SDE of positive level comes back with its trajectory. Raises BadSampleError for a request that can
     never succeed. ``draw`` does what :func:`sample_latents` does, which it is by default.
+
+    ``on_step`` is called in each batch. What it raises ends the whole call: all of its requests are without a clip then, those
+    of batches that were finished too. To cancel one request alone, call with that one alone.
     """
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, request in enumerate(requests):
@@ -62,14 +73,16 @@ def sample(policy: VdmPolicy, requests: Sequence[RenderRequest], draw: Draw | No
         groups[(shape, len(request.reference_frames), *kind)].append(i)
     clips: dict[int, Clip] = {}
     for (shape, *_), rows in groups.items():
-        drawn = _sample_group(policy, [requests[i] for i in rows], shape, draw or sample_latents)
+        drawn = _sample_group(policy, [requests[i] for i in rows], shape, draw or sample_latents, on_step)
         clips.update(zip(rows, drawn, strict=True))
     return [clips[i] for i in range(len(requests))]
 
 
-def _sample_group(policy: VdmPolicy, requests: list[RenderRequest], shape: Shape, draw: Draw) -> list[Clip]:
+def _sample_group(
+    policy: VdmPolicy, requests: list[RenderRequest], shape: Shape, draw: Draw, on_step: OnStep | None
+) -> list[Clip]:
     encoded = policy.encoded(requests)
-    latents, trajectories = draw(policy, requests, shape, encoded)
+    latents, trajectories = draw(policy, requests, shape, encoded, on_step)
     for request, finite in zip(requests, latents.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
         if not finite:
             raise TrainingError(
@@ -94,10 +107,12 @@ def sample_latents(
     requests: Sequence[RenderRequest],
     shape: Shape,
     encoded: Sequence[Encoded] | None = None,
+    on_step: OnStep | None = None,
 ) -> Drawn:
     """Return the final latents (B, C, F, h, w) of requests that share everything but caption, frames and seeds.
 
-    ``encoded`` is what the requests are conditioned on, where it has been made.
+    ``encoded`` is what the requests are conditioned on, where it has been made. ``on_step`` is called after each step; it
+    changes nothing of the result, and what it raises ends the drawing.
     """
     first = requests[0]
     condition = policy.join(policy.encoded(requests) if encoded is None else encoded, [r.guidance for r in requests])
@@ -117,13 +132,15 @@ def sample_latents(
         before = x
         if first.sde is None or i not in window:
             x = flow_sde.ode_step(x, v, sigma, following)
-            continue
-        step = flow_sde.transition(x, v, sigma, following, sigmas[1], first.sde.schedule, first.sde.level)
-        states.append(x)
-        x = flow_sde.draw(step, noises[:, i - window.start])
-        logprobs.append(flow_sde.step_logprob(x, step))
-        if i == window.stop - 1:
+        else:
+            step = flow_sde.transition(x, v, sigma, following, sigmas[1], first.sde.schedule, first.sde.level)
             states.append(x)
+            x = flow_sde.draw(step, noises[:, i - window.start])
+            logprobs.append(flow_sde.step_logprob(x, step))
+            if i == window.stop - 1:
+                states.append(x)
+        if on_step is not None:
+            on_step(i + 1, first.steps)
     sde = first.sde
     if first.ends:
         states, logprobs, sde = [before, x], [], SdeSpec("flow", 0.0, first.steps - 1, 1)

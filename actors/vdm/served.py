@@ -145,7 +145,11 @@ class Served:
         self.put(version, Delivery(announced.kind, tensors, dict(announced.adapter_config)))
 
     def draw(
-        self, requests: Sequence[RenderRequest], shape: sampling.Shape, encoded: Sequence[Encoded] | None = None
+        self,
+        requests: Sequence[RenderRequest],
+        shape: sampling.Shape,
+        encoded: Sequence[Encoded] | None = None,
+        on_step: sampling.OnStep | None = None,
     ) -> sampling.Drawn:
         """Return :func:`sampling.sample_latents`. Collective where clips are shared.
 
@@ -153,7 +157,7 @@ class Served:
         """
         try:
             with self.awake() as policy:
-                return sampling.sample_latents(policy, requests, shape, encoded)
+                return sampling.sample_latents(policy, requests, shape, encoded, on_step)
         except torch.OutOfMemoryError as error:
             raise InfrastructureError(out_of_memory(self._who, len(requests), error)) from error
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from actors.failures import Failure, InfrastructureError, Ok, Outcome, attempt, failure_of
+from actors.failures import Failure, InfrastructureError, Ok, Outcome, failure_of
 from actors.learner.sharding import free_address
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import Clip, RenderRequest
@@ -101,13 +101,17 @@ class VdmWorker:
         """Return how the weights that it serves have come: ``object store``, ``broadcast`` or ``model folder``."""
         return self._arrival
 
-    def process(self, requests: Sequence[RenderRequest]) -> list[Outcome]:
-        """Render what can be rendered in as few batches as possible; a failure is pinned to its own request."""
+    def process(self, requests: Sequence[RenderRequest], on_step: sampling.OnStep | None = None) -> list[Outcome]:
+        """Render what can be rendered in as few batches as possible; a failure is pinned to its own request.
+
+        ``on_step`` is :func:`sampling.sample`'s. Where it raises ``sampling.NotWanted`` so does this: no request of the call is
+        answered. With ``context_parallel`` it is not called: the processes that share a clip draw it to its end.
+        """
         outcomes: list[Outcome | None] = [self._refuse(request) for request in requests]
         good = [i for i, refusal in enumerate(outcomes) if refusal is None]
         if good:
             with self._awake():
-                rendered = self._render([requests[i] for i in good])
+                rendered = self._render([requests[i] for i in good], on_step)
             for i, outcome in zip(good, rendered, strict=True):
                 outcomes[i] = outcome
         return [outcome for outcome in outcomes if outcome is not None]
@@ -168,25 +172,32 @@ class VdmWorker:
             return failure_of(error)
         return None
 
-    def _render(self, requests: list[RenderRequest]) -> list[Outcome]:
+    def _render(self, requests: list[RenderRequest], on_step: sampling.OnStep | None) -> list[Outcome]:
         try:
-            return [Ok(clip) for clip in self._sample(requests)]
+            return [Ok(clip) for clip in self._sample(requests, on_step)]
+        except sampling.NotWanted:
+            raise
         except Exception as error:  # noqa: BLE001 - classed and returned to the pool
             if len(requests) == 1:
                 return [failure_of(error)]
-        return [attempt(lambda r=request: self._sample([r])[0]) for request in requests]  # type: ignore[misc]
+        return [outcome for request in requests for outcome in self._render([request], on_step)]
 
-    def _sample(self, requests: list[RenderRequest]) -> list[Clip]:
+    def _sample(self, requests: list[RenderRequest], on_step: sampling.OnStep | None) -> list[Clip]:
         try:
-            return sampling.sample(self.policy, requests, self._draw)
+            return sampling.sample(self.policy, requests, self._draw, on_step)
         except torch.OutOfMemoryError as error:
             raise InfrastructureError(out_of_memory(self.name, len(requests), error)) from error
 
     def _draw(
-        self, policy: VdmPolicy, requests: Sequence[RenderRequest], shape: sampling.Shape, encoded: Sequence[Encoded]
+        self,
+        policy: VdmPolicy,
+        requests: Sequence[RenderRequest],
+        shape: sampling.Shape,
+        encoded: Sequence[Encoded],
+        on_step: sampling.OnStep | None,
     ) -> sampling.Drawn:
         if self._peers is None:
-            return self._served.draw(requests, shape, encoded)
+            return self._served.draw(requests, shape, encoded, on_step)
         # Peers neither embed nor encode, and the frames have told the shape.
         slim = [
             replace(request, reference_frames=request.reference_frames[:0], condition=item.record())

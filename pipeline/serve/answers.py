@@ -16,8 +16,6 @@ from typing import Any, Literal
 
 State = Literal["queued", "thinking", "drawing", "done", "failed", "cancelled"]
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
-PROGRESS: dict[State, float] = {"queued": 0.0, "thinking": 0.0, "drawing": 0.5}
-"""Of the two parts of an answer, caption and clip, the share that is there; 1 when a question has ended."""
 
 
 @dataclass(eq=False)
@@ -30,11 +28,18 @@ class Question:
     reasoning: str | None = None
     error: str | None = None
     video: Path | None = None
+    drawn: float = 0.0
+    """The share of the clip's denoising steps that are done."""
 
     @property
     def ended(self) -> bool:
         """Whether nothing more will happen to it."""
         return self.state in ENDED
+
+    @property
+    def progress(self) -> float:
+        """How much of it is there, 0 to 1: the caption is one half, the clip's steps are the other; 1 when it has ended."""
+        return 1.0 if self.ended else 0.5 + self.drawn / 2 if self.state == "drawing" else 0.0
 
 
 @dataclass(eq=False)
@@ -67,7 +72,7 @@ class Answer:
     @property
     def progress(self) -> float:
         """How much of it is there, 0 to 1."""
-        return sum(PROGRESS.get(question.state, 1.0) for question in self.questions) / len(self.questions)
+        return sum(question.progress for question in self.questions) / len(self.questions)
 
     def change(self, question: Question, state: State, **facts: Any) -> None:
         """Set the state and other facts of ``question``, and wake whoever watches. What has ended stays as it is."""
@@ -106,7 +111,7 @@ class Answer:
         return {
             "question": question.text,
             "state": question.state,
-            "progress": PROGRESS.get(question.state, 1.0),
+            "progress": question.progress,
             "caption": question.caption,
             "reasoning": question.reasoning,
             "error": question.error,

@@ -59,7 +59,10 @@ class Ingress:
         self._token, self._examples = token, examples
         self._desk = Desk(
             config,
-            {name: Pair(thinker.complete.remote, artist.draw.remote) for name, (thinker, artist) in pairs.items()},
+            {
+                name: Pair(thinker.complete.remote, artist.options(stream=True).draw.remote)
+                for name, (thinker, artist) in pairs.items()
+            },
             self._root,
         )
 

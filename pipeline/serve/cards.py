@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -30,6 +30,14 @@ def cards(answers: Iterable[Answer], words: Words) -> str:
 def side_by_side(answers: Iterable[Answer], words: Words) -> str:
     """Return the HTML of answers to one thing, beside each other where there is room."""
     return f'<div class="vans-compare">{cards(answers, words)}</div>'
+
+
+def bar(answers: Sequence[Answer]) -> str:
+    """Return the HTML of how much there is of ``answers`` together; nothing where all have ended."""
+    if all(answer.state in ENDED for answer in answers):
+        return ""
+    share = sum(answer.progress for answer in answers) / len(answers)
+    return f'<div class="vans-progress"><progress max="1" value="{share:.3f}"></progress> {share:.0%}</div>'
 
 
 def notice(text: str) -> str:

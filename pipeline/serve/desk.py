@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from actors.failures import Failure
-from actors.records import Sample
+from actors.failures import Ok, Outcome
+from actors.records import CompletionRequest, RenderRequest, Sample
 from cluster.errors import VansError
 from pipeline.config import RunConfig
 from pipeline.config.stages import RenderSection
@@ -29,20 +29,31 @@ RETRY_S = 0.5  # between two attempts, so that Ray Serve learns of a lost replic
 PRUNE_S = 10.0
 
 
-class Response(Awaitable[Any], Protocol):
-    """What a deployment's handle returns (``ray.serve.handle.DeploymentResponse``)."""
+class Sent(Protocol):
+    """A request that has been sent to a deployment."""
 
     def cancel(self) -> None:
         """Take the request back, where it has not been answered."""
         ...
 
 
+class Completion(Awaitable[Outcome], Sent, Protocol):
+    """What the thinker's handle returns (``ray.serve.handle.DeploymentResponse``)."""
+
+
+class Drawing(AsyncIterable[float | Outcome], Sent, Protocol):
+    """What the artist's handle returns (``DeploymentResponseGenerator``): the share of steps done after each, then the outcome."""
+
+
+Request = TypeVar("Request", bound=Sent)
+
+
 @dataclass(frozen=True)
 class Pair:
     """The calls of a thinker and of an artist: what sends them a request."""
 
-    complete: Callable[[Any], Response]
-    draw: Callable[[Any], Response]
+    complete: Callable[[CompletionRequest], Completion]
+    draw: Callable[[RenderRequest], Drawing]
 
 
 class Lost(VansError):
@@ -110,7 +121,7 @@ class Desk:
         return answer
 
     def cancel(self, answer: Answer) -> None:
-        """End ``answer`` where it is still being made: what waits is taken back, a clip that is being drawn is not used."""
+        """End ``answer`` where it is still being made: what waits is taken back, and so is a clip that is being drawn."""
         for question in answer.questions:
             answer.change(question, "cancelled", error="cancelled")
         if answer.task is not None:
@@ -160,23 +171,39 @@ class Desk:
         config, pair = self.config, self.pairs[answer.settings["pair"]]
         answer.change(question, "thinking")
         asked = question_request(config, sample, question.text, seed)
-        completions = await _asked(lambda: pair.complete(asked), config.pools.vlm.max_retries)
+        completions = await _asked(lambda: pair.complete(asked), _completed, config.pools.vlm.max_retries)
         said = captioned(question.text, completions[0].text, config.models.prompt.answers)
         if isinstance(said, Unanswered):
             raise Lost(said.reason)
         answer.change(question, "drawing", caption=said.caption, reasoning=said.thought)
         wanted = caption_request(config, sample, said.caption, index, render, seed)
-        clip = await _asked(lambda: pair.draw(wanted), config.pools.vdm.max_retries)
+
+        async def drawn(drawing: Drawing) -> Outcome | None:
+            outcome = None
+            async for item in drawing:
+                if isinstance(item, float):
+                    answer.change(question, "drawing", drawn=item)
+                else:
+                    outcome = item
+            return outcome
+
+        clip = await _asked(lambda: pair.draw(wanted), drawn, config.pools.vdm.max_retries)
         path = answer.folder / f"{index}.mp4"
         video = await asyncio.to_thread(encode_mp4, clip.frames, config.video.fps, near_lossless=False)
         await asyncio.to_thread(path.write_bytes, video)
         answer.change(question, "done", video=path)
 
 
-async def _asked(call: Callable[[], Response], retries: int) -> Any:
-    """Return the value of what ``call`` asks for; asked again, ``retries`` times at most, after an infrastructure failure.
+async def _completed(completion: Completion) -> Outcome:
+    return await completion
 
-    Raises Lost with the reason.
+
+async def _asked(
+    call: Callable[[], Request], receive: Callable[[Request], Awaitable[Outcome | None]], retries: int
+) -> Any:
+    """Return the value of what ``call`` asks for, as ``receive`` finds it in what comes back.
+
+    It is asked again, ``retries`` times at most, after an infrastructure failure. Raises Lost with the reason.
     """
     from ray.exceptions import RayError, RayTaskError
     from ray.serve.exceptions import RayServeException
@@ -185,11 +212,11 @@ async def _asked(call: Callable[[], Response], retries: int) -> Any:
     for attempt in range(retries + 1):
         if attempt:
             await asyncio.sleep(RETRY_S * attempt)
-        response = call()
+        sent = call()
         try:
-            outcome = await response
+            outcome = await receive(sent)
         except asyncio.CancelledError:
-            response.cancel()
+            sent.cancel()
             raise
         except RayTaskError as error:
             raise Lost(str(error.cause or error)) from error
@@ -197,8 +224,11 @@ async def _asked(call: Callable[[], Response], retries: int) -> Any:
             reason = f"the replica was lost: {error}"
             log.warning("asked again, attempt %d: %s", attempt + 2, type(error).__name__)
             continue
-        if not isinstance(outcome, Failure):
+        if isinstance(outcome, Ok):
             return outcome.value
+        if outcome is None:
+            reason = "the replica ended without an answer"
+            continue
         if outcome.kind != "infrastructure":
             raise Lost(outcome.message)
         reason = outcome.message

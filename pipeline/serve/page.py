@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -17,9 +18,9 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1"
 import gradio as gr
 
 from actors.records import Sample
-from cluster.errors import VansError
+from cluster.errors import DataError, VansError
 from pipeline.serve.answers import Answer
-from pipeline.serve.cards import cards, notice, side_by_side
+from pipeline.serve.cards import bar, cards, notice, side_by_side
 from pipeline.serve.desk import Desk
 from pipeline.serve.examples import Example
 from pipeline.serve.words import LANGUAGES, Words, words_for
@@ -83,11 +84,12 @@ class Playground:
                         rows = [[str(path)] for path in clips]
                         gr.Examples(rows, inputs[:1], label=TEXTS("vans_examples"), cache_examples=False)
                 with gr.Column(scale=2, min_width=300):
+                    progress = gr.HTML(elem_id="progress")
                     shown = gr.HTML(elem_id="answers")
             ask.click(
                 self.answer,
                 [*inputs, history],
-                [shown, history],
+                [shown, progress, history],
                 concurrency_limit=None,
                 show_progress="hidden",
                 api_visibility="private",
@@ -120,21 +122,27 @@ class Playground:
         both: bool,
         past: list[str],
         request: gr.Request,
-    ) -> AsyncIterator[tuple[str, list[str]]]:
-        """Ask, and yield the page's answers and their ids after each change, the newest first."""
+    ) -> AsyncIterator[tuple[Any, str, list[str]]]:
+        """Ask, and yield after each change: the page's answers, the newest first; how much there is of it; the answers' ids.
+
+        Answers that look as before are not shown anew, so that clips play on while others are drawn.
+        """
         desk, words = self._desk, words_for(request.headers.get("accept-language", ""))
         older = cards(self._kept(past), words)
         try:
             sample, asked = await self._read(clip, text, words)
         except VansError as error:
-            yield notice(str(error).replace(clip or " ", "video")) + older, past
+            yield notice(str(error)) + older, "", past
             return
         render = desk.render(int(steps), float(guidance))
         pairs = list(desk.pairs) if both else [None]
         made = [desk.open(sample, asked, int(seed or 0), render, pair) for pair in pairs]
         kept = [*(each.id for each in made), *past][:HISTORY]
+        before = ""
         async for _ in _changes(made):
-            yield side_by_side(made, words) + older, kept
+            shown = side_by_side(made, words)
+            yield gr.skip() if shown == before else shown + older, bar(made), kept
+            before = shown
 
     async def stop(self, past: list[str]) -> None:
         """Cancel what of the session is still being made."""
@@ -149,7 +157,10 @@ class Playground:
             raise VansError(words.no_video)
         if (seconds := self._desk.busy()) is not None:
             raise VansError(words.busy.format(seconds=seconds))
-        return await self._desk.read(Path(clip)), asked
+        try:
+            return await self._desk.read(Path(clip)), asked
+        except DataError as error:
+            raise DataError(str(error).replace(clip, "video")) from error
 
     def _kept(self, names: Sequence[str]) -> list[Answer]:
         answers = [self._desk.kept.get(name) for name in names]

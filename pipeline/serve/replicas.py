@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,10 +123,32 @@ class Artist(Replica):
     async def load(self, version: int, payload: list[Any]) -> None:
         await self._call(self._worker.load_weights, version, payload)
 
-    async def draw(self, request: RenderRequest) -> Outcome:
-        """Return the clip of ``request``."""
-        (outcome,) = await self._call(self._worker.process, [request])
-        return _told(outcome)
+    async def draw(self, request: RenderRequest) -> AsyncIterator[float | Outcome]:
+        """Yield after each denoising step the share of them that is done, and at last the clip of ``request``.
+
+        A request has a call of the sampler to itself. Where this is closed or cancelled before its end, as it is when the
+        request is taken back, the sampler stops after the step that it is at, and no other request is touched.
+        """
+        from actors.vdm.sampling import NotWanted
+
+        loop, steps = asyncio.get_running_loop(), asyncio.Queue[float | None]()
+        unwanted = threading.Event()
+
+        def on_step(done: int, of: int) -> None:
+            if unwanted.is_set():
+                raise NotWanted
+            loop.call_soon_threadsafe(steps.put_nowait, done / of)
+
+        drawing = asyncio.ensure_future(self._call(self._worker.process, [request], on_step))
+        drawing.add_done_callback(lambda _: steps.put_nowait(None))
+        try:
+            while (share := await steps.get()) is not None:
+                yield share
+            (outcome,) = await drawing
+            yield _told(outcome)
+        finally:
+            unwanted.set()
+            drawing.cancel()  # where it waits for the thread
 
     def check_health(self) -> None:
         """Raise where the model is not there."""

@@ -13,7 +13,7 @@ from actors.failures import BadSampleError
 from actors.records import SdeSpec
 from actors.vdm.frames import frames_to_video, select_reference_frames, video_to_frames
 from actors.vdm.policy import VdmPolicy
-from actors.vdm.sampling import check, sample, sample_latents
+from actors.vdm.sampling import NotWanted, check, sample, sample_latents
 from cluster.errors import CheckpointError, ConfigError
 
 SHAPE = (16, 3, 4, 4)
@@ -122,6 +122,35 @@ def test_a_group_may_share_its_initial_noise(policy, make_request):
     assert not np.allclose(ends[0], ends[1]) and not np.allclose(ends[1], ends[2])
     own = sample(policy, [make_request(i, sde=SDE, noise_seed=i) for i in range(2)])
     assert not np.allclose(own[0].trajectory.latents[0], own[1].trajectory.latents[0])
+
+
+@pytest.mark.parametrize("sde", [None, SDE])
+def test_looking_on_step_by_step_changes_nothing_of_a_clip(policy, make_request, sde):
+    requests = [make_request(0, sde=sde), make_request(1, sde=sde, guidance=2.0)]
+    seen = []
+    watched = sample(policy, requests, on_step=lambda done, steps: seen.append((done, steps)))
+    assert seen == 2 * [(1, 4), (2, 4), (3, 4), (4, 4)]  # two batches: their guidance differs
+    for ours, plain in zip(watched, sample(policy, requests), strict=True):
+        assert ours.frames.tobytes() == plain.frames.tobytes()
+        if sde is not None:
+            assert ours.trajectory.latents.tobytes() == plain.trajectory.latents.tobytes()
+            assert ours.trajectory.logprobs.tobytes() == plain.trajectory.logprobs.tobytes()
+
+
+def test_a_drawing_that_is_not_wanted_any_more_ends_at_its_step(policy, make_request):
+    calls = []
+    handle = policy.module.register_forward_hook(lambda *_: calls.append(1))
+
+    def on_step(done: int, steps: int) -> None:
+        if done == 2:
+            raise NotWanted
+
+    try:
+        with pytest.raises(NotWanted):
+            sample(policy, [make_request(0), make_request(1)], on_step=on_step)
+    finally:
+        handle.remove()
+    assert len(calls) == 2
 
 
 def test_requests_that_cannot_succeed_say_why(policy, make_request):

@@ -11,7 +11,7 @@ from actors.failures import Failure, Ok
 from actors.policy.lora import adapter_config
 from actors.records import SdeSpec
 from actors.vdm.policy import VdmPolicy
-from actors.vdm.sampling import sample
+from actors.vdm.sampling import NotWanted, sample
 from actors.vdm.worker import VdmWorker
 from actors.weights.transport import pack, send
 from cluster.errors import CheckpointError
@@ -112,6 +112,21 @@ def test_weights_that_make_nan_fail_by_name_and_alone(tiny, make_request):
         isinstance(outcomes[0], Failure) and outcomes[0].kind == "bug" and "s[0]: sampling gave" in outcomes[0].message
     )
     assert isinstance(outcomes[1], Ok) and isinstance(clean[0], Ok)
+
+
+def test_a_call_that_is_not_wanted_any_more_is_not_tried_again_and_the_next_is_answered(tiny, make_request):
+    local = VdmWorker("vdm-2", str(tiny))
+    local.setup()
+    seen = []
+
+    def on_step(done: int, steps: int) -> None:
+        seen.append(done)
+        raise NotWanted
+
+    with pytest.raises(NotWanted):
+        local.process([make_request(0), make_request(1)], on_step)
+    assert seen == [1]
+    assert all(isinstance(outcome, Ok) for outcome in local.process([make_request(0), make_request(1)]))
 
 
 def _adapter(tiny, spec):

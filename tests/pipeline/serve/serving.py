@@ -48,6 +48,15 @@ def answered(client: httpx.Client, name: str) -> dict[str, Any]:
     raise AssertionError(f"no answer within {DEADLINE_S:g} s: {answer}")
 
 
+def put(page: Any, clip: bytes | None, *questions: str) -> None:
+    """Ask on a page of the playground, in a browser: about ``clip``, or about nothing."""
+    if clip is not None:
+        page.set_input_files("#video input[type=file]", {"name": "in.mp4", "mimeType": "video/mp4", "buffer": clip})
+        page.wait_for_selector("#video video")
+    page.fill("#questions textarea", "\n".join(questions))
+    page.click("#ask")
+
+
 def export_adapter(folder: Path, role: Literal["vlm", "vdm"], size: float) -> None:
     """Write an adapter of the tiny ``role`` as a run does. With ``size`` 0 it changes nothing, with a large one everything."""
     import torch
