@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cluster.errors import VansError
+
 FailureKind = Literal["infrastructure", "data", "bug"]
 
 
@@ -39,6 +41,8 @@ class Failure:
     kind: FailureKind
     message: str
     traceback: str = ""
+    for_people: bool = False
+    """It was raised on purpose, and its message says what to do: no traceback is needed."""
 
 
 Outcome = Ok | Failure
@@ -55,7 +59,8 @@ def classify(error: BaseException) -> FailureKind:
 
 def failure_of(error: BaseException) -> Failure:
     """Return ``error`` as a :class:`Failure` that pickles anywhere (text only)."""
-    return Failure(classify(error), f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+    text = "".join(traceback.format_exception(error))
+    return Failure(classify(error), f"{type(error).__name__}: {error}", text, isinstance(error, VansError))
 
 
 def attempt(function: Callable[[], Any]) -> Outcome:

@@ -230,6 +230,16 @@ class ScoreRequest:
     target_frames: np.ndarray  # uint8 (T, H, W, 3)
     last_input_frame: np.ndarray  # uint8 (H, W, 3)
     clip: np.ndarray | None = None  # uint8 (T', H, W, 3)
+    question: str = ""
+    input_frames: np.ndarray | None = None  # uint8 (T'', H', W', 3), as the thinker sees them; None: no component asks
+
+
+@dataclass(frozen=True, eq=False)
+class GroupScoreRequest:
+    """Ask the pool of a reward that judges whole groups for its value of each of the ``answers`` to one question."""
+
+    sample_id: str
+    answers: tuple[ScoreRequest, ...]
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,8 @@ class Dispatcher:
             elif outcome.kind == "data":
                 self._reject(ticket, SampleFailed(f"{worker.name}: {outcome.message}"))
             else:
-                self._reject(ticket, WorkerBug(f"{worker.name}: {outcome.message}", outcome.traceback))
+                told = f"{worker.name}: {outcome.message}"
+                self._reject(ticket, PoolFailed(told) if outcome.for_people else WorkerBug(told, outcome.traceback))
         if struck is None:
             worker.strikes = 0
         else:

@@ -6,7 +6,6 @@ caching (``features``) or for Ray (``worker``).
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from actors.loading import load_whole
+from actors.scoring.hashing import modules_hash
 from cluster.errors import CheckpointError
 
 ROW_MULTIPLE = 8
@@ -97,11 +97,7 @@ class ClipScorer:
 
     def parameter_hash(self) -> str:
         """Return a hash of all parameters and buffers, equal for equal weights."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return modules_hash(self.model)
 
     def _pixels(self, frames: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).to(self.device)

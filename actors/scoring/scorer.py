@@ -5,15 +5,11 @@ No Ray: the reward worker and local evaluation run the same code. The formulas a
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
-import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +18,11 @@ import torch
 from actors.failures import BadSampleError, Failure, InfrastructureError, Outcome, attempt
 from actors.policy.cache import Cache, content_key
 from actors.records import ScoreRequest, Scores
-from rewards.custom import CustomReward, call_reward, is_custom, load_reward
+from actors.scoring.asking import LARGEST, read_only
+from actors.scoring.components import BUILT_IN, FEATURES, VIDEO_FEATURES
+from actors.scoring.model import Facts
+from actors.scoring.trying import tried
+from rewards.custom import CustomReward, call_reward, is_custom, load_reward, named
 from rewards.errors import RewardError
 from rewards.format import DEFAULT, AnswerFormat
 from rewards.frechet import clip_frames_feature
@@ -32,9 +32,6 @@ from rewards.text import rouge_l
 
 if TYPE_CHECKING:  # transformers, which takes seconds to load, is not needed to know which rewards there are
     from actors.scoring.clip import ClipScorer
-
-VIDEO_FEATURES = "video_features"
-"""Not a number: asks for the features of the Fréchet distance under ``Scores.features`` (``clip`` and ``target``)."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +48,6 @@ class _View:
     answers: AnswerFormat = DEFAULT
 
 
-_NEEDS: dict[str, tuple[str, ...]] = {
-    "format": (),
-    "rouge_l": (),
-    "clip_v": ("clip", "target"),
-    "clip_t": ("clip", "caption"),
-    "clip_t_truth": ("clip", "truth"),
-    "clip_score": ("clip", "caption"),
-    VIDEO_FEATURES: ("clip", "target"),
-}
-
 _BUILT_IN: dict[str, Callable[[_View], float]] = {
     "format": lambda v: v.answers.reward(v.request.text),
     "rouge_l": lambda v: rouge_l(v.request.caption, v.request.reference_caption),
@@ -70,20 +57,19 @@ _BUILT_IN: dict[str, Callable[[_View], float]] = {
     "clip_score": lambda v: clip_score(v.clip, v.caption),
 }
 
-BUILT_IN = tuple(_BUILT_IN)
-"""Names of the built-in components (docs/rewards.md)."""
 
-LARGEST = float(np.finfo(np.float32).max)
-"""Largest value of a component, either sign: advantages are float32."""
+def function_needs(function: CustomReward) -> frozenset[str]:
+    """Return what a custom reward looks at (``actors.scoring.model.NEEDS``), by the arguments that it names."""
+    asked = set(named(function))
+    needs = {"text"} | ({"clip"} & asked) | ({"question"} & asked)
+    if {"clip", "target_frames"} <= asked:
+        needs.add("pair")
+    return frozenset(needs | ({"input_video"} if "input_frames" in asked else set()))
 
-TRIES = 3
-"""Calls of a custom reward that could not reach its judge, or had no memory, before the answer counts as lost."""
 
-TRANSIENT = (InfrastructureError, ConnectionError, TimeoutError, MemoryError, torch.OutOfMemoryError)
-"""What another call may survive."""
-
-TEXT_ONLY = frozenset(name for name, needs in _NEEDS.items() if not needs)
-"""Components that judge the text alone: nothing has to be rendered for them."""
+def _needs(name: str) -> frozenset[str]:
+    needs = FEATURES[name]
+    return frozenset({"text"} | ({"clip"} & set(needs)) | ({"pair"} if "target" in needs else set()))
 
 
 class Scorer:
@@ -115,6 +101,7 @@ class Scorer:
         clashes = sorted(set(custom or {}) & {*BUILT_IN, VIDEO_FEATURES})
         if clashes:
             raise RewardError(f"custom rewards may not take the built-in names {clashes}")
+        self._worked: set[str] = set()  # paths of the custom rewards that have given a value
         self._custom: dict[str, tuple[str, CustomReward]] = {n: (p, load_reward(p)) for n, p in (custom or {}).items()}
 
     @property
@@ -125,7 +112,7 @@ class Scorer:
     def check(self, components: Sequence[str]) -> None:
         """Raise RewardError where a component is neither built in nor a custom reward that loads."""
         for name in components:
-            if name in _NEEDS or name in self._custom:
+            if name in FEATURES or name in self._custom:
                 continue
             if not is_custom(name):
                 raise RewardError(
@@ -133,6 +120,14 @@ class Scorer:
                     "and your own is written module:function"
                 )
             self._custom[name] = (name, load_reward(name))
+
+    def facts(self, components: Sequence[str]) -> dict[str, Facts]:
+        """Return what each of ``components`` looks at: a function what it names. Raises as :meth:`check`."""
+        self.check(components)
+        return {
+            name: Facts(function_needs(self._custom[name][1]) if name in self._custom else _needs(name))
+            for name in components
+        }
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
         """Return one outcome per request, in order. A request that fails does not disturb the others."""
@@ -159,7 +154,7 @@ class Scorer:
             self.check(request.components)
         except RewardError as error:  # a wrong name is the run's fault, not this sample's
             raise LookupError(str(error)) from error
-        needed = {need for name in request.components for need in _NEEDS.get(name, ())}
+        needed = {need for name in request.components for need in FEATURES.get(name, ())}
         if request.clip is None and "clip" in needed:
             raise ValueError(
                 f"sample {request.sample_id}: components {request.components} need a clip, and there is none"
@@ -190,7 +185,7 @@ class Scorer:
         frames: dict[str, np.ndarray] = {}
         texts: dict[str, str] = {}
         for request in requests:
-            needs = {need for name in request.components for need in _NEEDS.get(name, ())}
+            needs = {need for name in request.components for need in FEATURES.get(name, ())}
             if request.clip is not None and self.diagnostics:
                 needs |= {"clip", "target", "last"}
             arrays: dict[str, Any] = {
@@ -286,20 +281,11 @@ class Scorer:
 
     def _tried(self, path: str, function: CustomReward, arguments: dict[str, Any]) -> float:
         """Return the reward's value; BadSampleError says what it raised, after further tries where those may help."""
-        for number in range(TRIES):
-            try:
-                return call_reward(path, function, arguments)
-            except (Exception, SystemExit, GeneratorExit, asyncio.CancelledError) as error:
-                if isinstance(error, TRANSIENT) and number < TRIES - 1:  # a judge may answer the next time
-                    time.sleep(self.wait_s * 2**number)
-                    continue
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                tries = f" in each of {TRIES} tries, the last time" if isinstance(error, TRANSIENT) else ""
-                raise BadSampleError(
-                    f"reward {path!r} raised{tries} {type(error).__name__}: {error} "
-                    f"({Path(where.filename).name}, line {where.lineno}, in {where.name})"
-                ) from error
-        raise AssertionError("a reward is tried at least once")
+        value = tried(
+            path, lambda: call_reward(path, function, arguments), worked=path in self._worked, wait_s=self.wait_s
+        )
+        self._worked.add(path)
+        return value
 
     def _diagnose(self, view: _View) -> dict[str, float]:
         request = view.request
@@ -319,16 +305,12 @@ def _arguments(request: ScoreRequest) -> dict[str, Any]:
         "text": request.text,
         "caption": request.caption,
         "reference_caption": request.reference_caption,
-        "clip": None if request.clip is None else _read_only(request.clip),
-        "target_frames": _read_only(request.target_frames),
-        "last_input_frame": _read_only(request.last_input_frame),
+        "clip": read_only(request.clip),
+        "target_frames": read_only(request.target_frames),
+        "last_input_frame": read_only(request.last_input_frame),
+        "question": request.question,
+        "input_frames": read_only(request.input_frames),
     }
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 def _guarded(function: Callable[[], Any]) -> Outcome:

@@ -16,7 +16,9 @@ from actors.offload import Offloader, module_tensors
 from actors.pool.protocol import WorkerInfo, worker_info
 from actors.records import ScoreRequest
 from actors.scoring.clip import ClipScorer
+from actors.scoring.model import Facts, RewardLoadError
 from actors.scoring.scorer import Scorer
+from rewards.errors import RewardError
 from rewards.format import DEFAULT, AnswerFormat
 
 
@@ -72,11 +74,14 @@ class RewardWorker:
         return self._scorer
 
     def setup(self) -> WorkerInfo:
-        """Load CLIP and import the rewards. Raises CheckpointError or RewardError for what cannot be loaded."""
+        """Load CLIP and import the rewards. Raises CheckpointError or RewardLoadError for what cannot be loaded."""
         torch.set_num_threads(self._threads)
         clip = ClipScorer(self._clip_path, **self._clip_options)
-        scorer = Scorer(clip, **self._scorer_options)
-        scorer.check(self.components)
+        try:
+            scorer = Scorer(clip, **self._scorer_options)
+            scorer.check(self.components)
+        except RewardError as error:
+            raise RewardLoadError(str(error)) from error
         self._scorer = scorer
         return worker_info(self.name, self._device, clip.parameter_hash())
 
@@ -106,6 +111,10 @@ class RewardWorker:
     def ping(self) -> str:
         """Return the worker's name."""
         return self.name
+
+    def facts(self) -> dict[str, Facts]:
+        """Return what each of the worker's components looks at."""
+        return self.scorer.facts(self.components)
 
     def fvd_extractor(self) -> str:
         """Return the name of the Fréchet features that this worker gives."""

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from actors.learner.settings import LearnerSection
+from actors.scoring.settings import RewardModelSection, RewardName
 from actors.settings import FREE, Fraction, Positive, Section, cite
 from actors.vdm.settings import ConditioningSection, Tiling
 from actors.vlm.settings import PromptSection
@@ -26,7 +27,8 @@ from pipeline.config.machinery import (
 )
 from pipeline.config.stages import GreedyTextSection, RenderSection, Stage1Section, Stage2Section
 from pipeline.config.training import SftSection
-from pipeline.fleet.kinds import PoolsSection
+from pipeline.fleet.kinds import KINDS, PoolsSection
+from pipeline.fleet.rewards import require_rewards
 from pipeline.serve.settings import ServeSection
 from pipeline.support.location import LocalPath, Location, Uri, opened
 
@@ -42,6 +44,10 @@ class ModelsSection(Section):
     clip: str = Field("tiny", description="CLIP model that scores: transformers folder or hub name.")
     vlm_adapter: str | None = Field(None, description="PEFT adapter folder the VLM starts from.")
     vdm_adapter: str | None = Field(None, description="PEFT adapter folder the VDM starts from.")
+    rewards: dict[RewardName, RewardModelSection] = Field(
+        default_factory=dict,
+        description="Reward with a model of its own → `model` (`module:Class`), `options` (of the class), `dtype` (docs/rewards.md).",
+    )
     prompt: PromptSection = Field(default_factory=PromptSection)
     negative_prompt: str | None = Field(
         None,
@@ -315,6 +321,11 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _reward_models(self) -> RunConfig:
+        require_rewards(self, KINDS)
+        return self
+
+    @model_validator(mode="after")
     def _one_stage(self) -> RunConfig:
         if self.training == "all_in_one" and self.stage2.learning.samples == "ends":
             raise ValueError(
@@ -325,9 +336,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rest(self) -> RunConfig:
-        resting = [
-            f"pools.{name}.rest=true" for name in type(self.pools).model_fields if getattr(self.pools, name).rest
-        ]
+        resting = [f"pools.{name}.rest=true" for name, section in self.pools.sections().items() if section.rest]
         stale = [
             f"{name}.rollout.max_staleness={stage.rollout.max_staleness}"
             for name, stage in (("stage1", self.stage1), ("stage2", self.stage2))
@@ -382,7 +391,7 @@ class RunConfig(Section):
     def _determinism(self) -> RunConfig:
         if not self.deterministic:
             return self
-        sections = {f"pools.{name}": getattr(self.pools, name) for name in type(self.pools).model_fields}
+        sections = {f"pools.{name}": section for name, section in self.pools.sections().items()}
         reasons = [
             f"{name}.{key}={value}"
             for name, section in (sections | {"learner": self.learner}).items()

@@ -33,6 +33,7 @@ from pipeline.control.exporter import Exporter
 from pipeline.control.record import RunRecord, new_record, utc_now
 from pipeline.control.snapshot import Resize, RunView, pool_view
 from pipeline.control.trace import TRACE_FILE
+from pipeline.fleet.kinds import section_of
 from pipeline.fleet.open import Fleet, open_fleet
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ async def supervised_fleet(config: RunConfig) -> AsyncIterator[Fleet]:
     _write(record, config.out)
     try:
         async with open_fleet(config) as fleet:
-            limits = {pool.name: getattr(config.pools, pool.name).autoscale for pool in fleet.pools()}
+            limits = {pool.name: section_of(config, pool.name).autoscale for pool in fleet.pools()}
             async with supervised(list(fleet.pools()), record, config.out, config.control, limits):
                 yield fleet
     finally:  # also where the fleet did not open

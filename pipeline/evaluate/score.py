@@ -18,7 +18,7 @@ import numpy as np
 from actors.policy.cache import content_key
 from actors.pool.errors import SampleFailed
 from actors.records import Sample, ScoreRequest, Scores
-from actors.scoring.scorer import VIDEO_FEATURES
+from actors.scoring.components import VIDEO_FEATURES
 from actors.scoring.video import VideoExtractor
 from cluster.errors import DataError
 from pipeline.data import toy

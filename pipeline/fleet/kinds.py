@@ -9,15 +9,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from actors.pool.settings import PoolSection
+from actors.scoring.settings import EnvironmentSection, RewardModelSection, RewardName, RewardPoolSection
 from actors.settings import Section
 from actors.vdm.settings import SAMPLERS_SHARE, EmbedPoolSection, VdmPoolSection
 from actors.vlm.settings import VlmPoolSection
 from pipeline.fleet.models import require_shareable, resolve_adapter, resolve_model, vdm_options
+from pipeline.fleet.rewards import judge_of, reward_models, weighted
 
 if TYPE_CHECKING:  # a run's configuration is made of these sections
     from pipeline.config import RunConfig
@@ -30,6 +33,15 @@ class PoolsSection(Section):
     embed: EmbedPoolSection = Field(default_factory=EmbedPoolSection)
     vdm: VdmPoolSection = Field(default_factory=VdmPoolSection)
     reward: PoolSection = Field(default_factory=PoolSection)
+    rewards: dict[RewardName, RewardPoolSection] = Field(
+        default_factory=dict,
+        description="Reward with a model of its own → its pool, with the keys of pools.reward and env (docs/rewards.md).",
+    )
+
+    def sections(self) -> dict[str, PoolSection]:
+        """Return the sections that a user wrote, or did not change, by dotted key below ``pools``."""
+        fixed = {name: getattr(self, name) for name in KINDS}
+        return fixed | {f"rewards.{name}": section for name, section in self.rewards.items()}
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,8 @@ class Kind:
     """Calls that a worker's process takes at once, by its section: the call under way, and a ping."""
     alone: Mapping[str, Any] = field(default_factory=lambda: {"max_batch": 1})
     """What a deterministic run changes in its section, so that a request shares its call with no other."""
+    component: str | None = None
+    """The reward that it answers for, where it is the pool of one with a model."""
 
     def load(self) -> type:
         """Return the workers' class; loads what it needs, which takes seconds."""
@@ -104,7 +118,7 @@ def _reward(config: RunConfig) -> dict[str, Any]:
     section = config.pools.reward
     return {
         "clip_path": resolve_model(config.models.clip, "clip"),
-        "components": sorted({*config.stage1.rewards.weights, *config.stage2.rewards.weights}),
+        "components": [name for name in weighted(config) if judge_of(name, config.models.rewards) is None],
         "device": device(section),
         "custom_timeout_s": section.request_timeout_s / 2,
         "answers": config.models.prompt.answers,
@@ -123,4 +137,47 @@ KINDS: dict[str, Kind] = {
     "vdm": Kind("actors.vdm.worker:VdmWorker", _vdm),
     "reward": Kind("actors.scoring.worker:RewardWorker", _reward),
 }
-"""The kinds of pools in the order of a step. A run has those with workers."""
+"""The kinds of pools in the order of a step. A run has those with workers, and one for each reward with a model."""
+
+
+def kinds_of(config: RunConfig) -> dict[str, Kind]:
+    """Return the rows of the run's pools in the order of a step: KINDS, and the rewards with models by the names of their pools."""
+    return KINDS | {
+        pool: Kind(
+            "actors.scoring.model_worker:ModelWorker", partial(_model, pool, component, section), component=component
+        )
+        for pool, (component, section) in reward_models(config).items()
+    }
+
+
+def section_of(config: RunConfig, pool: str) -> PoolSection:
+    """Return the settings of a pool of the run, by its name."""
+    if pool in KINDS:
+        section: PoolSection = getattr(config.pools, pool)
+        return section
+    return config.pools.rewards.get(pool, RewardPoolSection())
+
+
+def key_of(pool: str) -> str:
+    """Return the dotted key of a pool's section."""
+    return f"pools.{pool}" if pool in KINDS else f"pools.rewards.{pool}"
+
+
+def _model(pool: str, component: str, model: RewardModelSection, config: RunConfig) -> dict[str, Any]:
+    section = section_of(config, pool)
+    return {
+        "component": component,
+        "path": model.model,
+        "options": model.options,
+        "device": device(section),
+        "dtype": model.dtype,
+        "threads": max(1, int(section.cpus)),
+    }
+
+
+def runtime_env(section: PoolSection) -> dict[str, Any]:
+    """Return Ray's ``runtime_env`` of a pool's workers; empty where they have the run's environment."""
+    env: EnvironmentSection | None = getattr(section, "env", None)
+    if env is None:
+        return {}
+    return {"pip": env.pip} if env.pip else {"py_executable": env.python} if env.python else {}

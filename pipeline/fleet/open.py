@@ -17,23 +17,28 @@ import ray
 
 from actors.pool.pool import WorkerPool
 from actors.pool.settings import PoolSection
+from actors.scoring.components import BUILT_IN
+from actors.scoring.model import Facts
 from cluster.resources import Ask, Placement, PlacementPlan, place
 from cluster.session import Session, connect
 from pipeline.config import RunConfig
 from pipeline.fleet.conditions import Conditions
-from pipeline.fleet.kinds import KINDS
+from pipeline.fleet.kinds import Kind, kinds_of, runtime_env, section_of
+from pipeline.fleet.rewards import weighted
+from pipeline.fleet.scoring import Scoring
 
 LEARNER = "learner"
 
 
 def pool_sections(config: RunConfig) -> dict[str, PoolSection]:
-    """Return the pools of a run in the order of a step: the kinds that have workers.
+    """Return the pools of a run in the order of a step: the kinds that have workers, and the rewards with models.
 
     In a deterministic run a request shares its call with no other.
     """
-    sections: dict[str, PoolSection] = {name: getattr(config.pools, name) for name in KINDS}
+    kinds = kinds_of(config)
+    sections = {name: section_of(config, name) for name in kinds}
     return {
-        name: section.model_copy(update=KINDS[name].alone) if config.deterministic else section
+        name: section.model_copy(update=kinds[name].alone) if config.deterministic else section
         for name, section in sections.items()
         if section.workers
     }
@@ -50,6 +55,8 @@ class Fleet:
     """The pools by kind (``pipeline.fleet.kinds``), in the order of a step."""
     placement: Placement
     conditions: Conditions | None = None
+    scoring: Scoring | None = None
+    """What shares a request for scores between pools; None where the reward pool answers for every component alone."""
     resting: tuple[str, ...] = ()
     """Pools that share GPUs with the learner, and give up the memory while it works."""
 
@@ -114,17 +121,17 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
 
     ``only`` starts the named pools alone; the others exist and refuse requests.
     """
-    sections = pool_sections(config)
+    sections, kinds = pool_sections(config), kinds_of(config)
     started = tuple(only or sections)
     arguments = {
-        name: KINDS[name].arguments(config) for name in started
+        name: kinds[name].arguments(config) for name in started
     }  # a missing model is found before anything starts
     plan = placement_plan(config, only)
     placement = await asyncio.to_thread(place, plan, config.cluster.placement_timeout_s)
     pools = {
         name: WorkerPool(
             name,
-            _maker(name, section, arguments.get(name, {}), placement),
+            _maker(name, kinds[name], section, arguments.get(name, {}), placement),
             section,
             reconsider=partial(placement.reconsider, name),
         )
@@ -135,7 +142,7 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
         embed = pools.get("embed")
         conditions = Conditions(embed.submit, config.pools.embed.cache_mib * 2**20) if embed is not None else None
         resting = tuple(name for name, section in sections.items() if section.rest)
-        yield Fleet(pools, placement, conditions, resting)
+        yield Fleet(pools, placement, conditions, await _scoring(config, pools, started), resting)
     finally:
         await asyncio.gather(*(pool.close() for pool in pools.values()))
         placement.remove()
@@ -161,6 +168,18 @@ async def serve_trained(pool: WorkerPool, folder: str | Path, version: int) -> N
     await pool.set_weights(version, send(await asyncio.to_thread(read_weights, folder, version)))
 
 
+async def _scoring(config: RunConfig, pools: Mapping[str, WorkerPool], started: Sequence[str]) -> Scoring | None:
+    """Return what shares requests for scores; None where every component is built in."""
+    judges = {kind.component: name for name, kind in kinds_of(config).items() if kind.component is not None}
+    if "reward" not in started or not ({*weighted(config)} - {*BUILT_IN}) or not {*judges.values()} <= {*started}:
+        return None
+    facts: dict[str, Facts] = {}
+    for name in ("reward", *judges.values()):
+        for told in (await pools[name].call_all("facts")).values():
+            facts |= told
+    return Scoring(pools["reward"].submit, {component: pools[name].submit for component, name in judges.items()}, facts)
+
+
 async def _start_all(pools: list[WorkerPool]) -> None:
     """Start ``pools`` together; the first that fails stops the others."""
     tasks = [asyncio.create_task(pool.start()) for pool in pools]
@@ -173,10 +192,12 @@ async def _start_all(pools: list[WorkerPool]) -> None:
         raise
 
 
-def _maker(name: str, section: PoolSection, arguments: Mapping[str, Any], placement: Placement) -> Callable[[str], Any]:
+def _maker(
+    name: str, kind: Kind, section: PoolSection, arguments: Mapping[str, Any], placement: Placement
+) -> Callable[[str], Any]:
     """Return what makes the workers of the pool ``name``."""
-    kind = KINDS[name]
-    actor, calls = ray.remote(kind.load()), kind.calls(section)
+    actor, calls, env = ray.remote(kind.load()), kind.calls(section), runtime_env(section)
+    own = {"runtime_env": env} if env else {}
     return lambda worker: actor.options(
-        **placement.options(name, worker), max_restarts=0, max_concurrency=calls
+        **placement.options(name, worker), **own, max_restarts=0, max_concurrency=calls
     ).remote(worker, **arguments)

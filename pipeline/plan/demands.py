@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from actors.architectures import cost as costs
-from actors.scoring.scorer import TEXT_ONLY
+from actors.scoring.components import TEXT_ONLY
 from cluster.hardware import Rates
 from pipeline.config import RunConfig
 from pipeline.config.stages import RenderSection, RolloutSection, Stage1Section, Stage2Section, StageSection

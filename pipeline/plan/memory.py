@@ -15,6 +15,7 @@ from actors.architectures import memory as training
 from actors.learner.batches import prompts_read
 from cluster.hardware import GIB
 from pipeline.config import RunConfig
+from pipeline.fleet.kinds import section_of
 from pipeline.fleet.open import pool_sections
 from pipeline.plan.models import BYTES, Models
 
@@ -95,7 +96,7 @@ def _worker(name: str, config: RunConfig, models: Models, gib: float) -> Process
         return _engine(config, models, gib)
     if name in known:
         return known[name](config, models)
-    return Process(name, f"{name} worker", {"CUDA context": CONTEXT}, rests=getattr(config.pools, name).rest)
+    return Process(name, f"{name} worker", {"CUDA context": CONTEXT}, rests=section_of(config, name).rest)
 
 
 def _engine(config: RunConfig, models: Models, gib: float) -> Process:

@@ -18,6 +18,7 @@ from cluster.layout import ClusterView, PlacementPlan, shortfall
 from cluster.packing import Gpu, Member, pack
 from pipeline.config import RunConfig
 from pipeline.config.load import apply_override, parse_config
+from pipeline.fleet.kinds import key_of, kinds_of, section_of
 from pipeline.fleet.models import SHARERS, require_shareable
 from pipeline.fleet.open import LEARNER, placement_plan, pool_sections
 from pipeline.plan.balance import Split, StageDemand, best_split, shared_split, standing
@@ -144,14 +145,14 @@ def overrides(config: RunConfig, split: Split) -> str:
     each_on, pools = _gpus_of_a_worker(config), list(pool_sections(config))
     if split.colocated:
         count = split.gpus["vdm"]
-        each = [f"pools.{pool}.workers={count} pools.{pool}.gpus=0.2" for pool in pools]
+        each = [f"{key_of(pool)}.workers={count} {key_of(pool)}.gpus=0.2" for pool in pools]
         stale = [f"{stage}.rollout.max_staleness=0" for stage in ("stage1", "stage2") if _staleness(config, stage)]
         share = f"pools.vlm.gpu_memory_utilization={split.engine_share:g} pools.vlm.kv_cache_mib=null"
         ranks = f"learner.ranks={count} learner.gpus=0.2"
         return " ".join(["cluster.layout=colocated", *each, ranks, *RESTING, *stale, share])
     gpus, together = split.gpus, sum(standing(pool) == "reward" for pool in pools)
     counts = {pool: gpus[standing(pool)] // each_on.get(pool, 1) for pool in pools}
-    each = [f"pools.{p}.workers={counts[p]} pools.{p}.gpus={each_on.get(p, 1 / together):g}" for p in pools]
+    each = [f"{key_of(p)}.workers={counts[p]} {key_of(p)}.gpus={each_on.get(p, 1 / together):g}" for p in pools]
     return " ".join(["cluster.layout=disaggregated", *each, f"learner.ranks={gpus['learner']} learner.gpus=1"])
 
 
@@ -222,7 +223,7 @@ def _ranks_together(config: RunConfig, gpus: Iterable[Gpu]) -> str:
 
 def _workers(config: RunConfig, placement: PlacementPlan | None) -> dict[str, float]:
     """Return how many GPUs work for each role; a role without any counts its workers, on CPUs."""
-    counts = {role: getattr(config.pools, role).workers for role in type(config.pools).model_fields}
+    counts = {role: section_of(config, role).workers for role in kinds_of(config)}
     counts[LEARNER] = config.learner.ranks * (2 if config.training == "all_in_one" else 1)
     shared = {ask.role for ask in placement.sharing} if placement else set()
     found: dict[str, float] = {}
@@ -237,7 +238,7 @@ def _workers(config: RunConfig, placement: PlacementPlan | None) -> dict[str, fl
 
 
 def _gpus(config: RunConfig, role: str) -> float:
-    section = config.learner if role == LEARNER else getattr(config.pools, role)
+    section = config.learner if role == LEARNER else section_of(config, role)
     return float(section.gpus)
 
 
@@ -247,7 +248,7 @@ def _on_cpu(config: RunConfig, stage: StageDemand, rates: Rates) -> StageDemand:
     def slowed(demand):
         if _gpus(config, demand.role) > 0 or demand.source == "measured":
             return demand
-        section = config.learner if demand.role == LEARNER else getattr(config.pools, demand.role)
+        section = config.learner if demand.role == LEARNER else section_of(config, demand.role)
         dtype = getattr(section, "dtype", "float32")
         factor = rates.flops(dtype) / (CPU_FLOPS * max(1.0, section.cpus))
         return dataclasses.replace(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from actors.pool.errors import SampleFailed
-from actors.records import Clip, CompletionRequest, RenderRequest, Sample, ScoreRequest, SdeSpec
+from actors.records import Clip, CompletionRequest, RenderRequest, Sample, ScoreRequest, Scores, SdeSpec
+from actors.scoring.components import TEXT_ONLY
 from actors.vdm.frames import conditioning_frames
 from pipeline.config.schema import RunConfig, VideoSection
 from pipeline.config.stages import RenderSection, TextSamplingSection
@@ -18,6 +19,7 @@ from pipeline.stages.groups import Group, Member, Span
 
 if TYPE_CHECKING:  # `vans answer` draws without pools
     from pipeline.fleet.open import Fleet
+    from pipeline.fleet.scoring import Scoring
 
 T = TypeVar("T")
 
@@ -104,7 +106,62 @@ def score_request(
         target_frames=sample.target_frames,
         last_input_frame=sample.context[-1],
         clip=frames,
+        question=sample.question,
     )
+
+
+def draws(fleet: Fleet, components: Sequence[str]) -> bool:
+    """Return whether an answer has to be drawn for one of ``components``: else nobody would look at the clip."""
+    if fleet.scoring is None:
+        return not TEXT_ONLY.issuperset(components)
+    return fleet.scoring.draws(components)
+
+
+async def score(fleet: Fleet, sample: Sample, request: ScoreRequest) -> Scores:
+    """Return the scores of ``request`` about ``sample``, without those of components that judge whole groups."""
+    if fleet.scoring is None:
+        scores: Scores = await fleet.reward.submit(request)
+        return scores
+    return await fleet.scoring.score(_seeing(fleet.scoring, sample, request))
+
+
+async def judge_group(fleet: Fleet, group: Group, components: Sequence[str]) -> Group:
+    """Return ``group`` with the values of those ``components`` that judge whole groups.
+
+    A member without a caption was not asked about: what judges it is 0 by definition. A group that cannot be judged loses all of
+    its members, for that reason.
+    """
+    if fleet.scoring is None:
+        return group
+    members, sample = list(group.members), group.sample
+    for name in fleet.scoring.of_groups(components):
+        places = [i for i, member in enumerate(members) if member.caption]
+        values: list[float] = []
+        if places:
+            asked = [_request_of(sample, members[i], name, group.text) for i in places]
+            asked = [_seeing(fleet.scoring, sample, request) for request in asked]
+            try:
+                values = await fleet.scoring.score_group(name, asked)
+            except SampleFailed as error:
+                return replace(group, members=(), failures=(*group.failures, *[str(error)] * len(members)))
+        found = dict(zip(places, values, strict=True))
+        for i, member in enumerate(members):
+            scores = replace(member.scores, values=member.scores.values | {name: found.get(i, 0.0)})
+            members[i] = replace(member, scores=scores)
+    return replace(group, members=tuple(members))
+
+
+def _request_of(sample: Sample, member: Member, component: str, text: str) -> ScoreRequest:
+    said = text if member.completion is None else member.completion.text
+    frames = None if member.clip is None else member.clip.frames
+    return score_request(sample, member.index, (component,), said, member.caption, frames)
+
+
+def _seeing(scoring: Scoring, sample: Sample, request: ScoreRequest) -> ScoreRequest:
+    """Return ``request`` with the input video, where a component looks at it."""
+    if not scoring.sees(request.components, "input_video"):
+        return request
+    return replace(request, input_frames=sample.input_frames)
 
 
 def collect(sample: Sample, done: list[Member | BaseException], text: str = "") -> Group:

@@ -13,7 +13,6 @@ import numpy as np
 
 from actors.pool.errors import SampleFailed
 from actors.records import Clip, Completion, Experience, RenderRequest, Sample, Scores, VlmExperience, derive_seed
-from actors.scoring.scorer import TEXT_ONLY
 from pipeline.config import RunConfig
 from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
@@ -22,9 +21,12 @@ from pipeline.stages.refill import draw_key
 from pipeline.stages.requests import (
     collect,
     completion_request,
+    draws,
+    judge_group,
     render,
     render_request,
     render_seeds,
+    score,
     score_request,
     timed,
 )
@@ -66,11 +68,11 @@ class Stage1:
             return Group(sample, (), (str(error),) * section.rollout.group_size)
         answers = self.config.models.prompt.answers
         captions = [answer.caption if (answer := answers.parse(c.text)) else None for c in completions]
-        draws = not TEXT_ONLY.issuperset(section.rewards.weights)  # else nobody would look at the clips
+        drawn = draws(self.fleet, tuple(section.rewards.weights))
         keys = [caption if section.dedupe else (caption, i) for i, caption in enumerate(captions)]
         renders: dict[object, Drawing] = {}
         for i, (key, caption) in enumerate(zip(keys, captions, strict=True)):
-            if draws and caption is not None and key not in renders:
+            if drawn and caption is not None and key not in renders:
                 asked = self._render(sample, caption, i, step)
                 renders[key] = asked, asyncio.create_task(timed(render(self.fleet, asked)))
         members = [
@@ -78,7 +80,7 @@ class Stage1:
             for i, (c, caption, key) in enumerate(zip(completions, captions, keys, strict=True))
         ]
         done = await asyncio.gather(*members, return_exceptions=True)
-        return collect(sample, done)
+        return await judge_group(self.fleet, collect(sample, done), tuple(section.rewards.weights))
 
     async def _member(
         self,
@@ -93,13 +95,13 @@ class Stage1:
         clip = None
         if drawing is not None:
             asked, rendering = drawing
-            clip, drawn = await rendering
-            seeds, spans = seeds | render_seeds(asked), spans | {"render": drawn}
+            clip, took = await rendering
+            seeds, spans = seeds | render_seeds(asked), spans | {"render": took}
         names = tuple(self.section.rewards.weights)
         wanted = names if caption is not None else tuple(n for n in names if n == "format")
         frames = None if clip is None else clip.frames
         request = score_request(sample, index, wanted, completion.text, caption or "", frames)
-        scores, scored = await timed(self.fleet.reward.submit(request))
+        scores, scored = await timed(score(self.fleet, sample, request))
         # A malformed answer has no caption and no video: what judges them is 0 by definition, not by imputation.
         values = {name: scores.values.get(name, 0.0) for name in names} if caption is None else scores.values
         return Member(

@@ -27,9 +27,11 @@ from pipeline.stages.requests import (
     artist_frames,
     collect,
     completion_request,
+    judge_group,
     render,
     render_request,
     render_seeds,
+    score,
     score_request,
     timed,
 )
@@ -133,7 +135,7 @@ class Stage2:
             *(self._member(sample, anchor, i, step, spec) for i in range(self.section.rollout.group_size)),
             return_exceptions=True,
         )
-        return collect(sample, done, anchor.text)
+        return await judge_group(self.fleet, collect(sample, done, anchor.text), tuple(self.section.rewards.weights))
 
     async def _member(self, sample: Sample, anchor: Anchor, index: int, step: str, spec: SdeSpec | None) -> Member:
         assert anchor.caption is not None
@@ -152,9 +154,8 @@ class Stage2:
         )
         clip, drawn = await timed(render(self.fleet, request))
         names = tuple(self.section.rewards.weights)
-        scores, scored = await timed(
-            self.fleet.reward.submit(score_request(sample, index, names, anchor.text, anchor.caption, clip.frames))
-        )
+        asked = score_request(sample, index, names, anchor.text, anchor.caption, clip.frames)
+        scores, scored = await timed(score(self.fleet, sample, asked))
         spans = {"render": drawn, "score": scored}
         return Member(index, anchor.caption, scores, None, clip, clip.weights_version, render_seeds(request), spans)
 

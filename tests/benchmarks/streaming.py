@@ -78,6 +78,7 @@ class Barriers:
     found: Cluster
     groups: int
     conditions: ClassVar[None] = None
+    scoring: ClassVar[None] = None
     vlm: Barrier = field(init=False)
     vdm: Barrier = field(init=False)
     reward: Barrier = field(init=False)

@@ -17,7 +17,8 @@ from transformers import CLIPModel, CLIPProcessor
 
 from actors.failures import BadSampleError, Failure, InfrastructureError, Ok
 from actors.scoring.clip import ClipScorer
-from actors.scoring.scorer import BUILT_IN, VIDEO_FEATURES, Scorer
+from actors.scoring.components import BUILT_IN, VIDEO_FEATURES
+from actors.scoring.scorer import Scorer
 from actors.scoring.video import TorchScriptExtractor
 from cluster.errors import CheckpointError
 from rewards.errors import RewardError

@@ -169,6 +169,7 @@ class Local:
     """A fleet without an embed pool, in this process."""
 
     conditions = None
+    scoring = None
 
     def __init__(self, vdm: VdmWorker, reward: RewardWorker) -> None:
         for worker in (vdm, reward):

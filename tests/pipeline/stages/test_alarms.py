@@ -249,6 +249,7 @@ class Fleet:
     vdm: Renderer
     reward: Renderer
     conditions: Any = None
+    scoring: Any = None
 
 
 async def anchor_metrics(stage: Stage2, feed: Toys, step: int) -> tuple[dict[str, float], int]:

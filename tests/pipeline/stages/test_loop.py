@@ -58,6 +58,7 @@ class Fleet:
     vdm: Pool = field(default_factory=lambda: Pool("vdm"))
     reward: Pool = field(default_factory=lambda: Pool("reward"))
     conditions: Any = None
+    scoring: Any = None
     resting: tuple[str, ...] = ()
 
     def pools(self) -> tuple[Pool, ...]:

@@ -65,6 +65,7 @@ class Fleet:
     vdm: Any
     reward: Any
     conditions: Any = None
+    scoring: Any = None
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,7 @@ class Fleet:
     vdm: Here
     reward: Here
     conditions: Any = None
+    scoring: Any = None
     vlm: Any = None
 
 
