@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -17,6 +17,7 @@ from pipeline.support.harmless import short
 from pipeline.support.location import local_path
 
 BUNDLED = Path(__file__).parent / "runs"
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -35,15 +36,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the values of ``path`` over those of its base; ``below`` are the files that name it as theirs."""
     chain = (*below, path.resolve())
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not YAML: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    values = parse_yaml(text, str(path)) or {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a run is a mapping of sections, found {type(values).__name__}")
+    values = read_mapping(path, "run")
     if "base" not in values:
         return values
     name = values.pop("base")
@@ -60,6 +53,20 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(_read(base, chain), values)
 
 
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """Return the keys and values of the YAML file ``path``, which describes a ``what``; raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not YAML: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    values = parse_yaml(text, str(path)) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a {what} is a mapping of sections, found {type(values).__name__}")
+    return values
+
+
 def merge(base: dict[str, Any], changes: dict[str, Any], location: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return ``base`` with ``changes``: sections key by key, any other value (a list, the rewards' weights) as a whole."""
     merged = dict(base)
@@ -74,30 +81,46 @@ def merge(base: dict[str, Any], changes: dict[str, Any], location: tuple[str, ..
 
 def find_config(source: str | Path) -> Path:
     """Return the YAML file that ``source`` names: a path, or a bundled run without its suffix."""
+    return find_yaml(source, BUNDLED, "configuration", "runs")
+
+
+def find_yaml(source: str | Path, folder: Path, what: str, many: str) -> Path:
+    """Return the file that ``source`` names: a path, or a YAML file in ``folder`` without its suffix.
+
+    Raises ConfigError, which calls such a file a ``what`` and those in ``folder`` the bundled ``many``.
+    """
     path = local_path(source)
-    bundled = BUNDLED / f"{source}.yaml"
+    bundled = folder / f"{source}.yaml"
     try:
         if path.is_file():
             return path
         if path.parent == Path(".") and bundled.is_file():
             return bundled
     except OSError as error:  # a name that is too long
-        raise ConfigError(f"no configuration {short(str(source))}: {error.strerror}") from error
-    names = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.yaml")))
-    raise ConfigError(f"no configuration {str(source)!r}: not a file, and not one of the bundled runs ({names})")
+        raise ConfigError(f"no {what} {short(str(source))}: {error.strerror}") from error
+    names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+    raise ConfigError(f"no {what} {str(source)!r}: not a file, and not one of the bundled {many} ({names})")
 
 
 def parse_config(values: dict[str, Any], where: str = "configuration") -> RunConfig:
     """Validate ``values``; raises ConfigError that lists every mistake."""
+    return parse_section(RunConfig, values, where)
+
+
+def parse_section(model: type[Model], values: dict[str, Any], where: str, prefix: str = "") -> Model:
+    """Return ``values`` as a ``model``; raises ConfigError that begins with ``where`` and lists every mistake.
+
+    ``prefix`` stands before each key that it names, such as ``stages.cut.`` where ``values`` are a part of the file.
+    """
     try:
-        return RunConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
+        lines = [_explain(detail, model, prefix) for detail in error.errors()]
         raise ConfigError(f"{where}: " + (lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines))) from error
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one ``section.key=value`` in ``values`` in place."""
+def apply_override(values: dict[str, Any], override: str, model: type[BaseModel] = RunConfig) -> None:
+    """Set one ``section.key=value`` of a ``model`` in ``values`` in place."""
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
         raise ConfigError(f"override {override!r}: expected section.key=value, e.g. stage1.rollout.group_size=4")
@@ -106,7 +129,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     node = values
     for name in parents:
         child = node.setdefault(name, {})
-        scalar = node is values and name in RunConfig.model_fields and not _known_keys((name,))
+        field = model.model_fields.get(name) if node is values else None
+        scalar = field is not None and not _known_keys((name,), model) and get_origin(field.annotation) is not dict
         if scalar or not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {name} is a value, not a section")
         node = child
@@ -139,11 +163,11 @@ def to_yaml(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-def _explain(detail: Any) -> str:
+def _explain(detail: Any, model: type[BaseModel], prefix: str) -> str:
     location = tuple(part for part in detail["loc"])
-    key = ".".join(str(part) for part in location)
+    key = prefix + ".".join(str(part) for part in location)
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], model)
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r} (value {short(detail['input'])}); {hint}"
@@ -168,13 +192,16 @@ def _cure(detail: Any) -> str:
     return ""
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: Any = RunConfig
-    for part in location:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+def _known_keys(location: tuple[Any, ...], model: Any = RunConfig) -> list[str]:
+    rest = list(location)
+    while rest:
+        field = model.model_fields.get(rest.pop(0)) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:
             return []
         model = field.annotation
+        if get_origin(model) is dict and rest:  # sections by a name of the reader's
+            rest.pop(0)
+            model = get_args(model)[1]
         for candidate in get_args(model):
             if isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 model = candidate
