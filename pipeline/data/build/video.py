@@ -6,9 +6,11 @@ A row of Ray Data is one :class:`Video`. Clips' bytes do not travel in it: they 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from actors.records import SampleKind
+from pipeline.data.reading import VideoLimits
 
 
 @dataclass
@@ -21,7 +23,8 @@ class Clip:
     label: str = ""  # what the annotation says, later one action; empty for a shot
     description: str = ""  # dense caption
     stored: str = ""  # sha256 of the mp4's bytes, its name in the build's store; empty before it is cut
-    phash: int = 0  # perceptual hash of its frames, 64 bits
+    phash: int = 0  # perceptual hash of all of its frames together, 64 bits
+    hashes: list[int] = field(default_factory=list)  # perceptual hashes of single frames (``hashes``), in their order
     measures: dict[str, float] = field(default_factory=dict)  # of the gates, by name
 
 
@@ -86,11 +89,35 @@ class Store(Protocol):
         ...
 
 
+class Build(Protocol):
+    """What all stages of a build share. It is sent to Ray Data's workers, so it pickles."""
+
+    @property
+    def root(self) -> Path:
+        """Folder of the source videos, which every worker sees."""
+        ...
+
+    @property
+    def store(self) -> Store:
+        """Where clips are kept."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        ...
+
+    @property
+    def limits(self) -> VideoLimits:
+        """What is accepted of one source video."""
+        ...
+
+
 class Stage(Protocol):
     """One stage of a recipe: a class whose instances live in Ray Data's workers.
 
-    It is made with its settings (a ``Section`` named ``Settings`` inside the class) as keyword ``settings`` and with ``build``, what all
-    stages share: ``root`` (folder of videos), ``store``, ``seed``, ``limits``.
+    It is made with its settings (a ``Section`` named ``Settings`` inside the class) as keyword ``settings`` and with ``build``, a
+    :class:`Build`.
     """
 
     def setup(self) -> None:
