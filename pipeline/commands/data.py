@@ -76,6 +76,40 @@ def data_inspect(
     raise typer.Exit(1 if report.problems else 0)
 
 
+@data.command("build")
+def data_build(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a bundled recipe: `procedural`, `predictive`.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Overrides such as `sources.videos=videos/`.", metavar="[KEY=VALUE]…"),
+    ] = None,
+    out: DataOut = "data/built",
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SHARE", help="Share of the videos that a split gets, such as `test=0.02`; repeatable."
+        ),
+    ] = None,
+    keep_work: Annotated[
+        bool,
+        typer.Option(
+            "--keep-work", help="Keep the work area, with every reply of the models, when the build is whole."
+        ),
+    ] = False,
+) -> None:
+    """Build a dataset from raw video by a recipe (docs/build.md): its stages run on Ray Data and ask models.
+
+    The same command continues a build that was interrupted; what is done and what was answered is not done or asked again.
+
+    Examples: `vans data build procedural sources.videos=videos/ --out data/built`,
+    `vans data build mine.yaml budget.max_cost=20.0 --out data/built --split test=0.02`
+    """
+    from pipeline.data.build.recipe import load_recipe
+    from pipeline.data.build.run import build_dataset, parse_splits
+
+    build_dataset(load_recipe(recipe, overrides or ()), out, parse_splits(split or ()), keep_work=keep_work)
+
+
 @data.command("real-demo")
 def data_real_demo(
     out: Out = Path("data/real"),

@@ -195,7 +195,9 @@ def _cure(detail: Any) -> str:
 def _known_keys(location: tuple[Any, ...], model: Any = RunConfig) -> list[str]:
     rest = list(location)
     while rest:
-        field = model.model_fields.get(rest.pop(0)) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        field = (
+            model.model_fields.get(rest.pop(0)) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        )
         if field is None:
             return []
         model = field.annotation

@@ -1,0 +1,299 @@
+"""Build a dataset by a recipe: sources → stages on Ray Data → rows of the splits.
+
+A build that was interrupted, at any moment, is continued by the same call, and its shards are those of an undisturbed one: what a
+stage or a model answered is in the work area, and rows are written in the order of the sources.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.records import derive_seed
+from cluster.errors import DataError
+from cluster.session import connect
+from pipeline.data.build.annotations import annotated_videos, missing, unannotated_videos
+from pipeline.data.build.meter import ActorMeter, start_account
+from pipeline.data.build.readiness import ready_models
+from pipeline.data.build.recipe import Recipe, StagePlan, plan_stages, recipe_identity, stage_identity
+from pipeline.data.build.rows import RowWriters, refusal, taken_up
+from pipeline.data.build.shared import Build, video_of, video_to_json
+from pipeline.data.build.store import AREA, WorkArea, digest_of
+from pipeline.data.build.stream import pipeline, require_room, slots, travelled
+from pipeline.data.build.summary import Summary
+from pipeline.data.build.video import Video
+from pipeline.data.build.worker import CHUNK, DONE, SOURCES, UNFINISHED, Sources, Task, Travel
+from pipeline.data.marker import COMPLETE
+from pipeline.data.schema import ShardWriter, shard_paths
+from pipeline.support import progress, terminal
+from pipeline.support.harmless import printable
+from pipeline.support.location import Uri, parse_location, remove
+
+TRAIN = "train"
+ROWS_PER_SHARD = 1024
+EARLY = "early"  # kind in the work area: a build that a budget ended, whose shards are whole and not all
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The sources as they are in the work area."""
+
+    count: int
+    digest: str
+    note: str  # about those that are missing
+
+
+def build_dataset(
+    recipe: Recipe,
+    out: str | Path | Uri,
+    splits: Mapping[str, float] | None = None,
+    *,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    keep_work: bool = False,
+    quiet: bool = False,
+) -> Summary:
+    """Write the dataset of ``recipe`` to ``out``: a folder of shards for each split, ``train`` being what the others leave.
+
+    ``splits``: name → share of the videos. ``keep_work`` leaves the work area, with every reply that was paid for, when the
+    build is whole. Joins the Ray cluster of RAY_ADDRESS, or starts one. Raises ConfigError for a recipe that cannot run,
+    DataError where ``out`` holds another dataset or no row came out, PlacementError, StorageError.
+    """
+    out, began = parse_location(out), time.monotonic()
+    out = out.absolute() if isinstance(out, Path) else out
+    plans = plan_stages(recipe)
+    shares = _checked(splits or {})
+    area = WorkArea(out / AREA)
+    console = terminal.console()
+    say = (lambda line: None) if quiet else (lambda line: console.print(printable(line), highlight=False, markup=False))
+    models = ready_models(recipe.models, _shown(plans), say)
+    recipe = recipe.model_copy(update={"models": models})
+    identity = recipe_identity(recipe, plans)
+    listed = _list_sources(recipe, area)
+    plan = {
+        "command": "data build",
+        "recipe": identity,
+        "sources": listed.digest,
+        "seed": recipe.seed,
+        "splits": shares,
+    }
+    names = [TRAIN, *shares]
+    if all(ShardWriter.wrote(out / name, {**plan, "split": name}) for name in names) and not area.read(
+        EARLY, digest_of(plan)
+    ):
+        raise DataError(f"{out} holds this very dataset already; write to another folder, or delete it first")
+    summary = Summary(out, total=listed.count)
+    if listed.note:
+        say(listed.note)
+    with connect(None, local_cpus=slots(plans)) as session:
+        total = session.view().total()
+        require_room(plans, total.get("CPU", 0.0), total.get("GPU", 0.0))
+        budget = recipe.budget
+        account = start_account(area, budget.max_tokens_total, budget.max_cost)
+        meter = ActorMeter(account, bounded=(budget.max_tokens_total, budget.max_cost) != (None, None))
+        run = _Run(recipe, plans, area, identity, listed.count, meter)
+        _clear_early(out, names, plan, area)
+        with (
+            RowWriters(out, names, plan, area, rows_per_shard) as writers,
+            progress.bar(console, recipe.name, listed.count) as bar,
+        ):
+            for line in taken_up(writers.kept):
+                say(line)
+            _write(run, writers, summary, shares, () if quiet else (bar,))
+        tokens, cost = _saved(account)
+    summary.seconds = time.monotonic() - began
+    if not summary.whole:
+        area.write(EARLY, digest_of(plan), {"videos": summary.videos})
+        summary.notes.append(
+            f"the budget is spent ({tokens} tokens, cost {cost:.4f}): {listed.count - summary.videos} videos are not done. The same "
+            "command with a larger budget goes on, and asks nothing twice"
+        )
+    elif sum(summary.rows.values()) and not keep_work:
+        area.forget()
+    if not quiet:
+        summary.print(console)
+    if not sum(summary.rows.values()):
+        raise DataError(
+            f"no row came out of {listed.count} videos; what the stages refused is listed above, and kept in {area.folder}"
+        )
+    return summary
+
+
+def _shown(plans: Sequence[StagePlan]) -> dict[str, bool]:
+    """Return the models that stages ask, and whether one of these shows them clips."""
+    found: dict[str, bool] = {}
+    for plan in plans:
+        if plan.model is not None:
+            found[plan.model] = found.get(plan.model, False) or getattr(plan.stage, "shows", True)
+    return found
+
+
+def split_of(name: str, shares: Mapping[str, float], seed: int) -> str:
+    """Return the split of the video ``name``: a pure function of it, the shares and the seed."""
+    place = derive_seed(seed, "split", name) / 2**63
+    for split, share in shares.items():
+        if place < share:
+            return split
+        place -= share
+    return TRAIN
+
+
+def _saved(account: Any) -> tuple[int, float]:
+    import ray
+
+    tokens, cost = ray.get(account.save.remote())
+    ray.kill(account)
+    return tokens, cost
+
+
+def parse_splits(texts: Sequence[str]) -> dict[str, float]:
+    """Return the splits that ``NAME=SHARE`` texts name; raises DataError."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, sign, share = text.partition("=")
+        try:
+            found[name.strip()] = float(share)
+        except ValueError:
+            sign = ""
+        if not sign:
+            raise DataError(f"--split {text}: write NAME=SHARE, such as test=0.02")
+    return found
+
+
+def _checked(splits: Mapping[str, float]) -> dict[str, float]:
+    """Return ``splits``; raises DataError for names and shares that cannot be."""
+    for name, share in splits.items():
+        if not name.isidentifier() or name == TRAIN:
+            raise DataError(
+                f"--split {name}={share:g}: a split is called by letters and digits, and not {TRAIN}, which is the rest"
+            )
+        if not 0 < share < 1:
+            raise DataError(f"--split {name}={share:g}: a share lies between 0 and 1")
+    if (total := sum(splits.values())) >= 1:
+        raise DataError(f"the splits take {total:g} of the videos, and nothing is left for {TRAIN}")
+    return dict(splits)
+
+
+def _list_sources(recipe: Recipe, area: WorkArea) -> _Listed:
+    """Write the sources into the work area, some to a file, and return what is known of them."""
+    sources = recipe.sources
+    if sources.annotations:
+        videos = annotated_videos(sources.annotations, sources.videos)
+    else:
+        videos = unannotated_videos(sources.videos, sources.listed)
+    count, digest, lost = 0, "", []
+    for number in itertools.count():
+        chunk = list(itertools.islice(videos, CHUNK))
+        if not chunk:
+            break
+        lost += [video for video in chunk if video.lost]
+        values = [video_to_json(video) for video in chunk]
+        digest = digest_of(digest, values, [_size(sources.videos, video) for video in chunk])
+        area.write(SOURCES, Sources.key(number), values)
+        count += len(chunk)
+    if not count:
+        raise DataError(f"there is no video in {sources.videos}")
+    return _Listed(count, digest, missing(lost))
+
+
+def _size(root: Path, video: Video) -> int:
+    try:
+        return (root / video.path).stat().st_size
+    except OSError:
+        return -1
+
+
+def _clear_early(out: Path | Uri, names: Sequence[str], plan: Mapping[str, Any], area: WorkArea) -> None:
+    """Take away the shards of a build of ``plan`` that a budget ended: they are written anew, with those that were left out."""
+    if not area.read(EARLY, digest_of(plan)):
+        return
+    for name in names:
+        if ShardWriter.wrote(out / name, {**plan, "split": name}):
+            for shard in shard_paths(out / name, required=False):
+                remove(shard)
+            remove(out / name / COMPLETE)
+
+
+class _Run:
+    """The videos of a build behind all stages, in their order."""
+
+    def __init__(
+        self, recipe: Recipe, plans: Sequence[StagePlan], area: WorkArea, identity: str, count: int, meter: ActorMeter
+    ) -> None:
+        self.recipe, self.plans, self.area, self.count = recipe, plans, area, count
+        root = recipe.sources.videos.absolute()
+        self.sources = Sources(area, root, identity)
+        build = Build(root, area, recipe.seed, languages=recipe.spoken)
+        self.tasks = [(plan, self._task(plan, build, meter)) for plan in plans]
+
+    def _task(self, plan: StagePlan, build: Build, meter: ActorMeter) -> Task:
+        recipe, model = self.recipe, self.recipe.models[plan.model] if plan.model else None
+        asking = sum(other.section.workers for other in self.plans if other.model == plan.model)
+        return Task(
+            plan.name,
+            plan.stage,
+            plan.settings,
+            stage_identity(recipe, plan),
+            build,
+            model_name=plan.model or "",
+            model=model,
+            threads=max(1, model.concurrency // asking) if model is not None else 1,
+            meter=meter,
+            last=plan is self.plans[-1],
+        )
+
+    def videos(self) -> Iterator[Travel]:
+        """Yield each video: from the work area as long as they are done there, then through the stages."""
+        first = 0
+        for number in range(-(-self.count // CHUNK)):
+            for video in self.sources.chunk(number):
+                travel = self.sources.travel(video)
+                kept = self.area.read(DONE, travel.key)
+                if kept is None:
+                    yield from self._streamed(first)
+                    return
+                travel.video, travel.spent = video_of(kept["video"]), kept["spent"]
+                yield travel
+                first += 1
+
+    def _streamed(self, first: int) -> Iterator[Travel]:
+        from pipeline.data.build.engine import answer_pending
+
+        engines = [name for name, model in self.recipe.models.items() if model.engine is not None]
+        answer_pending(self.recipe, engines, self.area, lambda: pipeline(self.sources, self.tasks, first, self.count))
+        with closing(travelled(pipeline(self.sources, self.tasks, first, self.count))) as travels:
+            yield from travels
+
+
+def _write(run: _Run, writers: RowWriters, summary: Summary, shares: Mapping[str, float], bars: Sequence[Any]) -> None:
+    with closing(run.videos()) as travels:  # type: ignore[type-var]
+        for travel in require_order(travels):
+            if travel.state == UNFINISHED:
+                summary.whole = False
+                return
+            video = travel.video
+            pairs = []
+            for pair in video.pairs:
+                if (lost := refusal(video, pair)) is not None:
+                    video.lost.append(lost)
+                else:
+                    pairs.append(pair)
+            split = split_of(video.name, shares, run.recipe.seed)
+            summary.add(video, travel.spent)
+            if pairs:
+                writers.add(split, video, pairs)
+                summary.rows[split] += len(pairs)
+            for bar in bars:
+                bar.advance(f"{sum(summary.rows.values())} rows")
+
+
+def require_order(travels: Iterator[Travel]) -> Iterator[Travel]:
+    """Yield ``travels``; raises RuntimeError where one does not come in the order of the sources."""
+    for place, travel in enumerate(travels):
+        if travel.video.order != place:
+            raise RuntimeError(f"Ray Data broke the order: video {travel.video.order} came where {place} was due")
+        yield travel

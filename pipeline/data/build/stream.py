@@ -1,0 +1,93 @@
+"""The stages of a build as one Ray Data pipeline: a row a video, streamed, in the order of the sources.
+
+Not responsible for what becomes of the videos that come out (``run``).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from cluster.errors import PlacementError, VansError
+from pipeline.data.build.recipe import StagePlan
+from pipeline.data.build.worker import Sources, StageWorker, Task, Travel, travels_of
+
+SPARE_CPUS = 1  # for the task that reads sources
+TASK_CPUS = 0.5
+AHEAD = 256 << 20  # bytes between the stages; a video is some kilobytes of JSON
+PREFETCH = 2
+
+
+def require_room(plans: Sequence[StagePlan], cpus: float, gpus: float) -> None:
+    """Raise PlacementError where the workers of all stages do not fit beside each other into the cluster."""
+    needed = sum(plan.section.workers * plan.section.cpus for plan in plans) + TASK_CPUS
+    needed_gpus = sum(plan.section.workers * plan.section.gpus for plan in plans)
+    if needed > cpus or needed_gpus > gpus:
+        raise PlacementError(
+            f"the stages' workers ask for {needed:g} CPUs and {needed_gpus:g} GPUs, and the cluster has {cpus:g} and {gpus:g}: "
+            "lower workers, cpus or gpus of the stages"
+        )
+
+
+def slots(plans: Sequence[StagePlan]) -> int:
+    """Return the CPU slots that an embedded cluster needs for all workers."""
+    return math.ceil(sum(plan.section.workers * plan.section.cpus for plan in plans)) + SPARE_CPUS
+
+
+def pipeline(sources: Sources, tasks: Sequence[tuple[StagePlan, Task]], first: int, count: int) -> Any:
+    """Return the lazy ``ray.data.Dataset`` of the videos ``first`` … ``count`` - 1 behind all stages; Ray must be running."""
+    import ray.data
+
+    from pipeline.data.patience import Patience
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    together = min(plan.section.batch for plan, _ in tasks)
+    dataset = ray.data.range(count - first, override_num_blocks=math.ceil((count - first) / together))
+    context = dataset.context
+    context.enable_progress_bars = False
+    if Patience not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(Patience)
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=AHEAD)
+    dataset = dataset.map_batches(
+        sources, fn_kwargs={"first": first}, batch_size=together, batch_format="pyarrow", num_cpus=TASK_CPUS
+    )
+    for plan, task in tasks:
+        section = plan.section
+        dataset = dataset.map_batches(
+            StageWorker,
+            fn_constructor_kwargs={"task": task},
+            batch_size=section.batch,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=section.workers),
+            num_cpus=section.cpus,
+            num_gpus=section.gpus or None,
+        )
+    return dataset
+
+
+def travelled(dataset: Any) -> Generator[Travel, None, None]:
+    """Yield the videos that come out of ``dataset``; raises the VansError that ended it in a worker."""
+    try:
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH):
+            yield from travels_of(block)
+    except Exception as error:
+        ours = own_error(error)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def own_error(error: BaseException) -> VansError | None:
+    """Return the error of ours that a worker raised and Ray wrapped, None where there is none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        cause = getattr(seen, "cause", None)
+        for found in (seen, cause):
+            if isinstance(found, VansError):
+                return type(found)(str(found).splitlines()[-1]) if hasattr(found, "traceback_str") else found
+        seen = seen.__cause__ or (cause if isinstance(cause, BaseException) else None)
+    return None

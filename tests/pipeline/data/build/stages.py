@@ -1,0 +1,128 @@
+"""Small stages for the tests of the machinery: they cut and pair without a model, nap, fail, or kill their own worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.settings import Section
+from cluster.errors import ConfigError, DataError
+from pipeline.data.build.shared import Build
+from pipeline.data.build.video import Clip, Pair, Video
+from pipeline.data.importers.clips import ClipSpec, confined, copy_clip
+from pipeline.data.video import encode_mp4
+
+
+def write_videos(root: Path, count: int, seconds: int = 3, side: int = 32) -> None:
+    """Write ``count`` videos of a moving square, each another one."""
+    root.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        frames = np.full((8 * seconds, side, side, 3), 20 + number, np.uint8)
+        for place, frame in enumerate(frames):
+            left = (place + 3 * number) % (side - 8)
+            frame[8:16, left : left + 8] = (200, 10 * number % 255, 60)
+        (root / f"v{number:03d}.mp4").write_bytes(encode_mp4(frames, 8.0, near_lossless=False))
+
+
+class Pieces:
+    """Cuts a video into clips of a second, and pairs neighbours."""
+
+    class Settings(Section):
+        """How many."""
+
+        clips: int = 3
+
+    def __init__(self, *, settings: Settings, build: Build) -> None:
+        self.settings, self.build = settings, build
+
+    def setup(self) -> None:
+        """Nothing."""
+
+    def __call__(self, video: Video) -> Video:
+        path = confined(self.build.root, video.path)
+        for index in range(self.settings.clips):
+            data = copy_clip(path, float(index), float(index + 1), ClipSpec())
+            video.clips.append(
+                Clip(index, float(index), float(index + 1), label=f"step {index}", stored=self.build.store.put(data))
+            )
+        video.pairs = [Pair(index, index + 1, "procedural") for index in range(self.settings.clips - 1)]
+        return video
+
+
+class Words:
+    """Words each pair without a model."""
+
+    class Settings(Section):
+        """Nothing is set."""
+
+    def __init__(self, *, settings: Settings, build: Build) -> None:
+        self.settings = settings
+
+    def setup(self) -> None:
+        """Nothing."""
+
+    def __call__(self, video: Video) -> Video:
+        for pair in video.pairs:
+            pair.question, pair.caption = "What comes now?", f"Piece {pair.second} of {video.name}."
+            pair.reasoning = "One piece follows the other."
+        return video
+
+
+class Faulty:
+    """Does what a test wants to go wrong."""
+
+    class Settings(Section):
+        """What, and of which video."""
+
+        how: str = ""
+        name: str = ""
+        once: str = ""  # file that says that it was done
+
+    def __init__(self, *, settings: Settings, build: Build) -> None:
+        self.settings = settings
+
+    def setup(self) -> None:
+        """Fail where a test wants it."""
+        if self.settings.how == "setup":
+            raise ConfigError("no weights at /nowhere; write the folder's right name")
+        if self.settings.how == "setup bug":
+            raise ZeroDivisionError("division by zero")
+
+    def __call__(self, video: Video) -> Video:
+        how: Any = self.settings.how if video.name.startswith(self.settings.name or video.name) else ""
+        if how == "data":
+            raise DataError("the picture is upside down")
+        if how == "bug":
+            raise ValueError("bad frame")
+        if how == "config":
+            raise ConfigError("the endpoint refuses the key")
+        if how == "kill" and not Path(self.settings.once).exists():
+            Path(self.settings.once).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return video
+
+
+class Nap:
+    """Sleeps as long as a video's service time, which its number decides, and makes nothing."""
+
+    class Settings(Section):
+        """Seconds of a video are ``shortest`` … ``longest``."""
+
+        shortest: float = 0.0
+        longest: float = 0.0
+
+    def __init__(self, *, settings: Settings, build: Build) -> None:
+        self.settings = settings
+
+    def setup(self) -> None:
+        """Nothing."""
+
+    def __call__(self, video: Video) -> Video:
+        low, high = self.settings.shortest, self.settings.longest
+        time.sleep(low + (high - low) * (video.order * 7919 % 101) / 100)
+        return video
