@@ -15,8 +15,10 @@ from scipy.fft import dctn
 
 BITS = 64
 SAME = 7
-"""Most bits that differ between the hashes of one picture before and after it was encoded anew, or resized; the index finds all of these."""
-PLAIN = 6.0  # grey levels of standard deviation below which a picture has nothing that a hash could hold: black, a fade, a title's ground
+"""Bits that may differ between the hashes of one picture before and after it was encoded anew, or resized. The index finds them all."""
+PLAIN = (
+    6.0  # standard deviation, in grey levels, below which a picture has nothing that a hash could hold: black, a fade
+)
 _SIDE, _LOW = 32, 8
 
 

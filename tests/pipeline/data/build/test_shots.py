@@ -18,6 +18,8 @@ from tests.pipeline.data.build.building import LocalBuild
 
 REAL = {path.name: path for path in packaged_clips()}
 
+pytestmark = pytest.mark.slow
+
 
 def noise(frames: int, seed: int) -> np.ndarray:
     """A scene of its own colours that moves a little from frame to frame."""
