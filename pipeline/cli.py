@@ -18,6 +18,7 @@ from pipeline.commands.program import Config, Out, Overrides, Program, local, pr
 from pipeline.commands.release import import_release
 from pipeline.commands.replay import replay
 from pipeline.commands.report import report
+from pipeline.commands.reward import reward
 from pipeline.commands.serve import serve
 from pipeline.commands.watching import profile, scale, status
 from pipeline.support import terminal
@@ -32,6 +33,7 @@ app = Program(
     "Joint-GRPO, on Ray.\n\nStart with `vans doctor`, then `vans demo`.",
 )
 app.add_typer(data, name="data")
+app.add_typer(reward, name="reward")
 
 
 def main() -> None:

@@ -14,9 +14,11 @@ FEATURES: Mapping[str, tuple[str, ...]] = {
     "clip_t": ("clip", "caption"),
     "clip_t_truth": ("clip", "truth"),
     "clip_score": ("clip", "caption"),
+    "motion": ("clip", "target"),
+    "first_frame": ("clip",),
     VIDEO_FEATURES: ("clip", "target"),
 }
-"""Component → the CLIP features that its formula takes."""
+"""Component → the CLIP features, or the frames of the same name, that its formula takes."""
 
 BUILT_IN = tuple(name for name in FEATURES if name != VIDEO_FEATURES)
 """Names of the built-in components (docs/rewards.md)."""

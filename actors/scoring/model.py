@@ -7,13 +7,13 @@ The author's class may derive from :class:`RewardModel` or :class:`GroupReward`,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from actors.records import ScoreRequest
 from cluster.errors import VansError
-from rewards.custom import imported
+from rewards.custom import imported, named
 from rewards.errors import RewardError
 
 if TYPE_CHECKING:  # a reward may have an environment of its own, without torch
@@ -86,6 +86,15 @@ class Facts:
     def drawn(self) -> bool:
         """Whether answers have to be drawn for it."""
         return bool(self.needs & DRAWN)
+
+
+def function_needs(function: Callable[..., Any]) -> frozenset[str]:
+    """Return what a reward function looks at, by the arguments that it names (``rewards.custom.ARGUMENTS``)."""
+    asked = set(named(function))
+    needs = {"text"} | ({"clip", "question"} & asked)
+    if {"clip", "target_frames"} <= asked:
+        needs.add("pair")
+    return frozenset(needs | ({"input_video"} if "input_frames" in asked else set()))
 
 
 def load_model(path: str, options: Mapping[str, Any]) -> Any:

@@ -20,14 +20,16 @@ from actors.policy.cache import Cache, content_key
 from actors.records import ScoreRequest, Scores
 from actors.scoring.asking import LARGEST, read_only
 from actors.scoring.components import BUILT_IN, FEATURES, VIDEO_FEATURES
-from actors.scoring.model import Facts
+from actors.scoring.model import Facts, function_needs
 from actors.scoring.trying import tried
-from rewards.custom import CustomReward, call_reward, is_custom, load_reward, named
+from rewards.custom import CustomReward, call_reward, is_custom, load_reward
 from rewards.errors import RewardError
 from rewards.format import DEFAULT, AnswerFormat
 from rewards.frechet import clip_frames_feature
+from rewards.motion import motion_agreement
 from rewards.signs import copying, frame_diagnostics
 from rewards.similarity import clip_score, clip_t, clip_v
+from rewards.structure import first_frame
 from rewards.text import rouge_l
 
 if TYPE_CHECKING:  # transformers, which takes seconds to load, is not needed to know which rewards there are
@@ -55,16 +57,9 @@ _BUILT_IN: dict[str, Callable[[_View], float]] = {
     "clip_t": lambda v: clip_t(v.clip, v.caption),
     "clip_t_truth": lambda v: clip_t(v.clip, v.truth),
     "clip_score": lambda v: clip_score(v.clip, v.caption),
+    "motion": lambda v: motion_agreement(v.request.clip, v.request.target_frames),
+    "first_frame": lambda v: first_frame(v.request.clip, v.request.last_input_frame),
 }
-
-
-def function_needs(function: CustomReward) -> frozenset[str]:
-    """Return what a custom reward looks at (``actors.scoring.model.NEEDS``), by the arguments that it names."""
-    asked = set(named(function))
-    needs = {"text"} | ({"clip"} & asked) | ({"question"} & asked)
-    if {"clip", "target_frames"} <= asked:
-        needs.add("pair")
-    return frozenset(needs | ({"input_video"} if "input_frames" in asked else set()))
 
 
 def _needs(name: str) -> frozenset[str]:

@@ -41,6 +41,7 @@ RUN_BY = {
     "data real-demo": "tests/pipeline/data/test_real.py",
     "data import-vans": "tests/pipeline/release/test_walk.py",
     "data import-jsonl": "tests/pipeline/data/test_importers.py",
+    "reward check": "tests/actors/scoring/test_contract.py",
     "data inspect": "tests/pipeline/checkpoint/test_mirror_s3.py",
     "data select": "tests/chaos/test_selecting_ray.py",
 }
