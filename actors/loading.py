@@ -14,8 +14,10 @@ from typing import Any
 from cluster.errors import CheckpointError
 
 
-def load_whole(model_class: Any, path: str | Path, what: str, **options: Any) -> Any:
+def load_whole(model_class: Any, path: str | Path, what: str, *, spare: bool = False, **options: Any) -> Any:
     """Return ``model_class.from_pretrained(path, **options)`` of transformers or diffusers, from safetensors alone.
+
+    ``spare``: weights may be left over, those of a head that is not asked for.
 
     Raises:
         CheckpointError: the folder is not one of ``what`` (an artist's transformer, say); or weights are missing in it, left
@@ -33,7 +35,7 @@ def load_whole(model_class: Any, path: str | Path, what: str, **options: Any) ->
     told = [
         f"{len(names)} weights are {kind}: {_some(names)}"
         for kind, key in (("missing", "missing_keys"), ("not the model's", "unexpected_keys"))
-        if (names := found[key])
+        if (names := found[key]) and not (spare and key == "unexpected_keys")
     ]
     told += [f"loading failed: {error}" for error in found.get("error_msgs") or ()]
     if told:

@@ -16,9 +16,9 @@ K1, K2 = 0.01, 0.03
 
 
 def ssim(first: Frame, second: Frame) -> float:
-    """Return the mean SSIM of two uint8 (H, W, 3) RGB pictures, −1..1, over the channels and all places; pictures are mirrored at their edges.
+    """Return the mean SSIM of two uint8 (H, W, 3) RGB pictures, −1..1, over the channels and all places.
 
-    Raises RewardError for pictures of different sizes, or smaller than the window.
+    Pictures are mirrored at their edges. Raises RewardError for pictures of different sizes, or smaller than the window.
     """
     if first.shape != second.shape:
         raise RewardError(f"SSIM compares pictures of one size, not {first.shape} and {second.shape}")
@@ -36,7 +36,10 @@ def ssim(first: Frame, second: Frame) -> float:
 
 
 def first_frame(clip: NDArray[np.uint8], last_input: Frame) -> float:
-    """Return the SSIM of the first frame of ``clip`` (T, H, W, 3) with the last input frame (H, W, 3): 1 goes on where the input ends."""
+    """Return the SSIM of the first frame of ``clip`` (T, H, W, 3) with the last input frame (H, W, 3), −1..1.
+
+    1: the clip goes on where the input ends.
+    """
     return ssim(clip[0], last_input)
 
 

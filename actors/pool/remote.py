@@ -12,7 +12,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from actors.failures import Failure, classify
 from cluster.errors import VansError, WorkerTimeoutError
@@ -146,6 +146,9 @@ def translate(error: RayError) -> Exception:
             last = str(error).strip().splitlines()[-1]
             return WorkerRaised(Failure("bug", f"the constructor raised {last}", str(error)))
         return WorkerGone(_short(str(error)))
+    if isinstance(error, RuntimeEnvSetupError):  # it would fail on every node, each time after minutes
+        told = f"its environment cannot be built: {_last_lines(str(error))}"
+        return WorkerRaised(Failure("bug", told, str(error)), for_people=True)
     if isinstance(error, ActorUnavailableError):
         return WorkerUnreachable(_short(str(error)))
     if isinstance(error, RayTaskError):
@@ -162,6 +165,12 @@ def _short(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     dull = ("class_name:", "actor_id:", "namespace:", "pid:", "ip:", "name:")
     return " ".join(line for line in lines if not line.startswith(dull))[:400]
+
+
+def _last_lines(text: str, count: int = 12) -> str:
+    """Return the last lines of what an installer wrote, without those that say nothing."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return "\n  ".join(lines[-count:])
 
 
 def _overdue(who: str, what: str, timeout_s: float, hint: str) -> WorkerTimeoutError:

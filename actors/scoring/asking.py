@@ -24,6 +24,10 @@ LARGEST = float(np.finfo(np.float32).max)
 """Largest value of a component, either sign: advantages are float32."""
 
 
+ROUNDING = 1e-5
+"""How far beyond its range a value may be, relative to the limit or to 1: float32 has seven digits."""
+
+
 class BrokenRewardError(RuntimeError):
     """A reward that breaks its contract in a way that is no sample's: the run stops."""
 
@@ -101,7 +105,7 @@ class ModelScorer:
         low, high = self.facts.range
         if not abs(number) <= LARGEST:
             raise BadSampleError(f"{who}, is {number}")
-        if not low <= number <= high:
+        if not low - ROUNDING * max(1.0, abs(low)) <= number <= high + ROUNDING * max(1.0, abs(high)):
             raise BadSampleError(f"{who}, is {number:g}, outside the range {low:g}…{high:g} that {self.path} declares")
         return Scores(request.sample_id, request.index, {self.name: number})
 

@@ -72,7 +72,8 @@ def check_reward(
     """Return what was found of each promise of the reward ``path``, ``module:Class`` or ``module:function``.
 
     ``answers``: at least four ordinary ones, which differ in text and clip; of a group reward, one group. ``odd``: answers at the
-    edges, by what is odd in them. ``elsewhere``: start another process too, which loads the reward a second time. A reward that cannot be loaded has one promise, broken.
+    edges, by what is odd in them. ``elsewhere``: start another process too, which loads the reward a second time.
+    A reward that cannot be loaded has one promise, broken.
     """
     try:
         model = _loaded(path, options or {})

@@ -57,9 +57,14 @@ _BUILT_IN: dict[str, Callable[[_View], float]] = {
     "clip_t": lambda v: clip_t(v.clip, v.caption),
     "clip_t_truth": lambda v: clip_t(v.clip, v.truth),
     "clip_score": lambda v: clip_score(v.clip, v.caption),
-    "motion": lambda v: motion_agreement(v.request.clip, v.request.target_frames),
-    "first_frame": lambda v: first_frame(v.request.clip, v.request.last_input_frame),
+    "motion": lambda v: motion_agreement(_drawn(v), v.request.target_frames),
+    "first_frame": lambda v: first_frame(_drawn(v), v.request.last_input_frame),
 }
+
+
+def _drawn(view: _View) -> np.ndarray:
+    assert view.request.clip is not None
+    return view.request.clip
 
 
 def _needs(name: str) -> frozenset[str]:

@@ -44,4 +44,9 @@ class EnvironmentSection(Section):
 class RewardPoolSection(PoolSection):
     """The workers of one reward with a model: where it runs."""
 
+    start_timeout_s: float = Field(
+        900.0,
+        gt=0,
+        description="Deadline for a worker to load its model, and before that for its environment to be built.",
+    )
     env: EnvironmentSection | None = Field(None, description="Packages of its own; null: the run's.")

@@ -20,7 +20,7 @@ from actors.settings import Section
 from actors.vdm.settings import SAMPLERS_SHARE, EmbedPoolSection, VdmPoolSection
 from actors.vlm.settings import VlmPoolSection
 from pipeline.fleet.models import require_shareable, resolve_adapter, resolve_model, vdm_options
-from pipeline.fleet.rewards import judge_of, reward_models, weighted
+from pipeline.fleet.rewards import ENCODERS, judge_of, reward_models, weighted
 
 if TYPE_CHECKING:  # a run's configuration is made of these sections
     from pipeline.config import RunConfig
@@ -164,11 +164,16 @@ def key_of(pool: str) -> str:
 
 
 def _model(pool: str, component: str, model: RewardModelSection, config: RunConfig) -> dict[str, Any]:
-    section = section_of(config, pool)
+    section, options = section_of(config, pool), dict(model.options)
+    role = ENCODERS.get(model.model)
+    if role == "video":
+        options.setdefault("path", "tiny")
+    if role is not None and "path" in options:
+        options["path"] = resolve_model(str(options["path"]), role, f"models.rewards.{pool}.options.path")
     return {
         "component": component,
         "path": model.model,
-        "options": model.options,
+        "options": options,
         "device": device(section),
         "dtype": model.dtype,
         "threads": max(1, int(section.cpus)),
@@ -180,4 +185,6 @@ def runtime_env(section: PoolSection) -> dict[str, Any]:
     env: EnvironmentSection | None = getattr(section, "env", None)
     if env is None:
         return {}
-    return {"pip": env.pip} if env.pip else {"py_executable": env.python} if env.python else {}
+    if env.pip:
+        return {"pip": env.pip, "config": {"setup_timeout_seconds": int(section.start_timeout_s)}}
+    return {"py_executable": env.python} if env.python else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from actors.failures import BadSampleError
 from actors.learner.settings import LEARNER_SHARES, require_divisor
@@ -15,16 +15,21 @@ if TYPE_CHECKING:  # the sections of the pools, whose rows resolve models, are p
     from pipeline.config import RunConfig
 
 ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
-Role = Literal["vlm", "vdm", "clip"]
-_MARKER = {"vlm": "config.json", "vdm": "model_index.json", "clip": "config.json"}
+Role = Literal["vlm", "vdm", "clip", "video", "pictures"]
+_MARKER = {role: "model_index.json" if role == "vdm" else "config.json" for role in get_args(Role)}
 
 
-def resolve_model(name: str, role: Role) -> str:
-    """Return the folder or hub name for ``name`` in the place of ``role``.
+def resolve_model(name: str, role: Role, key: str | None = None) -> str:
+    """Return the folder or hub name for ``name`` in the place of ``role``, which the configuration has under ``key``.
 
-    ``tiny`` is the pair trained by ``vans pretrain`` and shipped here. Anything that looks like a path must be a folder
+    ``tiny`` is what ``vans pretrain`` has trained and is shipped here. Anything that looks like a path must be a folder
     of the right format. Raises CheckpointError otherwise.
     """
+    key = key or f"models.{role}"
+    if name == "tiny" and role == "pictures":
+        raise CheckpointError(
+            f"{key}=tiny: no tiny encoder of pictures comes with this project; give a folder or a hub name"
+        )
     if name == "tiny":
         folder = ASSETS / role
         if not (folder / _MARKER[role]).is_file():
@@ -36,17 +41,17 @@ def resolve_model(name: str, role: Role) -> str:
     if folder.is_dir():
         if not (folder / _MARKER[role]).is_file():
             raise CheckpointError(
-                f"models.{role}={name!r}: this folder has no {_MARKER[role]}, so it is not a {_expected(role)} folder"
+                f"{key}={name!r}: this folder has no {_MARKER[role]}, so it is not a {_expected(role)} folder"
                 + (_adapter_hint(folder, role) or _released_hint(folder))
             )
         return str(folder.resolve())
     if folder.is_file():
         raise CheckpointError(
-            f"models.{role}={name!r}: this is a file; give a {_expected(role)} folder" + _released_hint(folder)
+            f"{key}={name!r}: this is a file; give a {_expected(role)} folder" + _released_hint(folder)
         )
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(
-            f"models.{role}={name!r}: no such folder; give a {_expected(role)} folder, a hub name (owner/name) or 'tiny'"
+            f"{key}={name!r}: no such folder; give a {_expected(role)} folder, a hub name (owner/name) or 'tiny'"
         )
     return name
 

@@ -14,9 +14,16 @@ from rewards.custom import is_class
 
 if TYPE_CHECKING:  # the sections of the pools are part of it
     from pipeline.config import RunConfig
+    from pipeline.fleet.models import Role
 
-BUNDLED: Mapping[str, str] = {}
+BUNDLED: Mapping[str, str] = {
+    "video_similarity": "actors.scoring.bundled:VideoSimilarity",
+    "dino_v": "actors.scoring.bundled:DinoSimilarity",
+}
 """Rewards with models that come with this project: name → ``module:Class``."""
+
+ENCODERS: Mapping[str, Role] = {BUNDLED["video_similarity"]: "video", BUNDLED["dino_v"]: "pictures"}
+"""Those whose option ``path`` is an encoder's folder or name, and what it encodes."""
 
 
 def weighted(config: RunConfig) -> tuple[str, ...]:

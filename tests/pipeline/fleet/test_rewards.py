@@ -99,7 +99,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(overrides: list[str], 
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ("{pip: ['six==1.16.0']}", {"pip": ["six==1.16.0"]}),
+        ("{pip: ['six==1.16.0']}", {"pip": ["six==1.16.0"], "config": {"setup_timeout_seconds": 900}}),
         ("{python: /opt/judge/bin/python}", {"py_executable": "/opt/judge/bin/python"}),
         ("{}", {}),
         ("null", {}),
