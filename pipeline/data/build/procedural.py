@@ -11,12 +11,13 @@ from pydantic import Field
 from actors.settings import Section
 from pipeline.data.build import prompts
 from pipeline.data.build.asking import Asker, Rejected, Request
+from pipeline.data.build.cutting import trim
 from pipeline.data.build.models import Shown
 from pipeline.data.build.rows import pair_name
 from pipeline.data.build.schemas import Description, Wording
 from pipeline.data.build.shared import Build
 from pipeline.data.build.video import Clip, Lost, Pair, Video
-from pipeline.data.importers.clips import ClipSpec, confined, copy_clip
+from pipeline.data.importers.clips import ClipSpec
 
 
 class Describe:
@@ -80,27 +81,20 @@ class Describe:
                 "the model says that something covers the picture or no one action is seen",
             )
         clip.label, clip.description = answer.action, answer.description
-        start, end = narrowed(clip, answer.start, answer.end, self.settings.shortest_s, self.settings.longest_s)
-        if (start, end) != (clip.start, clip.end):
-            data = copy_clip(confined(self.build.root, video.path), start, end, ClipSpec(limits=self.build.limits))
-            clip.start, clip.end, clip.stored = start, end, self.build.store.put(data)
+        length, settings = clip.end - clip.start, self.settings
+        if 0 <= answer.start < min(answer.end, length):  # of a part that is not in the clip, all of the clip stays
+            spec = ClipSpec(limits=self.build.limits)
+            trim(
+                video,
+                clip,
+                answer.start,
+                answer.end,
+                self.build,
+                spec,
+                least_s=settings.shortest_s,
+                most_s=settings.longest_s,
+            )
         return None
-
-
-def narrowed(clip: Clip, start: float, end: float, shortest: float, longest: float) -> tuple[float, float]:
-    """Return the part of ``clip``, in seconds of the video, that a model found at ``start`` … ``end`` of the clip.
-
-    It is within the clip and ``shortest`` … ``longest`` long, around the middle of what was found; all of a clip that is no longer than
-    ``shortest``, and of one of which nothing sensible was found.
-    """
-    length = clip.end - clip.start
-    start, end = min(start, length), min(end, length)
-    if length <= shortest or end <= start:
-        return clip.start, clip.end
-    wanted = min(max(end - start, shortest), longest, length)
-    middle = (start + end) / 2
-    begin = round(min(max(0.0, middle - wanted / 2), length - wanted), 3)
-    return clip.start + begin, clip.start + round(begin + wanted, 3)
 
 
 class Question:

@@ -25,6 +25,11 @@ from pipeline.support.location import LocalPath
 
 BUNDLED = Path(__file__).parent / "recipes"
 STAGES = {
+    "probe": "pipeline.data.build.probing:Probe",
+    "shots": "pipeline.data.build.shots:Shots",
+    "cut": "pipeline.data.build.cutting:Cut",
+    "gates": "pipeline.data.build.gates:Gates",
+    "neighbours": "pipeline.data.build.pairs:Neighbours",
     "describe": "pipeline.data.build.procedural:Describe",
     "question": "pipeline.data.build.procedural:Question",
     "what_if": "pipeline.data.build.predictive:WhatIf",
