@@ -306,7 +306,9 @@ def _video(order: int, entry: _Annotated, files: _Files) -> Video:
     except DataError as error:
         video.lost.append(Lost(STAGE, "video", "missing", str(error)))
         return video
-    for index, (start, end, label) in enumerate(sorted(entry.steps)):
+    for index, (start, end, said) in enumerate(sorted(entry.steps)):
+        label = " ".join(said.split())
+        video.steps.append(label)
         fault = ""
         if end <= start:
             fault = f"it ends at {end:g} s, and begins at {start:g} s"
@@ -315,7 +317,7 @@ def _video(order: int, entry: _Annotated, files: _Files) -> Video:
         if fault:
             video.lost.append(Lost(STAGE, f"clip {index}", "bad times", f"step {short(label)}: {fault}"))
         else:
-            video.clips.append(Clip(index, start, end, " ".join(label.split())))
+            video.clips.append(Clip(index, start, end, label))
     return video
 
 

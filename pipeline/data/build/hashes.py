@@ -6,19 +6,25 @@ benchmarking of perceptual image hash functions). Two hashes are compared by how
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Generic, TypeVar
 
 import cv2
 import numpy as np
 from scipy.fft import dctn
 
+Key = TypeVar("Key", bound=Hashable)
 BITS = 64
 SAME = 7
 """Bits that may differ between the hashes of one picture before and after it was encoded anew, or resized. The index finds them all."""
-PLAIN = (
-    6.0  # standard deviation, in grey levels, below which a picture has nothing that a hash could hold: black, a fade
-)
+NEAR = 2  # bits between the hashes of two frames of a video that show the same
+SHARE = 0.3
+"""Share of a clip's frames that are found again in a part of it that was cut elsewhere. In fast motion many of its frames fall between
+those that were hashed; clips of other scenes share none."""
+PLAIN = 6.0
+"""Standard deviation, in grey levels, below which a picture has nothing that a hash could hold: black, a fade."""
 _SIDE, _LOW = 32, 8
 
 
@@ -55,41 +61,93 @@ def _packed(bits: np.ndarray) -> np.ndarray:
     return np.packbits(np.atleast_2d(bits), axis=1, bitorder="little").view(np.uint64).reshape(-1)
 
 
+def thinned(hashes: Iterable[int]) -> list[int]:
+    """Return ``hashes`` of successive frames without those that show what the last one kept shows."""
+    kept: list[int] = []
+    for value in map(int, hashes):
+        if not kept or (kept[-1] ^ value).bit_count() > NEAR:
+            kept.append(value)
+    return kept
+
+
 class HashIndex:
-    """Finds which keys have a hash within :data:`SAME` bits of a given one.
+    """Finds the hashes within :data:`SAME` bits of a given one among very many, by their numbers.
 
     A hash is filed by each of its four quarters. Where two differ by at most 7 bits, one quarter differs by at most one bit: so
     a search opens 4 · 17 drawers, and compares what is in these alone (multi-index hashing: Norouzi et al. 2012, arXiv:1307.2982).
+    A hash takes some 40 bytes.
     """
 
     def __init__(self) -> None:
-        self._drawers: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(4)]
-        self._hashes: list[int] = []
-        self._keys: list[int] = []
+        self._drawers: list[dict[int, array[int]]] = [defaultdict(lambda: array("I")) for _ in range(4)]
+        self._hashes = array("Q")
 
     def __len__(self) -> int:
         return len(self._hashes)
 
-    def add(self, key: int, hashes: Iterable[int]) -> None:
-        """File ``hashes`` under the number ``key``."""
-        for value in map(int, hashes):
-            place = len(self._hashes)
-            self._hashes.append(value)
-            self._keys.append(key)
-            for drawer, quarter in zip(self._drawers, _quarters(value)):
-                drawer[quarter].append(place)
+    def add(self, value: int) -> int:
+        """File the hash ``value`` and return its number, counted from 0."""
+        number = len(self._hashes)
+        self._hashes.append(value)
+        for drawer, quarter in zip(self._drawers, _quarters(value)):
+            drawer[quarter].append(number)
+        return number
 
     def find(self, value: int) -> set[int]:
-        """Return the keys with a hash that differs from ``value`` by at most :data:`SAME` bits."""
-        value = int(value)
+        """Return the numbers of the hashes that differ from ``value`` by at most :data:`SAME` bits."""
         found: set[int] = set()
         for drawer, quarter in zip(self._drawers, _quarters(value)):
             for probe in (quarter, *(quarter ^ (1 << bit) for bit in range(16))):
-                for place in drawer.get(probe, ()):
-                    key = self._keys[place]
-                    if key not in found and (self._hashes[place] ^ value).bit_count() <= SAME:
-                        found.add(key)
+                for number in drawer.get(probe, ()):
+                    if (self._hashes[number] ^ value).bit_count() <= SAME:
+                        found.add(number)
         return found
+
+
+class SeenClips(Generic[Key]):
+    """Clips by the hashes of their frames, and which of them another one shows again, in part or whole.
+
+    Two clips show the same where :data:`SHARE` of the frames of one, at least two where it has two, are in the other. ``most``: frames
+    that are kept of a clip, evenly spread; all where it is None.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
+        self._index = HashIndex()
+        self._owner = array("I")  # of each filed hash, a place in the next two
+        self._keys: list[Key] = []
+        self._sizes = array("I")
+
+    def add(self, key: Key, hashes: Iterable[int]) -> None:
+        """Keep a clip under ``key``, which several may share; ``hashes``: of its frames, in order."""
+        kept = thinned(hashes)
+        if self._most is not None and len(kept) > self._most:
+            kept = [kept[round(place)] for place in np.linspace(0, len(kept) - 1, self._most)]
+        for value in kept:
+            self._index.add(value)
+            self._owner.append(len(self._keys))
+        self._keys.append(key)
+        self._sizes.append(len(kept))
+
+    def find(self, hashes: Iterable[int]) -> set[Key]:
+        """Return the keys of the clips that show what the clip with ``hashes`` does."""
+        asked = thinned(hashes)
+        theirs: defaultdict[int, set[int]] = defaultdict(set)  # frames of a kept clip that are in this one
+        ours: Counter[int] = Counter()  # frames of this one that are in a kept clip
+        for value in asked:
+            numbers = self._index.find(value)
+            for number in numbers:
+                theirs[self._owner[number]].add(number)
+            ours.update({self._owner[number] for number in numbers})
+        return {
+            self._keys[owner]
+            for owner, numbers in theirs.items()
+            if _enough(len(numbers), self._sizes[owner]) or _enough(ours[owner], len(asked))
+        }
+
+
+def _enough(shared: int, frames: int) -> bool:
+    return shared >= max(SHARE * frames, min(2, frames))
 
 
 def _quarters(value: int) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ from itertools import combinations
 import cv2
 import numpy as np
 
-from pipeline.data.build.hashes import distances, luma
+from pipeline.data.build.hashes import NEAR, distances, luma
 
 BLACK = 28  # brightness, of 255, that a black bar does not exceed after coding
 EVEN = 3.0  # standard deviation within a bar of any other colour
@@ -22,7 +22,6 @@ EDGE = 48  # grey levels across an edge of overlaid text
 LEAST = 24  # pixels of a side below which neither inset nor text is looked for
 SEAM = 6  # grey levels across the edge of an inset, on average over time
 LASTING = 0.7  # share of the frames in which an edge is in its place, where it belongs to an overlay
-NEAR = 2  # bits between two frames' hashes that show the same
 
 
 def brightness(frames: np.ndarray) -> float:

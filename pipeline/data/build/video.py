@@ -65,6 +65,9 @@ class Video:
     order: int = 0  # place among the sources: rows are written in this order
     topic: str = ""  # COIN's and YouCook2's recipe_type; empty where there is none
     seconds: float = 0.0
+    steps: list[str] = field(
+        default_factory=list
+    )  # labels of all annotated steps by Clip.index, those of lost clips too
     clips: list[Clip] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.build.hashes import SAME, HashIndex, common_hash, distances, frame_hashes
+from pipeline.data.build.hashes import SAME, HashIndex, SeenClips, common_hash, distances, frame_hashes, thinned
 from pipeline.data.video import decode_video, encode_mp4
 from tests.pipeline.data.build.footage import SCENES, scene
 
@@ -44,11 +44,32 @@ def test_the_common_hash_is_the_bits_that_most_have() -> None:
 @given(st.lists(HASH, min_size=1, max_size=20), HASH, st.sets(st.integers(0, 63), max_size=SAME))
 def test_the_index_finds_what_a_comparison_with_all_finds(filed: list[int], other: int, flipped: set[int]) -> None:
     index = HashIndex()
-    for key, value in enumerate(filed):
-        index.add(key, [value])
+    assert [index.add(value) for value in filed] == list(range(len(filed)))
     near = filed[0] ^ sum(1 << bit for bit in flipped)
     for value in (near, other):
         within = distances(filed, [value])[:, 0] <= SAME
         assert index.find(value) == set(np.flatnonzero(within).tolist())
     assert 0 in index.find(near)
     assert len(index) == len(filed)
+
+
+def test_frames_that_show_the_same_are_thinned_out() -> None:
+    assert thinned([0b0, 0b1, 0b11, 0b111, 0b111, 0b0]) == [0b0, 0b111, 0b0]
+
+
+def test_clips_are_seen_again_in_part_and_among_others() -> None:
+    generator = np.random.default_rng(0)
+    clips = [[int(value) for value in generator.integers(0, 2**63, 20)] for _ in range(4)]
+    seen = SeenClips()
+    for key, clip in enumerate(clips[:3]):
+        seen.add(key, clip)
+    other = [int(value) for value in generator.integers(0, 2**63, 20)]
+    assert seen.find(clips[3]) == set()
+    assert seen.find(clips[1][8:12]) == {1}  # all of this one is in clip 1
+    assert seen.find(clips[1][:6] + other) == {1}  # 6 of clip 1's 20 frames
+    assert seen.find(clips[1][:5] + other) == set()
+    assert seen.find([*clips[0][:7], *clips[2][:7]]) == {0, 2}
+    assert seen.find([]) == set()
+    few = SeenClips(most=4)
+    few.add("a", clips[0])
+    assert few.find([value ^ 0b1011 for value in clips[0]]) == {"a"} and few.find(clips[1]) == set()
