@@ -27,6 +27,7 @@ BUNDLED = Path(__file__).parent / "recipes"
 STAGES = {
     "probe": "pipeline.data.build.probing:Probe",
     "shots": "pipeline.data.build.shots:Shots",
+    "exclude": "pipeline.data.build.evaluation:Exclude",
     "cut": "pipeline.data.build.cutting:Cut",
     "gates": "pipeline.data.build.gates:Gates",
     "neighbours": "pipeline.data.build.pairs:Neighbours",

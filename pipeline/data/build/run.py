@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.records import derive_seed
 from cluster.errors import DataError
 from cluster.session import connect
 from pipeline.data.build.annotations import annotated_videos, missing, unannotated_videos
@@ -23,6 +22,7 @@ from pipeline.data.build.readiness import ready_models
 from pipeline.data.build.recipe import Recipe, StagePlan, plan_stages, recipe_identity, stage_identity
 from pipeline.data.build.rows import RowWriters, refusal, taken_up
 from pipeline.data.build.shared import Build, video_of, video_to_json
+from pipeline.data.build.splits import TRAIN, Splitter
 from pipeline.data.build.store import AREA, WorkArea, digest_of
 from pipeline.data.build.stream import pipeline, require_room, slots, travelled
 from pipeline.data.build.summary import Summary
@@ -34,7 +34,6 @@ from pipeline.support import progress, terminal
 from pipeline.support.harmless import printable
 from pipeline.support.location import Uri, parse_location, remove
 
-TRAIN = "train"
 ROWS_PER_SHARD = 1024
 EARLY = "early"  # kind in the work area: a build that a budget ended, whose shards are whole and not all
 
@@ -130,16 +129,6 @@ def _shown(plans: Sequence[StagePlan]) -> dict[str, bool]:
         if plan.model is not None:
             found[plan.model] = found.get(plan.model, False) or getattr(plan.stage, "shows", True)
     return found
-
-
-def split_of(name: str, shares: Mapping[str, float], seed: int) -> str:
-    """Return the split of the video ``name``: a pure function of it, the shares and the seed."""
-    place = derive_seed(seed, "split", name) / 2**63
-    for split, share in shares.items():
-        if place < share:
-            return split
-        place -= share
-    return TRAIN
 
 
 def _saved(account: Any) -> tuple[int, float]:
@@ -270,6 +259,7 @@ class _Run:
 
 
 def _write(run: _Run, writers: RowWriters, summary: Summary, shares: Mapping[str, float], bars: Sequence[Any]) -> None:
+    splitter = Splitter(shares, run.recipe.seed)
     with closing(run.videos()) as travels:  # type: ignore[type-var]
         for travel in require_order(travels):
             if travel.state == UNFINISHED:
@@ -282,9 +272,9 @@ def _write(run: _Run, writers: RowWriters, summary: Summary, shares: Mapping[str
                     video.lost.append(lost)
                 else:
                     pairs.append(pair)
-            split = split_of(video.name, shares, run.recipe.seed)
+            split = splitter.assign(video)
             summary.add(video, travel.spent)
-            if pairs:
+            if pairs and split is not None:
                 writers.add(split, video, pairs)
                 summary.rows[split] += len(pairs)
             for bar in bars:

@@ -40,12 +40,12 @@ ZH = {
 }
 
 
-@pytest.fixture()
+@pytest.fixture
 def area(tmp_path: Path) -> WorkArea:
     return WorkArea(tmp_path / "_build")
 
 
-@pytest.fixture()
+@pytest.fixture
 def clips(area: WorkArea) -> list[str]:
     frames = np.zeros((8, 48, 64, 3), np.uint8)
     return [area.put(encode_mp4(frames + 40 * number, 8.0, near_lossless=False)) for number in range(3)]
