@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.config import load_config
 from pipeline.config.load import BUNDLED
+from pipeline.data.build.recipe import BUNDLED as RECIPES
+from pipeline.data.build.recipe import load_recipe
 from rewards.custom import call_reward, load_reward
 from tests.docs.pages import PAGES, blocks, files_of, ours, spans, text_of
 
@@ -42,6 +44,7 @@ RUN_BY = {
     "data import-vans": "tests/pipeline/release/test_walk.py",
     "data import-jsonl": "tests/pipeline/data/test_importers.py",
     "reward check": "tests/actors/scoring/test_contract.py",
+    "data build": "tests/pipeline/data/build/test_walk_ray.py",
     "data inspect": "tests/pipeline/checkpoint/test_mirror_s3.py",
     "data select": "tests/chaos/test_selecting_ray.py",
 }
@@ -81,6 +84,9 @@ def test_a_command_that_is_typed_is_taken(block: Any, words: list[str], tmp_path
         elif not (BUNDLED / f"{config}.yaml").is_file():
             config = "toy"  # a file of the reader's, which the page does not show
         load_config(config, options["overrides"] or ())
+    if options.get("recipe"):
+        known = (RECIPES / f"{options['recipe']}.yaml").is_file()  # otherwise a file of the reader's
+        load_recipe(options["recipe"] if known else "predictive", options["overrides"] or ())
 
 
 @pytest.mark.parametrize(("page", "words"), NAMED, ids=[f"{p}: {' '.join(w)}" for p, w in NAMED])

@@ -10,9 +10,9 @@ import math
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from cluster.errors import PlacementError, VansError
+from cluster.errors import PlacementError
 from pipeline.data.build.recipe import StagePlan
-from pipeline.data.build.worker import Sources, StageWorker, Task, Travel, travels_of
+from pipeline.data.build.worker import FATAL, Sources, StageWorker, Task, Travel, travels_of
 
 SPARE_CPUS = 1  # for the task that reads sources
 TASK_CPUS = 0.5
@@ -70,24 +70,9 @@ def pipeline(sources: Sources, tasks: Sequence[tuple[StagePlan, Task]], first: i
 
 
 def travelled(dataset: Any) -> Generator[Travel, None, None]:
-    """Yield the videos that come out of ``dataset``; raises the VansError that ended it in a worker."""
-    try:
-        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH):
-            yield from travels_of(block)
-    except Exception as error:
-        ours = own_error(error)
-        if ours is None:
-            raise
-        raise ours from error
-
-
-def own_error(error: BaseException) -> VansError | None:
-    """Return the error of ours that a worker raised and Ray wrapped, None where there is none."""
-    seen: BaseException | None = error
-    while seen is not None:
-        cause = getattr(seen, "cause", None)
-        for found in (seen, cause):
-            if isinstance(found, VansError):
-                return type(found)(str(found).splitlines()[-1]) if hasattr(found, "traceback_str") else found
-        seen = seen.__cause__ or (cause if isinstance(cause, BaseException) else None)
-    return None
+    """Yield the videos that come out of ``dataset``; raises the error that ends the build when its turn comes."""
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH):
+        for travel in travels_of(block):
+            if travel.state == FATAL:
+                raise travel.error()
+            yield travel

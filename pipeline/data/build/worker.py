@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.errors import DataError, VansError
+from cluster.errors import ConfigError, DataError, StorageError, VansError
 from pipeline.data.build.asking import Asker, BudgetSpentError, Meter, PendingError
 from pipeline.data.build.models import Ask, ModelSection
 from pipeline.data.build.shared import Build, video_of, video_to_json
@@ -29,29 +29,46 @@ from pipeline.support.harmless import printable
 COLUMN = "travel"
 SOURCES, DONE = "sources", "videos"  # kinds in the work area
 CHUNK = 64  # sources that lie in one file
-GOING, PENDING, UNFINISHED = "", "pending", "unfinished"
+GOING, PENDING, UNFINISHED, FATAL = "", "pending", "unfinished", "fatal"
+
+
+class SetupError(VansError):
+    """A stage could not be set up."""
 
 
 @dataclass
 class Travel:
-    """A video between two stages. ``spent``: stage → its account; ``state``: why it goes through no further stage."""
+    """A video between two stages. ``spent``: stage → its account; ``state``: why it goes through no further stage.
+
+    What ends the build travels as ``told``, behind the videos that were before it: an exception would take them along.
+    """
 
     video: Video
     key: str  # of the source and the recipe
     spent: dict[str, dict[str, Any]] = field(default_factory=dict)
     state: str = GOING
     asks: list[dict[str, Any]] = field(default_factory=list)  # of a pending one
+    told: str = ""  # of a fatal one
+    kind: str = ""  # of its error
 
     def dump(self) -> str:
         """Return it as JSON."""
-        rest = {"key": self.key, "spent": self.spent, "state": self.state, "asks": self.asks}
-        return json.dumps({"video": video_to_json(self.video), **rest}, ensure_ascii=True)
+        return json.dumps({**vars(self), "video": video_to_json(self.video)}, ensure_ascii=True)
 
     @classmethod
     def load(cls, text: str) -> Travel:
         """Return what :meth:`dump` wrote."""
         values = json.loads(text)
         return cls(**{**values, "video": video_of(values["video"])})
+
+    def fail(self, error: VansError) -> None:
+        """Let ``error`` end the build."""
+        self.state, self.told, self.kind = FATAL, str(error), type(error).__name__
+
+    def error(self) -> VansError:
+        """Return the error that ends the build."""
+        kinds = {kind.__name__: kind for kind in (ConfigError, DataError, StorageError, SetupError)}
+        return kinds.get(self.kind, VansError)(self.told)
 
 
 def table_of(travels: list[Travel]) -> pa.Table:
@@ -150,10 +167,6 @@ class Task:
         )
 
 
-class SetupError(VansError):
-    """A stage could not be set up."""
-
-
 class StageWorker:
     """One worker of a stage: a callable of Ray Data's ``map_batches``."""
 
@@ -171,8 +184,6 @@ class StageWorker:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Take each video of ``block`` through the stage."""
-        if self._broken:
-            raise SetupError(f"stages.{self.task.name} cannot be set up: {self._broken}")
         travels = travels_of(block)
         if self.task.threads > 1 and len(travels) > 1:
             with ThreadPoolExecutor(min(self.task.threads, len(travels))) as pool:
@@ -182,7 +193,12 @@ class StageWorker:
     def pass_on(self, travel: Travel) -> Travel:
         """Return ``travel`` behind the stage."""
         if travel.state == GOING:
-            self._through(travel)
+            try:
+                if self._broken:
+                    raise SetupError(f"stages.{self.task.name} cannot be set up: {self._broken}")
+                self._through(travel)
+            except VansError as error:  # the store, the endpoint, the set-up: another video would fare no better
+                travel.fail(error)
         if self.task.last and travel.state == GOING:
             self.task.build.store.write(DONE, travel.key, {"video": video_to_json(travel.video), "spent": travel.spent})
         return travel
@@ -210,7 +226,7 @@ class StageWorker:
             return
         except DataError as error:
             travel.video = _without(before, name, "unusable", str(error))
-        except (VansError, MemoryError):  # the store, the endpoint, the machine: another video would fare no better
+        except (VansError, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - a bad video costs itself alone, whatever it does to a decoder
             travel.video = _without(before, name, "failed", f"{type(error).__name__}: {error}")

@@ -30,12 +30,13 @@ def write_videos(root: Path, count: int, seconds: int = 3, side: int = 32) -> No
 
 
 class Pieces:
-    """Cuts a video into clips of a second, and pairs neighbours."""
+    """Cuts a video into clips of a second, and pairs neighbours; without a model it can word them too."""
 
     class Settings(Section):
-        """How many."""
+        """How many, and whether they are worded too, without a model."""
 
         clips: int = 3
+        words: bool = False
 
     def __init__(self, *, settings: Settings, build: Build) -> None:
         self.settings, self.build = settings, build
@@ -51,23 +52,7 @@ class Pieces:
                 Clip(index, float(index), float(index + 1), label=f"step {index}", stored=self.build.store.put(data))
             )
         video.pairs = [Pair(index, index + 1, "procedural") for index in range(self.settings.clips - 1)]
-        return video
-
-
-class Words:
-    """Words each pair without a model."""
-
-    class Settings(Section):
-        """Nothing is set."""
-
-    def __init__(self, *, settings: Settings, build: Build) -> None:
-        self.settings = settings
-
-    def setup(self) -> None:
-        """Nothing."""
-
-    def __call__(self, video: Video) -> Video:
-        for pair in video.pairs:
+        for pair in video.pairs if self.settings.words else ():
             pair.question, pair.caption = "What comes now?", f"Piece {pair.second} of {video.name}."
             pair.reasoning = "One piece follows the other."
         return video

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from cluster.errors import ConfigError
 from pipeline.config.load import parse_section
 from pipeline.data.build.recipe import BUNDLED, Recipe, load_recipe, plan_stages, recipe_identity
+from pipeline.data.build.video import Pair, Video
 
 ONE = {"models": {"m": {"model": "x", "base_url": "http://127.0.0.1:1/v1"}}, "stages": {"review": {"model": "m"}}}
 
@@ -24,6 +26,22 @@ def test_a_bundled_recipe_has_stages_that_there_are(name: str) -> None:
     plans = plan_stages(load_recipe(name))
     assert next(plan.name for plan in plans) == "probe"
     assert plans[-1].name == "review"
+
+
+def test_the_page_shows_a_recipe_and_a_stage_that_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[4] / "docs" / "build.md").read_text()
+    shown = {kind: re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("yaml", "python")}  # type: ignore[index]
+    (tmp_path / "mine.yaml").write_text(shown["yaml"])
+    (tmp_path / "shown_stage.py").write_text(shown["python"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plans = plan_stages(
+        load_recipe(tmp_path / "mine.yaml", ["stages.short.use='shown_stage:Short'", "stages.short.words=3"])
+    )
+    stage = plans[-1].stage(settings=plans[-1].settings, build=None)
+    film = Video(
+        "a", "a.mp4", pairs=[Pair(0, 1, "procedural", caption=text) for text in ("one two", "one two three four")]
+    )
+    assert [pair.caption for pair in stage(film).pairs] == ["one two"]
 
 
 def test_overrides_reach_models_stages_and_their_settings() -> None:

@@ -34,11 +34,12 @@ def recipe(videos: Path, *, workers: int = 1, server: ScriptedServer | None = No
     values: dict[str, Any] = {
         "name": "test",
         "sources": {"videos": videos},
-        "stages": {"pieces": {"use": f"{HERE}:Pieces", "workers": workers, "cpus": 0.1}, **stages},
+        "stages": {
+            "pieces": {"use": f"{HERE}:Pieces", "workers": workers, "cpus": 0.1, "words": server is None},
+            **stages,
+        },
     }
-    if server is None:
-        values["stages"]["words"] = {"use": f"{HERE}:Words", "cpus": 0.1, "workers": workers}
-    else:
+    if server is not None:
         values["models"] = {"writer": {"model": "scripted", "base_url": server.base_url, "frames": 2, "frame_side": 32}}
         values["stages"]["question"] = {"model": "writer", "cpus": 0.1, "workers": workers}
         values["stages"]["review"] = {"model": "writer", "cpus": 0.1, "workers": workers}
@@ -75,13 +76,15 @@ def test_splits_are_by_video(videos: Path, tmp_path: Path) -> None:
     assert len(names["train"] | names["test"]) == 8
 
 
-@pytest.mark.parametrize(("how", "told"), [("data", "upside down"), ("bug", "ValueError: bad frame")])
-def test_a_bad_video_costs_itself_alone(how: str, told: str, videos: Path, tmp_path: Path) -> None:
-    bad = {"use": f"{HERE}:Faulty", "cpus": 0.1, "how": how, "name": "v003"}
-    summary = build_dataset(recipe(videos, bad=bad), tmp_path, quiet=True)
-    assert {row["id"].split("/")[0] for row in rows(tmp_path / "train")} == {f"v{n:03d}" for n in range(8)} - {"v003"}
-    assert sum(summary.lost.values()) == 1
-    assert told in next(iter(summary.example.values()))
+def test_a_bad_video_costs_itself_alone(videos: Path, tmp_path: Path) -> None:
+    bad = {"use": f"{HERE}:Faulty", "cpus": 0.1, "how": "data", "name": "v003"}
+    worse = {"use": f"{HERE}:Faulty", "cpus": 0.1, "how": "bug", "name": "v005"}
+    summary = build_dataset(recipe(videos, bad=bad, worse=worse), tmp_path, quiet=True)
+    names = {row["id"].split("/")[0] for row in rows(tmp_path / "train")}
+    assert names == {f"v{n:03d}" for n in range(8)} - {"v003", "v005"}
+    assert summary.lost == {("bad", "video", "unusable"): 1, ("worse", "video", "failed"): 1}
+    assert "upside down" in summary.example["bad", "video", "unusable"]
+    assert "ValueError: bad frame" in summary.example["worse", "video", "failed"]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_a_bad_video_costs_itself_alone(how: str, told: str, videos: Path, tmp_p
 )
 def test_what_no_video_survives_ends_the_build(how: str, error: Any, told: str, videos: Path, tmp_path: Path) -> None:
     bad = {"use": f"{HERE}:Faulty", "cpus": 0.1, "how": how}
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=f"^.{{0,40}}{told}"):
         build_dataset(recipe(videos, bad=bad), tmp_path, quiet=True)
 
 
