@@ -60,14 +60,16 @@ def data_inspect(
         bool, typer.Option("--seal", help="Say to every reader that the shards in the folder are the whole dataset.")
     ] = False,
 ) -> None:
-    """Print counts, kinds and sizes, whether the dataset is whole, and write a contact sheet.
+    """Print counts, shares and sizes, whether the dataset is whole, and write a contact sheet.
+
+    A set that `vans data build` made comes with a picture of what that lost, by stage and reason.
 
     Exit code 1 where training would refuse the folder.
 
     Examples: `vans data inspect data/toy/train`, `vans data inspect data/mine --seal`
     """
     from pipeline.data.folder import seal as seal_folder
-    from pipeline.data.importers.inspect import inspect, print_report
+    from pipeline.data.inspect import inspect, print_report
 
     if seal:
         seal_folder(folder)

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.errors import DataError
 from pipeline.data.folder import duplicate_ids, open_dataset, seal, survey
-from pipeline.data.importers.inspect import inspect, print_report
+from pipeline.data.inspect import inspect, print_report
 from pipeline.data.marker import COMPLETE, WRITING
 from pipeline.data.schema import SCHEMA
 from pipeline.data.source import SampleSource

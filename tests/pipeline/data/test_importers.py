@@ -18,11 +18,11 @@ from cluster.errors import DataError
 from pipeline.data.importers.clips import ClipSpec, confined, copy_clip
 from pipeline.data.importers.cut import PairCut, cut_pairs
 from pipeline.data.importers.importing import Candidate, Rejected, infer_kind
-from pipeline.data.importers.inspect import inspect
 from pipeline.data.importers.jsonl import import_jsonl, read_entries
 from pipeline.data.importers.vans import import_vans
 from pipeline.data.importers.vans_csv import COLUMNS, read_rows
 from pipeline.data.importers.vans_row import Reading
+from pipeline.data.inspect import inspect
 from pipeline.data.schema import SCHEMA, Row, ShardWriter
 from pipeline.data.video import decode_video, encode_mp4, probe
 from tests.pipeline.data.numbered import GOP, encoded, numbers

@@ -18,8 +18,8 @@ from pipeline.cli import app
 from pipeline.commands.data import data as data_commands
 from pipeline.config import load_config, parse_config, to_yaml
 from pipeline.config.yaml12 import parse_yaml
-from pipeline.data.importers.inspect import inspect
 from pipeline.data.importers.jsonl import import_jsonl
+from pipeline.data.inspect import inspect
 from pipeline.data.schema import Row, ShardWriter, shard_digest, shard_metadata, shard_paths
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.evaluation import named
