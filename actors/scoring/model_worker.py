@@ -86,6 +86,11 @@ class ModelWorker:
         """Return what the reward says of itself, under its name."""
         return {self._component: self.scorer.facts}
 
+    def counters(self) -> dict[str, float]:
+        """Return what the reward counts of what it spends; nothing where it counts nothing."""
+        counters = getattr(self.scorer.model, "counters", None)
+        return dict(counters()) if callable(counters) else {}
+
     def weights_hash(self) -> str:
         """Return the hash of the modules' parameters and buffers, and the version."""
         with self._used():

@@ -18,6 +18,7 @@ import numpy as np
 from actors.failures import BadSampleError, InfrastructureError
 from actors.records import Clip, Completion, RenderRequest, Sample
 from cluster.errors import DataError, StorageError, TrainingError, VansError
+from cluster.harmless import in_markup, short
 from cluster.session import require_loopback
 from pipeline.config import RunConfig
 from pipeline.data.sheet import Strip, contact_sheet
@@ -34,7 +35,6 @@ from pipeline.stages.question import (
     split_model,
 )
 from pipeline.support import terminal
-from pipeline.support.harmless import in_markup, short
 from pipeline.support.progress import Bar, bar
 
 PHASES = ("starting the thinker", "asking", "loading the artist", "drawing")

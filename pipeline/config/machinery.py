@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from actors.settings import Positive, Section
+from cluster.harmless import redacted
 from cluster.layout import Strategy
-from pipeline.support.harmless import redacted
 from pipeline.support.location import Location
 from rewards.alarms import AlarmSettings
 

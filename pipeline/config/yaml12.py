@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import yaml
 
 from cluster.errors import ConfigError
-from pipeline.support.harmless import short
+from cluster.harmless import short
 
 _DEEPEST = 100
 _NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)

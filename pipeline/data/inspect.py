@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 from rich.table import Table
 
 from cluster.errors import DataError
+from cluster.harmless import in_markup, printable
 from pipeline.data.build.funnel import Funnel, draw_funnel, read_funnel
 from pipeline.data.folder import survey
 from pipeline.data.schema import open_shard, shard_bytes
 from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.video import decode_video, probe
 from pipeline.support import terminal
-from pipeline.support.harmless import in_markup, printable
 from pipeline.support.location import Uri, parse_location
 from rewards.format import DEFAULT
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cluster.harmless import printable
 from pipeline.data.fonts import font_for
-from pipeline.support.harmless import printable
 from rewards.similarity import resample_frames
 
 INK, SOFT, PAPER, CARD, LINE = "#16202c", "#5c6b7a", "#ffffff", "#f5f7f9", "#dfe5ea"

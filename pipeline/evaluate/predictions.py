@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import DataError
+from cluster.harmless import file_slug, parse_json, short
 from pipeline.data.video import VideoLimits, decode_video, encode_mp4
-from pipeline.support.harmless import file_slug, parse_json, short
 
 FILE = "predictions.jsonl"
 _KEYS = {"id", "index", "caption", "text", "video"}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError
+from cluster.harmless import in_markdown
 from pipeline.evaluate.bootstrap import Estimate
 from pipeline.evaluate.figures import FRECHET, Answered, Difference, Frechet, difference_of, measure, value_of
-from pipeline.support.harmless import in_markdown
 from rewards.alarms import AlarmSettings, judge
 from rewards.frechet import FrechetDistance, fvd_name
 from rewards.text import BLEU_ORDERS

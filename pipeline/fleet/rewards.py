@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the sections of the pools are part of it
 BUNDLED: Mapping[str, str] = {
     "video_similarity": "actors.scoring.bundled:VideoSimilarity",
     "dino_v": "actors.scoring.bundled:DinoSimilarity",
+    "judge": "actors.scoring.judge:Judge",
 }
 """Rewards with models that come with this project: name → ``module:Class``."""
 

@@ -13,11 +13,11 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.errors import ConfigError, DataError
+from cluster.harmless import redacted
 from pipeline.config import RunConfig, flatten, load_config
 from pipeline.config.load import BUNDLED
 from pipeline.control.trace import TRACE_FILE, read_trace
 from pipeline.stages.alarms import AlarmWatch
-from pipeline.support.harmless import redacted
 from pipeline.support.location import local_path
 from pipeline.tracking.history import JobRun, Series, newest_parent, read_job, read_stages
 from pipeline.tracking.rollouts import StoredStep, read_note, stored_steps

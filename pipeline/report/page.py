@@ -20,10 +20,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cluster.errors import DataError
+from cluster.harmless import printable
 from pipeline.report.browser import clip_name, step_view
 from pipeline.report.curves import COLOURS, FIRST, chart, spark
 from pipeline.report.gather import AlarmSpan, Run, gather
-from pipeline.support.harmless import printable
 from pipeline.tracking.history import Series
 from pipeline.tracking.metrics import find
 from pipeline.tracking.rollouts import StoredStep, read_step

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from actors.records import Sample
 from cluster.errors import ConfigError, PlacementError, StorageError, TrainingError, VansError
+from cluster.harmless import redacted
 from cluster.session import connect
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import RunConfig, config_digest, load_config
@@ -35,7 +36,6 @@ from pipeline.lock import hold
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.spec import Experiment, Row
 from pipeline.support import terminal
-from pipeline.support.harmless import redacted
 from pipeline.support.interrupt import RunStopped, stop_on_signals
 from pipeline.support.progress import waiting
 from pipeline.tracking.history import Series, read_stages

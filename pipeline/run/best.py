@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError
+from cluster.harmless import parse_json
 from pipeline.checkpoint import TrainState
-from pipeline.support.harmless import parse_json
 
 BEST = "best"
 BEST_FILE = "best.json"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.harmless import redacted
 from cluster.session import connect
 from pipeline.config import RunConfig
 from pipeline.config.machinery import TrackingSection
@@ -19,7 +20,6 @@ from pipeline.lock import hold
 from pipeline.sft.finetuning import SftJob, carry_out, check_room, prepare
 from pipeline.sft.settings import Kind, SftResult, sft_settings
 from pipeline.support import terminal
-from pipeline.support.harmless import redacted
 from pipeline.support.location import Uri
 from pipeline.support.progress import bar
 from pipeline.tracking import Tracker

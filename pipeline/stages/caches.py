@@ -14,7 +14,7 @@ RATIOS = {"captions": "caption_hit_ratio", "references": "reference_hit_ratio", 
 async def cache_metrics(fleet: Fleet) -> dict[str, float]:
     """Return what was made since the start, and the share of what was asked for that needed no making."""
     samplers = [fleet.vlm] if fleet.conditions is not None else [fleet.vlm, fleet.vdm]
-    found = list(await asyncio.gather(*(_sums(pool) for pool in samplers)))
+    found = list(await asyncio.gather(*(sums(pool) for pool in samplers)))
     if fleet.conditions is not None:
         found.append(fleet.conditions.counters())
     metrics: dict[str, float] = {}
@@ -25,7 +25,8 @@ async def cache_metrics(fleet: Fleet) -> dict[str, float]:
     return metrics
 
 
-async def _sums(pool: WorkerPool) -> dict[str, float]:
+async def sums(pool: WorkerPool) -> dict[str, float]:
+    """Return the counters of the live workers of ``pool``, added up."""
     sums: dict[str, float] = {}
     for counts in (await pool.call_all("counters")).values():
         for name, value in counts.items():

@@ -24,6 +24,7 @@ from pipeline.stages.caches import cache_metrics
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import FailureBudget, Group, LeftOut, RolloutBatch, assemble
 from pipeline.stages.refill import Refill
+from pipeline.stages.spending import spend_metrics
 from pipeline.stages.step_times import profile
 from pipeline.support.interrupt import StopRequest
 
@@ -150,6 +151,7 @@ async def run_stage(
             overlaps = section.rollout.max_staleness > 0
             metrics |= pools | profile(before, pools, metrics, profiled - since, overlaps=overlaps)
             metrics |= await cache_metrics(stage.fleet)
+            metrics |= await spend_metrics(stage.fleet)
             result.history.append(metrics)
             result.ratio_max_dev = max(result.ratio_max_dev, metrics.get("learner/ratio_max_dev", 0.0))
             if await on_step(StepReport(step, metrics, batch, cursors.get(step + 1, feed.cursor))) is True:

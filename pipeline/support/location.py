@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote, urlsplit
 from pydantic import BeforeValidator, PlainSerializer
 
 from cluster.errors import ConfigError, StorageError
-from pipeline.support.harmless import redacted, short
+from cluster.harmless import redacted, short
 
 BUCKETS = ("s3", "gs", "gcs")  # stores whose URI begins with a bucket
 SCHEMES = (*BUCKETS, "hdfs", "viewfs", "file")

@@ -26,8 +26,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from cluster.harmless import printable, redacted
 from cluster.session import PACKAGES
-from pipeline.support.harmless import printable, redacted
 
 SHOW_ALL = "VANS_SHOW_LIBRARIES"
 FILE = "libraries.log"

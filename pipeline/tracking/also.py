@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from cluster.errors import VansError
+from cluster.harmless import redacted
 from pipeline.config.machinery import SinkName
-from pipeline.support.harmless import redacted
 from pipeline.tracking.outbox import Record
 
 PARENT = "parent"

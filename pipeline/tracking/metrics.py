@@ -258,6 +258,20 @@ CACHES = Family(
     ),
 )
 
+SPENDING = Family(
+    "Spent by rewards",
+    "What a reward that asks another model counts (`judge`): since the start, over its workers that live.",
+    (
+        Metric("spend/<pool>/asks", "asks", "Questions that were put to the judge.",
+               "`samples` for each drawn answer, twice as many against the truth; more: answers are asked for again."),
+        Metric("spend/<pool>/failed", "asks", "Asks without a verdict: no answer, a refusal, another form.",
+               "Their answers leave their groups: see rollout/failed_members."),
+        Metric("spend/<pool>/tokens_in", "tokens", "Tokens of the prompts, pictures included.", "Fewer frames, fewer tokens."),
+        Metric("spend/<pool>/tokens_out", "tokens", "Tokens of the answers.", "Near max_tokens: answers are cut."),
+        Metric("spend/<pool>/cost", "1", "Price of the tokens by `price_in` and `price_out`.", "In whatever money these are."),
+    ),
+)
+
 REST = Family(
     "Data and time",
     "Seconds are wall seconds of the driver.",
@@ -357,7 +371,7 @@ HELD_OUT = Family(
 
 # fmt: on
 
-FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, CACHES, REST, PROFILE, SFT, EVAL, HELD_OUT)
+FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, CACHES, SPENDING, REST, PROFILE, SFT, EVAL, HELD_OUT)
 
 
 @cache

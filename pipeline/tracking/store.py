@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.support.harmless import redacted
+from cluster.harmless import redacted
 from pipeline.tracking.also import PARENT, Copies, TrackingError
 from pipeline.tracking.outbox import Record, Unreachable
 

@@ -23,10 +23,10 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
+from cluster.harmless import redacted
 from pipeline.config import RunConfig, config_digest, flatten, to_yaml
 from pipeline.config.machinery import TrackingSection
 from pipeline.evaluate.table import EvaluationTable
-from pipeline.support.harmless import redacted
 from pipeline.support.location import Uri, parse_location
 from pipeline.tracking import lineage, media, metrics
 from pipeline.tracking.also import PARENT, Copies, Job, TrackingError

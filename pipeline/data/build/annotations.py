@@ -17,9 +17,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import DataError
+from cluster.harmless import parse_json, short
 from pipeline.data.build.video import Clip, Lost, Video
 from pipeline.data.importers.clips import composed, confined
-from pipeline.support.harmless import parse_json, short
 
 STAGE = "sources"  # the name that what is lost here is counted under
 SUFFIXES = frozenset(

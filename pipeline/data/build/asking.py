@@ -20,13 +20,14 @@ from typing import Any, Protocol, TypeVar
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from actors.endpoint.client import Endpoint
+from actors.endpoint.settings import AskFailedError, Reply
 from actors.records import derive_seed
-from pipeline.data.build.endpoint import Endpoint
-from pipeline.data.build.models import Ask, AskFailedError, ModelSection, Reply, Shown
+from cluster.harmless import printable
+from pipeline.data.build.models import Ask, ModelSection, Shown
 from pipeline.data.build.store import WorkArea, digest_of
 from pipeline.data.reading import VideoLimits
 from pipeline.data.video import decode_timed, probe
-from pipeline.support.harmless import printable
 
 ASKS = "asks"  # what replies are kept as
 AGAIN = 1  # times that a refused, truncated or empty answer is asked for again, with another seed

@@ -14,8 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from actors.endpoint.settings import Reply
 from pipeline.data.build.asking import ASKS, messages_of
-from pipeline.data.build.models import ModelSection, Reply
+from pipeline.data.build.models import ModelSection
 from pipeline.data.build.recipe import Recipe
 from pipeline.data.build.store import WorkArea
 from pipeline.data.build.worker import asks_of

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from actors.settings import Section
 from cluster.errors import DataError
+from cluster.harmless import short
 from pipeline.data.build.cutting import HASHED_FPS
 from pipeline.data.build.hashes import SeenClips, frame_hashes
 from pipeline.data.build.video import Build, Lost, Video
@@ -29,7 +30,6 @@ from pipeline.data.geometry import orientation
 from pipeline.data.importers.clips import confined
 from pipeline.data.reading import Part, Source, VideoLimits, check_span, frames_of, opened
 from pipeline.data.schema import open_shard, shard_paths
-from pipeline.support.harmless import short
 from pipeline.support.location import parse_location
 
 SIDE = 64  # pixels of the squares that frames become before they are hashed

@@ -14,8 +14,8 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from cluster.errors import DataError
+from cluster.harmless import printable
 from pipeline.data.build.video import Video
-from pipeline.support.harmless import printable
 from pipeline.support.location import Uri, read_bytes, write_bytes
 
 FUNNEL = "_funnel.json"

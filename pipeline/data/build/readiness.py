@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from actors.endpoint.client import Endpoint
+from actors.endpoint.settings import AskFailedError
 from cluster.errors import ConfigError
 from pipeline.data.build.asking import Form, jpeg_of
-from pipeline.data.build.endpoint import Endpoint
-from pipeline.data.build.models import AskFailedError, ModelSection
+from pipeline.data.build.models import ModelSection
 from pipeline.data.video import encode_mp4
 
 _SIDE, _FRAMES = 64, 4

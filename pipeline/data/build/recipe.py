@@ -16,11 +16,11 @@ from pydantic import Field, model_validator
 
 from actors.settings import FREE, Positive, Section
 from cluster.errors import ConfigError
+from cluster.harmless import short
 from pipeline.config.load import apply_override, find_yaml, parse_section, read_mapping
 from pipeline.data.build.models import ModelSection
 from pipeline.data.build.store import digest_of
 from pipeline.data.importers.vans_row import LANGUAGES
-from pipeline.support.harmless import short
 from pipeline.support.location import LocalPath
 
 BUNDLED = Path(__file__).parent / "recipes"

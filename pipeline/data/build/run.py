@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import DataError
+from cluster.harmless import printable
 from cluster.session import connect
 from pipeline.data.build.annotations import annotated_videos, missing, unannotated_videos
 from pipeline.data.build.meter import ActorMeter, start_account
@@ -31,7 +32,6 @@ from pipeline.data.build.worker import CHUNK, DONE, SOURCES, UNFINISHED, Sources
 from pipeline.data.marker import COMPLETE
 from pipeline.data.schema import ShardWriter, shard_paths
 from pipeline.support import progress, terminal
-from pipeline.support.harmless import printable
 from pipeline.support.location import Uri, parse_location, remove
 
 ROWS_PER_SHARD = 1024

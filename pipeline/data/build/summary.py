@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
+from cluster.harmless import printable
 from pipeline.data.build.asking import Spent
 from pipeline.data.build.video import Video
-from pipeline.support.harmless import printable
 from pipeline.support.location import Uri
 
 

@@ -18,13 +18,13 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.errors import ConfigError, DataError, StorageError, VansError
+from cluster.harmless import printable
 from pipeline.data.build.asking import Asker, BudgetSpentError, Meter, PendingError
 from pipeline.data.build.models import Ask, ModelSection
 from pipeline.data.build.shared import Build, video_of, video_to_json
 from pipeline.data.build.store import WorkArea, digest_of
 from pipeline.data.build.video import Lost, Video
 from pipeline.data.importers.clips import confined
-from pipeline.support.harmless import printable
 
 COLUMN = "travel"
 SOURCES, DONE = "sources", "videos"  # kinds in the work area

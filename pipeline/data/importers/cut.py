@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from actors.records import SampleKind
 from cluster.errors import DataError
+from cluster.harmless import parse_json
 from pipeline.data.importers.clips import ClipSpec, composed, copy_clip
 from pipeline.data.importers.vans_csv import COLUMNS
-from pipeline.support.harmless import parse_json
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import DataError
+from cluster.harmless import printable
 from pipeline.data.importers.clips import ClipSpec, Span, load_clip
 from pipeline.data.schema import Row, ShardWriter, writer_plan
 from pipeline.support import terminal
-from pipeline.support.harmless import printable
 from pipeline.support.location import Uri, local_path, parse_location, write_bytes
 from rewards.text import comparable
 

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from actors.records import SampleKind
 from cluster.errors import DataError
+from cluster.harmless import parse_json
 from pipeline.data.importers.clips import ClipSpec, Span
 from pipeline.data.importers.importing import Candidate, ImportReport, Rejected, manifest_plan, run_import
-from pipeline.support.harmless import parse_json
 from pipeline.support.location import Uri
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]

@@ -103,7 +103,9 @@ def test_features_equal_the_library_s_own(made: tuple[str, Path, Any]) -> None:
     with torch.inference_mode():
         if make == "vjepa2":  # its processor crops a larger picture, whatever size it is given
             video = list(resample_frames(clip, FRAMES))
-            given = VJEPA2VideoProcessor.from_pretrained(folder)(videos=[video], return_tensors="pt")["pixel_values_videos"]
+            given = VJEPA2VideoProcessor.from_pretrained(folder)(videos=[video], return_tensors="pt")[
+                "pixel_values_videos"
+            ]
             tokens = model(pixel_values_videos=given, skip_predictor=True).last_hidden_state[0]
             expected, in_time = tokens.mean(0), tokens.reshape(FRAMES // 2, -1, tokens.shape[-1]).mean(1)
         elif make == "videomae":

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.endpoint.client import Endpoint
 from pipeline.data.build.asking import Asker, BudgetSpentError, PendingError, Rejected, Request, parse_form
-from pipeline.data.build.endpoint import Endpoint
 from pipeline.data.build.models import EngineSection, ModelSection, Shown
 from pipeline.data.build.predictive import WhatIf
 from pipeline.data.build.procedural import Describe, Question
@@ -21,7 +21,7 @@ from pipeline.data.build.shared import Build, video_of, video_to_json
 from pipeline.data.build.store import WorkArea
 from pipeline.data.build.video import Clip, Pair, Video
 from pipeline.data.video import encode_mp4
-from tests.pipeline.data.build.scripted import (
+from tests.scripted_server import (
     DESCRIPTION,
     VERDICT,
     WHAT_IFS,

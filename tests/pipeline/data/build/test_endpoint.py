@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from actors.endpoint.client import MAX_BYTES, Endpoint
+from actors.endpoint.settings import AskFailedError
 from cluster.errors import ConfigError
-from pipeline.data.build.endpoint import MAX_BYTES, Endpoint
-from pipeline.data.build.models import AskFailedError, ModelSection
-from tests.pipeline.data.build.scripted import ScriptedServer, completion
+from pipeline.data.build.models import ModelSection
+from tests.scripted_server import ScriptedServer, completion
 
 BODY = {"model": "scripted", "messages": [{"role": "user", "content": "hello"}]}
 

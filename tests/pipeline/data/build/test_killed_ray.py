@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.yaml12 import dump_yaml
-from tests.pipeline.data.build.scripted import ScriptedServer
 from tests.pipeline.data.build.stages import write_videos
+from tests.scripted_server import ScriptedServer
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("ray_alone"), pytest.mark.timeout(1200)]
 HERE = "tests.pipeline.data.build.stages"

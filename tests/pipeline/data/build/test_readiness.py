@@ -12,7 +12,7 @@ from aiohttp import web
 from cluster.errors import ConfigError
 from pipeline.data.build.models import EngineSection, ModelSection
 from pipeline.data.build.readiness import ready_models
-from tests.pipeline.data.build.scripted import ScriptedServer
+from tests.scripted_server import ScriptedServer
 
 
 def ready(server: ScriptedServer, **settings: Any) -> tuple[ModelSection, list[str]]:

@@ -16,8 +16,8 @@ from pipeline.data.build.recipe import Recipe
 from pipeline.data.build.run import build_dataset
 from pipeline.data.build.worker import SetupError
 from pipeline.data.folder import open_dataset
-from tests.pipeline.data.build.scripted import ScriptedServer
 from tests.pipeline.data.build.stages import write_videos
+from tests.scripted_server import ScriptedServer
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 HERE = "tests.pipeline.data.build.stages"

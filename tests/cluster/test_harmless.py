@@ -14,6 +14,7 @@ from rich.markdown import Markdown
 from typer.testing import CliRunner
 
 from cluster.errors import DataError, VansError
+from cluster.harmless import file_slug, in_markup, parse_json, printable, redacted, short
 from pipeline.checkpoint import TrainState
 from pipeline.config import load_config, to_yaml
 from pipeline.data.importers.cut import read_cuts
@@ -23,7 +24,6 @@ from pipeline.data.sheet import Strip, contact_sheet
 from pipeline.data.video import encode_mp4
 from pipeline.evaluate.predictions import Prediction, read_predictions, write_predictions
 from pipeline.evaluate.table import markdown_grid
-from pipeline.support.harmless import file_slug, in_markup, parse_json, printable, redacted, short
 from pipeline.tracking import Tracker, TrackingError
 
 NASTY = [

@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx
 
+from actors.endpoint.settings import AskFailedError, EndpointSection, Fault, Reply
 from cluster.errors import ConfigError
-from pipeline.data.build.models import AskFailedError, Fault, ModelSection, Reply
-from pipeline.support.harmless import printable
+from cluster.harmless import printable
 
 MAX_BYTES = 4 << 20  # of a response
 FIRST_WAIT_S = 0.5
@@ -34,7 +34,7 @@ class _Oversized(Exception):
 class Endpoint:
     """One model behind ``model.base_url``. ``where``: its key in the recipe, for messages."""
 
-    def __init__(self, where: str, model: ModelSection, sleep: Callable[[float], object] = time.sleep) -> None:
+    def __init__(self, where: str, model: EndpointSection, sleep: Callable[[float], object] = time.sleep) -> None:
         self.where, self.model, self._sleep = where, model, sleep
         key = model.key(where)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
