@@ -20,6 +20,7 @@ BUNDLED: Mapping[str, str] = {
     "video_similarity": "actors.scoring.bundled:VideoSimilarity",
     "dino_v": "actors.scoring.bundled:DinoSimilarity",
     "judge": "actors.scoring.judge:Judge",
+    "hpsv3": "actors.scoring.hpsv3:HPSv3",
 }
 """Rewards with models that come with this project: name → ``module:Class``."""
 
