@@ -18,11 +18,14 @@ from cluster.errors import DataError
 from cluster.harmless import printable
 from cluster.session import connect
 from pipeline.data.build.annotations import annotated_videos, missing, unannotated_videos
+from pipeline.data.build.funnel import Count, write_funnel
 from pipeline.data.build.meter import ActorMeter, start_account
 from pipeline.data.build.readiness import ready_models
 from pipeline.data.build.recipe import Recipe, StagePlan, plan_stages, recipe_identity, stage_identity
+from pipeline.data.build.rows import STAGE as ROWS
 from pipeline.data.build.rows import RowWriters, refusal, taken_up
 from pipeline.data.build.shared import Build, video_of, video_to_json
+from pipeline.data.build.splits import STAGE as SPLITS
 from pipeline.data.build.splits import TRAIN, Splitter
 from pipeline.data.build.store import AREA, WorkArea, digest_of
 from pipeline.data.build.stream import pipeline, require_room, slots, travelled
@@ -85,7 +88,7 @@ def build_dataset(
         EARLY, digest_of(plan)
     ):
         raise DataError(f"{out} holds this very dataset already; write to another folder, or delete it first")
-    summary = Summary(out, total=listed.count)
+    summary = Summary(out, listed.count, Count([SOURCES, *(plan.name for plan in plans), ROWS, SPLITS]))
     if listed.note:
         say(listed.note)
     with connect(None, local_cpus=slots(plans)) as session:
@@ -105,6 +108,10 @@ def build_dataset(
             _write(run, writers, summary, shares, () if quiet else (bar,))
         tokens, cost = _saved(account)
     summary.seconds = time.monotonic() - began
+    write_funnel(summary.count.funnel(), out)
+    summary.notes += [
+        f"no row went to {name}: its share of the videos is too small" for name in names if not summary.rows[name]
+    ]
     if not summary.whole:
         area.write(EARLY, digest_of(plan), {"videos": summary.videos})
         summary.notes.append(
@@ -273,8 +280,9 @@ def _write(run: _Run, writers: RowWriters, summary: Summary, shares: Mapping[str
                 else:
                     pairs.append(pair)
             split = splitter.assign(video)
+            video.pairs = pairs if split is not None else []
             summary.add(video, travel.spent)
-            if pairs and split is not None:
+            if split is not None and pairs:
                 writers.add(split, video, pairs)
                 summary.rows[split] += len(pairs)
             for bar in bars:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from cluster.harmless import printable
 from pipeline.data.build.asking import Spent
+from pipeline.data.build.funnel import Count
 from pipeline.data.build.video import Video
 from pipeline.support.location import Uri
 
@@ -21,7 +22,8 @@ class Summary:
     """Sums over the videos of a build, in their order; nothing of a single video is kept."""
 
     out: Path | Uri
-    total: int = 0  # source videos
+    total: int  # source videos
+    count: Count  # of what was lost, for the funnel
     videos: int = 0  # that went through all stages
     rows: Counter[str] = field(default_factory=Counter)  # by split
     lost: Counter[tuple[str, str, str]] = field(
@@ -36,6 +38,7 @@ class Summary:
     def add(self, video: Video, spent: Mapping[str, Mapping[str, Any]]) -> None:
         """Count a video and what was spent on it."""
         self.videos += 1
+        self.count.add(video)
         for lost in video.lost:
             key = (lost.stage, lost.what.partition(" ")[0], lost.reason)
             self.lost[key] += 1
