@@ -109,7 +109,7 @@ class _State:
 
 @dataclass
 class Asker:
-    """Asks one model for one stage. ``name``: of the model in the recipe; ``threads``: asks at a time of this worker."""
+    """Asks one model for one stage. ``name``: of the model in the recipe; ``threads``: asks at a time, of all threads that call."""
 
     stage: str
     name: str
@@ -121,6 +121,9 @@ class Asker:
     meter: Meter | None = None
     endpoint: Endpoint | None = None
     _local: threading.local = field(default_factory=threading.local, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._turns = threading.BoundedSemaphore(self.threads)
 
     def setup(self) -> None:
         """Open the connection; raises ConfigError where the key is missing on this node."""
@@ -216,12 +219,13 @@ class Asker:
 
     def _sent(self, key: str, ask: Ask) -> Reply | AskFailedError:
         assert self.endpoint is not None
-        if self.meter is not None and not self.meter.allows():
-            raise BudgetSpentError
-        try:
-            reply = self.endpoint.send(body_of(ask, self.model, self.area, self.limits))
-        except AskFailedError as error:
-            return error
+        with self._turns:
+            if self.meter is not None and not self.meter.allows():
+                raise BudgetSpentError
+            try:
+                reply = self.endpoint.send(body_of(ask, self.model, self.area, self.limits))
+            except AskFailedError as error:
+                return error
         self.area.write(ASKS, key, asdict(reply))
         if self.meter is not None:
             self.meter.add(reply.tokens_in + reply.tokens_out, self.model.cost(reply.tokens_in, reply.tokens_out))

@@ -67,6 +67,12 @@ class StageSection(Section):
     cpus: float = Field(1.0, ge=0, description="CPUs of a worker.", json_schema_extra=FREE)
     gpus: float = Field(0.0, ge=0, description="GPUs of a worker.", json_schema_extra=FREE)
     batch: Positive = Field(1, description="Videos that a worker is given at a time.", json_schema_extra=FREE)
+    threads: Positive = Field(
+        1,
+        description="Calls that a worker has under way at a time, for stages that wait for something else. A stage that asks a model "
+        "has its share of the model's concurrency instead.",
+        json_schema_extra=FREE,
+    )
     settings: dict[str, Any] = Field(
         {}, description="The stage's own settings; in a recipe they stand beside the keys above."
     )

@@ -237,7 +237,7 @@ class _Run:
             build,
             model_name=plan.model or "",
             model=model,
-            threads=max(1, model.concurrency // asking) if model is not None else 1,
+            threads=max(1, model.concurrency // asking) if model is not None else plan.section.threads,
             meter=meter,
             last=plan is self.plans[-1],
         )

@@ -62,7 +62,9 @@ def pipeline(sources: Sources, tasks: Sequence[tuple[StagePlan, Task]], first: i
             fn_constructor_kwargs={"task": task},
             batch_size=section.batch,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=section.workers),
+            compute=ray.data.ActorPoolStrategy(
+                size=section.workers, max_concurrent_calls_per_actor=task.threads, enable_true_multi_threading=True
+            ),
             num_cpus=section.cpus,
             num_gpus=section.gpus or None,
         )

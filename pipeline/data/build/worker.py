@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -184,11 +183,7 @@ class StageWorker:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Take each video of ``block`` through the stage."""
-        travels = travels_of(block)
-        if self.task.threads > 1 and len(travels) > 1:
-            with ThreadPoolExecutor(min(self.task.threads, len(travels))) as pool:
-                return table_of(list(pool.map(self.pass_on, travels)))
-        return table_of([self.pass_on(travel) for travel in travels])
+        return table_of([self.pass_on(travel) for travel in travels_of(block)])
 
     def pass_on(self, travel: Travel) -> Travel:
         """Return ``travel`` behind the stage."""

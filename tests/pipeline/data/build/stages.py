@@ -111,3 +111,27 @@ class Nap:
         low, high = self.settings.shortest, self.settings.longest
         time.sleep(low + (high - low) * (video.order * 7919 % 101) / 100)
         return video
+
+
+class Ready:
+    """Makes rows of two small clips that it does not cut, the same for all videos."""
+
+    class Settings(Section):
+        """Rows of a video."""
+
+        rows: int = 10
+
+    def __init__(self, *, settings: Settings, build: Build) -> None:
+        self.settings, self.build = settings, build
+        self.stored: list[str] = []
+
+    def setup(self) -> None:
+        """Store the two clips."""
+        frames = np.zeros((2, 16, 16, 3), np.uint8)
+        self.stored = [self.build.store.put(encode_mp4(frames + shade, 2.0, near_lossless=False)) for shade in (40, 90)]
+
+    def __call__(self, video: Video) -> Video:
+        video.clips = [Clip(place, place, place + 1.0, stored=name) for place, name in enumerate(self.stored)]
+        words = {"question": "What comes now?", "caption": f"Something of {video.name}."}
+        video.pairs = [Pair(0, 1, "predictive", number, **words) for number in range(self.settings.rows)]
+        return video
