@@ -3,8 +3,8 @@
     python -m tests.benchmarks.build_scale efficiency   # 64 logical workers that sleep, against the slowest stage alone
     python -m tests.benchmarks.build_scale memory       # peak memory of the driver, 1,000 and 100,000 rows
 
-Prints JSON. Efficiency is taken over the last three quarters of the videos: the seconds that the slowest stage's workers would need for them
-alone, over the seconds that they took.
+Prints JSON. Efficiency is taken over the last three quarters of the videos: the seconds that the slowest stage's workers would
+need for them alone, over the seconds that they took.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ def efficiency(videos: int) -> dict[str, Any]:
         }
         recipe = parse_section(Recipe, {"sources": {"videos": Path(folder) / "videos"}, "stages": stages}, "scale")
         plans, area = plan_stages(recipe), WorkArea(Path(folder) / AREA)
-        listed = running._list_sources(recipe, area)
+        listed = running.list_sources(recipe)
+        running.write_sources(recipe, area)
         with running.connect(None, local_cpus=slots(plans)):
-            run = running._Run(
+            run = running.Run(
                 recipe, plans, area, recipe_identity(recipe, plans), listed.count, ActorMeter(None, False)
             )
             times, orders = [], []

@@ -42,8 +42,8 @@ EARLY = "early"  # kind in the work area: a build that a budget ended, whose sha
 
 
 @dataclass(frozen=True)
-class _Listed:
-    """The sources as they are in the work area."""
+class Listed:
+    """The sources of a build."""
 
     count: int
     digest: str
@@ -75,7 +75,7 @@ def build_dataset(
     models = ready_models(recipe.models, _shown(plans), say)
     recipe = recipe.model_copy(update={"models": models})
     identity = recipe_identity(recipe, plans)
-    listed = _list_sources(recipe, area)
+    listed = list_sources(recipe)
     plan = {
         "command": "data build",
         "recipe": identity,
@@ -91,13 +91,14 @@ def build_dataset(
     summary = Summary(out, listed.count, Count([SOURCES, *(plan.name for plan in plans), ROWS, SPLITS]))
     if listed.note:
         say(listed.note)
+    write_sources(recipe, area)
     with connect(None, local_cpus=slots(plans)) as session:
         total = session.view().total()
         require_room(plans, total.get("CPU", 0.0), total.get("GPU", 0.0))
         budget = recipe.budget
         account = start_account(area, budget.max_tokens_total, budget.max_cost)
         meter = ActorMeter(account, bounded=(budget.max_tokens_total, budget.max_cost) != (None, None))
-        run = _Run(recipe, plans, area, identity, listed.count, meter)
+        run = Run(recipe, plans, area, identity, listed.count, meter)
         _clear_early(out, names, plan, area)
         with (
             RowWriters(out, names, plan, area, rows_per_shard) as writers,
@@ -118,8 +119,10 @@ def build_dataset(
             f"the budget is spent ({tokens} tokens, cost {cost:.4f}): {listed.count - summary.videos} videos are not done. The same "
             "command with a larger budget goes on, and asks nothing twice"
         )
-    elif sum(summary.rows.values()) and not keep_work:
-        area.forget()
+    elif sum(summary.rows.values()):
+        area.write(EARLY, digest_of(plan), {})
+        if not keep_work:
+            area.forget()
     if not quiet:
         summary.print(console)
     if not sum(summary.rows.values()):
@@ -174,26 +177,32 @@ def _checked(splits: Mapping[str, float]) -> dict[str, float]:
     return dict(splits)
 
 
-def _list_sources(recipe: Recipe, area: WorkArea) -> _Listed:
-    """Write the sources into the work area, some to a file, and return what is known of them."""
+def _chunks(recipe: Recipe) -> Iterator[list[Video]]:
+    """Yield the sources, some at a time; raises DataError where there is none."""
     sources = recipe.sources
     if sources.annotations:
         videos = annotated_videos(sources.annotations, sources.videos)
     else:
         videos = unannotated_videos(sources.videos, sources.listed)
+    while chunk := list(itertools.islice(videos, CHUNK)):
+        yield chunk
+
+
+def list_sources(recipe: Recipe) -> Listed:
+    """Return what is known of the sources before one is opened."""
     count, digest, lost = 0, "", []
-    for number in itertools.count():
-        chunk = list(itertools.islice(videos, CHUNK))
-        if not chunk:
-            break
+    for chunk in _chunks(recipe):
         lost += [video for video in chunk if video.lost]
-        values = [video_to_json(video) for video in chunk]
-        digest = digest_of(digest, values, [_size(sources.videos, video) for video in chunk])
-        area.write(SOURCES, Sources.key(number), values)
+        sizes = [_size(recipe.sources.videos, video) for video in chunk]
+        digest = digest_of(digest, [video_to_json(video) for video in chunk], sizes)
         count += len(chunk)
-    if not count:
-        raise DataError(f"there is no video in {sources.videos}")
-    return _Listed(count, digest, missing(lost))
+    return Listed(count, digest, missing(lost))
+
+
+def write_sources(recipe: Recipe, area: WorkArea) -> None:
+    """Write the sources into the work area, some to a file, for the workers."""
+    for number, chunk in enumerate(_chunks(recipe)):
+        area.write(SOURCES, Sources.key(number), [video_to_json(video) for video in chunk])
 
 
 def _size(root: Path, video: Video) -> int:
@@ -214,7 +223,7 @@ def _clear_early(out: Path | Uri, names: Sequence[str], plan: Mapping[str, Any],
             remove(out / name / COMPLETE)
 
 
-class _Run:
+class Run:
     """The videos of a build behind all stages, in their order."""
 
     def __init__(
@@ -265,7 +274,7 @@ class _Run:
             yield from travels
 
 
-def _write(run: _Run, writers: RowWriters, summary: Summary, shares: Mapping[str, float], bars: Sequence[Any]) -> None:
+def _write(run: Run, writers: RowWriters, summary: Summary, shares: Mapping[str, float], bars: Sequence[Any]) -> None:
     splitter = Splitter(shares, run.recipe.seed)
     with closing(run.videos()) as travels:  # type: ignore[type-var]
         for travel in require_order(travels):
