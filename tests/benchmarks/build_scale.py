@@ -57,7 +57,7 @@ def efficiency(videos: int) -> dict[str, Any]:
         plans, area = plan_stages(recipe), WorkArea(Path(folder) / AREA)
         listed = running.list_sources(recipe)
         running.write_sources(recipe, area)
-        with running.connect(None, local_cpus=slots(plans)):
+        with running.connect(None, local_cpus=slots(recipe)):
             run = running.Run(
                 recipe, plans, area, recipe_identity(recipe, plans), listed.count, ActorMeter(None, False)
             )

@@ -23,6 +23,12 @@ from pipeline.data.build.worker import asks_of
 from pipeline.data.reading import VideoLimits
 
 log = logging.getLogger(__name__)
+_ON_CPU = {
+    "enforce_eager": True,
+    "enable_chunked_prefill": False,  # vLLM 0.32 dies of a seeded request that is prefilled in chunks
+    "max_num_batched_tokens": 8192,
+}
+_ENV_ON_CPU = {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 ERROR = "__inference_error__"  # ray.data.llm's column
 
 
@@ -58,11 +64,12 @@ def processor_of(model: ModelSection) -> Any:
     bundle = {"CPU": model.engine.cpus, **({"GPU": model.engine.gpus} if model.engine.gpus else {})}
     config = vLLMEngineProcessorConfig(
         model_source=model.model,
-        engine_kwargs=dict(model.engine.arguments),
+        engine_kwargs={**({} if model.engine.gpus else _ON_CPU), **model.engine.arguments},
         batch_size=model.engine.batch,
         concurrency=model.engine.replicas,
         placement_group_config={"bundles": [bundle]},
         should_continue_on_error=True,
+        runtime_env=None if model.engine.gpus else {"env_vars": _ENV_ON_CPU},
         prepare_multimodal_stage={"enabled": True},
     )
     return build_processor(config, preprocess=_Request(model), postprocess=_reply)

@@ -92,9 +92,9 @@ def build_dataset(
     if listed.note:
         say(listed.note)
     write_sources(recipe, area)
-    with connect(None, local_cpus=slots(plans)) as session:
+    with connect(None, local_cpus=slots(recipe)) as session:
         total = session.view().total()
-        require_room(plans, total.get("CPU", 0.0), total.get("GPU", 0.0))
+        require_room(recipe, total.get("CPU", 0.0), total.get("GPU", 0.0))
         budget = recipe.budget
         account = start_account(area, budget.max_tokens_total, budget.max_cost)
         meter = ActorMeter(account, bounded=(budget.max_tokens_total, budget.max_cost) != (None, None))

@@ -7,33 +7,44 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Generator, Sequence
 from typing import Any
 
 from cluster.errors import PlacementError
-from pipeline.data.build.recipe import StagePlan
+from pipeline.data.build.recipe import Recipe, StagePlan
 from pipeline.data.build.worker import FATAL, Sources, StageWorker, Task, Travel, travels_of
 
 SPARE_CPUS = 1  # for the task that reads sources
 TASK_CPUS = 0.5
+ENGINE_CPUS = 6  # of the tasks around an engine: what waits, pictures, template, tokens in, tokens out, what is kept
 AHEAD = 256 << 20  # bytes between the stages; a video is some kilobytes of JSON
 PREFETCH = 2
 
 
-def require_room(plans: Sequence[StagePlan], cpus: float, gpus: float) -> None:
-    """Raise PlacementError where the workers of all stages do not fit beside each other into the cluster."""
-    needed = sum(plan.section.workers * plan.section.cpus for plan in plans) + TASK_CPUS
-    needed_gpus = sum(plan.section.workers * plan.section.gpus for plan in plans)
+def require_room(recipe: Recipe, cpus: float, gpus: float) -> None:
+    """Raise PlacementError where the workers of all stages, and the engines, do not fit beside each other into the cluster."""
+    needed, needed_gpus = room(recipe)
     if needed > cpus or needed_gpus > gpus:
         raise PlacementError(
-            f"the stages' workers ask for {needed:g} CPUs and {needed_gpus:g} GPUs, and the cluster has {cpus:g} and {gpus:g}: "
-            "lower workers, cpus or gpus of the stages"
+            f"the stages' workers and engines ask for {needed:g} CPUs and {needed_gpus:g} GPUs, and the cluster has {cpus:g} and "
+            f"{gpus:g}: lower workers, cpus or gpus of the stages, or replicas of the engines"
         )
 
 
-def slots(plans: Sequence[StagePlan]) -> int:
-    """Return the CPU slots that an embedded cluster needs for all workers."""
-    return math.ceil(sum(plan.section.workers * plan.section.cpus for plan in plans)) + SPARE_CPUS
+def room(recipe: Recipe) -> tuple[float, float]:
+    """Return the CPUs and GPUs of all workers and engines together."""
+    stages = recipe.stages.values()
+    engines = [model.engine for model in recipe.models.values() if model.engine is not None]
+    cpus = sum(stage.workers * stage.cpus for stage in stages) + TASK_CPUS
+    cpus += sum(engine.replicas * engine.cpus for engine in engines) + ENGINE_CPUS * bool(engines)
+    gpus = sum(stage.workers * stage.gpus for stage in stages) + sum(each.replicas * each.gpus for each in engines)
+    return cpus, gpus
+
+
+def slots(recipe: Recipe) -> int:
+    """Return the CPU slots that an embedded cluster needs; no fewer than it has by itself."""
+    return max(4 * (os.cpu_count() or 1), math.ceil(room(recipe)[0]) + SPARE_CPUS)
 
 
 def pipeline(sources: Sources, tasks: Sequence[tuple[StagePlan, Task]], first: int, count: int) -> Any:

@@ -18,9 +18,6 @@ pytestmark = [pytest.mark.chaos, pytest.mark.vllm, pytest.mark.usefixtures("ray_
 THINKER = Path(pipeline.__file__).parent / "assets" / "tiny" / "vlm"
 ARGUMENTS = {
     "max_model_len": 4096,
-    "max_num_batched_tokens": 4096,
-    "enable_chunked_prefill": False,  # on a CPU, vLLM dies of a seeded request that is prefilled in chunks
-    "enforce_eager": True,
     "dtype": "float32",
     "kv_cache_memory_bytes": 256 << 20,
     "limit_mm_per_prompt": {"image": 4, "video": 0},
