@@ -62,7 +62,7 @@ def data_inspect(
 ) -> None:
     """Print counts, shares and sizes, whether the dataset is whole, and write a contact sheet.
 
-    A set that `vans data build` made comes with a picture of what that lost, by stage and reason.
+    A set that was built from raw video comes with a picture of what the build lost, by stage and reason.
 
     Exit code 1 where training would refuse the folder.
 

@@ -31,6 +31,7 @@ def test_the_row_runs(name: str) -> None:
     "name",
     [
         "data_input",
+        "footage",
         "vlm_pool",
         "vlm_pool.measure_transformers",
         "vdm_pool",
