@@ -37,9 +37,11 @@ __all__ = [
     "VideoInfo",
     "VideoLimits",
     "decode_budget",
+    "decode_scaled",
     "decode_timed",
     "decode_video",
     "encode_mp4",
+    "pace_of",
     "probe",
 ]
 
@@ -146,7 +148,31 @@ def decode_timed(
     def fit(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
         return fitted(frame, height, width, stream, limits.max_pixels)
 
-    return _decoded(source, num_frames, fit, limits, part_of(source, limits, start, end))
+    return _decoded(source, lambda times: num_frames, fit, limits, part_of(source, limits, start, end))
+
+
+def decode_scaled(
+    source: Source,
+    size: Callable[[int, int], tuple[int, int]],
+    count: Callable[[np.ndarray], int],
+    limits: VideoLimits | None = None,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+) -> tuple[np.ndarray, float]:
+    """Return the frames of :func:`decode_timed`, whose number and size depend on the video, and their seconds.
+
+    ``size``: the (height, width) as shown → those that are wanted. ``count``: the times of all frames (s, ascending) → how many
+    are wanted, at least 1. It reads a video as often as :func:`decode_timed` does, where a :func:`probe` before would double that.
+    """
+    limits = limits or VideoLimits()
+    wanted: list[tuple[int, int]] = []
+
+    def fit(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
+        wanted[:] = wanted or [size(*shown_size(frame, stream))]  # the first picture's, for all of them
+        return fitted(frame, *wanted[0], stream, limits.max_pixels)
+
+    return _decoded(source, count, fit, limits, part_of(source, limits, start, end))
 
 
 def decode_budget(
@@ -160,10 +186,12 @@ def decode_budget(
         size[:] = size or [budget.size(*shown_size(frame, stream))]  # the first picture's, for all of them
         return stretched(frame, *size[0])
 
-    return _decoded(source, num_frames, fit, limits, part_of(source, limits, None, None))
+    return _decoded(source, lambda times: num_frames, fit, limits, part_of(source, limits, None, None))
 
 
-def _decoded(source: Source, num_frames: int, fit: Fit, limits: VideoLimits, part: Part) -> tuple[np.ndarray, float]:
+def _decoded(
+    source: Source, count: Callable[[np.ndarray], int], fit: Fit, limits: VideoLimits, part: Part
+) -> tuple[np.ndarray, float]:
     with opened(source, limits) as (container, stream):
         promised = packet_times(container, stream, part, limits)
     times = promised
@@ -173,7 +201,8 @@ def _decoded(source: Source, num_frames: int, fit: Fit, limits: VideoLimits, par
         if times is None:
             wanted = np.empty(0)
         else:
-            wanted = np.linspace(times[0], times[-1], num_frames) if num_frames > 1 else times[-1:]
+            number = count(times)
+            wanted = np.linspace(times[0], times[-1], number) if number > 1 else times[-1:]
         out, found = _filled(source, limits, part, wanted, fit)
         if times is not None and np.allclose(found[[0, -1]], times[[0, -1]], rtol=0, atol=TIME_TOLERANCE_S):
             return out, float(found[-1] - found[0])
@@ -260,10 +289,10 @@ def probe(
     # N frames show N intervals; the last one's length is taken to be the mean of the others.
     seconds = span * len(times) / (len(times) - 1) if len(times) > 1 else 0.0
     fps = len(times) / seconds if seconds > 0 else 0.0
-    return VideoInfo(width, height, len(times), seconds, fps, codec, form, laid.rotation, laid.mirrored, _pace(times))
+    return VideoInfo(width, height, len(times), seconds, fps, codec, form, laid.rotation, laid.mirrored, pace_of(times))
 
 
-def _pace(times: np.ndarray) -> float:
+def pace_of(times: np.ndarray) -> float:
     """Return frames per second over the intervals that are no pauses: at most one and a half times the median."""
     intervals = np.diff(times)
     intervals = intervals[intervals > 0]

@@ -16,7 +16,7 @@ from pipeline.data.build.hashes import common_hash, frame_hashes
 from pipeline.data.build.video import Build, Clip, Lost, Video
 from pipeline.data.importers.clips import ClipSpec, confined, copy_clip
 from pipeline.data.reading import Source
-from pipeline.data.video import decode_timed, probe
+from pipeline.data.video import decode_scaled
 
 HASHED_FPS = 8.0
 """Frames a second that are hashed: a clip that was cut elsewhere then has a frame near each of another's, in fast motion too."""
@@ -40,12 +40,16 @@ def clip_frames(
 def _sampled(
     source: Source, start: float | None, end: float | None, build: Build, fps: float, most: int, side: int
 ) -> tuple[np.ndarray, float]:
-    info = probe(source, build.limits, start=start, end=end)
-    scale = min(1.0, side / max(info.width, info.height))
-    height, width = (max(1, round(length * scale)) for length in (info.height, info.width))
-    count = max(1, min(most, info.frames, round(info.seconds * fps)))
-    frames, seconds = decode_timed(source, count, height, width, build.limits, start=start, end=end)
-    return frames, (count - 1) / seconds if seconds > 0 else fps
+    def scaled(height: int, width: int) -> tuple[int, int]:
+        scale = min(1.0, side / max(height, width))
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def count(times: np.ndarray) -> int:
+        seconds = float(times[-1] - times[0]) * len(times) / max(1, len(times) - 1)  # the last one is on screen, too
+        return max(1, min(most, len(times), round(seconds * fps)))
+
+    frames, seconds = decode_scaled(source, scaled, count, build.limits, start=start, end=end)
+    return frames, (len(frames) - 1) / seconds if seconds > 0 else fps
 
 
 def note_hashes(clip: Clip, frames: np.ndarray, fps: float) -> None:

@@ -13,9 +13,10 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import av
+import numpy as np
 
 from cluster.errors import DataError
-from pipeline.data.video import VideoInfo, VideoLimits, decode_timed, decode_video, encode_mp4, probe
+from pipeline.data.video import VideoInfo, VideoLimits, decode_scaled, decode_video, encode_mp4, pace_of, probe
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,20 @@ def load_clip(root: Path, span: Span, spec: ClipSpec | None = None) -> tuple[byt
 
 def copy_clip(path: Path, start: float | None, end: float | None, spec: ClipSpec) -> bytes:
     """Return the part [start, end) of ``path`` as mp4 bytes of constant frame rate, upright, within ``spec``."""
-    info = probe(path, spec.limits, start=start, end=end)
-    scale = min(1.0, spec.max_side / max(info.width, info.height))
-    # Even sizes, because copies are yuv420p: small, and played everywhere.
-    width, height = (max(2, 2 * round(side * scale / 2)) for side in (info.width, info.height))
-    # A clip with pauses is copied at the pace of its other frames, or these would be thinned out by the pauses' length.
-    # Frames are spread from the first to the last one, so that n of them show n - 1 intervals.
-    span = info.seconds * (info.frames - 1) / info.frames
-    count = min(spec.max_frames, round(span * min(spec.max_fps, info.pace)) + 1)
-    frames, seconds = decode_timed(path, count, height, width, spec.limits, start=start, end=end)
-    fps = (count - 1) / seconds if count > 1 and seconds > 0 else 1.0
+
+    def size(height: int, width: int) -> tuple[int, int]:
+        scale = min(1.0, spec.max_side / max(width, height))
+        # Even sizes, because copies are yuv420p: small, and played everywhere.
+        return max(2, 2 * round(height * scale / 2)), max(2, 2 * round(width * scale / 2))
+
+    def count(times: np.ndarray) -> int:
+        # A clip with pauses is copied at the pace of its other frames, or these would be thinned out by the pauses' length.
+        # Frames are spread from the first to the last one, so that n of them show n - 1 intervals.
+        span = float(times[-1] - times[0])
+        return min(spec.max_frames, round(span * min(spec.max_fps, pace_of(times))) + 1)
+
+    frames, seconds = decode_scaled(path, size, count, spec.limits, start=start, end=end)
+    fps = (len(frames) - 1) / seconds if len(frames) > 1 and seconds > 0 else 1.0
     return encode_mp4(frames, fps, near_lossless=False)
 
 
