@@ -238,7 +238,10 @@ def _start_embedded(cpus: int | None, gpus: int | None, object_store_mib: int, o
             f"{temporary} (TMPDIR, RAY_TMPDIR) is too long a name for the sockets that Ray makes below it: set RAY_TMPDIR to a "
             f"folder of at most {LONGEST_TEMPORARY} bytes"
         )
-    with _loopback(), environment({"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": niceness}):
+    # An environment that pip cannot build is not built better the next time, and each time copies gigabytes.
+    tries = os.environ.get("RUNTIME_ENV_RETRY_TIMES", "1")
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": niceness, "RUNTIME_ENV_RETRY_TIMES": tries}
+    with _loopback(), environment(settings):
         _private_token()
         for again in (True, False):
             try:

@@ -160,7 +160,9 @@ def plan(
     from pipeline.plan.report import as_json as values
     from pipeline.plan.search import pareto
     from pipeline.plan.search import search as ways
+    from pipeline.support.importing import working_directory_importable
 
+    working_directory_importable()  # a reward with a model says how large it is
     run, hardware = load_config(config, overrides or []), parse_gpus(gpus)
     rates = rates_of(hardware, card, tflops=tflops)
     models, recorded = load_models(run), read_run(measured, run) if measured else None

@@ -19,6 +19,10 @@ _Positive = Annotated[int, Field(gt=0)]
 _Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 _Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists only
 
+CONSTANT = 1e-9
+"""Largest standard deviation of a component that is the same for all answers but for rounding."""
+CONSTANT_ALARM = "constant."
+
 SMALL = 1e-3
 """Added to both sides of the ratio to the first steps: what was next to nothing then has no meaningful ratio."""
 
@@ -57,6 +61,10 @@ class AlarmSettings(BaseModel):
     )
     anchors_below: _Fraction | None = Field(0.2, description="Share of anchor captions that pass the filter (stage 2).")
     zero_std_above: _Fraction | None = Field(0.75, description="Share of groups whose rewards are all equal.")
+    constant_after: _Positive | None = Field(
+        10,
+        description="Steps in a row in which a reward component is the same for all answers, from which on that is an alarm.",
+    )
     first_steps: _Positive = Field(5, description="Steps of a stage from which drifts are measured.")
     patience: _Positive = Field(
         2, description="Steps in a row beyond a threshold that begin an alarm, or within it that end it."
@@ -160,11 +168,13 @@ def judge(
     settings: AlarmSettings,
     correlations: Mapping[tuple[str, str], float] | None = None,
     first: Mapping[str, float] | None = None,
+    spreads: Mapping[str, float] | None = None,
 ) -> dict[str, str]:
     """Return alarm → what is wrong, in words, for one step's (or one system's) mean signs; what is missing is not judged.
 
     ``correlations``: pair of reward components → Pearson's r. ``first``: the drifting signs in the run's first steps;
-    without it sharpness and saturation are judged against ground truth, and length and entropy not at all.
+    without it sharpness and saturation are judged against ground truth, and length and entropy not at all. ``spreads``: reward
+    component → its standard deviation over the step's answers.
     """
     base, origin = ("ground truth", GROUND_TRUTH) if first is None else ("the run's first steps", first)
     found: dict[str, str] = {}
@@ -183,6 +193,11 @@ def judge(
     for (a, b), r in (correlations or {}).items():
         if threshold is not None and r < threshold:
             found[f"correlation.{a}.{b}"] = f"correlation: {a} and {b} correlate by {r:.2f} (alarm below {threshold:g})"
+    for name, spread in (spreads or {}).items():
+        if settings.constant_after is not None and spread <= CONSTANT:
+            found[f"{CONSTANT_ALARM}{name}"] = (
+                f"constant: {name} has been the same for all answers of {settings.constant_after} steps, so nothing is learnt from it"
+            )
     return found
 
 
@@ -240,17 +255,19 @@ def watch(
     signs: Mapping[str, float],
     settings: AlarmSettings,
     correlations: Mapping[tuple[str, str], float] | None = None,
+    spreads: Mapping[str, float] | None = None,
 ) -> Watched:
     """Judge one ``step`` of a run.
 
-    A sign beyond its threshold for ``patience`` steps in a row begins an alarm, as many steps within it end it. Drifts
+    A sign beyond its threshold for ``patience`` steps in a row begins an alarm, as many steps within it end it; a component without
+    a spread begins one after ``constant_after`` steps. Drifts
     are judged from the step after the sign's first ``first_steps`` values on, against their mean. A sign that is
     missing or not finite counts as within its threshold.
     """
     signs = {name: value for name, value in signs.items() if math.isfinite(value)}
     drifting = [rule.sign for rule in _RULES if rule.drift and rule.sign in signs]
     known = {n: math.fsum(v) / len(v) for n, v in state.first.items() if len(v) >= settings.first_steps}
-    found = judge(signs, settings, correlations, known)
+    found = judge(signs, settings, correlations, known, spreads)
     first = state.first | {n: (*state.first.get(n, ()), signs[n]) for n in drifting if n not in known}
     began: dict[str, str] = {}
     ended: dict[str, int] = {}
@@ -259,7 +276,7 @@ def watch(
         old = state.streaks.get(name, Streak())
         if name in found:
             new = replace(old, over=old.over + 1, quiet=0)
-            if new.since is None and new.over >= settings.patience:
+            if new.since is None and new.over >= _patience(name, settings):
                 new, began[name] = replace(new, since=step), found[name]
         else:
             new = replace(old, over=0, quiet=old.quiet + 1)
@@ -269,8 +286,22 @@ def watch(
                 continue
         streaks[name] = new
     limit = settings.stop_after
-    lasting = {name: found[name] for name, streak in streaks.items() if limit and streak.over >= limit}
+    lasting = {
+        name: found[name]
+        for name, streak in streaks.items()
+        if limit and streak.over >= limit and streak.over >= _least(name, settings)
+    }
     return Watched(AlarmState(first, streaks), began, ended, lasting)
+
+
+def _patience(name: str, settings: AlarmSettings) -> int:
+    """Return how many steps in a row begin the alarm ``name``."""
+    return max(settings.patience, _least(name, settings))
+
+
+def _least(name: str, settings: AlarmSettings) -> int:
+    """Return how many steps in a row the sentence of the alarm ``name`` speaks of."""
+    return (settings.constant_after or 1) if name.startswith(CONSTANT_ALARM) else 1
 
 
 def _span(low: float | None, high: float | None) -> str:

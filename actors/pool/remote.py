@@ -7,6 +7,7 @@ This is the only place where Ray's exceptions are told apart. Nothing here retri
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -147,7 +148,7 @@ def translate(error: RayError) -> Exception:
             return WorkerRaised(Failure("bug", f"the constructor raised {last}", str(error)))
         return WorkerGone(_short(str(error)))
     if isinstance(error, RuntimeEnvSetupError):  # it would fail on every node, each time after minutes
-        told = f"its environment cannot be built: {_last_lines(str(error))}"
+        told = f"its environment cannot be built:{_last_lines(str(error))}"
         return WorkerRaised(Failure("bug", told, str(error)), for_people=True)
     if isinstance(error, ActorUnavailableError):
         return WorkerUnreachable(_short(str(error)))
@@ -168,9 +169,9 @@ def _short(text: str) -> str:
 
 
 def _last_lines(text: str, count: int = 12) -> str:
-    """Return the last lines of what an installer wrote, without those that say nothing."""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    return "\n  ".join(lines[-count:])
+    """Return the last lines of what an installer wrote, where Ray quotes it, else of ``text``."""
+    said = re.split(r"Last \d+ lines of stdout:", text)[-1]
+    return "".join(f"\n  {line.strip()}" for line in [line for line in said.splitlines() if line.strip()][-count:])
 
 
 def _overdue(who: str, what: str, timeout_s: float, hint: str) -> WorkerTimeoutError:

@@ -155,7 +155,7 @@ def _cached(
         part = names[start : start + batch]
         for key, value in zip(part, make([missing[key] for key in part]), strict=True):
             found[key] = cache.put(key, np.array(value))
-    return [value for key in keys if (value := found[key]) is not None]
+    return [kept for key in keys if (kept := found[key]) is not None]
 
 
 def _config(path: str) -> Any:

@@ -34,6 +34,10 @@ class EnvironmentSection(Section):
 
     @model_validator(mode="after")
     def _one(self) -> EnvironmentSection:
+        if self.python is not None and not self.python.startswith("/"):
+            raise ValueError(
+                f"python={self.python!r}: an absolute path, the same on each node; Ray runs it as it stands"
+            )
         if self.pip and self.python is not None:
             raise ValueError(
                 f"pip={self.pip} with python={self.python}: one environment; install the packages into that Python"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from actors.architectures import cost as costs
@@ -9,10 +10,11 @@ from actors.scoring.components import TEXT_ONLY
 from cluster.hardware import Rates
 from pipeline.config import RunConfig
 from pipeline.config.stages import RenderSection, RolloutSection, Stage1Section, Stage2Section, StageSection
+from pipeline.fleet.rewards import reward_models
 from pipeline.plan.balance import Demand, StageDemand
 from pipeline.plan.measured import Measured
 from pipeline.plan.memory import completions_of_a_row
-from pipeline.plan.models import BYTES, CAPTION_TOKENS, Models
+from pipeline.plan.models import BYTES, CAPTION_TOKENS, Models, score_of
 
 PUBLISH_BANDWIDTH = 10e9
 """Assumed bytes per second of whole models on their way to the pools; an adapter takes no time."""
@@ -42,6 +44,8 @@ def stage_demands(
     for name, section, demands in stages:
         if not section.steps:
             continue
+        also = two.rewards.weights if name == "all_in_one" else {}
+        demands[-1:-1] = count.judge(section.rollout, {*section.rewards.weights, *also})
         publish = count.publish(name)
         if publish is not None:
             demands.append(publish)
@@ -132,6 +136,14 @@ class _Count:
             0.0 if TEXT_ONLY.issuperset(section.rewards.weights) else flops / self.rates.float32,
             source="FLOPs",
         )
+
+    def judge(self, rollout: RolloutSection, weighted: Collection[str]) -> list[Demand]:
+        """Return all answers of a step for each reward with a model that is weighted; how long one takes only a run can say."""
+        return [
+            Demand(score_of(pool), pool, rollout.prompts_per_step * rollout.group_size, 0.0, source="not known")
+            for pool, (component, _) in reward_models(self.config).items()
+            if component in weighted
+        ]
 
     def learn_vlm(self) -> Demand:
         """All completions of a step, once for each epoch; those of a group in one micro-batch read their prompt together."""

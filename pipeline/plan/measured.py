@@ -16,6 +16,8 @@ from typing import Any
 from cluster.errors import ConfigError
 from pipeline.config import RunConfig, flatten, load_config
 from pipeline.control.trace import TRACE_FILE, read_trace
+from pipeline.fleet.rewards import reward_models
+from pipeline.plan.models import score_of
 
 _SAME = (
     "models.",
@@ -84,7 +86,8 @@ def read_run(folder: str | Path, config: RunConfig) -> Measured:
             continue
         section = getattr(its, stage)
         prompts, group = section.rollout.prompts_per_step, section.rollout.group_size
-        for pool, demand in (("vdm", "draw"), ("reward", "score")):
+        judges = [(pool, score_of(pool)) for pool in reward_models(its)]
+        for pool, demand in (("vdm", "draw"), ("reward", "score"), *judges):
             served = per_request(series, pool)
             if served is not None:
                 unit_s[stage, demand], requests = served

@@ -17,6 +17,7 @@ from cluster.hardware import GIB
 from pipeline.config import RunConfig
 from pipeline.fleet.kinds import section_of
 from pipeline.fleet.open import pool_sections
+from pipeline.fleet.rewards import reward_models
 from pipeline.plan.models import BYTES, Models
 
 USABLE = 0.95
@@ -90,13 +91,21 @@ def sampling_bytes(models: Models, clips: int, dtype: str) -> float:
 
 
 def _worker(name: str, config: RunConfig, models: Models, gib: float) -> Process:
-    """Return a worker of the pool ``name``; of one that this module does not know, what every process on a GPU takes."""
+    """Return a worker of the pool ``name``; of one that this module does not know, what every process on a GPU takes.
+
+    Of a reward with a model the weights are counted, where they are known, and no activations.
+    """
     known = {"embed": _embedder, "vdm": _sampler, "reward": _scorer}
     if name == "vlm":
         return _engine(config, models, gib)
     if name in known:
         return known[name](config, models)
-    return Process(name, f"{name} worker", {"CUDA context": CONTEXT}, rests=section_of(config, name).rest)
+    rests, parts = section_of(config, name).rest, {"CUDA context": CONTEXT}
+    count = models.judges.get(name)
+    if isinstance(count, int):
+        _, model = reward_models(config)[name]
+        return Process(name, "reward's model", {"weights": float(count * BYTES[model.dtype]), **parts}, rests=rests)
+    return Process(name, f"{name} worker", parts, rests=rests)
 
 
 def _engine(config: RunConfig, models: Models, gib: float) -> Process:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from actors.architectures import Architecture, architecture
 from actors.architectures import cost as costs
 from actors.records import VideoQuestion
+from actors.scoring.model import load_model
 from actors.vdm.shapes import VdmTokens
 from pipeline.config import RunConfig
+from pipeline.fleet.kinds import kinds_of
 from pipeline.fleet.models import require_drawable, resolve_model
+from pipeline.fleet.rewards import reward_models
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROMPT_TEXT = 128
@@ -33,6 +36,8 @@ class Models:
     parameters: Mapping[tuple[str, str], int]
     prompt: costs.VlmTokens
     clip_tokens: VdmTokens
+    judges: Mapping[str, int | str] = field(default_factory=dict)
+    """Parameters of each reward with a model, by its pool; or why they are not known."""
 
 
 def load_models(config: RunConfig) -> Models:
@@ -65,7 +70,30 @@ def load_models(config: RunConfig) -> Models:
             vdm.shapes.reference_latents(video.conditioning, video.reference_frames),
             one_time=video.conditioning.time == "shared",
         ),
+        judge_parameters(config),
     )
+
+
+def score_of(pool: str) -> str:
+    """Return the name of the demand on the pool of a reward with a model."""
+    return f"score {pool}"
+
+
+def judge_parameters(config: RunConfig) -> dict[str, int | str]:
+    """Return the parameters of each reward with a model, as its class says before it loads any; or why that is not known.
+
+    The class is imported here. One with an environment of its own may not be importable, which is no error.
+    """
+    found: dict[str, int | str] = {}
+    for pool in reward_models(config):
+        arguments = kinds_of(config)[pool].arguments(config)
+        try:
+            count = load_model(arguments["path"], arguments["options"]).parameters()
+        except Exception as error:  # noqa: BLE001 - a user's code; told among the plan's assumptions
+            found[pool] = f"{type(error).__name__}: {error}"
+        else:
+            found[pool] = f"{arguments['path']} does not say its parameters()" if count is None else int(count)
+    return found
 
 
 def prompt_tokens(vlm: Architecture, frames: int, height: int, width: int) -> costs.VlmTokens:

@@ -427,6 +427,9 @@ def _assumptions(config: RunConfig, rates: Rates, models: Models, measured: Meas
         yield f"whole models are published at {PUBLISH_BANDWIDTH / 1e9:g} GB/s"
     if parts := costs.rough(models.vlm):
         yield f"the thinker's {' and '.join(parts)}: two operations for each parameter and token, since no formula of its make is known"
+    for pool, known in models.judges.items():
+        what = "activations and seconds" if isinstance(known, int) else "memory beside the CUDA context, and seconds"
+        yield f"reward {pool}: its {what} are not counted" + ("" if isinstance(known, int) else f" ({known})")
     yield "decoding of input video, the network between ranks and between nodes, and checkpoints are not counted"
     yield (
         f"memory: {CONTEXT / GIB:g} GiB of CUDA context per process, vLLM prefills {VLLM_BATCH_TOKENS} tokens at once, allocators' "

@@ -38,7 +38,11 @@ class AlarmWatch:
         signs = {sign: metrics[name] for sign, names in METRICS_OF.items() for name in names if name in metrics}
         pairs = {(a, b): f"alarm/corr_{a}_{b}" for a, b in combinations(self.components, 2)}
         correlations = {pair: metrics[name] for pair, name in pairs.items() if name in metrics}
-        watched = watch(self.state, step, signs, self.settings, correlations)
+        spreads = {name: metrics[key] for name in self.components if (key := f"reward/{name}_std") in metrics}
+        spreads.pop(
+            "format", None
+        )  # answers that all have the form are what it is for; the alarm `format` sees the other end
+        watched = watch(self.state, step, signs, self.settings, correlations, spreads)
         self.state = watched.state
         return watched
 

@@ -43,6 +43,25 @@ def test_drifts_are_judged_against_the_runs_own_first_steps() -> None:
     assert state.first == {"entropy": (1.0, 2.0, 3.0)}
 
 
+def test_a_component_without_variance_is_an_alarm_after_its_own_patience() -> None:
+    """A judge that always says 10: on from the third step in a row, over after ``patience`` steps of which it tells answers apart."""
+    settings = AlarmSettings(patience=1, constant_after=3, stop_after=2)
+    state, told, lasting = AlarmState(), [], []
+    for step, spread in enumerate((0.0, 0.0, 0.3, 0.0, 1e-12, 0.0, 0.0, 0.3)):
+        watched = watch(state, step, {}, settings, spreads={"judge": spread, "clip_v": 0.1})
+        state = AlarmState.from_json(json.loads(json.dumps(watched.state.to_json())))
+        told += [(step, "on", name) for name in watched.began] + [(step, "off", name) for name in watched.ended]
+        lasting += [step] * bool(watched.lasting)
+    assert told == [(5, "on", "constant.judge"), (7, "off", "constant.judge")]
+    assert lasting == [5, 6], "a run is not stopped for what is no alarm yet"
+    off = settings.model_copy(update={"constant_after": None})
+    assert judge({}, off, spreads={"judge": 0.0}) == {}
+    assert (
+        "judge has been the same for all answers of 3 steps"
+        in judge({}, settings, spreads={"judge": 0.0})["constant.judge"]
+    )
+
+
 def test_without_first_steps_ground_truth_is_the_base() -> None:
     assert judge(HEALTHY, OFF) == {}
     found = judge({"sharpness_ratio": 0.1, "saturation_shift": -0.3, "completion_tokens": 900.0}, OFF)

@@ -84,6 +84,7 @@ def test_what_a_reward_is_binds_a_continuation_and_where_it_runs_does_not() -> N
             "pools.rewards.judge: the run has no reward with a model of that name",
         ),
         ([*JUDGE, "pools.rewards={judge: {env: {pip: [a], python: /x}}}"], "one environment"),
+        ([*JUDGE, "pools.rewards={judge: {env: {python: env/bin/python}}}"], "an absolute path, the same on each node"),
         (
             [*JUDGE, "pools.rewards={judge: {rest: true}}", "stage1.rollout.max_staleness=1"],
             "pools.rewards.judge.rest=true",

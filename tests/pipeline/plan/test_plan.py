@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from actors.architectures import cost
@@ -16,6 +17,7 @@ from cluster.hardware import GIB, parse_gpus, rates_of
 from pipeline.cli import app
 from pipeline.config import RunConfig, load_config
 from pipeline.config.load import parse_config
+from pipeline.fleet.models import resolve_model
 from pipeline.plan import Plan, load_models, make_plan
 from pipeline.plan.memory import CONTEXT, processes
 from pipeline.plan.models import Models
@@ -103,6 +105,33 @@ def test_without_an_embed_pool_each_sampler_holds_the_text_encoder(models: Model
     adapter = cost.lora_parameters(models.vdm, 8)
     assert sampler.parts["weights"] == 2 * (TRANSFORMER + adapter + TEXT_ENCODER) + 4 * VAE
     assert [demand.role for demand in alone.stages[0].demands] == ["vlm", "vdm", "reward", "learner"]
+
+
+def test_a_reward_with_a_model_stands_on_gpus_with_its_weights() -> None:
+    """video_similarity says its parameters before it loads any; a class that says none, or cannot be imported, is told."""
+    here = "tests.actors.scoring.my_judges"
+    texts = [
+        f"models.rewards={{video_similarity: {{model: video_similarity, dtype: bfloat16}}, bright: {{model: '{here}:Brightness'}}, "
+        "away: {model: 'not_installed_here:Judge'}}",
+        "stage2.rewards.weights={clip_v: 1.0, video_similarity: 1.0, bright: 0.1, away: 0.1}",
+        "pools.rewards={video_similarity: {workers: 2, gpus: 0.5}, bright: {gpus: 0.5}}",
+    ]
+    config = real(*texts)
+    found = plan(config, "9x80", load_models(config))
+    kinds = {kind.role: kind for kind in found.processes}
+    stored = load_file(resolve_model("tiny", "video") + "/model.safetensors")
+    assert kinds["video_similarity"].parts == {
+        "weights": 2.0 * sum(tensor.numel() for tensor in stored.values()),
+        "CUDA context": CONTEXT,
+    }
+    assert kinds["bright"].parts == kinds["away"].parts == {"CUDA context": CONTEXT}
+    standing = [member.role for gpu in found.gpus for member in gpu.members]
+    assert standing.count("video_similarity") == 2 and standing.count("bright") == 1
+    told = "\n".join(found.assumptions)
+    assert "reward video_similarity: its activations and seconds are not counted" in told
+    assert "does not say its parameters()" in told and "cannot import 'not_installed_here'" in told
+    scored = [demand for stage in found.stages for demand in stage.demands if demand.role == "video_similarity"]
+    assert [(d.name, d.unit_s) for d in scored] == [("score video_similarity", 0.0)], "stage 2 alone weighs it"
 
 
 def test_seconds_are_flops_over_the_stated_rate(models: Models) -> None:
