@@ -88,7 +88,9 @@ class GreedyTextSection(TextSamplingSection):
 
 
 class RewardsSection(Section):
-    """Component name → weight. A name is built in (see docs/rewards.md) or a dotted path ``module:function``."""
+    """Component name → weight. A name is built in, one of models.rewards, or a dotted path, ``module:function`` or ``module:Class``
+    (docs/rewards.md).
+    """
 
     weights: dict[str, float] = Field(
         default_factory=dict, description="Weights of the components in the total.", json_schema_extra=cite("VANS")
