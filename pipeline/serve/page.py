@@ -106,9 +106,11 @@ class Playground:
             label=TEXTS("vans_questions"), lines=3, elem_id="questions", info=TEXTS("vans_one_a_line")
         )
         compare = gr.Checkbox(False, label=TEXTS("vans_compare"), visible=several, elem_id="compare")
-        with gr.Accordion(TEXTS("vans_settings"), open=False):
+        with gr.Accordion(TEXTS("vans_settings"), open=False, elem_id="settings"):
             seed = gr.Number(0, label=TEXTS("vans_seed"), precision=0, minimum=0)
-            steps = gr.Slider(1, limits.steps, min(defaults.steps, limits.steps), step=1, label=TEXTS("vans_steps"))
+            steps = gr.Slider(
+                1, limits.steps, min(defaults.steps, limits.steps), step=1, label=TEXTS("vans_steps"), elem_id="steps"
+            )
             guidance = gr.Slider(1, limits.guidance, defaults.guidance, step=0.5, label=TEXTS("vans_guidance"))
         return [video, questions, seed, steps, guidance, compare]
 

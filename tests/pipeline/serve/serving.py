@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +59,28 @@ def put(page: Any, clip: bytes | None, *questions: str) -> None:
         page.wait_for_selector("#video video")
     page.fill("#questions textarea", "\n".join(questions))
     page.click("#ask")
+
+
+@contextmanager
+def serving_process(*words: str) -> Iterator[str]:
+    """Run ``vans serve`` with ``words`` in a process of its own and yield its address; stopped as Ctrl-C stops it.
+
+    RuntimeError with what it said where it ends before it has one.
+    """
+    command = [sys.executable, "-m", "pipeline", "serve", "--no-install", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            assert server.stdout is not None
+            said = []
+            for line in server.stdout:
+                said.append(line)
+                if line.startswith("open "):
+                    yield line.split()[1]
+                    return
+            raise RuntimeError("".join(said))
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.communicate(timeout=120)
 
 
 def export_adapter(folder: Path, role: Literal["vlm", "vdm"], size: float) -> None:
