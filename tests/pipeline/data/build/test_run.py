@@ -11,8 +11,8 @@ from cluster.errors import DataError
 from pipeline.cli import app
 from pipeline.data.build.recipe import load_recipe
 from pipeline.data.build.run import build_dataset, list_sources, parse_splits
-from tests.pipeline.data.build.scripted import ScriptedServer
 from tests.pipeline.data.build.stages import write_videos
+from tests.scripted_server import ScriptedServer
 
 ADDRESSES = ["models.writer.base_url=http://127.0.0.1:9/v1", "models.reviewer.base_url=http://127.0.0.1:9/v1"]
 

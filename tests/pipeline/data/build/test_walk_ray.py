@@ -14,7 +14,7 @@ import pytest
 from pipeline.data.folder import open_dataset
 from pipeline.data.real import packaged_clips
 from tests.docs.pages import blocks
-from tests.pipeline.data.build.scripted import ScriptedServer
+from tests.scripted_server import ScriptedServer
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("ray_alone"), pytest.mark.timeout(1800)]
 STEPS = {

@@ -32,8 +32,8 @@ from pipeline.data.build.worker import (
     travels_of,
 )
 from pipeline.data.real import packaged_clips
-from tests.pipeline.data.build.scripted import ScriptedServer
 from tests.pipeline.data.build.stages import Faulty, Pieces, write_videos
+from tests.scripted_server import ScriptedServer
 
 
 def task(root: Path, kind: Any = Pieces, **changed: Any) -> Task:
