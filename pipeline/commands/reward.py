@@ -33,7 +33,7 @@ def check(
 
     Exit code 1 where a promise that a run relies on is broken.
 
-    Examples: `vans reward check my_rewards:redness`, `vans reward check my_rewards:Judge --option steps=4 --device cuda`
+    Examples: `vans reward check my_rewards:redness`, `vans reward check last_frame:LastFrame --option path=FOLDER --device cuda`
     """
     from rich.table import Table
 

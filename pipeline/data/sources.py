@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from actors.records import derive_seed
 from cluster.errors import StorageError
 from pipeline.checkpoint import DataFacts, Inputs, model_digests
 from pipeline.config import RunConfig
 from pipeline.data.source import SampleSource, VideoShape
 from pipeline.data.video import VideoLimits
-from pipeline.fleet.models import Role, resolve_adapter, resolve_model
+from pipeline.fleet.models import resolve_adapter, resolve_model
 
 
 def video_shape(config: RunConfig) -> VideoShape:
@@ -56,11 +58,11 @@ def validation_source(config: RunConfig) -> SampleSource:
 def run_inputs(config: RunConfig, source: SampleSource) -> Inputs:
     """Return what the run of ``config`` learns from. Raises CheckpointError for a model or adapter that is not there."""
     models: dict[str, str | None] = {}
-    roles: tuple[Role, ...] = ("vlm", "vdm", "clip")
-    for role in roles:
+    tuned: tuple[Literal["vlm", "vdm"], ...] = ("vlm", "vdm")
+    for role in tuned:
         models[role] = model = resolve_model(getattr(config.models, role), role)
-        if role != "clip":
-            models[f"{role}_adapter"] = resolve_adapter(getattr(config.models, f"{role}_adapter"), role, model)
+        models[f"{role}_adapter"] = resolve_adapter(getattr(config.models, f"{role}_adapter"), role, model)
+    models["clip"] = resolve_model(config.models.clip, "clip")
     return Inputs(DataFacts(str(source.folder), source.count, source.digest), model_digests(models))
 
 
