@@ -144,6 +144,32 @@ def test_what_needs_no_models_runs_as_it_stands(
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
+def test_the_judge_of_the_tutorial_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny DINOv2 in the place of the real one; a fresh name, since the module is imported."""
+    from actors.scoring.contract import check_reward
+    from pipeline.commands.toy_answers import odd_answers, ordinary_answers
+    from pipeline.fleet.kinds import kinds_of
+    from tests.actors.scoring.encoders import tiny_dino
+
+    files = files_of("docs/tutorials/reward.md")
+    (tmp_path / "judge.yaml").write_text(files["judge.yaml"])
+    config = load_config(tmp_path / "judge.yaml")
+    arguments = kinds_of(config)["judge"].arguments(config)
+    (tmp_path / "my_judge.py").write_text(files["my_judge.py"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tiny_dino(tmp_path / "dino")
+    found = check_reward(
+        arguments["path"],
+        ordinary_answers(),
+        odd_answers(),
+        options={**arguments["options"], "path": str(tmp_path / "dino")},
+        elsewhere=False,
+    )
+    assert {promise.verdict for promise in found} <= {"kept", "weak"} and "loads" in {p.name for p in found}, found
+    assert found[0].verdict == "kept"
+
+
 def test_the_reward_of_the_tutorial_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 

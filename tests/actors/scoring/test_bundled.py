@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    BitImageProcessor,
-    Dinov2Config,
     Dinov2Model,
     TimesformerConfig,
     TimesformerModel,
@@ -39,18 +37,12 @@ from pipeline.fleet.kinds import kinds_of
 from pipeline.fleet.models import resolve_model
 from pipeline.fleet.rewards import BUNDLED
 from rewards.similarity import resample_frames
+from tests.actors.scoring.encoders import IMAGES, MEAN, SIZE, STD, tiny_dino
 
 pytestmark = pytest.mark.slow
 
-FRAMES, SIZE = 4, 32
+FRAMES = 4
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-IMAGES: dict[str, Any] = {
-    "size": {"shortest_edge": SIZE},
-    "crop_size": {"height": SIZE, "width": SIZE},
-    "image_mean": MEAN,
-    "image_std": STD,
-}
 
 
 def build(make: str, folder: Path) -> Any:
@@ -159,13 +151,7 @@ def test_the_bundled_encoder_sees_an_event_and_not_a_picture(options: dict[str, 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dinov2Model]:
     folder = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(0)
-    model = Dinov2Model(
-        Dinov2Config(image_size=SIZE, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-    )
-    model.save_pretrained(folder)
-    BitImageProcessor(**IMAGES).save_pretrained(folder)
-    return folder, model.eval()
+    return folder, tiny_dino(folder)
 
 
 def test_dino_v_is_the_mean_cosine_of_the_library_s_pooled_features(dino: tuple[Path, Dinov2Model]) -> None:
