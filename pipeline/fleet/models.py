@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from actors.failures import BadSampleError
 from actors.learner.settings import LEARNER_SHARES, require_divisor
@@ -15,33 +15,35 @@ if TYPE_CHECKING:  # the sections of the pools, whose rows resolve models, are p
     from pipeline.config import RunConfig
 
 ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
-Role = Literal["vlm", "vdm", "clip", "video", "pictures"]
-_MARKER = {role: "model_index.json" if role == "vdm" else "config.json" for role in get_args(Role)}
+Role = Literal["vlm", "vdm", "clip"]
+Encoder = Literal["video", "pictures"]
+"""Of a reward with a model: what it encodes."""
+_VDM_MARKER, _MARKER = "model_index.json", "config.json"
 
 
-def resolve_model(name: str, role: Role, key: str | None = None) -> str:
+def resolve_model(name: str, role: Role | Encoder, key: str | None = None) -> str:
     """Return the folder or hub name for ``name`` in the place of ``role``, which the configuration has under ``key``.
 
     ``tiny`` is what ``vans pretrain`` has trained and is shipped here. Anything that looks like a path must be a folder
     of the right format. Raises CheckpointError otherwise.
     """
-    key = key or f"models.{role}"
+    key, marker = key or f"models.{role}", _VDM_MARKER if role == "vdm" else _MARKER
     if name == "tiny" and role == "pictures":
         raise CheckpointError(
             f"{key}=tiny: no tiny encoder of pictures comes with this project; give a folder or a hub name"
         )
     if name == "tiny":
         folder = ASSETS / role
-        if not (folder / _MARKER[role]).is_file():
+        if not (folder / marker).is_file():
             raise CheckpointError(
                 f"the bundled tiny {role} is missing at {folder}; make it with: vans pretrain --out {ASSETS}"
             )
         return str(folder)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / _MARKER[role]).is_file():
+        if not (folder / marker).is_file():
             raise CheckpointError(
-                f"{key}={name!r}: this folder has no {_MARKER[role]}, so it is not a {_expected(role)} folder"
+                f"{key}={name!r}: this folder has no {marker}, so it is not a {_expected(role)} folder"
                 + (_adapter_hint(folder, role) or _released_hint(folder))
             )
         return str(folder.resolve())
@@ -137,7 +139,7 @@ def require_shareable(config: RunConfig, key: str) -> None:
     require_divisor(sharers, {"the artist's attention heads": heads, "a clip's tokens": tokens}, key)
 
 
-def _adapter_hint(folder: Path, role: Role) -> str:
+def _adapter_hint(folder: Path, role: Role | Encoder) -> str:
     """Return what to do with a folder that holds an adapter alone; empty for others."""
     missing = [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder / f).is_file()]
     if not missing:
@@ -161,5 +163,5 @@ def _released_hint(path: Path) -> str:
     return ""
 
 
-def _expected(role: Role) -> str:
+def _expected(role: Role | Encoder) -> str:
     return "diffusers pipeline" if role == "vdm" else "transformers model"

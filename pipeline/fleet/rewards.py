@@ -14,7 +14,7 @@ from rewards.custom import is_class
 
 if TYPE_CHECKING:  # the sections of the pools are part of it
     from pipeline.config import RunConfig
-    from pipeline.fleet.models import Role
+    from pipeline.fleet.models import Encoder
 
 BUNDLED: Mapping[str, str] = {
     "video_similarity": "actors.scoring.bundled:VideoSimilarity",
@@ -24,7 +24,7 @@ BUNDLED: Mapping[str, str] = {
 }
 """Rewards with models that come with this project: name → ``module:Class``."""
 
-ENCODERS: Mapping[str, Role] = {BUNDLED["video_similarity"]: "video", BUNDLED["dino_v"]: "pictures"}
+ENCODERS: Mapping[str, Encoder] = {BUNDLED["video_similarity"]: "video", BUNDLED["dino_v"]: "pictures"}
 """Those whose option ``path`` is an encoder's folder or name, and what it encodes."""
 
 
