@@ -22,7 +22,7 @@ from pipeline.evaluate.score import score_predictions
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable, check_compared
 from pipeline.fleet.models import require_drawable
-from pipeline.fleet.open import Fleet, cluster_session, open_fleet
+from pipeline.fleet.open import Fleet, answering, cluster_session, open_fleet
 from pipeline.lock import hold
 from pipeline.support import terminal
 from pipeline.support.location import local_path
@@ -95,7 +95,7 @@ async def _evaluate(
 ) -> EvaluationTable:
     samples = await asyncio.to_thread(load_samples, config)
     systems = dict(read)
-    async with open_fleet(config, only=("reward",) if read else ()) as fleet:
+    async with open_fleet(config, only=("reward",) if read else answering(config)) as fleet:
         if not read:
             systems[PAIR] = await answer_with_progress(config, fleet, samples, console, "answering")
             write_predictions(out / "predictions", systems[PAIR], config.video.fps)

@@ -24,7 +24,7 @@ from cluster.session import Session, connect
 from pipeline.config import RunConfig
 from pipeline.fleet.conditions import Conditions
 from pipeline.fleet.kinds import Kind, kinds_of, runtime_env, section_of
-from pipeline.fleet.rewards import weighted
+from pipeline.fleet.rewards import reward_models, weighted
 from pipeline.fleet.scoring import Scoring
 
 LEARNER = "learner"
@@ -42,6 +42,15 @@ def pool_sections(config: RunConfig) -> dict[str, PoolSection]:
         for name, section in sections.items()
         if section.workers
     }
+
+
+def answering(config: RunConfig) -> tuple[str, ...]:
+    """Return what ``open_fleet`` starts to answer and to measure alone: every pool but those of rewards with models.
+
+    Empty, which is all, where there are none.
+    """
+    judges = reward_models(config)
+    return tuple(name for name in pool_sections(config) if name not in judges) if judges else ()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from cluster.errors import ConfigError
 from pipeline.config import load_config
 from pipeline.config.resume import differences, is_free
 from pipeline.fleet.kinds import key_of, kinds_of, runtime_env, section_of
-from pipeline.fleet.open import placement_plan, pool_sections
+from pipeline.fleet.open import answering, placement_plan, pool_sections
 
 JUDGE = [
     "models.rewards={judge: {model: 'my:Judge', options: {k: 3}}}",
@@ -41,6 +41,11 @@ def test_a_class_is_weighed_by_its_path_too() -> None:
     assert "my.rewards:redness" in kinds_of(config)["reward"].arguments(config)["components"]
     assert section_of(config, "judge").workers == 1
     assert list(pool_sections(load_config("toy"))) == ["vlm", "vdm", "reward"], "a run without one is as it was"
+
+
+def test_an_evaluation_starts_no_judge() -> None:
+    assert answering(load_config("toy", JUDGE)) == ("vlm", "vdm", "reward")
+    assert answering(load_config("toy")) == (), "all, as before"
 
 
 def test_a_deterministic_run_asks_for_each_answer_alone() -> None:
