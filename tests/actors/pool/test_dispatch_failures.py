@@ -28,6 +28,16 @@ def test_failure_classes() -> None:
     assert core.stats(2.0).failures == {"data": 1, "bug": 1, "infrastructure": 1}
 
 
+def test_an_error_for_people_reaches_the_submitter_without_a_traceback() -> None:
+    core = serving(1)
+    submit(core, 4)
+    core.step(0.0)
+    missing = Failure("bug", "the weights are missing", "Traceback …", for_people=True)
+    core.answered(1, [missing, *[Ok(0)] * 3], 1.0)
+    (reject,) = only(core.step(1.0), Reject)
+    assert isinstance(reject.error, PoolFailed) and str(reject.error) == "p-0: the weights are missing"
+
+
 def test_suspect_worker_is_probed_and_comes_back_through_stale() -> None:
     core = serving(1)
     submit(core, 4)
