@@ -51,7 +51,7 @@ ROWS = (
     Row(11, "step of stage 1, text rewards alone", "TRL `GRPOTrainer`, the same thinker, batch and G", "trl_step"),
     Row(12, "start-up: `vans train` to its first whole group", "sum of bare model loads", "start_up"),
     Row(13, "stage 2's gain in equal CPU time, by `nft` and `awm`", "by `grpo` on the SDE window", "stage2_objectives"),
-    Row(14, "a build's clips, cut and gated on Ray Data", "PyAV loop on all cores, each clip decoded once", "footage"),
+    Row(14, "a build's clips, cut and gated on Ray Data", "the same PyAV code in a loop on all cores", "footage"),
 )
 
 

@@ -1,6 +1,6 @@
 """Other people's videos, brought into the dataset format.
 
-For: VANS CSVs, JSONL manifests, cuts of long videos, looking at what came out.
+For: VANS CSVs, JSONL manifests, cuts of long videos.
 Not for: reading shards (``pipeline.data.source``).
 Begin with ``importing``.
 """
