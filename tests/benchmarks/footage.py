@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.data.build.cutting import SIDE, Cut, note_hashes
 from pipeline.data.build.gates import MEASURES, Gates, first_refusal
 from pipeline.data.build.measures import likeness
-from pipeline.data.build.video import Clip, Video
+from pipeline.data.build.video import SOURCE_LIMITS, Clip, Video
 from pipeline.data.importers.clips import ClipSpec
 from pipeline.data.reading import VideoLimits
 from pipeline.data.real import packaged_clips
@@ -58,7 +58,7 @@ class Local:
     root: Path
     store: DiskStore
     seed: int = 0
-    limits: VideoLimits = field(default_factory=VideoLimits)
+    limits: VideoLimits = SOURCE_LIMITS
 
 
 def write_sources(root: Path, size: Size) -> list[Video]:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from actors.settings import Positive, Section
 from cluster.errors import DataError
-from pipeline.data.build.hashes import common_hash, frame_hashes
+from pipeline.data.build.hashes import common_hash, frame_hashes, one_thread
 from pipeline.data.build.video import Build, Clip, Lost, Video
 from pipeline.data.importers.clips import ClipSpec, confined, copy_clip
 from pipeline.data.reading import Source
@@ -76,7 +76,8 @@ class Cut:
         self.settings, self.build = settings or self.Settings(), build
 
     def setup(self) -> None:
-        """Nothing is loaded."""
+        """Keep OpenCV to one thread."""
+        one_thread()
 
     def __call__(self, video: Video) -> Video:
         """Return ``video`` with ``stored`` and the perceptual hashes of its clips; what cannot be cut is lost."""

@@ -24,7 +24,7 @@ from actors.settings import Section
 from cluster.errors import DataError
 from cluster.harmless import short
 from pipeline.data.build.cutting import HASHED_FPS
-from pipeline.data.build.hashes import SeenClips, frame_hashes
+from pipeline.data.build.hashes import SeenClips, frame_hashes, one_thread
 from pipeline.data.build.video import Build, Lost, Video
 from pipeline.data.geometry import orientation
 from pipeline.data.importers.clips import confined
@@ -166,6 +166,7 @@ class Exclude:
 
     def setup(self) -> None:
         """Read and hash the clips of the evaluation sets; raises DataError."""
+        one_thread()
         self._evaluation = Evaluation(self.settings.sets, self.settings.clips, self.build.limits)
 
     def __call__(self, video: Video) -> Video:

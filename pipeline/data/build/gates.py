@@ -17,6 +17,7 @@ from actors.settings import Fraction, Section
 from cluster.errors import DataError
 from pipeline.data.build import measures
 from pipeline.data.build.cutting import clip_frames, note_hashes
+from pipeline.data.build.hashes import one_thread
 from pipeline.data.build.video import Build, Clip, Lost, Video
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Gates:
 
     def setup(self) -> None:
         """Load CLIP where a folder is given; raises CheckpointError."""
+        one_thread()
         if self.settings.clip is not None:
             from actors.scoring.clip import ClipScorer
 

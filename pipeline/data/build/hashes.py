@@ -28,6 +28,11 @@ PLAIN = 6.0
 _SIDE, _LOW = 32, 8
 
 
+def one_thread() -> None:
+    """Keep OpenCV to one thread in this process: a build has a worker for each core."""
+    cv2.setNumThreads(1)
+
+
 def luma(frames: np.ndarray) -> np.ndarray:
     """Return the brightness of uint8 RGB ``frames`` (T, H, W, 3) as uint8 (T, H, W), by BT.601."""
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])

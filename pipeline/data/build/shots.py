@@ -18,6 +18,7 @@ from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
 from actors.settings import Section
 from cluster.errors import DataError
+from pipeline.data.build.hashes import one_thread
 from pipeline.data.build.video import Build, Clip, Lost, Video
 from pipeline.data.importers.clips import confined
 from pipeline.data.reading import Part, Source, VideoLimits, check_span, frames_of, opened
@@ -104,7 +105,8 @@ class Shots:
         self.settings, self.build = settings or self.Settings(), build
 
     def setup(self) -> None:
-        """Nothing is loaded."""
+        """Keep OpenCV to one thread."""
+        one_thread()
 
     def __call__(self, video: Video) -> Video:
         """Return ``video`` with its shots as clips, without what it had of them."""

@@ -12,6 +12,9 @@ from typing import Protocol
 from actors.records import SampleKind
 from pipeline.data.reading import VideoLimits
 
+SOURCE_LIMITS = VideoLimits(max_frames=500_000, max_seconds=4 * 3600.0, max_bytes=16 << 30, max_decode_s=3600.0)
+"""What is accepted of a source video: hours, where the default is made for clips."""
+
 
 @dataclass
 class Clip:

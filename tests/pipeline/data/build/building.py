@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import DataError
+from pipeline.data.build.video import SOURCE_LIMITS
 from pipeline.data.reading import VideoLimits
 
 
@@ -34,4 +35,4 @@ class LocalBuild:
     root: Path
     store: MemoryStore = field(default_factory=MemoryStore)
     seed: int = 0
-    limits: VideoLimits = field(default_factory=VideoLimits)
+    limits: VideoLimits = SOURCE_LIMITS

@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.errors import DataError
+from pipeline.data.build.annotations import unannotated_videos
+from pipeline.data.build.cutting import Cut
 from pipeline.data.build.funnel import FUNNEL, Funnel, count, draw_funnel, read_funnel, write_funnel
+from pipeline.data.build.gates import Gates
+from pipeline.data.build.pairs import Neighbours
+from pipeline.data.build.probing import Probe
+from pipeline.data.build.shots import Shots
 from pipeline.data.build.video import Clip, Lost, Pair, Video
+from tests.pipeline.data.build.building import LocalBuild
+from tests.pipeline.data.build.footage import REAL
 
 
 def video(clips: int, pairs: int, *lost: tuple[str, str, str]) -> Video:
@@ -88,3 +96,28 @@ def test_the_picture_has_a_bar_for_each_stage_as_long_as_its_share(tmp_path: Pat
     assert lengths / lengths[0] == pytest.approx([1, 3 / 4, 2 / 4, 1, 0.9, 0.5, 1, 2 / 3, 1 / 3], abs=0.02)
     empty = Funnel(made={}, kept={}, passages=[])
     assert draw_funnel(empty, tmp_path / "e.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_street_goes_through_all_stages_before_the_models(tmp_path: Path) -> None:
+    def built() -> Video:
+        build = LocalBuild(tmp_path)
+        stages = [
+            Probe(build=build),
+            Shots(build=build),
+            Cut(settings=Cut.Settings(max_side=160), build=build),
+            Gates(settings=Gates.Settings(min_s=2.0), build=build),
+            Neighbours(settings=Neighbours.Settings(kind="predictive", max_skipped=0), build=build),
+        ]
+        (street,) = unannotated_videos(tmp_path)
+        for stage in stages:
+            street = stage(street)
+        return street
+
+    (tmp_path / "bikes.mp4").write_bytes(REAL["bikes.mp4"].read_bytes())
+    street = built()
+    assert [(pair.first, pair.second) for pair in street.pairs] == [(2, 3), (3, 4)]
+    assert built() == street  # to the last byte of each clip, and to the last digit of each measure
+    found = [(p.stage, p.entered, p.passed, p.lost) for p in count([street]).passages]
+    # Six shots, one of a third of a second; the two first of the others are shorter than 2 s.
+    assert found == [("shots", 6, 5, {"short": 1}), ("gates", 5, 3, {"short": 2})]
