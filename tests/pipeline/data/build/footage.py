@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 
@@ -113,3 +115,32 @@ REFUSED: dict[str, tuple[Callable[[np.ndarray], np.ndarray], set[str]]] = {
     "frozen": (frozen, {"still", "inset"}),
     "darkened": (darkened, {"dark"}),
 }
+
+
+RATE = 12
+SPANS = {"bikes.mp4": (1.5, 3.9), "bigbuckbunny.mp4": (0.37, 2.1), "carphone_pristine.mp4": (1.1, 2.9)}
+
+
+def coded_anew(name: str, codec: str, size: tuple[int, int], options: dict[str, str]) -> bytes:
+    """A part of a real clip with other times, another codec, size and rate."""
+    start, end = SPANS[name]
+    info = probe(REAL[name])
+    frames = decode_video(
+        REAL[name], round((end - start) * RATE), info.height // 2 * 2, info.width // 2 * 2, start=start, end=end
+    )
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream(codec, rate=RATE, options=options)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for picture in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame.reformat(width=size[0], height=size[1], format="yuv420p")))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+CODECS = [
+    ("mpeg4", (160, 120), {"b": "120k"}),
+    ("libx264", (320, 136), {"crf": "38"}),
+    ("mpeg2video", (96, 64), {}),
+]

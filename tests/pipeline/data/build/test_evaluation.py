@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import shutil
 from pathlib import Path
 
-import av
-import numpy as np
 import pytest
 
 from cluster.errors import DataError
 from pipeline.data.build.evaluation import Evaluation, Exclude, video_hashes
 from pipeline.data.build.video import Clip, Video
 from pipeline.data.schema import Row, ShardWriter
-from pipeline.data.video import decode_video, probe
 from tests.pipeline.data.build.building import LocalBuild
-from tests.pipeline.data.build.footage import REAL
+from tests.pipeline.data.build.footage import CODECS, REAL, SPANS, coded_anew
 
 pytestmark = pytest.mark.slow
-RATE = 12
-SPANS = {"bikes.mp4": (1.5, 3.9), "bigbuckbunny.mp4": (0.37, 2.1), "carphone_pristine.mp4": (1.1, 2.9)}
-
-
-def coded_anew(name: str, codec: str, size: tuple[int, int], options: dict[str, str]) -> bytes:
-    """A part of a real clip with other times, another codec, size and rate."""
-    start, end = SPANS[name]
-    info = probe(REAL[name])
-    frames = decode_video(
-        REAL[name], round((end - start) * RATE), info.height // 2 * 2, info.width // 2 * 2, start=start, end=end
-    )
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="matroska") as container:
-        stream = container.add_stream(codec, rate=RATE, options=options)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        for picture in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            container.mux(stream.encode(frame.reformat(width=size[0], height=size[1], format="yuv420p")))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
-CODECS = [
-    ("mpeg4", (160, 120), {"b": "120k"}),
-    ("libx264", (320, 136), {"crf": "38"}),
-    ("mpeg2video", (96, 64), {}),
-]
 
 
 @pytest.fixture(scope="module")

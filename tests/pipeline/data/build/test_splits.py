@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.build.evaluation import video_hashes
 from pipeline.data.build.splits import TRAIN, Splitter, split_of
 from pipeline.data.build.video import Clip, Video
+from tests.pipeline.data.build.footage import CODECS, REAL, coded_anew
 
 
 def hashes(seed: int, count: int = 12) -> list[int]:
@@ -57,6 +61,19 @@ def test_a_video_that_shows_what_lies_in_two_splits_is_lost() -> None:
     assert splitter.assign(lost) is None
     assert lost.lost[0].reason == "near two splits"
     assert f"{test!r} (test) and {train!r} (train)" in lost.lost[0].told
+
+
+@pytest.mark.parametrize(("codec", "size", "options"), CODECS, ids=[codec for codec, *_ in CODECS])
+def test_real_footage_coded_anew_goes_where_the_first_one_went(
+    codec: str, size: tuple[int, int], options: dict[str, str]
+) -> None:
+    (test,), (street, other) = names_of("test", 1), names_of(TRAIN, 2)
+    splitter = Splitter({"test": 0.5}, 7)
+    whole = video_hashes(REAL["bikes.mp4"])  # 8 a second; its shots are
+    shots = [whole[round(8 * start) : round(8 * end)] for start, end in pairwise([0, 1.2, 3.04, 5.48, 7.48, 9.68])]
+    assert splitter.assign(video(test, *shots)) == "test"
+    assert splitter.assign(video(street, video_hashes(coded_anew("bikes.mp4", codec, size, options)))) == "test"
+    assert splitter.assign(video(other, video_hashes(REAL["carphone_pristine.mp4"]))) == TRAIN
 
 
 def test_without_shares_all_is_train() -> None:
