@@ -31,7 +31,7 @@ from pipeline.data.build.store import AREA, WorkArea, digest_of
 from pipeline.data.build.stream import pipeline, require_room, slots, travelled
 from pipeline.data.build.summary import Summary
 from pipeline.data.build.video import Video
-from pipeline.data.build.worker import CHUNK, DONE, SOURCES, UNFINISHED, Sources, Task, Travel
+from pipeline.data.build.worker import CHUNK, DONE, PENDING, SOURCES, UNFINISHED, Sources, Task, Travel
 from pipeline.data.marker import COMPLETE
 from pipeline.data.schema import ShardWriter, shard_paths
 from pipeline.support import progress, terminal
@@ -107,6 +107,8 @@ def build_dataset(
             for line in taken_up(writers.kept):
                 say(line)
             _write(run, writers, summary, shares, () if quiet else (bar,))
+            if not summary.whole:  # said before the shards are, or they would be taken for all
+                area.write(EARLY, digest_of(plan), {"videos": summary.videos})
         tokens, cost = _saved(account)
     summary.seconds = time.monotonic() - began
     write_funnel(summary.count.funnel(), out)
@@ -114,7 +116,6 @@ def build_dataset(
         f"no row went to {name}: its share of the videos is too small" for name in names if not summary.rows[name]
     ]
     if not summary.whole:
-        area.write(EARLY, digest_of(plan), {"videos": summary.videos})
         summary.notes.append(
             f"the budget is spent ({tokens} tokens, cost {cost:.4f}): {listed.count - summary.videos} videos are not done. The same "
             "command with a larger budget goes on, and asks nothing twice"
@@ -125,7 +126,7 @@ def build_dataset(
             area.forget()
     if not quiet:
         summary.print(console)
-    if not sum(summary.rows.values()):
+    if summary.whole and not sum(summary.rows.values()):
         raise DataError(
             f"no row came out of {listed.count} videos; what the stages refused is listed above, and kept in {area.folder}"
         )
@@ -281,6 +282,8 @@ def _write(run: Run, writers: RowWriters, summary: Summary, shares: Mapping[str,
             if travel.state == UNFINISHED:
                 summary.whole = False
                 return
+            if travel.state == PENDING:
+                raise RuntimeError(f"an engine left asks of the video {travel.video.name!r} without a reply")
             video = travel.video
             pairs = []
             for pair in video.pairs:

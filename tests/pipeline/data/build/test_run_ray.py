@@ -120,10 +120,10 @@ def test_a_budget_ends_gently_and_a_larger_one_goes_on(videos: Path, tmp_path: P
         build_dataset(whole, tmp_path / "whole", quiet=True, rows_per_shard=3)
         asked = {form: server.forms[form] for form in ("wording", "verdict")}
         server.seen.clear(), server.forms.clear()
-        small = whole.model_copy(update={"budget": whole.budget.model_copy(update={"max_tokens_total": 1500})})
+        small = whole.model_copy(update={"budget": whole.budget.model_copy(update={"max_tokens_total": 3000})})
         early = build_dataset(small, tmp_path / "small", quiet=True, rows_per_shard=3)
         assert not early.whole
-        assert 0 < early.rows["train"] < 16
+        assert 0 < early.rows["train"] < 16  # 16 wordings and 9 verdicts at 120 tokens
         assert open_dataset(tmp_path / "small" / "train").rows == early.rows["train"]
         assert any("the budget is spent" in note for note in early.notes)
         later = build_dataset(whole, tmp_path / "small", quiet=True, rows_per_shard=3)
