@@ -18,7 +18,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Where byte code may not be written, every worker would compile the libraries anew, each taking some ten seconds more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-fast chaos chaos-share bench check docs site clean
+.PHONY: help setup demo test test-fast chaos chaos-share bench check docs screenshots site clean
 
 help:
 	@echo "make demo    install what is needed, then align the tiny pair with Joint-GRPO (runs/demo)"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench   measure every claim of speed against its baseline, and write docs/results/benchmarks.md"
 	@echo "make check   lint, formatting, types, import layering and the documentation site"
 	@echo "make docs    write what in docs/ and cluster/manifests/examples comes from the code"
+	@echo "make screenshots  the pages' pictures in docs/images, of runs/demo; needs Chromium"
 	@echo "make site    build the documentation site into site/, and say how to read it"
 	@echo "make setup   install only"
 	@echo "make clean   remove .venv, caches and runs/demo"
@@ -99,6 +100,9 @@ docs: setup
 	$(BIN)/python -W ignore -m pipeline.plan.document docs/placement.md
 	$(BIN)/python -W ignore -m typer pipeline.cli utils docs --name vans --title Commands --output docs/commands.md
 	$(BIN)/python -W ignore -m pipeline.data.toy.picture docs/images/toy_world.mp4
+
+screenshots: setup $(SERVE)
+	$(BIN)/python -m tests.screenshots
 
 # A dead link, a page that is not in the menu or a name that is not in the code ends it.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
