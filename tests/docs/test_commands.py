@@ -153,10 +153,10 @@ def test_the_judge_of_the_tutorial_is_one(tmp_path: Path, monkeypatch: pytest.Mo
     from tests.actors.scoring.encoders import tiny_dino
 
     files = files_of("docs/tutorials/reward.md")
-    (tmp_path / "judge.yaml").write_text(files["judge.yaml"])
-    config = load_config(tmp_path / "judge.yaml")
-    arguments = kinds_of(config)["judge"].arguments(config)
-    (tmp_path / "my_judge.py").write_text(files["my_judge.py"])
+    (tmp_path / "last_frame.yaml").write_text(files["last_frame.yaml"])
+    config = load_config(tmp_path / "last_frame.yaml")
+    arguments = kinds_of(config)["last_frame"].arguments(config)
+    (tmp_path / "last_frame.py").write_text(files["last_frame.py"])
     monkeypatch.syspath_prepend(str(tmp_path))
     tiny_dino(tmp_path / "dino")
     found = check_reward(
