@@ -1,6 +1,6 @@
 """``make screenshots``: the pictures of the playground and of a run's page that the documentation shows, from a run.
 
-Starts ``vans serve`` on the run, uses both pages in Chromium as the tests do, and writes PNGs with few colours.
+Starts ``vans serve`` on the run, uses both pages in Chromium as the tests do, and writes PNGs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from tests.pipeline.serve.serving import free_port, put, serving_process
 
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 QUESTIONS = ("what is the next step ?", "what if it were reversed ?")
-COLOURS = 128
+ANSWERS = {"x": 0, "y": 0, "width": 1280, "height": 690}
+"""What is looked at of a page with answers: the examples are on the empty one."""
 WAIT_MS = 120_000
 PLAYING = """(wanted) => {
     const clips = [...document.querySelectorAll(".vans-pair video")];
@@ -38,7 +39,7 @@ def playground(browser: Any, address: str, clip: bytes, shots: Shots) -> None:
     put(page, clip, *QUESTIONS)
     settled(page, 2 * len(QUESTIONS))
     page.evaluate("scrollTo(0, 0)")
-    shots.keep("playground_answers", page.screenshot())
+    shots.keep("playground_answers", page.screenshot(clip=ANSWERS))
     page.close()
     phone = opened(browser, address, viewport=PHONE, device_scale_factor=1.5)
     put(phone, clip, QUESTIONS[0])
@@ -76,7 +77,7 @@ def report(browser: Any, page_file: Path, shots: Shots) -> None:
 
 
 class Shots:
-    """Pictures written to a folder, each with ``COLOURS`` colours at most."""
+    """Pictures written to a folder."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
@@ -86,7 +87,7 @@ class Shots:
         """Write a screenshot and say how large it is."""
         path = self._out / f"{name}.png"
         image = Image.open(io.BytesIO(png)).convert("RGB")
-        image.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+        image.save(path, optimize=True)  # in all colours: with few, a small green circle turns grey
         print(f"{path}: {image.width} × {image.height}, {path.stat().st_size / 1024:.0f} KiB")
 
 
