@@ -7,12 +7,15 @@ A stage that finds its replies is not called twice, because what it made is kept
 
 from __future__ import annotations
 
-import logging
+import base64
+import io
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+from PIL import Image
 
 from actors.endpoint.settings import Reply
 from pipeline.data.build.asking import ASKS, messages_of
@@ -22,7 +25,6 @@ from pipeline.data.build.store import WorkArea
 from pipeline.data.build.worker import asks_of
 from pipeline.data.reading import VideoLimits
 
-log = logging.getLogger(__name__)
 _ON_CPU = {
     "enforce_eager": True,
     "enable_chunked_prefill": False,  # vLLM 0.32 dies of a seeded request that is prefilled in chunks
@@ -70,7 +72,7 @@ def processor_of(model: ModelSection) -> Any:
         placement_group_config={"bundles": [bundle]},
         should_continue_on_error=True,
         runtime_env=None if model.engine.gpus else {"env_vars": _ENV_ON_CPU},
-        prepare_multimodal_stage={"enabled": True},
+        prepare_multimodal_stage={"enabled": False},  # Ray 2.60's imports a module that vLLM 0.32 has elsewhere
     )
     return build_processor(config, preprocess=_Request(model), postprocess=_reply)
 
@@ -82,8 +84,6 @@ class _Waiting:
         self._name, self._model, self._area = name, model, area
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        import json
-
         found = asks_of(block, self._name, lambda ask: ask.key(self._model))
         found = [(key, ask) for key, ask in found if self._area.read(ASKS, key) is None]
         bodies = [
@@ -108,9 +108,8 @@ class _Request:
         self._model = model
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        import json
-
         body = json.loads(row["body"])
+        messages, pictures = without_pictures(body["messages"])
         sampling: dict[str, Any] = {
             "temperature": self._model.temperature,
             "max_tokens": body["max_tokens"],
@@ -118,12 +117,27 @@ class _Request:
         }
         if self._model.structured == "json_schema":
             sampling["structured_outputs"] = {"json": body["schema"]}
-        return {
-            "key": row["key"],
-            "most": body["max_tokens"],
-            "messages": body["messages"],
-            "sampling_params": sampling,
-        }
+        asked = {"key": row["key"], "most": body["max_tokens"], "messages": messages, "sampling_params": sampling}
+        return asked | ({"multimodal_data": {"image": pictures}} if pictures else {})
+
+
+def without_pictures(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    """Return ``messages`` with a place for each picture, as chat templates have it, and the pictures in their order."""
+    pictures: list[Image.Image] = []
+    placed = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        parts = []
+        for part in content:
+            if part["type"] == "image_url":
+                data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+                pictures.append(Image.open(io.BytesIO(data)).convert("RGB"))
+                part = {"type": "image", "text": ""}  # the same keys in all parts: Ray Data makes columns of them
+            parts.append(part)
+        placed.append({"role": message["role"], "content": parts})
+    return placed, pictures
 
 
 def _reply(row: dict[str, Any]) -> dict[str, Any]:

@@ -39,12 +39,12 @@ def test_nonsense_is_counted(tmp_path: Path) -> None:
     values = {
         "sources": {"videos": tmp_path / "videos"},
         "models": {"thinker": model},
-        "stages": {"pieces": stage, "question": {"model": "thinker", "cpus": 0.1}},
+        "stages": {"pieces": stage, "describe": {"model": "thinker", "cpus": 0.1}},
     }
     with pytest.raises(DataError, match="no row came out of 3 videos"):
         build_dataset(parse_section(Recipe, values, "test"), tmp_path / "out", quiet=True)
     funnel = read_funnel(tmp_path / "out")
     assert funnel is not None
-    [lost] = [passage for passage in funnel.passages if passage.stage == "question"]
-    assert (lost.entered, lost.passed) == (6, 0)
+    [lost] = [passage for passage in funnel.passages if passage.stage == "describe"]
+    assert (lost.what, lost.entered, lost.passed) == ("clip", 9, 0)
     assert set(lost.lost) <= {"not JSON", "truncated", "wrong form", "empty"}

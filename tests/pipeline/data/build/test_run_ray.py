@@ -114,6 +114,7 @@ def test_more_workers_than_the_cluster_holds_are_told_at_once(videos: Path, tmp_
         build_dataset(recipe(videos, many=many), tmp_path, quiet=True)
 
 
+@pytest.mark.chaos
 def test_a_budget_ends_gently_and_a_larger_one_goes_on(videos: Path, tmp_path: Path) -> None:
     with ScriptedServer() as server:
         whole = recipe(videos, server=server)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+import pipeline
 from cluster.errors import ConfigError
 from pipeline.data.build.annotations import unannotated_videos
 from pipeline.data.build.asking import ASKS, Asker
-from pipeline.data.build.engine import _Waiting
+from pipeline.data.build.engine import _Request, _Waiting
 from pipeline.data.build.models import EngineSection, ModelSection
+from pipeline.data.build.procedural import Describe
 from pipeline.data.build.recipe import StagePlan, load_recipe, plan_stages, stage_identity
 from pipeline.data.build.rows import refusal, row_id
 from pipeline.data.build.shared import Build
@@ -123,6 +125,23 @@ def test_what_an_engine_is_to_answer_travels_to_it_and_back(film: Video, tmp_pat
     ]
     assert done.spent["stage"]["asks"] == 4
     assert not _Waiting("m", model, area)(table_of([done])).num_rows
+
+
+@pytest.mark.slow
+def test_an_engine_is_shown_each_frame_at_its_place(film: Video, tmp_path: Path) -> None:
+    from transformers import AutoProcessor
+
+    made = passed(StageWorker(task(tmp_path)), Travel(film, "key"))
+    folder = Path(pipeline.__file__).parent / "assets" / "tiny" / "vlm"
+    model = ModelSection(model=str(folder), engine=EngineSection(), frames=2, frame_side=32)
+    asking = task(tmp_path, Describe, settings=Describe.Settings(model="m"), model=model, model_name="m")
+    row = _Waiting("m", model, asking.build.store)(table_of([passed(StageWorker(asking), made)])).to_pylist()[0]
+    asked = _Request(model)(row)
+    assert [picture.size for picture in asked["multimodal_data"]["image"]] == [(32, 32), (32, 32)]
+    processor = AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(asked["messages"], tokenize=False, add_generation_prompt=True)
+    assert text.count(processor.image_token) == 2
+    assert "what has changed at the end" in text
 
 
 @pytest.mark.slow
