@@ -52,7 +52,7 @@ class Request:
     text: str
     form: type[Form]
     shown: tuple[Shown, ...] = ()
-    part: str = ""  # of the video, such as "pair 3-4"; keeps equal prompts of different parts apart
+    part: str = ""  # video and part, such as "film pair 3-4"; keeps equal prompts apart: another seed, and no ask sent twice at once
 
 
 @dataclass(frozen=True)

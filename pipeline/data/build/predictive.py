@@ -54,7 +54,7 @@ class WhatIf:
             Shown(prompts.SECOND[language], video.clip(pair.second).stored),
         )
         text = prompts.WHAT_IF[language].format(count=self.settings.questions)
-        return Request(prompts.SYSTEM[language], text, WhatIfs, shown, f"{pair_name(pair)} {language}")
+        return Request(prompts.SYSTEM[language], text, WhatIfs, shown, f"{video.name} {pair_name(pair)} {language}")
 
     def _made(self, video: Video, pair: Pair, answer: object) -> list[Pair]:
         def lost(reason: str, told: str, raw: str = "") -> list[Pair]:

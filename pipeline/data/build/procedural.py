@@ -61,7 +61,7 @@ class Describe:
             longest=self.settings.longest_s,
         )
         shown = (Shown(prompts.CLIP[language], clip.stored),)
-        return Request(prompts.SYSTEM[language], text, Description, shown, f"clip {clip.index}")
+        return Request(prompts.SYSTEM[language], text, Description, shown, f"{video.name} clip {clip.index}")
 
     def _taken(self, video: Video, clip: Clip, answer: object) -> Lost | None:
         """Put ``answer`` into ``clip``; return why it is lost instead."""
@@ -134,7 +134,7 @@ class Question:
             skipped=prompts.SKIPPED[language].format(steps=steps) if steps else "",
             skipped_rule=prompts.SKIPPED_RULE[language] if steps else "",
         )
-        return Request(prompts.SYSTEM[language], text, Wording, (), f"{pair_name(pair)} {language}")
+        return Request(prompts.SYSTEM[language], text, Wording, (), f"{video.name} {pair_name(pair)} {language}")
 
 
 def worded(video: Video, pairs: Sequence[Pair], answers: Sequence[object], asker: Asker) -> list[Pair]:

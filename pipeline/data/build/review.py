@@ -116,7 +116,7 @@ class Review:
             Shown(prompts.FIRST[language], video.clip(pair.first).stored),
             Shown(prompts.SECOND[language], video.clip(pair.second).stored),
         )
-        return Request(prompts.SYSTEM[language], text, form, shown, f"{pair_name(pair)} {language}")
+        return Request(prompts.SYSTEM[language], text, form, shown, f"{video.name} {pair_name(pair)} {language}")
 
 
 def _faults_of(verdict: object) -> list[Fault]:

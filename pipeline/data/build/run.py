@@ -112,15 +112,15 @@ def build_dataset(
         tokens, cost = _saved(account)
     summary.seconds = time.monotonic() - began
     write_funnel(summary.count.funnel(), out)
-    summary.notes += [
-        f"no row went to {name}: its share of the videos is too small" for name in names if not summary.rows[name]
-    ]
-    if not summary.whole:
+    if summary.whole:
+        empty = (name for name in names if not summary.rows[name])
+        summary.notes += [f"no row went to {name}: its share of the videos is too small" for name in empty]
+    else:
         summary.notes.append(
             f"the budget is spent ({tokens} tokens, cost {cost:.4f}): {listed.count - summary.videos} videos are not done. The same "
             "command with a larger budget goes on, and asks nothing twice"
         )
-    elif sum(summary.rows.values()):
+    if summary.whole and sum(summary.rows.values()):
         area.write(EARLY, digest_of(plan), {})
         if not keep_work:
             area.forget()
