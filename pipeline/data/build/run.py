@@ -120,13 +120,14 @@ def build_dataset(
             f"the budget is spent ({tokens} tokens, cost {cost:.4f}): {listed.count - summary.videos} videos are not done. The same "
             "command with a larger budget goes on, and asks nothing twice"
         )
-    if summary.whole and sum(summary.rows.values()):
+    written = summary.rows.total()
+    if summary.whole and written:
         area.write(EARLY, digest_of(plan), {})
         if not keep_work:
             area.forget()
     if not quiet:
         summary.print(console)
-    if summary.whole and not sum(summary.rows.values()):
+    if summary.whole and not written:
         raise DataError(
             f"no row came out of {listed.count} videos; what the stages refused is listed above, and kept in {area.folder}"
         )
@@ -298,7 +299,7 @@ def _write(run: Run, writers: RowWriters, summary: Summary, shares: Mapping[str,
                 writers.add(split, video, pairs)
                 summary.rows[split] += len(pairs)
             for bar in bars:
-                bar.advance(f"{sum(summary.rows.values())} rows")
+                bar.advance(f"{summary.rows.total()} rows")
 
 
 def require_order(travels: Iterator[Travel]) -> Iterator[Travel]:
