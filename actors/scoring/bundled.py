@@ -17,16 +17,35 @@ if TYPE_CHECKING:
     from actors.scoring.encoders import FrameEncoder, VideoEncoder
 
 
-class VideoSimilarity(RewardModel):
+class _Encoding(RewardModel):
+    """What rewards that compare a clip with the true one in an encoder's features have in common."""
+
+    needs = ("pair",)
+    range = (-1.0, 1.0)
+    _encoder: VideoEncoder | FrameEncoder | None = None
+
+    def __init__(self, path: str, batch: int, cache_mib: float) -> None:
+        self._path, self._batch, self._cache_mib = path, batch, cache_mib
+
+    def parameters(self) -> int:
+        """See :class:`RewardModel`."""
+        from actors.scoring.encoders import parameters_of
+
+        return parameters_of(self._path)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The encoder."""
+        return () if self._encoder is None else (self._encoder.model,)
+
+
+class VideoSimilarity(_Encoding):
     """Cosine of a video encoder's features, clip against true clip, −1…1.
 
     ``path``: a folder or name of V-JEPA 2, VideoMAE, TimeSformer or X-CLIP. ``level``: ``clip``, one feature each; ``moments``:
     features in time, compared one by one. ``warp``: moments compared along the best warping of time. ``batch``: most clips in one
     pass on a GPU.
     """
-
-    needs = ("pair",)
-    range = (-1.0, 1.0)
 
     def __init__(
         self,
@@ -40,8 +59,8 @@ class VideoSimilarity(RewardModel):
             raise RewardLoadError(f"level={level!r}: write clip or moments")
         if warp and level == "clip":
             raise RewardLoadError("warp=true compares features in time: set level: moments")
-        self._path, self._moments, self._warp = path, level == "moments", warp
-        self._batch, self._cache_mib = batch, cache_mib
+        super().__init__(path, batch, cache_mib)
+        self._moments, self._warp = level == "moments", warp
         self._encoder: VideoEncoder | None = None
 
     def setup(self, device: str, dtype: str) -> None:
@@ -54,17 +73,6 @@ class VideoSimilarity(RewardModel):
                 f"level=moments: a {self._encoder.model.config.model_type} has one feature for a whole clip; set level: clip"
             )
 
-    def parameters(self) -> int:
-        """See :class:`RewardModel`."""
-        from actors.scoring.encoders import parameters_of
-
-        return parameters_of(self._path)
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The encoder."""
-        return () if self._encoder is None else (self._encoder.model,)
-
     def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
         """See :class:`RewardModel`."""
         assert self._encoder is not None
@@ -76,17 +84,14 @@ class VideoSimilarity(RewardModel):
         return [aligned_similarity(ours[None], theirs[None]) for ours, theirs in pairs]
 
 
-class DinoSimilarity(RewardModel):
+class DinoSimilarity(_Encoding):
     """Mean cosine of DINOv2's pooled features, frame by frame after uniform resampling to the true frame count, −1…1.
 
     ``path``: a folder or name of a model of pictures that transformers' AutoModel reads, with a pooled output.
     """
 
-    needs = ("pair",)
-    range = (-1.0, 1.0)
-
     def __init__(self, path: str, batch: int = 8, cache_mib: float = 64.0) -> None:
-        self._path, self._batch, self._cache_mib = path, batch, cache_mib
+        super().__init__(path, batch, cache_mib)
         self._encoder: FrameEncoder | None = None
 
     def setup(self, device: str, dtype: str) -> None:
@@ -94,17 +99,6 @@ class DinoSimilarity(RewardModel):
         from actors.scoring.encoders import FrameEncoder
 
         self._encoder = FrameEncoder(self._path, device, dtype, batch=self._batch, cache_mib=self._cache_mib)
-
-    def parameters(self) -> int:
-        """See :class:`RewardModel`."""
-        from actors.scoring.encoders import parameters_of
-
-        return parameters_of(self._path)
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The encoder."""
-        return () if self._encoder is None else (self._encoder.model,)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
         """See :class:`RewardModel`."""

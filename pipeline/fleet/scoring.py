@@ -1,4 +1,4 @@
-"""Who answers for which component of an answer's scores: the reward pool for all that is built in and for functions, the pool of
+"""Which pool answers for which component of an answer's scores: the reward pool for all that is built in and for functions, the pool of
 a reward with a model for its own.
 
 Requests go to their pools side by side, and each carries no more than its reward looks at. Lives in the driver's event loop.
