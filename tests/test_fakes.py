@@ -19,7 +19,7 @@ from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
 from tests.benchmarks import simulated
 from tests.pipeline.run import test_alarm_stop, test_handover, test_recovery
-from tests.pipeline.stages import test_alarms, test_feed, test_loop, test_stage1, test_stage2
+from tests.pipeline.stages import test_alarms, test_anchors, test_feed, test_loop, test_stage1, test_stage2
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ FAKES: list[tuple[type, type]] = [
     (test_stage1.Judge, WorkerPool),
     (test_stage2.Here, WorkerPool),
     (test_stage2.Thinker, WorkerPool),
-    (test_stage2.SureThinker, WorkerPool),
+    (test_anchors.SureThinker, WorkerPool),
     (test_alarms.Thinker, WorkerPool),
     (test_alarms.Renderer, WorkerPool),
     (test_loop.Learner, LearnerGroup),
@@ -41,7 +41,7 @@ FAKES: list[tuple[type, type]] = [
     (test_handover.Learner, LearnerGroup),
     (simulated.SleepingLearner, LearnerGroup),
     (test_feed.Numbers, SampleSource),
-    (test_stage2.Captions, SampleSource),
+    (test_anchors.Captions, SampleSource),
     (simulated.Feed, SampleFeed),
     (test_alarms.Toys, SampleFeed),
 ]
