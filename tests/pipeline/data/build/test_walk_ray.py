@@ -1,4 +1,4 @@
-"""docs/build.md as it stands: real clips → steps and shots → a scripted endpoint → shards → a look → a step of each stage."""
+"""docs/build.md as it stands: real clips → steps and shots → a scripted endpoint → shards → a look → two steps of stage 1."""
 
 from __future__ import annotations
 
