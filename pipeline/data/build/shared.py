@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.build.store import WorkArea
-from pipeline.data.build.video import Clip, Lost, Pair, Video
+from pipeline.data.build.video import SOURCE_LIMITS, Clip, Lost, Pair, Video
 from pipeline.data.reading import VideoLimits
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Build:
     root: Path  # folder of videos
     store: WorkArea
     seed: int = 0
-    limits: VideoLimits = field(default_factory=VideoLimits)
+    limits: VideoLimits = SOURCE_LIMITS
     languages: tuple[str, ...] = ("en",)  # ISO 639-1
     asker: Asker | None = None  # of a stage whose settings name a model
 
