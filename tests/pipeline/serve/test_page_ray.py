@@ -20,6 +20,7 @@ from pipeline.data.video import decode_video
 from tests.browser import Seen
 from tests.pipeline.serve.serving import QUESTION, free_port, put, toy_clip
 
+pytestmark = pytest.mark.chaos
 pytest.importorskip("grpc_reflection", reason="the extra `serve` is not installed")
 
 ENDLESS = 100_000
