@@ -11,6 +11,8 @@ from pipeline.stages.caches import sums
 
 async def spend_metrics(fleet: Fleet) -> dict[str, float]:
     """Return the counters of each reward's pool, since the start, over the workers that live."""
+    if fleet.scoring is None:  # no reward has a model of its own
+        return {}
     pools = {name: pool for name, pool in fleet.named.items() if name not in KINDS}
     counted = await asyncio.gather(*(sums(pool) for pool in pools.values()))
     return {

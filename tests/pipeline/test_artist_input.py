@@ -79,7 +79,7 @@ def shown(config: RunConfig, sample: Sample) -> dict[str, np.ndarray]:
     for name, way in ways.items():
         artist = Artist()
         with pytest.raises(Asked):
-            asyncio.run(way(SimpleNamespace(vlm=Thinker(), vdm=artist, reward=None, conditions=None)))
+            asyncio.run(way(SimpleNamespace(vlm=Thinker(), vdm=artist, reward=None, conditions=None, scoring=None)))
         found[name] = artist.requests[0].reference_frames
     path: Any = SimpleNamespace(frames=None, weights_version=0, condition=None, trajectory=Trajectory(*[None] * 5))  # type: ignore[arg-type]
     member = Member(0, "c", Scores("s", 0, {}), None, path, 0)

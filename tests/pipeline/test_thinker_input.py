@@ -85,7 +85,9 @@ def asked_in_rollouts(config: RunConfig, sample: Sample) -> dict[str, Completion
     for name, way in WAYS.items():
         pool = Recorder()
         nothing = SimpleNamespace(submit=scored)
-        asyncio.run(way(config, SimpleNamespace(vlm=pool, reward=nothing, vdm=nothing, conditions=None), sample))
+        asyncio.run(
+            way(config, SimpleNamespace(vlm=pool, reward=nothing, vdm=nothing, conditions=None, scoring=None), sample)
+        )
         (found[name],) = pool.requests
     return found
 
