@@ -148,9 +148,13 @@ def test_every_rollout_is_in_the_folder_and_on_the_page(run: tuple[RunConfig, Ru
     stored = stored_steps(config.out)
     assert [(each.stage, each.step) for each in stored] == [(n, s) for n in ("stage1", "stage2") for s in range(STEPS)]
     for each, groups in zip(stored, (PROMPTS, PROMPTS, 2, 2), strict=True):
-        rows, note = read_step(each.path)
+        stored_rows, note = read_step(each.path)
         figures = report.stages[each.stage].history[each.step]
-        assert len(rows) == groups * GROUP and {row["lost"] for row in rows} == {None}
+        rows = [row for row in stored_rows if row["lost"] is None]
+        refused = figures.get("anchor/kept", 0.0) / figures.get("anchor/kept_ratio", 1.0) - figures.get(
+            "anchor/kept", 0.0
+        )
+        assert len(rows) == groups * GROUP and len(stored_rows) - len(rows) == round(refused)
         assert np.mean([row["reward"] for row in rows]) == pytest.approx(figures["reward/total_mean"])
         assert note["figures"] == figures and note["run"] == report.run_id
         assert {len({row[name] for row in rows if row["group"] == 0}) for name in ("question", "input_video")} == {1}
