@@ -72,9 +72,8 @@ class Stage2:
     _greedy: dict[tuple[str, str, float, str], str] = field(
         default_factory=dict
     )  # the thinker's answer by the row that it was asked about
-    _seen: dict[int, list[Anchor]] = field(default_factory=dict)  # by step: several may be in flight
+    _seen: dict[int, list[tuple[Sample, Anchor]]] = field(default_factory=dict)  # by step: several may be in flight
     _lost: dict[int, list[str]] = field(default_factory=dict)  # by step: why samples got no group
-    _over: dict[int, list[LeftOut]] = field(default_factory=dict)  # by step: samples without one, for the rollouts
 
     def __post_init__(self) -> None:
         # An ODE has no window, and a grid of few steps may have no place for one.
@@ -98,12 +97,10 @@ class Stage2:
             for sample, anchor in zip(
                 samples, await asyncio.gather(*(self.anchor(s, key) for s in samples)), strict=True
             ):
-                seen.append(anchor)
+                seen.append((sample, anchor))
                 if anchor.failure:
                     self._lost.setdefault(step, []).append(anchor.failure)
-                if refused := anchor.refused(self.section.anchor_min_rouge):
-                    left = LeftOut(Group(sample, (), text=anchor.text), refused, anchor.caption)
-                    self._over.setdefault(step, []).append(left)
+                if anchor.refused(self.section.anchor_min_rouge):
                     continue
                 name = f"stage2 step {key} {sample.id}"
                 spec = None if self.window is None else sde_spec(self.config, self.window, step, sample.id)
@@ -112,13 +109,13 @@ class Stage2:
                 return tasks
         if tasks or wave:
             return tasks
-        failures = [a.failure for a in seen if a.failure]
+        failures = [a.failure for _, a in seen if a.failure]
         if len(failures) == len(seen):
             raise TrainingError(f"stage2: there is no anchor caption for any of {len(seen)} samples: {failures[-1]}")
         failed = f"; {len(failures)} failed, the last: {failures[-1]}" if failures else ""
         raise TrainingError(
             f"stage2: no anchor caption out of {len(seen)} reached stage2.anchor_min_rouge={self.section.anchor_min_rouge}; "
-            f"best {max((a.rouge_l for a in seen), default=0.0):.2f}. Train stage 1 longer or lower the threshold{failed}"
+            f"best {max((a.rouge_l for _, a in seen), default=0.0):.2f}. Train stage 1 longer or lower the threshold{failed}"
         )
 
     def lost(self, step: int) -> list[str]:
@@ -126,8 +123,15 @@ class Stage2:
         return [reason for reason in self._lost.pop(step, []) for _ in range(self.section.rollout.group_size)]
 
     def passed_over(self, step: int) -> list[LeftOut]:
-        """Return, once, the samples that were drawn for ``step`` and got no group: their anchors did not pass, or failed."""
-        return self._over.pop(step, [])
+        """Return the samples that were drawn for ``step`` and got no group, until :meth:`metrics` has ended it: their anchors
+        did not pass, or failed.
+        """
+        least = self.section.anchor_min_rouge
+        return [
+            LeftOut(Group(sample, (), text=anchor.text), refused, anchor.caption)
+            for sample, anchor in self._seen.get(step, [])
+            if (refused := anchor.refused(least))
+        ]
 
     async def group(self, sample: Sample, anchor: Anchor, step: str, spec: SdeSpec | None) -> Group | None:
         """Sample, and score, G trajectories of the anchor caption: as an SDE, or without ``spec`` the ends of an ODE."""
@@ -165,7 +169,7 @@ class Stage2:
 
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """Return what only stage 2 measures, over the anchors that ``step`` has drawn."""
-        seen = self._seen.pop(step, [])
+        seen = [anchor for _, anchor in self._seen.pop(step, [])]
         kept = [not a.refused(self.section.anchor_min_rouge) for a in seen]
         metrics = {} if self.window is None else {"sde/window_start": mean_start(self.window, batch, step)}
         if seen:

@@ -69,12 +69,12 @@ def test_a_caption_that_cannot_be_compared_is_lost_counted_and_bounded(fleet: Fl
     assert (budget.asked, budget.lost.total()) == (6, 2)  # two trajectories of each, the lost ones included
     (reason,) = budget.lost
     assert "cannot be compared" in reason and "letters or digits" in reason
-    metrics = stage.metrics(RolloutBatch((), (), ()), 0)
-    assert (metrics["anchor/failed"], metrics["anchor/kept"]) == (1.0, 2.0)
     assert stage.lost(0) == []  # told once
     (left,) = stage.passed_over(0)
     assert left.group.sample.id == "0.1" and left.reason == reason and not left.group.members
-    assert stage.passed_over(0) == []
+    metrics = stage.metrics(RolloutBatch((), (), ()), 0)
+    assert (metrics["anchor/failed"], metrics["anchor/kept"]) == (1.0, 2.0)
+    assert stage.passed_over(0) == []  # the step has ended
 
 
 def test_an_anchor_below_the_threshold_is_passed_over_with_its_caption_and_score(fleet: Fleet) -> None:
