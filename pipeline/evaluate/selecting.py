@@ -53,7 +53,7 @@ def run_selection(config: RunConfig, count: int, out: Path) -> list[Verdict]:
         terminal.keep_log_in(out)
         source = training_source(config)
         source = source.only(range(source.count))  # in stored order
-        journal = Journal(out / JUDGED, _facts(config, source))
+        journal = JudgedRows(out / JUDGED, _facts(config, source))
         asyncio.run(_judge_all(config, source, journal, console))
         verdicts = choose(journal.verdicts, count)
         _report(console, verdicts, count, out)
@@ -66,7 +66,7 @@ def run_selection(config: RunConfig, count: int, out: Path) -> list[Verdict]:
     return verdicts
 
 
-class Journal:
+class JudgedRows:
     """The verdicts so far, a line of JSON each, below a line that says what they follow from."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ def _facts(config: RunConfig, source: SampleSource) -> dict[str, Any]:
     return {"rows": source.digest, "models": inputs.models, "settings": hashlib.sha256(told).hexdigest()}
 
 
-async def _judge_all(config: RunConfig, source: SampleSource, journal: Journal, console: Console) -> None:
+async def _judge_all(config: RunConfig, source: SampleSource, journal: JudgedRows, console: Console) -> None:
     done = len(journal.verdicts)
     if done == source.count:
         return

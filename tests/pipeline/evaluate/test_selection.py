@@ -11,7 +11,7 @@ import pytest
 
 from actors.records import Sample, Scores
 from cluster.errors import DataError
-from pipeline.evaluate.selecting import Journal
+from pipeline.evaluate.selecting import JudgedRows
 from pipeline.evaluate.selection import (
     ANCHOR,
     FLAT,
@@ -90,15 +90,15 @@ def test_the_table_has_every_row_with_its_components() -> None:
 
 def test_a_journal_goes_on_after_what_a_kill_left_and_refuses_another_selection(tmp_path) -> None:
     path, facts = tmp_path / "_judged.jsonl", {"rows": "1"}
-    first = Journal(path, facts)
+    first = JudgedRows(path, facts)
     first.add(verdict(group(0.2, 0.6)))
     first.add(verdict(group()))
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])  # the last line was cut short
-    again = Journal(path, facts)
+    again = JudgedRows(path, facts)
     assert again.verdicts == first.verdicts[:1]
     again.add(first.verdicts[1])
-    assert path.read_bytes() == whole and Journal(path, facts).verdicts == first.verdicts
+    assert path.read_bytes() == whole and JudgedRows(path, facts).verdicts == first.verdicts
     with pytest.raises(DataError, match=r"other rows, models or settings; give another --out"):
-        Journal(path, {"rows": "2"})
+        JudgedRows(path, {"rows": "2"})
     assert json.loads(whole.splitlines()[1])["why"] == KEPT
