@@ -11,34 +11,33 @@ if TYPE_CHECKING:
     from actors.scoring.judge import JudgeSection
 
 
+MAX_MODEL_LEN = 8192
+"""Tokens of a prompt and its answer, unless ``engine`` says otherwise."""
+
+
 class JudgeEngine:
     """vLLM with the model of ``settings``. Raises ConfigError where it cannot be started."""
 
     def __init__(self, settings: JudgeSection, dtype: str) -> None:
-        from actors.vlm.engine_args import EngineSpec, on_gpu, prepare_environment
+        from actors.vlm.engine_args import EngineSpec, common_args, on_gpu, prepare_environment
 
         prepare_environment(EngineSpec(settings.model))
         from vllm import LLM
 
-        arguments: dict[str, Any] = {
+        chosen: dict[str, Any] = {
             "dtype": dtype,
-            "load_format": "safetensors",  # nothing is unpickled
+            "max_model_len": MAX_MODEL_LEN,
             "limit_mm_per_prompt": {"image": 3 * settings.frames, "video": 0},
-            "generation_config": "vllm",
-            "disable_log_stats": True,
             "enforce_eager": not on_gpu(),
             **settings.engine,
         }
-        if not on_gpu():
-            # vLLM 0.32 dies of a seeded request whose prompt is prefilled in chunks on a CPU.
-            arguments["enable_chunked_prefill"] = False
+        arguments = chosen | common_args(chosen["max_model_len"], gpu=on_gpu())
         try:
             self._engine = LLM(model=settings.model, **arguments)
         except Exception as error:
             raise ConfigError(
                 f"judge: vLLM does not start with model={settings.model!r} and engine={settings.engine}: {error}"
             ) from error
-        self._structured = settings.structured
 
     def send(self, bodies: list[dict[str, Any]]) -> list[Reply | AskFailedError]:
         """Return the reply to each of ``bodies``; a prompt that the model cannot take is an AskFailedError."""

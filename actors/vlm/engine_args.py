@@ -19,6 +19,15 @@ from actors.learner.adapters import plain_lora
 from actors.vlm.loading import processor_options
 from actors.vlm.settings import PROMPT, PromptSection, VlmPoolSection
 
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What vLLM reads at its import, unless it is set."""
+EAGER = {"TORCH_COMPILE_DISABLE": "1"}  # first batch 15 s → 0.5 s on a CPU
+
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told
 
 
@@ -38,12 +47,26 @@ class EngineSpec:
     env: dict[str, str] = field(default_factory=dict)
 
 
+def common_args(max_model_len: int, *, gpu: bool) -> dict[str, Any]:
+    """Return the arguments of vLLM that every engine here has, whatever it is asked."""
+    args: dict[str, Any] = {
+        "load_format": "safetensors",  # nothing is unpickled
+        # The folder's generation_config must not bend top_p or penalties behind our back.
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+    }
+    if not gpu:
+        # On a CPU, vLLM 0.32 dies of a seeded request whose prompt is prefilled in chunks ("CPU Generator does not use
+        # offset"), so prompts are prefilled whole.
+        args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
+    return args
+
+
 def engine_args(spec: EngineSpec) -> dict[str, Any]:
     """Return the arguments of vLLM's engine. Raises CheckpointError for a folder that is no model of a known make."""
-    args: dict[str, Any] = {
+    args: dict[str, Any] = common_args(spec.settings.max_model_len, gpu=on_gpu()) | {
         "model": spec.model_path,
         "dtype": spec.settings.dtype,
-        "load_format": "safetensors",  # nothing is unpickled
         "max_model_len": spec.settings.max_model_len,
         "gpu_memory_utilization": spec.settings.gpu_memory_utilization,
         "tensor_parallel_size": spec.settings.tensor_parallel,
@@ -55,21 +78,13 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         "mm_processor_cache_gb": 1.0,
         # The log-probabilities of the distribution that was sampled from: after the ban and the temperature.
         "logprobs_mode": "processed_logprobs",
-        # The folder's generation_config must not bend top_p or penalties behind our back.
-        "generation_config": "vllm",
         "worker_extension_cls": "actors.vlm.extension.WeightsExtension",
-        "disable_log_stats": True,
         "seed": 0,
     }
     if spec.alone:
         args["enable_prefix_caching"] = False
     if spec.settings.kv_cache_mib is not None:
         args["kv_cache_memory_bytes"] = spec.settings.kv_cache_mib << 20
-    if not on_gpu():
-        # On a CPU, vLLM 0.32 dies of a seeded request whose prompt is prefilled in chunks ("CPU Generator does not use
-        # offset"), so prompts are prefilled whole.
-        args["enable_chunked_prefill"] = False
-        args["max_num_batched_tokens"] = max(4096, spec.settings.max_model_len)
     if spec.settings.rest and on_gpu():
         args["enable_sleep_mode"] = True
     if spec.broadcast:
@@ -109,14 +124,7 @@ def on_gpu() -> bool:
 
 def prepare_environment(spec: EngineSpec) -> None:
     """Set what vLLM and torch read at import, also where torch has been; a value that is set wins, ``spec.env`` over both."""
-    defaults = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if spec.settings.enforce_eager:
-        defaults["TORCH_COMPILE_DISABLE"] = "1"  # first batch 15 s → 0.5 s on a CPU
+    defaults = ENVIRONMENT | (EAGER if spec.settings.enforce_eager else {})
     if in_process(spec):
         defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in defaults.items():

@@ -25,12 +25,8 @@ from pipeline.data.build.store import WorkArea
 from pipeline.data.build.worker import asks_of
 from pipeline.data.reading import VideoLimits
 
-_ON_CPU = {
-    "enforce_eager": True,
-    "enable_chunked_prefill": False,  # vLLM 0.32 dies of a seeded request that is prefilled in chunks
-    "max_num_batched_tokens": 8192,
-}
-_ENV_ON_CPU = {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+MAX_MODEL_LEN = 8192
+"""Tokens of a prompt and its answer, unless ``engine.arguments`` say otherwise."""
 ERROR = "__inference_error__"  # ray.data.llm's column
 
 
@@ -62,16 +58,20 @@ def processor_of(model: ModelSection) -> Any:
     """Return the processor of ``ray.data.llm`` that turns rows of key and body into rows of key and reply."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
+    from actors.vlm.engine_args import EAGER, ENVIRONMENT, common_args
+
     assert model.engine is not None
+    gpu = model.engine.gpus > 0
+    chosen = {"max_model_len": MAX_MODEL_LEN, "enforce_eager": not gpu, **model.engine.arguments}
     bundle = {"CPU": model.engine.cpus, **({"GPU": model.engine.gpus} if model.engine.gpus else {})}
     config = vLLMEngineProcessorConfig(
         model_source=model.model,
-        engine_kwargs={**({} if model.engine.gpus else _ON_CPU), **model.engine.arguments},
+        engine_kwargs=chosen | common_args(chosen["max_model_len"], gpu=gpu),
         batch_size=model.engine.batch,
         concurrency=model.engine.replicas,
         placement_group_config={"bundles": [bundle]},
         should_continue_on_error=True,
-        runtime_env=None if model.engine.gpus else {"env_vars": _ENV_ON_CPU},
+        runtime_env={"env_vars": ENVIRONMENT | ({} if gpu else EAGER)},
         prepare_multimodal_stage={"enabled": False},  # Ray 2.60's imports a module that vLLM 0.32 has elsewhere
     )
     return build_processor(config, preprocess=_Request(model), postprocess=_reply)
