@@ -6,9 +6,6 @@ JSON schema. What it refuses, or answers in another form, is a failure of the an
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,9 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from actors.endpoint.client import Endpoint
+from actors.endpoint.forms import Form, jpeg_of, parse_form, picture_part, request_body
 from actors.endpoint.settings import AskFailedError, EndpointSection, Reply
 from actors.policy.cache import Cache, content_key
 from actors.records import ScoreRequest, derive_seed
@@ -38,18 +36,16 @@ _SYSTEM = (
 _KEPT_BYTES = 1 << 20  # of verdicts, so that a batch that is asked again is not paid for again
 
 
-class Verdict(BaseModel):
+class Verdict(Form):
     """What the judge says of one clip."""
 
-    model_config = ConfigDict(extra="forbid")
     why: str = Field(description="One sentence.")
     score: int = Field(ge=0, le=BEST)
 
 
-class Choice(BaseModel):
+class Choice(Form):
     """What the judge says of two clips."""
 
-    model_config = ConfigDict(extra="forbid")
     why: str = Field(description="One sentence.")
     better: Literal["A", "B", "equal"]
 
@@ -82,7 +78,7 @@ class UnjudgedError(RuntimeError):
 class _Ask:
     """One question to the judge: the form of its answer, and what an answer of that form is worth, 0…1."""
 
-    form: type[BaseModel]
+    form: type[Form]
     body: dict[str, Any]
     worth: Callable[[Any], float]
 
@@ -156,22 +152,11 @@ class Judge(RewardModel):
         return asks
 
     def _body(
-        self, form: type[BaseModel], request: ScoreRequest, clips: Mapping[str, np.ndarray | None], seed: int
+        self, form: type[Form], request: ScoreRequest, clips: Mapping[str, np.ndarray | None], seed: int
     ) -> dict[str, Any]:
+        messages = self._messages(request, clips)
         chosen = self.settings
-        body: dict[str, Any] = {
-            "model": chosen.model,
-            "messages": self._messages(request, clips),
-            "temperature": chosen.temperature,
-            "max_tokens": chosen.max_tokens,
-            "seed": seed,
-        }
-        if chosen.structured == "json_schema":
-            named = {"name": form.__name__.lower(), "schema": form.model_json_schema(), "strict": True}
-            body["response_format"] = {"type": "json_schema", "json_schema": named}
-        elif chosen.structured == "json_object":
-            body["response_format"] = {"type": "json_object"}
-        return body
+        return request_body(chosen, messages, form.model_json_schema(), max_tokens=chosen.max_tokens, seed=seed)
 
     def _worth(self, ask: _Ask, reply: Reply | AskFailedError) -> float | UnjudgedError:
         """Return what the judge's reply is worth, or why there is no verdict; count it."""
@@ -187,10 +172,9 @@ class Judge(RewardModel):
                 told = f"the judge's answer is {reply.fault}: {reply.text[:120]!r}"
             else:
                 try:
-                    return ask.worth(ask.form.model_validate(json.loads(reply.text)))
-                except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
-                    first = " ".join(str(error).splitlines()[:3])
-                    told = f"the judge's answer has another form ({first}): {reply.text[:120]!r}"
+                    return ask.worth(parse_form(ask.form, reply.text))
+                except ValueError as error:
+                    told = f"the judge's answer has another form ({error}): {reply.text[:120]!r}"
         self._spent["failed"] += 1
         return UnjudgedError(told)
 
@@ -199,8 +183,7 @@ class Judge(RewardModel):
         for label, frames in {"The input": request.input_frames, **clips}.items():
             if frames is not None:
                 content.append({"type": "text", "text": f"{label}:"})
-                pictures = _pictures(frames, self.settings.frames)
-                content += [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+                content += [picture_part(jpeg) for jpeg in _pictures(frames, self.settings.frames)]
         score = f"0 to {BEST}" if self.settings.against == "rubric" else "A, B or equal"
         asked = (
             f"Question: {request.question}\nThe answer was to show: {request.caption}\n"
@@ -229,11 +212,6 @@ def _key(request: ScoreRequest) -> str:
 
 
 def _pictures(frames: np.ndarray, count: int) -> list[str]:
-    """Return ``count`` of ``frames`` (T, H, W, 3), evenly spaced, as data URIs of PNG."""
+    """Return ``count`` of ``frames`` (T, H, W, 3), evenly spaced, as base64 of JPEG."""
     chosen = frames[np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
-    found = []
-    for picture in chosen:
-        buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(picture)).save(buffer, "PNG")
-        found.append(f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}")
-    return found
+    return [jpeg_of(Image.fromarray(np.ascontiguousarray(picture))) for picture in chosen]

@@ -8,19 +8,17 @@ when their replies are there (``engine``). Either way the same code decides what
 from __future__ import annotations
 
 import base64
-import io
 import json
-import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from actors.endpoint.client import Endpoint
+from actors.endpoint.forms import Form, jpeg_of, parse_form, picture_part, request_body
 from actors.endpoint.settings import AskFailedError, Reply
 from actors.records import derive_seed
 from cluster.harmless import printable
@@ -32,16 +30,6 @@ from pipeline.data.video import decode_timed, probe
 ASKS = "asks"  # what replies are kept as
 AGAIN = 1  # times that a refused, truncated or empty answer is asked for again, with another seed
 RAW = 2000  # characters of an answer that are kept with what was lost
-_FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
-
-
-class Form(BaseModel):
-    """An answer's form: a JSON object with exactly these keys."""
-
-    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
-
-
-F = TypeVar("F", bound=Form)
 
 
 @dataclass(frozen=True)
@@ -238,42 +226,13 @@ _REPAIR = (
 )
 
 
-def parse_form(form: type[F], text: str) -> F:
-    """Return ``text``, JSON with or without a fence around it, as ``form``.
-
-    Raises json.JSONDecodeError where it is no JSON, ValueError that names the key where it has another form.
-    """
-    fenced = _FENCE.match(text)
-    try:
-        values = json.loads(fenced[1] if fenced else text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    try:
-        return form.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where or 'the answer'}: {first['msg']}") from error
-
-
 # --- what is sent -----------------------------------------------------------------------------------------------------
 
 
 def body_of(ask: Ask, model: ModelSection, area: WorkArea, limits: VideoLimits) -> dict[str, Any]:
     """Return ``ask`` as a request of chat completions."""
-    body: dict[str, Any] = {
-        "model": model.model,
-        "messages": messages_of(ask, model, area, limits),
-        "temperature": model.temperature,
-        "max_tokens": ask.max_tokens,
-        "seed": ask.seed,
-    }
-    if model.structured == "json_schema":
-        named = {"name": str(ask.schema.get("title", "answer")).lower(), "schema": ask.schema, "strict": True}
-        body["response_format"] = {"type": "json_schema", "json_schema": named}
-    elif model.structured == "json_object":
-        body["response_format"] = {"type": "json_object"}
-    return body
+    messages = messages_of(ask, model, area, limits)
+    return request_body(model, messages, ask.schema, max_tokens=ask.max_tokens, seed=ask.seed)
 
 
 def messages_of(ask: Ask, model: ModelSection, area: WorkArea, limits: VideoLimits) -> list[dict[str, Any]]:
@@ -286,7 +245,7 @@ def messages_of(ask: Ask, model: ModelSection, area: WorkArea, limits: VideoLimi
             continue
         frames, seconds = frames_of(shown.clip, model, area, limits)
         content.append({"type": "text", "text": f"{shown.label} ({len(frames)} frames, 0.0 s to {seconds:.1f} s):"})
-        content += [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{frame}"}} for frame in frames]
+        content += [picture_part(frame) for frame in frames]
     content.append({"type": "text", "text": ask.text})
     return [{"role": "system", "content": ask.system}, {"role": "user", "content": content}]
 
@@ -301,16 +260,9 @@ def frames_of(clip: str, model: ModelSection, area: WorkArea, limits: VideoLimit
     scale = min(1.0, model.frame_side / max(info.width, info.height))
     height, width = (max(16, round(side * scale)) for side in (info.height, info.width))
     pictures, seconds = decode_timed(data, model.frames, height, width, limits)
-    frames = [base64.b64encode(jpeg_of(Image.fromarray(picture))).decode() for picture in pictures]
+    frames = [jpeg_of(Image.fromarray(picture)) for picture in pictures]
     area.write("frames", key, {"frames": frames, "seconds": round(seconds, 3)})
     return frames, seconds
-
-
-def jpeg_of(picture: Image.Image) -> bytes:
-    """Return ``picture`` as JPEG."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 def _data_uri(kind: str, data: bytes) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from actors.endpoint.client import Endpoint
+from actors.endpoint.forms import Form, jpeg_of, picture_part
 from actors.endpoint.settings import AskFailedError
 from cluster.errors import ConfigError
-from pipeline.data.build.asking import Form, jpeg_of
 from pipeline.data.build.models import ModelSection
 from pipeline.data.video import encode_mp4
 
@@ -98,8 +98,7 @@ def _body(model: ModelSection, shown: list[dict[str, Any]], form: dict[str, Any]
 
 
 def _image() -> list[dict[str, Any]]:
-    data = jpeg_of(Image.new("RGB", (_SIDE, _SIDE), (200, 40, 40)))
-    return [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"}}]
+    return [picture_part(jpeg_of(Image.new("RGB", (_SIDE, _SIDE), (200, 40, 40))))]
 
 
 def _video() -> list[dict[str, Any]]:

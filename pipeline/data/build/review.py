@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from actors.endpoint.forms import Form
 from actors.settings import Section
 from pipeline.data.build import prompts
-from pipeline.data.build.asking import Form, Rejected, Request
+from pipeline.data.build.asking import Rejected, Request
 from pipeline.data.build.checks import Bounds, Fault, faults
 from pipeline.data.build.models import Shown
 from pipeline.data.build.rows import pair_name

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.data.build.asking import Form
+from actors.endpoint.forms import Form
 from pipeline.data.build.video import Pair
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S", max_length=4000)]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.endpoint.forms import picture_part
 from actors.failures import Failure, Ok
 from actors.scoring.asking import ModelScorer
 from actors.scoring.judge import Judge, JudgeSection, _pictures
@@ -53,6 +54,13 @@ def test_points_become_values_and_the_judge_sees_clip_question_captions_and_rubr
     assert judge.model.counters() == {"asks": 2, "failed": 0, "tokens_in": 200, "tokens_out": 40, "cost": 0.0}
 
 
+def test_a_verdict_in_a_fence_is_read(request_for: Any) -> None:
+    """As models write that are held to the form by the prompt alone."""
+    with ScriptedServer(lambda form, body, before: f"```json\n{points(6)}\n```") as server:
+        (outcome,) = judging(server, structured="prompt").score(asked(request_for, "it rises"))
+    assert outcome.value.values["judge"] == 0.6
+
+
 def test_several_samples_are_averaged_each_with_its_seed(request_for: Any) -> None:
     scores, seeds = iter([10, 5, 0, 3]), set()
 
@@ -82,7 +90,7 @@ def test_a_pair_is_asked_in_both_orders(request_for: Any, prefers: str, value: f
 
     ours_first: list[str] = []
     clip, truth = np.full((4, 32, 32, 3), 200, np.uint8), np.full((4, 32, 32, 3), 20, np.uint8)
-    ours_first += _pictures(clip, 1)
+    ours_first += [picture_part(jpeg)["image_url"]["url"] for jpeg in _pictures(clip, 1)]
     with ScriptedServer(script) as server:
         judge = judging(server, against="truth", frames=1)
         (outcome,) = judge.score(asked(request_for, "it rises", clip=clip, target_frames=truth))

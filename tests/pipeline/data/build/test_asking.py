@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from actors.endpoint.client import Endpoint
-from pipeline.data.build.asking import Asker, BudgetSpentError, PendingError, Rejected, Request, parse_form
+from actors.endpoint.forms import parse_form
+from pipeline.data.build.asking import Asker, BudgetSpentError, PendingError, Rejected, Request
 from pipeline.data.build.models import EngineSection, ModelSection, Shown
 from pipeline.data.build.predictive import WhatIf
 from pipeline.data.build.procedural import Describe, Question
