@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.config import RunConfig, load_config
 from pipeline.data.video import decode_video
 from tests.browser import Seen
-from tests.pipeline.serve.serving import QUESTION, free_port, put, toy_clip
+from tests.pipeline.serve.serving import QUESTION, export_adapter, free_port, put, toy_clip
 
 pytestmark = pytest.mark.chaos
 pytest.importorskip("grpc_reflection", reason="the extra `serve` is not installed")
@@ -37,13 +37,18 @@ def config() -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def address(browser: Any, ray_local: None, config: RunConfig) -> Iterator[str]:
-    """A server; none is started where there is no browser."""
+def address(
+    browser: Any, ray_local: None, config: RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A server of a pair whose artist was trained, and of the pair before; none is started where there is no browser."""
     from ray import serve
 
     from pipeline.serve.app import served
+    from pipeline.serve.exports import with_models
 
-    with served(config, None) as address:
+    adapter = tmp_path_factory.mktemp("trained") / "vdm_adapter"
+    export_adapter(adapter, "vdm", 0.5)
+    with served(with_models(config, None, str(adapter)), None, before=config) as address:
         yield address
     serve.shutdown()
 
@@ -79,6 +84,10 @@ PLAYING = """() => {
     const clips = [...document.querySelectorAll(".vans-pair video")];
     return clips.length == 4 && clips.every((clip) => clip.currentTime > 0);
 }"""
+COLUMNS = """() => [...document.querySelectorAll(".vans-compare .vans-answer")].map((answer) => {
+    const place = answer.getBoundingClientRect();
+    return {left: place.left, right: place.right, top: place.top};
+})"""
 
 
 def test_a_person_sees_two_what_ifs_play_beside_their_clip(visit: Callable[..., Any]) -> None:
@@ -88,6 +97,22 @@ def test_a_person_sees_two_what_ifs_play_beside_their_clip(visit: Callable[..., 
     shown = page.inner_text("#answers")
     assert "<b>what if</b> it were reversed ?" in shown and "contact sheet" in shown
     assert page.query_selector(".vans-progress") is None  # it is gone with the last clip
+
+
+def test_the_pair_before_training_answers_in_a_column_beside_the_tuned_one(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.check("#compare input")
+    put(page, toy_clip(), QUESTION)
+    page.wait_for_function(PLAYING, timeout=ANSWER_MS)
+    tuned, before = page.evaluate(COLUMNS)
+    assert tuned["right"] <= before["left"] and tuned["top"] == before["top"]
+    facts = [text.inner_text() for text in page.query_selector_all(".vans-compare .vans-facts")]
+    assert [text.split(" · ")[0] for text in facts] == ["this pair", "before training"]
+    inputs, clips = (
+        [page.locator(".vans-pair video").nth(n).get_attribute("src") for n in pair] for pair in ((0, 2), (1, 3))
+    )
+    shown = [httpx.get(page.url.rstrip("/") + str(address)).content for address in (*inputs, *clips)]
+    assert shown[0] == shown[1] and shown[2] != shown[3]
 
 
 def test_earlier_answers_of_a_session_stay_below_the_newest(visit: Callable[..., Any]) -> None:
