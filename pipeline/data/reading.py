@@ -20,6 +20,7 @@ from av.stream import Disposition
 
 from cluster.errors import DataError
 from pipeline.data.boxes import check_mp4_index
+from pipeline.support.location import Uri, facts_of, open_file
 
 # Containers that hold a video themselves. Playlists (hls, concat, dash, …) are left out: they open other files.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,ivf,gif,mxf,wav"
@@ -52,7 +53,7 @@ class VideoLimits:
     max_decode_s: float = 300.0  # of this machine's time, for one pass over the file
 
 
-Source = bytes | str | Path
+Source = bytes | str | Path | Uri
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,22 @@ def _broken_video() -> Iterator[None]:
 
 @contextmanager
 def opened(source: Source, limits: VideoLimits) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Open ``source`` at its start, within ``limits``, and choose the stream; raises DataError, also for PyAV's errors."""
+    """Open ``source`` at its start, within ``limits``, and choose the stream.
+
+    Raises DataError, also for PyAV's errors; StorageError where the store of a URI fails.
+    """
+    source = Path(source) if isinstance(source, str) else source
     if isinstance(source, bytes):
         size = len(source)
+    elif isinstance(source, Path):
+        if not source.is_file():
+            raise DataError(f"no such video file: {source}")
+        size = source.stat().st_size
     else:
-        path = Path(source)
-        if not path.is_file():
-            raise DataError(f"no such video file: {path}")
-        size = path.stat().st_size
+        facts = facts_of(source)
+        if not facts.is_file:
+            raise DataError(f"no such video file: {source}")
+        size = facts.size
     if size > limits.max_bytes:
         raise DataError(f"the file has {size} bytes; at most {limits.max_bytes} are accepted")
     if size == 0:
@@ -109,9 +118,9 @@ def opened(source: Source, limits: VideoLimits) -> Iterator[tuple[av.container.I
     guard = {"max_pixels": str(2 * limits.max_pixels)}
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none", **guard}
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")  # noqa: SIM115
+        file = io.BytesIO(source) if isinstance(source, bytes) else open_file(source)
     except OSError as error:
-        raise DataError(f"cannot read {source!r}: {error.strerror}") from error
+        raise DataError(f"cannot read {source!s}: {error.strerror}") from error
     with _broken_video(), file:
         check_mp4_index(file, size)
         with av.open(file, options=options) as container:

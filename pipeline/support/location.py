@@ -7,6 +7,7 @@ What a store holds is for others (``data.schema``, ``checkpoint.mirror``).
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ from cluster.harmless import redacted, short
 BUCKETS = ("s3", "gs", "gcs")  # stores whose URI begins with a bucket
 SCHEMES = (*BUCKETS, "hdfs", "viewfs", "file")
 CHUNK = 8 << 20  # bytes that are copied at a time
+AHEAD = 1 << 20  # bytes that are fetched at a time of an object that is read here and there
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/*)")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SECRET = re.compile(r"(?:^|[&;])([^=&;]*(?:secret|password|token|access_key|credential)[^=&;]*)=", re.IGNORECASE)
@@ -205,21 +207,69 @@ def _reason(location: Path | Uri | str, error: BaseException) -> str:
     return f"{location}: {told[:400]}"
 
 
-def listing(folder: Path | Uri) -> list[Any]:
+def facts_of(location: Path | Uri) -> Any:
+    """Return the ``pyarrow.fs.FileInfo`` of ``location``, which is of the type NotFound where nothing is. Raises StorageError."""
+    store, path = opened(location)
+    with storage_errors(location):
+        return store.get_file_info(path)
+
+
+def listing(folder: Path | Uri, *, recursive: bool = False) -> list[Any]:
     """Return the ``pyarrow.fs.FileInfo`` of what lies in ``folder``, in name order; none where there is no such folder.
 
-    Raises StorageError where the store does not answer, or has no such bucket.
+    ``recursive``: also of what lies in the folders below it, in the order of paths. Raises StorageError where the store does not
+    answer, or has no such bucket.
     """
     from pyarrow import fs
 
     store, path = opened(folder)
     with storage_errors(folder):
-        found = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        found = store.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
         if not found and isinstance(folder, Uri) and folder.scheme in BUCKETS:
             bucket = path.partition("/")[0]  # a store lists nothing in a bucket that it does not have
             if store.get_file_info(bucket).type == fs.FileType.NotFound:
                 raise OSError("NO_SUCH_BUCKET")
-    return sorted(found, key=lambda info: info.base_name)
+    return sorted(found, key=lambda info: info.path)
+
+
+class _Stored(io.RawIOBase):
+    """An object of a store as a file. What goes wrong while it is read is a StorageError, not the fault of what it holds."""
+
+    def __init__(self, location: Uri) -> None:
+        self._location = location
+        store, path = opened(location)
+        with storage_errors(location):
+            self._stream = store.open_input_file(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with storage_errors(self._location):
+            return int(self._stream.readinto(buffer))
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with storage_errors(self._location):
+            return int(self._stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
+
+
+def open_file(location: Path | Uri) -> io.BufferedReader:
+    """Open a file for reading, here and there in it; of a store no more is fetched than is read, a mebibyte at a time.
+
+    Raises OSError for a path, StorageError for a URI, also while it is read; FileNotFoundError for both.
+    """
+    return location.open("rb") if isinstance(location, Path) else io.BufferedReader(_Stored(location), AHEAD)
 
 
 def read_bytes(location: Path | Uri) -> bytes:

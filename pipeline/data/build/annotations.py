@@ -7,41 +7,21 @@ whether a step lies inside of its video is for ``probing``.
 
 from __future__ import annotations
 
-import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import DataError
 from cluster.harmless import parse_json, short
+from pipeline.data.build.files import SUFFIXES, VideoFiles
 from pipeline.data.build.video import Clip, Lost, Video
-from pipeline.data.importers.clips import composed, confined
+from pipeline.support.location import Uri, parse_location
 
 STAGE = "sources"  # the name that what is lost here is counted under
-SUFFIXES = frozenset(
-    f".{name}"
-    for name in [
-        "3gp",
-        "avi",
-        "flv",
-        "m4v",
-        "mkv",
-        "mov",
-        "mp4",
-        "mpeg",
-        "mpg",
-        "mts",
-        "mxf",
-        "ogv",
-        "ts",
-        "webm",
-        "wmv",
-    ]
-)  # of the containers that ``reading`` opens
 KNOWN = (
     'COIN ({"database": {VIDEO: {"annotation": [{"label", "segment"}]}}}), '
     'YouCook2 ({"database": {VIDEO: {"annotations": [{"sentence", "segment"}]}}}), '
@@ -101,7 +81,7 @@ class _Annotated:
     steps: list[tuple[float, float, str]] = field(default_factory=list)
 
 
-def annotated_videos(annotations: Sequence[str | Path], root: str | Path) -> Iterator[Video]:
+def annotated_videos(annotations: Sequence[str | Path], root: str | Path | Uri) -> Iterator[Video]:
     """Yield the videos that the files ``annotations`` name, in their order, each with its steps as clips.
 
     A video's file is searched below the folder ``root``: by its path, or by its name without a suffix, as COIN and YouCook2
@@ -112,7 +92,7 @@ def annotated_videos(annotations: Sequence[str | Path], root: str | Path) -> Ite
     The files are read when this is called. Raises DataError for a file of an unknown format, for a video that is annotated
     twice, and where none of the videos is there.
     """
-    root = _folder(root)
+    root = parse_location(root)
     found: dict[str, _Annotated] = {}
     for path in map(Path, annotations):
         for name, entry in _read(path).items():
@@ -124,19 +104,19 @@ def annotated_videos(annotations: Sequence[str | Path], root: str | Path) -> Ite
         raise DataError(
             f"there is no annotated video in {', '.join(map(str, annotations)) or 'no file of annotations'}"
         )
-    files = _Files(root)
+    files = VideoFiles(root)
     videos = [_video(order, entry, files) for order, entry in enumerate(found.values())]
     _require_some(videos, root)
     return iter(videos)
 
 
-def unannotated_videos(root: str | Path, listed: str | Path | None = None) -> Iterator[Video]:
+def unannotated_videos(root: str | Path | Uri, listed: str | Path | None = None) -> Iterator[Video]:
     """Yield the videos below the folder ``root`` in the order of their paths, or those that the text file ``listed`` names.
 
     ``listed``: a path below ``root`` or an id a line. Raises DataError where there is none, and for a name that is listed twice.
     """
-    root = _folder(root)
-    files = _Files(root)
+    root = parse_location(root)
+    files = VideoFiles(root)
     if listed is None:
         videos = [Video(name, path, order=order) for order, (name, path) in enumerate(files.named())]
         if not videos:
@@ -246,60 +226,7 @@ def _first_of(error: ValidationError) -> str:
 # --- videos and their files -----------------------------------------------------------------------------------------
 
 
-def _folder(root: str | Path) -> Path:
-    folder = Path(root)
-    if not folder.is_dir():
-        raise DataError(f"the folder of videos {folder} does not exist")
-    return folder
-
-
-class _Files:
-    """The videos below a folder, by path and by id."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._by_id: dict[str, list[str]] = defaultdict(list)
-        self._taken: dict[str, str] = {}  # file → the video that it is
-        for folder, below, names in os.walk(root):
-            below[:] = sorted(name for name in below if not name.startswith((".", "_")))
-            for name in names:
-                if PurePosixPath(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                    relative = Path(folder, name).relative_to(root).as_posix()
-                    self._by_id[composed(PurePosixPath(name).stem)].append(relative)
-
-    def named(self) -> Iterator[tuple[str, str]]:
-        """Yield (name, path) of each, in the order of paths: the path without its suffix, unless two files share that."""
-        paths = sorted(path for paths in self._by_id.values() for path in paths)
-        times = Counter(map(_bare, paths))
-        for path in paths:
-            yield (path if times[_bare(path)] > 1 else _bare(path)), path
-
-    def find(self, name: str) -> str:
-        """Return the path below the folder of the video ``name``, which no other video has; raises DataError."""
-        found = self._path(name)
-        first = self._taken.setdefault(found, name)
-        if first != name:
-            raise DataError(f"{short(name)} and {short(first)} are the same file, {short(found)}")
-        return found
-
-    def _path(self, name: str) -> str:
-        if PurePosixPath(name).suffix.lower() in SUFFIXES:
-            return confined(self.root, name).relative_to(self.root.resolve()).as_posix()
-        alike = self._by_id.get(composed(PurePosixPath(name).name), [])
-        if "/" in name:
-            alike = [path for path in alike if composed(_bare(path)) == composed(name)]
-        if len(alike) > 1:
-            raise DataError(f"{short(name)} could be any of {', '.join(map(short, sorted(alike)[:3]))}")
-        if not alike:
-            raise DataError(f"there is no video {short(name)} below {self.root}")
-        return confined(self.root, alike[0]).relative_to(self.root.resolve()).as_posix()
-
-
-def _bare(path: str) -> str:
-    return str(PurePosixPath(path).with_suffix(""))
-
-
-def _video(order: int, entry: _Annotated, files: _Files) -> Video:
+def _video(order: int, entry: _Annotated, files: VideoFiles) -> Video:
     video = Video(entry.name, "", order=order, topic=entry.topic, seconds=entry.seconds)
     try:
         video.path = files.find(entry.name)
@@ -321,7 +248,7 @@ def _video(order: int, entry: _Annotated, files: _Files) -> Video:
     return video
 
 
-def _require_some(videos: Sequence[Video], root: Path) -> None:
+def _require_some(videos: Sequence[Video], root: Path | Uri) -> None:
     if not any(video.path for video in videos):
         raise DataError(
             f"none of the {len(videos)} videos is below {root}; {missing(videos)}. Videos are searched by path, or by their "

@@ -12,9 +12,10 @@ from pydantic import Field
 
 from actors.settings import Positive, Section
 from cluster.errors import DataError
+from pipeline.data.build.files import placed
 from pipeline.data.build.hashes import common_hash, frame_hashes, one_thread
 from pipeline.data.build.video import Build, Clip, Lost, Video
-from pipeline.data.importers.clips import ClipSpec, confined, copy_clip
+from pipeline.data.importers.clips import ClipSpec, copy_clip
 from pipeline.data.reading import Source
 from pipeline.data.video import decode_scaled
 
@@ -34,7 +35,7 @@ def clip_frames(
     """
     if clip.stored:
         return _sampled(build.store.get(clip.stored), None, None, build, fps, most, side)
-    return _sampled(confined(build.root, video.path), clip.start, clip.end, build, fps, most, side)
+    return _sampled(placed(build.root, video.path), clip.start, clip.end, build, fps, most, side)
 
 
 def _sampled(
@@ -101,7 +102,7 @@ class Cut:
 
 def put_clip(video: Video, clip: Clip, build: Build, spec: ClipSpec) -> None:
     """Cut ``clip`` out of ``video`` into the store, and note its name there and its hashes. Raises DataError."""
-    data = copy_clip(confined(build.root, video.path), clip.start, clip.end, spec)
+    data = copy_clip(placed(build.root, video.path), clip.start, clip.end, spec)
     clip.stored = build.store.put(data)
     if not clip.hashes:
         note_hashes(clip, *_sampled(data, None, None, build, HASHED_FPS, MOST, SIDE))

@@ -24,6 +24,7 @@ from actors.settings import Section
 from cluster.errors import DataError
 from cluster.harmless import short
 from pipeline.data.build.cutting import HASHED_FPS
+from pipeline.data.build.files import placed
 from pipeline.data.build.hashes import SeenClips, frame_hashes, one_thread
 from pipeline.data.build.video import Build, Lost, Video
 from pipeline.data.geometry import orientation
@@ -181,7 +182,7 @@ class Exclude:
             reason, told = "evaluation", f"an evaluation clip is named by {short(video.name)}"
         else:
             try:
-                shown = self._evaluation.shown(video_hashes(confined(self.build.root, video.path), self.build.limits))
+                shown = self._evaluation.shown(video_hashes(placed(self.build.root, video.path), self.build.limits))
                 reason, told = ("evaluation", f"it shows the evaluation clip {short(shown)}") if shown else ("", "")
             except DataError as error:
                 reason, told = "unreadable", str(error)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated
 
 from pydantic import Field
 
 from actors.settings import Section
 from cluster.errors import DataError
+from pipeline.data.build.files import digest_of_video, placed
 from pipeline.data.build.video import Build, Clip, Lost, Video
-from pipeline.data.importers.clips import confined
 from pipeline.data.video import probe
 
 
@@ -39,10 +38,9 @@ class Probe:
         if not video.path:  # its file was not found
             return video
         try:
-            path = confined(self.build.root, video.path)
+            path = placed(self.build.root, video.path)
             info = probe(path, self.build.limits)
-            with path.open("rb") as file:
-                video.digest = hashlib.file_digest(file, "sha256").hexdigest()
+            video.digest = digest_of_video(path)
         except (DataError, OSError) as error:
             video.lost.append(Lost(self.name, "video", "unreadable", str(error)))
             video.clips = []

@@ -21,7 +21,7 @@ from pipeline.config.load import apply_override, find_yaml, parse_section, read_
 from pipeline.data.build.models import ModelSection
 from pipeline.data.build.store import digest_of
 from pipeline.data.importers.vans_row import LANGUAGES
-from pipeline.support.location import LocalPath
+from pipeline.support.location import LocalPath, Location
 
 BUNDLED = Path(__file__).parent / "recipes"
 STAGES = {
@@ -42,7 +42,7 @@ STAGES = {
 class SourcesSection(Section):
     """The videos."""
 
-    videos: LocalPath = Field(Path("videos"), description="Folder of videos.")
+    videos: Location = Field(Path("videos"), description="Folder of videos: a path or a URI.")
     annotations: list[LocalPath] = Field(
         [],
         description="COIN's or YouCook2's JSON, or JSON lines of video, start, end, label. Without one, all videos are taken.",

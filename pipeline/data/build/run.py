@@ -18,6 +18,7 @@ from cluster.errors import DataError
 from cluster.harmless import printable
 from cluster.session import connect
 from pipeline.data.build.annotations import annotated_videos, missing, unannotated_videos
+from pipeline.data.build.files import VideoFiles
 from pipeline.data.build.funnel import Count, write_funnel
 from pipeline.data.build.meter import ActorMeter, start_account
 from pipeline.data.build.readiness import ready_models
@@ -192,11 +193,10 @@ def _chunks(recipe: Recipe) -> Iterator[list[Video]]:
 
 def list_sources(recipe: Recipe) -> Listed:
     """Return what is known of the sources before one is opened."""
-    count, digest, lost = 0, "", []
+    count, digest, lost, sizes = 0, "", [], VideoFiles(recipe.sources.videos).sizes
     for chunk in _chunks(recipe):
         lost += [video for video in chunk if video.lost]
-        sizes = [_size(recipe.sources.videos, video) for video in chunk]
-        digest = digest_of(digest, [video_to_json(video) for video in chunk], sizes)
+        digest = digest_of(digest, [video_to_json(video) for video in chunk], [sizes.get(v.path, -1) for v in chunk])
         count += len(chunk)
     return Listed(count, digest, missing(lost))
 
@@ -205,13 +205,6 @@ def write_sources(recipe: Recipe, area: WorkArea) -> None:
     """Write the sources into the work area, some to a file, for the workers."""
     for number, chunk in enumerate(_chunks(recipe)):
         area.write(SOURCES, Sources.key(number), [video_to_json(video) for video in chunk])
-
-
-def _size(root: Path, video: Video) -> int:
-    try:
-        return (root / video.path).stat().st_size
-    except OSError:
-        return -1
 
 
 def _clear_early(out: Path | Uri, names: Sequence[str], plan: Mapping[str, Any], area: WorkArea) -> None:
@@ -232,7 +225,8 @@ class Run:
         self, recipe: Recipe, plans: Sequence[StagePlan], area: WorkArea, identity: str, count: int, meter: ActorMeter
     ) -> None:
         self.recipe, self.plans, self.area, self.count = recipe, plans, area, count
-        root = recipe.sources.videos.absolute()
+        root = recipe.sources.videos
+        root = root.absolute() if isinstance(root, Path) else root
         self.sources = Sources(area, root, identity)
         build = Build(root, area, recipe.seed, languages=recipe.spoken)
         self.tasks = [(plan, self._task(plan, build, meter)) for plan in plans]

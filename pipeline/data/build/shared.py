@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.build.store import WorkArea
 from pipeline.data.build.video import SOURCE_LIMITS, Clip, Lost, Pair, Video
 from pipeline.data.reading import VideoLimits
+from pipeline.support.location import Uri
 
 if TYPE_CHECKING:
     from pipeline.data.build.asking import Asker
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Build:
     """What a stage gets beside its settings."""
 
-    root: Path  # folder of videos
+    root: Path | Uri  # folder of videos
     store: WorkArea
     seed: int = 0
     limits: VideoLimits = SOURCE_LIMITS

@@ -18,9 +18,9 @@ from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
 from actors.settings import Section
 from cluster.errors import DataError
+from pipeline.data.build.files import placed
 from pipeline.data.build.hashes import one_thread
 from pipeline.data.build.video import Build, Clip, Lost, Video
-from pipeline.data.importers.clips import confined
 from pipeline.data.reading import Part, Source, VideoLimits, check_span, frames_of, opened
 
 Detector = Literal["adaptive", "content"]
@@ -114,7 +114,7 @@ class Shots:
             return video
         chosen, video.clips = self.settings, []
         try:
-            path = confined(self.build.root, video.path)
+            path = placed(self.build.root, video.path)
             shots = find_shots(path, self.build.limits, detector=chosen.detector, threshold=chosen.threshold)
         except DataError as error:
             video.lost.append(Lost(self.name, "video", "unreadable", str(error)))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import DataError
-from pipeline.support.location import Uri, opened, read_bytes, remove, storage_errors, write_bytes
+from pipeline.support.location import Uri, facts_of, read_bytes, remove, write_bytes
 
 AREA = "_build"  # below a build's OUT; readers of Parquet folders pass over names that begin with an underscore
 FORMAT = 1  # of what is kept; part of every key
@@ -84,9 +84,7 @@ class WorkArea:
 def _exists(place: Path | Uri) -> bool:
     if isinstance(place, Path):
         return place.is_file()
-    store, path = opened(place)
-    with storage_errors(place):
-        return bool(store.get_file_info(path).is_file)
+    return bool(facts_of(place).is_file)
 
 
 def _write(place: Path | Uri, data: bytes) -> None:

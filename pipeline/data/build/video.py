@@ -11,6 +11,7 @@ from typing import Protocol
 
 from actors.records import SampleKind
 from pipeline.data.reading import VideoLimits
+from pipeline.support.location import Uri
 
 SOURCE_LIMITS = VideoLimits(max_frames=500_000, max_seconds=4 * 3600.0, max_bytes=16 << 30, max_decode_s=3600.0)
 """What is accepted of a source video: hours, where the default is made for clips."""
@@ -99,7 +100,7 @@ class Build(Protocol):
     """What all stages of a build share. It is sent to Ray Data's workers, so it pickles."""
 
     @property
-    def root(self) -> Path:
+    def root(self) -> Path | Uri:
         """Folder of the source videos, which every worker sees."""
         ...
 

@@ -7,7 +7,6 @@ build.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -19,11 +18,12 @@ import pyarrow as pa
 from cluster.errors import ConfigError, DataError, StorageError, VansError
 from cluster.harmless import printable
 from pipeline.data.build.asking import Asker, BudgetSpentError, Meter, PendingError
+from pipeline.data.build.files import digest_of_video, placed, stamp_of
 from pipeline.data.build.models import Ask, ModelSection
 from pipeline.data.build.shared import Build, video_of, video_to_json
 from pipeline.data.build.store import WorkArea, digest_of
 from pipeline.data.build.video import Lost, Video
-from pipeline.data.importers.clips import confined
+from pipeline.support.location import Uri
 
 COLUMN = "travel"
 SOURCES, DONE = "sources", "videos"  # kinds in the work area
@@ -88,7 +88,7 @@ class Sources:
     """The source videos of a build as they lie in its work area, by number."""
 
     area: WorkArea
-    root: Path
+    root: Path | Uri
     identity: str  # of the recipe
 
     def chunk(self, number: int) -> list[Video]:
@@ -110,10 +110,9 @@ class Sources:
     def _stamp(self, video: Video) -> list[int]:
         """Return what of the file says that it is another one now."""
         try:
-            facts = confined(self.root, video.path).stat()
+            return stamp_of(placed(self.root, video.path))
         except (DataError, OSError):
             return []
-        return [facts.st_size, facts.st_mtime_ns]
 
     def __call__(self, block: pa.Table, first: int = 0) -> pa.Table:
         """Return the videos whose numbers, from ``first`` on, are in ``block``, each with the digest of its file."""
@@ -131,8 +130,7 @@ class Sources:
 
     def _identify(self, video: Video) -> None:
         try:
-            with confined(self.root, video.path).open("rb") as file:
-                video.digest = hashlib.file_digest(file, "sha256").hexdigest()
+            video.digest = digest_of_video(placed(self.root, video.path))
         except (DataError, OSError) as error:
             video.clips, video.pairs = [], []
             video.lost.append(Lost(SOURCES, "video", "unreadable", printable(str(error), 300)))

@@ -16,6 +16,7 @@ import av
 import numpy as np
 
 from cluster.errors import DataError
+from pipeline.data.reading import Source
 from pipeline.data.video import VideoInfo, VideoLimits, decode_scaled, decode_video, encode_mp4, pace_of, probe
 
 
@@ -108,8 +109,8 @@ def load_clip(root: Path, span: Span, spec: ClipSpec | None = None) -> tuple[byt
     return copy_clip(path, span.start, span.end, spec), False
 
 
-def copy_clip(path: Path, start: float | None, end: float | None, spec: ClipSpec) -> bytes:
-    """Return the part [start, end) of ``path`` as mp4 bytes of constant frame rate, upright, within ``spec``."""
+def copy_clip(source: Source, start: float | None, end: float | None, spec: ClipSpec) -> bytes:
+    """Return the part [start, end) of ``source`` as mp4 bytes of constant frame rate, upright, within ``spec``."""
 
     def size(height: int, width: int) -> tuple[int, int]:
         scale = min(1.0, spec.max_side / max(width, height))
@@ -122,7 +123,7 @@ def copy_clip(path: Path, start: float | None, end: float | None, spec: ClipSpec
         span = float(times[-1] - times[0])
         return min(spec.max_frames, round(span * min(spec.max_fps, pace_of(times))) + 1)
 
-    frames, seconds = decode_scaled(path, size, count, spec.limits, start=start, end=end)
+    frames, seconds = decode_scaled(source, size, count, spec.limits, start=start, end=end)
     fps = (len(frames) - 1) / seconds if len(frames) > 1 and seconds > 0 else 1.0
     return encode_mp4(frames, fps, near_lossless=False)
 

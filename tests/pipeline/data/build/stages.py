@@ -12,9 +12,10 @@ import numpy as np
 
 from actors.settings import Section
 from cluster.errors import ConfigError, DataError
+from pipeline.data.build.files import placed
 from pipeline.data.build.shared import Build
 from pipeline.data.build.video import Clip, Pair, Video
-from pipeline.data.importers.clips import ClipSpec, confined, copy_clip
+from pipeline.data.importers.clips import ClipSpec, copy_clip
 from pipeline.data.video import encode_mp4
 
 
@@ -45,7 +46,7 @@ class Pieces:
         """Nothing."""
 
     def __call__(self, video: Video) -> Video:
-        path = confined(self.build.root, video.path)
+        path = placed(self.build.root, video.path)
         for index in range(self.settings.clips):
             data = copy_clip(path, float(index), float(index + 1), ClipSpec())
             video.clips.append(

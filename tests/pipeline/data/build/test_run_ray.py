@@ -16,7 +16,10 @@ from pipeline.data.build.recipe import Recipe
 from pipeline.data.build.run import build_dataset
 from pipeline.data.build.worker import SetupError
 from pipeline.data.folder import open_dataset
+from pipeline.data.schema import open_shard, shard_paths
+from pipeline.support.location import Uri, upload
 from tests.pipeline.data.build.stages import write_videos
+from tests.s3_server import S3Server
 from tests.scripted_server import ScriptedServer
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -30,7 +33,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def recipe(videos: Path, *, workers: int = 1, server: ScriptedServer | None = None, **stages: Any) -> Recipe:
+def recipe(videos: Path | Uri, *, workers: int = 1, server: ScriptedServer | None = None, **stages: Any) -> Recipe:
     values: dict[str, Any] = {
         "name": "test",
         "sources": {"videos": videos},
@@ -68,6 +71,18 @@ def test_rows_come_in_the_order_of_the_sources_whatever_the_workers(videos: Path
     assert one.rows == {"train": 16}
     assert open_dataset(tmp_path / "one" / "train").rows == 16
     assert not (tmp_path / "one" / "_build").exists()
+
+
+@pytest.mark.chaos
+def test_videos_in_a_store_give_the_rows_of_those_in_a_folder(videos: Path, tmp_path: Path, s3: S3Server) -> None:
+    bucket = s3.bucket("footage")
+    for path in videos.iterdir():
+        upload(path, bucket / "raw" / path.name)
+    build_dataset(recipe(videos), tmp_path / "here", quiet=True)
+    build_dataset(recipe(bucket / "raw"), bucket / "built", quiet=True)
+    here = rows(tmp_path / "here" / "train")
+    there = [row for shard in shard_paths(bucket / "built" / "train") for row in open_shard(shard).read().to_pylist()]
+    assert here == there and len(here) == 16
 
 
 def test_splits_are_by_video(videos: Path, tmp_path: Path) -> None:
