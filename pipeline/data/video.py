@@ -86,7 +86,7 @@ def encode_mp4(frames: np.ndarray, fps: float, near_lossless: bool = True) -> by
         raise DataError(f"fps={fps} must lie in [{RATES[0]:g}, {RATES[1]:g}]")
     # The closest fraction of small numbers, of the rate or of its inverse: a picture in 2500 s is 1/2500 of one a second.
     rate = Fraction(fps).limit_denominator(1001) if fps >= 1 else 1 / Fraction(1 / fps).limit_denominator(1001)
-    if not near_lossless:
+    if not near_lossless and (frames.shape[1] % 2 or frames.shape[2] % 2):
         frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     buffer = io.BytesIO()
     # Bit-exact flags leave the library's version out of the file, so that datasets can be compared by hash.

@@ -15,9 +15,9 @@ from cluster.errors import DataError
 from pipeline.data.build.files import placed
 from pipeline.data.build.hashes import common_hash, frame_hashes, one_thread
 from pipeline.data.build.video import Build, Clip, Lost, Video
-from pipeline.data.importers.clips import ClipSpec, copy_clip
+from pipeline.data.importers.clips import ClipSpec, copied_frames
 from pipeline.data.reading import Source
-from pipeline.data.video import decode_scaled
+from pipeline.data.video import decode_scaled, encode_mp4
 
 HASHED_FPS = 8.0
 """Frames a second that are hashed: a clip that was cut elsewhere then has a frame near each of another's, in fast motion too."""
@@ -102,10 +102,9 @@ class Cut:
 
 def put_clip(video: Video, clip: Clip, build: Build, spec: ClipSpec) -> None:
     """Cut ``clip`` out of ``video`` into the store, and note its name there and its hashes. Raises DataError."""
-    data = copy_clip(placed(build.root, video.path), clip.start, clip.end, spec)
-    clip.stored = build.store.put(data)
-    if not clip.hashes:
-        note_hashes(clip, *_sampled(data, None, None, build, HASHED_FPS, MOST, SIDE))
+    frames, fps = copied_frames(placed(build.root, video.path), clip.start, clip.end, spec)
+    clip.stored = build.store.put(encode_mp4(frames, fps, near_lossless=False))
+    note_hashes(clip, frames, fps)
 
 
 def narrowed(clip: Clip, start: float, end: float, *, least_s: float = 3.0, most_s: float = 5.0) -> tuple[float, float]:

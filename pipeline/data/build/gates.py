@@ -127,7 +127,8 @@ class Gates:
             except DataError as error:
                 video.lost.append(Lost(self.name, f"clip {clip.index}", "unreadable", str(error)))
                 continue
-            note_hashes(clip, frames, fps)
+            if not clip.hashes:
+                note_hashes(clip, frames, fps)
             feature = self._feature(frames)
             found = {"seconds": clip.end - clip.start} | {name: take(frames, fps) for name, take in MEASURES.items()}
             if kept:

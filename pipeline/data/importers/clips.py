@@ -111,6 +111,11 @@ def load_clip(root: Path, span: Span, spec: ClipSpec | None = None) -> tuple[byt
 
 def copy_clip(source: Source, start: float | None, end: float | None, spec: ClipSpec) -> bytes:
     """Return the part [start, end) of ``source`` as mp4 bytes of constant frame rate, upright, within ``spec``."""
+    return encode_mp4(*copied_frames(source, start, end, spec), near_lossless=False)
+
+
+def copied_frames(source: Source, start: float | None, end: float | None, spec: ClipSpec) -> tuple[np.ndarray, float]:
+    """Return the frames of :func:`copy_clip`, uint8 (T, H, W, 3), and how many of them are a second."""
 
     def size(height: int, width: int) -> tuple[int, int]:
         scale = min(1.0, spec.max_side / max(width, height))
@@ -124,8 +129,7 @@ def copy_clip(source: Source, start: float | None, end: float | None, spec: Clip
         return min(spec.max_frames, round(span * min(spec.max_fps, pace_of(times))) + 1)
 
     frames, seconds = decode_scaled(source, size, count, spec.limits, start=start, end=end)
-    fps = (len(frames) - 1) / seconds if len(frames) > 1 and seconds > 0 else 1.0
-    return encode_mp4(frames, fps, near_lossless=False)
+    return frames, (len(frames) - 1) / seconds if len(frames) > 1 and seconds > 0 else 1.0
 
 
 def _embeddable(info: VideoInfo, size: int, spec: ClipSpec) -> bool:
