@@ -52,6 +52,12 @@ ROWS = (
     Row(12, "start-up: `vans train` to its first whole group", "sum of bare model loads", "start_up"),
     Row(13, "stage 2's gain in equal CPU time, by `nft` and `awm`", "by `grpo` on the SDE window", "stage2_objectives"),
     Row(14, "a build's clips, cut and gated on Ray Data", "the same PyAV code in a loop on all cores", "footage"),
+    Row(
+        15,
+        "a build on 64 workers that sleep; of 100 times the rows",
+        "the slowest stage alone; few rows",
+        "build_scale",
+    ),
 )
 
 

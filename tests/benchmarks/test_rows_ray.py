@@ -32,6 +32,7 @@ def test_the_row_runs(name: str) -> None:
     [
         "data_input",
         "footage",
+        "build_scale",
         "vlm_pool",
         "vlm_pool.measure_transformers",
         "vdm_pool",
