@@ -22,6 +22,7 @@ from typing import Any
 
 from cluster import ports
 from cluster.errors import VansError
+from cluster.notices import notices
 from cluster.packages import PACKAGES
 from cluster.resources import ClusterView, view
 from cluster.surroundings import LONGEST_TEMPORARY, settle, worker_hook
@@ -56,6 +57,7 @@ _SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 
 
+_QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 _START_ERRORS = (RuntimeError, ValueError, ConnectionError, OSError)
 
 
@@ -85,7 +87,6 @@ def connect(
     local_gpus: int | None = None,
     object_store_mib: int = 512,
     env: Mapping[str, str] | None = None,
-    worker_logs: bool = False,
 ) -> Iterator[Session]:
     """Join the cluster at ``address``, or start an embedded one, for the length of the ``with`` block.
 
@@ -96,7 +97,7 @@ def connect(
     running.
 
     Workers get ``env`` over ``WORKER_ENV``, and can import this project's packages from a clone, an editable install or
-    a submitted job's working directory. ``worker_logs`` prints what workers print.
+    a submitted job's working directory. What workers and nodes print stays in Ray's files (``cluster.notices``).
 
     Raises ClusterError when there is nothing at the address.
     """
@@ -108,24 +109,24 @@ def connect(
     settle()
     where = resolve_address(address, os.environ)
     options: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "log_to_driver": worker_logs,
+        **_QUIET,
         "runtime_env": runtime_env(os.environ, env or {}, embedded=where is None),
     }
     # Ray puts its own handler in the place of whoever wanted to know of SIGTERM.
     handler = signal.getsignal(signal.SIGTERM)
-    try:
-        if where is None:
-            _start_embedded(local_cpus, local_gpus, object_store_mib, options)
-        else:
-            _join(where, options)
-        _restore(handler)
-        session = Session(ray.get_runtime_context().gcs_address, embedded=where is None)
-        log.info("Ray %s at %s", "started" if session.embedded else "joined", session.address)
-        yield session
-    finally:
-        ray.shutdown()
-        _restore(handler)
+    with notices(logs_folder):
+        try:
+            if where is None:
+                _start_embedded(local_cpus, local_gpus, object_store_mib, options)
+            else:
+                _join(where, options)
+            _restore(handler)
+            session = Session(ray.get_runtime_context().gcs_address, embedded=where is None)
+            log.info("Ray %s at %s", "started" if session.embedded else "joined", session.address)
+            yield session
+        finally:
+            ray.shutdown()
+            _restore(handler)
 
 
 @contextmanager
@@ -157,11 +158,19 @@ def join(address: str, *, token: bool = False) -> Iterator[Session]:
 
         os.environ["RAY_AUTH_MODE"] = "token"
         Config.initialize("")  # Ray reads the variable when it is imported
-    try:
-        _join(where, {"logging_level": logging.ERROR, "log_to_driver": False})
-        yield Session(ray.get_runtime_context().gcs_address, embedded=False)
-    finally:
-        ray.shutdown()
+    with notices(logs_folder):
+        try:
+            _join(where, dict(_QUIET))
+            yield Session(ray.get_runtime_context().gcs_address, embedded=False)
+        finally:
+            ray.shutdown()
+
+
+def logs_folder() -> str:
+    """Return the folder in which each node of the joined cluster keeps Ray's logs of this session."""
+    from ray._private import worker
+
+    return str(worker._global_node.get_logs_dir_path())
 
 
 def require_loopback() -> None:
