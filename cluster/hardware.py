@@ -38,7 +38,17 @@ CARDS = {
         Card("l40s", 48, 362e12, 183e12, 91.6e12, 0.864e12),
     )
 }
+_BY_ACCELERATOR = {"A100": "a100", "H100": "h100", "H200": "h200", "L40S": "l40s"}
+"""Ray's name of a GPU's type → card. Ray does not tell forms of one type apart: an H100 is taken for the fastest, SXM."""
 _BY_GIB = {40: "a100-40", 48: "l40s", 80: "h100", 141: "h200"}
+
+
+def peak_flops(accelerator: str, dtype: str) -> float | None:
+    """Return the peak FLOP/s in ``dtype`` of the GPU that Ray calls ``accelerator``; None where the card is not known."""
+    name = _BY_ACCELERATOR.get(accelerator)
+    if name is None:
+        return None
+    return CARDS[name].float32 if dtype == "float32" else CARDS[name].bf16
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ __all__ = [
     "Placement",
     "PlacementPlan",
     "Strategy",
+    "accelerators",
     "amounts",
     "check",
     "found_room",
@@ -124,6 +125,20 @@ def view() -> ClusterView:
     alive = [node for node in ray.nodes() if node["Alive"]]
     labels = tuple(node.get("Labels", {}) for node in alive)
     return ClusterView(tuple(node["Resources"] for node in alive), ray.available_resources(), labels)
+
+
+def accelerators() -> dict[str, str]:
+    """Return Ray's name for the type of a node's GPUs (``H100``), by the node's address; nodes without GPUs have none."""
+    import ray
+
+    prefix = "accelerator_type:"
+    return {
+        node["NodeManagerAddress"]: name.removeprefix(prefix)
+        for node in ray.nodes()
+        if node["Alive"]
+        for name in node["Resources"]
+        if name.startswith(prefix)
+    }
 
 
 def found_room(actor: Any) -> bool:

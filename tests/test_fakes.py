@@ -19,12 +19,13 @@ from pipeline.fleet.open import Fleet
 from pipeline.stages.feed import SampleFeed
 from tests.benchmarks import simulated
 from tests.pipeline.run import test_alarm_stop, test_handover, test_recovery
-from tests.pipeline.stages import test_alarms, test_anchors, test_feed, test_loop, test_stage1, test_stage2
+from tests.pipeline.stages import test_alarms, test_anchors, test_feed, test_loop, test_speed, test_stage1, test_stage2
 
 pytestmark = pytest.mark.slow
 
 FAKES: list[tuple[type, type]] = [
     (test_loop.Pool, WorkerPool),
+    (test_speed.Pool, WorkerPool),
     (test_recovery.ServingPool, WorkerPool),
     (test_handover.Pool, WorkerPool),
     (test_stage1.Thinker, WorkerPool),

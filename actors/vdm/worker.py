@@ -51,6 +51,7 @@ class VdmWorker:
         self._served = Served(name, options=self._options, **self._arguments)  # type: ignore[arg-type]
         self._peers: Peers | None = None
         self._arrival: str = "model folder"
+        self._drawn = {"clips": 0, "latents": 0, "passes": 0}
         self._busy = threading.Lock()  # one call at a time uses the models; the actor's other thread answers ping()
 
     @property
@@ -114,6 +115,8 @@ class VdmWorker:
                 rendered = self._render([requests[i] for i in good], on_step)
             for i, outcome in zip(good, rendered, strict=True):
                 outcomes[i] = outcome
+                if isinstance(outcome, Ok):
+                    self._count(requests[i])
         return [outcome for outcome in outcomes if outcome is not None]
 
     def weights_hash(self) -> str:
@@ -122,8 +125,15 @@ class VdmWorker:
             return f"{self._base_hash()}:{self.policy.version}"
 
     def counters(self) -> dict[str, float]:
-        """Return how many captions were embedded and clips' reference frames encoded, and asked for, since the start."""
-        return self.policy.counters()
+        """Return what was done since the start: captions embedded and clips' reference frames encoded, and asked for; clips that
+        were drawn, their latents (one for each denoising step), and the transformer's passes over one of them.
+        """
+        return self.policy.counters() | {name: float(count) for name, count in self._drawn.items()}
+
+    def _count(self, request: RenderRequest) -> None:
+        self._drawn["clips"] += 1
+        self._drawn["latents"] += request.steps
+        self._drawn["passes"] += request.steps * (2 if request.guidance > 1 else 1)
 
     def held(self) -> dict[str, int]:
         """Return the bytes of the parameters that this process holds, by component."""

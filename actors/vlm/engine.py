@@ -66,6 +66,7 @@ class VlmEngine:
         self._lora_ids = 0
         self._running = 0
         self._asked = 0
+        self._done = dict.fromkeys(("prompts", "prompt_tokens", "completions", "tokens"), 0)
         self._idle = asyncio.Event()
         self._idle.set()
         self._open = asyncio.Event()
@@ -161,6 +162,10 @@ class VlmEngine:
                 adapter.users -= 1
                 await self._sweep(adapter)
         completions = [self._completion(o, version) for o in sorted(output.outputs, key=lambda o: o.index)]
+        self._done["prompts"] += 1
+        self._done["prompt_tokens"] += len(output.prompt_token_ids)
+        self._done["completions"] += len(completions)
+        self._done["tokens"] += sum(len(each.token_ids) for each in completions)
         return completions * request.n if request.temperature == 0 else completions
 
     async def load(self, weights: Weights | None, version: int | None = None) -> int:
@@ -251,9 +256,12 @@ class VlmEngine:
             return str(await self.backend.rpc("vans_base_hash"))
 
     async def counters(self) -> dict[str, float]:
-        """Return the videos that the vision tower encoded, and the completions that needed one, since the start."""
+        """Return what was done since the start: the videos that the vision tower encoded, and the completions that needed one;
+        prompts that were answered, their tokens, completions, and the tokens that were sampled.
+        """
         encoded = await self.backend.rpc("vans_videos_encoded")
-        return {"videos": float(encoded), "videos_asked": float(self._asked)}
+        done = {name: float(count) for name, count in self._done.items()}
+        return {"videos": float(encoded), "videos_asked": float(self._asked), **done}
 
     def check(self) -> None:
         """Raise InfrastructureError if the engine is dead."""

@@ -76,7 +76,7 @@ class VlmWorker:
         return await self._engine.weights_hash()
 
     async def counters(self) -> dict[str, float]:
-        """Return how many videos were encoded, and how many completions asked for one, since the start."""
+        """See :meth:`VlmEngine.counters`."""
         return await self._engine.counters()
 
     async def ping(self) -> str:

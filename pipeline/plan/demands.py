@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Literal
 
 from actors.architectures import cost as costs
 from actors.scoring.components import TEXT_ONLY
 from cluster.hardware import Rates
 from pipeline.config import RunConfig
-from pipeline.config.stages import RenderSection, RolloutSection, Stage1Section, Stage2Section, StageSection
+from pipeline.config.stages import RenderSection, RolloutSection, StageSection
 from pipeline.fleet.rewards import reward_models
 from pipeline.plan.balance import Demand, StageDemand
 from pipeline.plan.measured import Measured
 from pipeline.plan.memory import completions_of_a_row
-from pipeline.plan.models import BYTES, CAPTION_TOKENS, Models, score_of
+from pipeline.plan.models import BYTES, Models, score_of
+from pipeline.plan.work import CAPTION_TOKENS, branches, experience_flops, frames_flops, trajectory_forward
 
 PUBLISH_BANDWIDTH = 10e9
 """Assumed bytes per second of whole models on their way to the pools; an adapter takes no time."""
@@ -102,11 +104,10 @@ class _Count:
 
     def draws(self, rollout: RolloutSection, render: RenderSection, captions: int) -> list[Demand]:
         """All clips of a step, whose groups have ``captions`` captions each. An embed pool, if there is one, embeds and encodes."""
-        models, video, pools = self.models, self.config.video, self.config.pools
+        models, pools = self.models, self.config.pools
         shapes = models.vdm.shapes
-        branches = 2 if render.guidance > 1 else 1
-        sampling = shapes.transformer_flops(models.clip_tokens).total * render.steps * branches
-        decoding = shapes.decode_flops(video.num_frames, video.height, video.width).total
+        sampling = shapes.transformer_flops(models.clip_tokens).total * render.steps * branches(render.guidance)
+        decoding, encoding = frames_flops(self.config, shapes)
         # The processes of a sampler share a clip's tokens; the first decodes.
         sharers = pools.vdm.context_parallel
         seconds = sampling / self.rates.flops(pools.vdm.dtype) / sharers + decoding / self.rates.tf32
@@ -115,9 +116,6 @@ class _Count:
             pools.embed if pools.embed.workers else pools.vdm,
         )
         caption = shapes.text_encoder_flops(CAPTION_TOKENS).total / self.rates.flops(embedder.dtype)
-        encoding = shapes.condition_flops(
-            video.conditioning, video.reference_frames, video.num_frames, video.height, video.width
-        ).total
         group = captions * caption + encoding / self.rates.tf32
         if not pools.embed.workers:
             return [Demand("draw", "vdm", clips, seconds + group / rollout.group_size, source="FLOPs")]
@@ -151,27 +149,15 @@ class _Count:
         forward = costs.completion_flops(
             models.vlm, models.prompt, stage.text.max_tokens, completions_of_a_row(self.config)
         )
-        return self._learn(forward, stage, stage.rollout)
+        return self._learn("vlm", forward, stage.rollout)
 
     def learn_vdm(self, rollout: RolloutSection) -> Demand:
-        """All trajectories of a step: one forward for each step of the window, or for each clip that is noised anew."""
-        stage = self.config.stage2
-        passes = 1  # of a forward-process objective: one noise level, without guidance
-        if stage.learning.samples == "steps":
-            passes = stage.sde.window_size * (2 if stage.render.guidance > 1 else 1)
-        forward = self.models.vdm.shapes.transformer_flops(self.models.clip_tokens) * passes
-        return self._learn(forward, stage, rollout)
+        """All trajectories of a step."""
+        forward = trajectory_forward(self.config, self.models.vdm.shapes, self.models.clip_tokens)
+        return self._learn("vdm", forward, rollout)
 
-    def _learn(self, forward: costs.Flops, stage: Stage1Section | Stage2Section, rollout: RolloutSection) -> Demand:
-        learner, objective = self.config.learner, stage.learning
-        again = forward.update(
-            lora=stage.lora.rank > 0,
-            checkpointing=learner.activation_checkpointing,
-            kl=objective.kl_beta > 0,
-            old_pass=False,
-        )
-        each = again.total + forward.total * objective.forwards()
-        seconds = each * objective.epochs_per_batch / self.rates.flops(learner.dtype)
+    def _learn(self, policy: Literal["vlm", "vdm"], forward: costs.Flops, rollout: RolloutSection) -> Demand:
+        seconds = experience_flops(self.config, policy, forward) / self.rates.flops(self.config.learner.dtype)
         return Demand("learn", "learner", rollout.prompts_per_step * rollout.group_size, seconds, source="FLOPs")
 
     def publish(self, stage: str) -> Demand | None:

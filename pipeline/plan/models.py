@@ -16,14 +16,13 @@ from pipeline.config import RunConfig
 from pipeline.fleet.kinds import kinds_of
 from pipeline.fleet.models import require_drawable, resolve_model
 from pipeline.fleet.rewards import reward_models
+from pipeline.plan.work import clip_tokens
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROMPT_TEXT = 128
 """Assumed tokens of system text, question and chat marks around a video."""
 STAMP_TOKENS = 12
 """Assumed tokens with which a thinker writes the time of each pair of frames, where time is not in its positions."""
-CAPTION_TOKENS = 64
-"""Assumed tokens of a caption."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,7 @@ def load_models(config: RunConfig) -> Models:
         clip,
         parameters,
         prompt_tokens(vlm, video.input_frames, *video.vlm_largest),
-        vdm.shapes.tokens(
-            video.num_frames,
-            video.height,
-            video.width,
-            vdm.shapes.reference_latents(video.conditioning, video.reference_frames),
-            one_time=video.conditioning.time == "shared",
-        ),
+        clip_tokens(config, vdm.shapes),
         judge_parameters(config),
     )
 

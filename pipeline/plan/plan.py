@@ -25,7 +25,8 @@ from pipeline.plan.balance import Split, StageDemand, best_split, shared_split, 
 from pipeline.plan.demands import PUBLISH_BANDWIDTH, stage_demands
 from pipeline.plan.measured import Measured
 from pipeline.plan.memory import CONTEXT, USABLE, VLLM_BATCH_TOKENS, Process, processes, sequences_in_cache
-from pipeline.plan.models import CAPTION_TOKENS, Models
+from pipeline.plan.models import Models
+from pipeline.plan.work import CAPTION_TOKENS
 
 _PLENTY = 1e6  # of CPUs and custom resources, which --gpus does not tell
 RESTING = ("pools.vlm.rest=true", "pools.vdm.rest=true", "learner.offload=all")

@@ -85,6 +85,18 @@ FIRST = (
         first_too=False,
     ),
     Panel(
+        "Speed",
+        "Per second at work: tokens or latents, of samplers and learner. Without the first step.",
+        ("speed/*/tokens_per_s", "speed/*/latents_per_s"),
+        first_too=False,
+    ),
+    Panel(
+        "Share of the GPUs' peak",
+        "MFU; vans plan assumes 0.4. None on CPUs.",
+        ("speed/*/mfu",),
+        first_too=False,
+    ),
+    Panel(
         "Time of a step",
         "Seconds; without the first step, which waits for caches.",
         ("time/step_s", "time/rollout_s", "time/update_s", "time/publish_s", "time/evaluate_s"),

@@ -50,6 +50,7 @@ from pipeline.run.start import (
 from pipeline.stages.alarms import AlarmWatch
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.loop import StageResult, StageStopped, pool_of, run_stage
+from pipeline.stages.speed import Speeds
 from pipeline.stages.stage2 import window_warnings
 from pipeline.stages.table import STAGES, AnyStage
 from pipeline.support import terminal
@@ -211,6 +212,7 @@ class Run:
         self.held_out = HeldOut(
             self.config, self.tracker, self.store, self.uploads, self.held_source, self.require_owned
         )
+        self.speeds = Speeds(self.config)
         self.rollouts = RolloutWriter(self.config.out, self.config.tracking.rollouts.keep_steps, self.require_owned)
         self.keeper = Keeper(
             self.config, self.store, self.tracker, self.uploads, self.inputs, self.held_out, self.run_ids
@@ -362,7 +364,14 @@ class Run:
                     else:
                         ask = hook.ask if held.source is not None else None
                         result = await run_stage(
-                            stage, self.feed, learners, first_step=first, on_step=hook, ask=ask, stop=self.stop
+                            stage,
+                            self.feed,
+                            learners,
+                            first_step=first,
+                            on_step=hook,
+                            ask=ask,
+                            stop=self.stop,
+                            speeds=self.speeds,
                         )
                     if self.stop:  # asked for while the frozen models were compared
                         raise StageStopped(result.steps, self.feed.cursor)

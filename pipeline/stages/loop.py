@@ -20,10 +20,11 @@ from actors.records import Experience
 from cluster.errors import TrainingError
 from pipeline.config.stages import StageSection
 from pipeline.fleet.open import Fleet, at_rest
-from pipeline.stages.caches import cache_metrics
+from pipeline.stages.caches import cache_metrics, worker_counts
 from pipeline.stages.feed import FeedCursor, SampleFeed
 from pipeline.stages.groups import FailureBudget, Group, LeftOut, RolloutBatch, assemble
 from pipeline.stages.refill import Refill
+from pipeline.stages.speed import Speeds
 from pipeline.stages.spending import spend_metrics
 from pipeline.stages.step_times import profile
 from pipeline.support.interrupt import StopRequest
@@ -108,10 +109,12 @@ async def run_stage(
     on_step: StepHook,
     ask: Ask | None = None,
     stop: StopRequest | None = None,
+    speeds: Speeds | None = None,
 ) -> StageResult:
     """Train ``stage`` from ``first_step`` to its last; ``on_step`` (awaited) tracks, shows and checkpoints, and ends it by True.
 
-    ``ask`` is awaited when a step's weights are served, with the number of steps done: the held-out evaluation.
+    ``ask`` is awaited when a step's weights are served, with the number of steps done: the held-out evaluation. ``speeds`` adds
+    how fast samplers and learners work.
     Raises StageStopped where ``stop`` asks for it: rollouts are cancelled, an update is waited for.
     """
     section, stop = stage.section, StopRequest() if stop is None else stop  # one without a request is false
@@ -122,6 +125,8 @@ async def run_stage(
     drawing = asyncio.Lock()
     budget = FailureBudget(stage.name, section.rollout.max_failed_ratio)
     launched = first_step
+    if speeds is not None:
+        await speeds.begin(stage.fleet)
     pools, profiled = pool_metrics(stage), time.monotonic()
     try:
         for step in range(first_step, section.steps):
@@ -141,7 +146,7 @@ async def run_stage(
                 "time/rollout_s": rollout_s,
                 "time/wait_s": waited,
             }
-            metrics |= await learn(stage, learners, batch)
+            metrics |= await learn(stage, learners, batch, speeds)
             metrics |= {"time/step_s": time.monotonic() - started, "data/quarantined": float(len(feed.quarantined))}
             if ask is not None:
                 asked = time.monotonic()
@@ -150,7 +155,10 @@ async def run_stage(
             before, since, pools, profiled = pools, profiled, pool_metrics(stage), time.monotonic()
             overlaps = section.rollout.max_staleness > 0
             metrics |= pools | profile(before, pools, metrics, profiled - since, overlaps=overlaps)
-            metrics |= await cache_metrics(stage.fleet)
+            counts = await worker_counts(stage.fleet)
+            metrics |= cache_metrics(stage.fleet, counts)
+            if speeds is not None:
+                metrics |= await speeds.samplers(stage.fleet, counts, metrics)
             metrics |= await spend_metrics(stage.fleet)
             result.history.append(metrics)
             result.ratio_max_dev = max(result.ratio_max_dev, metrics.get("learner/ratio_max_dev", 0.0))
@@ -238,7 +246,9 @@ async def gather(tasks: list[asyncio.Task[T]]) -> list[T]:
         raise
 
 
-async def learn(stage: Stage, learners: Learners, batch: RolloutBatch) -> dict[str, float]:
+async def learn(
+    stage: Stage, learners: Learners, batch: RolloutBatch, speeds: Speeds | None = None
+) -> dict[str, float]:
     """Update on ``batch`` and publish the new weights; a batch without groups is skipped and counted."""
     if not batch.groups:
         return {"learner/empty_batches": 1.0}
@@ -256,6 +266,11 @@ async def learn(stage: Stage, learners: Learners, batch: RolloutBatch) -> dict[s
         metrics |= {f"{prefix}{name}": value for name, value in update.figures.items()}
         for name, seconds in (("time/update_s", update.update_s), ("time/publish_s", update.publish_s + publish_s)):
             metrics[name] = max(metrics.get(name, 0.0), seconds)
+        if speeds is not None:
+            units = update.figures.get("steps", 0.0)
+            metrics |= await speeds.learner(
+                prefix, policy, learners[policy], update.experiences, units, update.update_s
+            )
     if len(found) > 1:
         metrics["learner/ratio_max_dev"] = max(update.figures.get("ratio_max_dev", 0.0) for update in found)
     return metrics
@@ -269,6 +284,7 @@ class Update:
     update_s: float = 0.0
     publish_s: float = 0.0
     payload: list[Any] | None = None
+    experiences: int = 0
 
 
 async def update_one(stage: Stage, policy: str, learner: LearnerGroup, batch: RolloutBatch) -> Update:
@@ -282,7 +298,7 @@ async def update_one(stage: Stage, policy: str, learner: LearnerGroup, batch: Ro
     payload = None
     if learner.version != before:  # a skipped update leaves nothing to publish
         payload = await learner.publish(receivers=pool_of(stage, policy).receivers())
-    return Update(figures, updated - started, time.monotonic() - updated, payload)
+    return Update(figures, updated - started, time.monotonic() - updated, payload, len(items))
 
 
 async def serve_one(stage: Stage, policy: str, learner: LearnerGroup, update: Update) -> float:

@@ -327,6 +327,30 @@ PROFILE = Family(
     ),
 )
 
+SPEED = Family(
+    "Speed",
+    "`<party>` is vlm, vdm or learner: all its workers or ranks together, over the seconds in which they were at work; idle time is in "
+    "`profile/`. Of samplers all work between two steps counts, evaluations and refills too. What is not known has no metric: without "
+    "a GPU, or with a card that `cluster/hardware.py` does not list, there is no `mfu`.",
+    (
+        Metric("speed/<party>/tokens_per_s", "tokens/s", "Tokens sampled (vlm), or learnt from (learner of the thinker).",
+               "Falls with longer prompts and videos; compare runs of one shape."),
+        Metric("speed/<party>/latents_per_s", "latents/s",
+               "Latents, one for each clip and denoising step: integrated (vdm), or learnt from (learner of the artist).",
+               "Falls with more pixels and frames; compare runs of one shape."),
+        Metric("speed/<party>/flops_per_s", "FLOP/s",
+               "Model operations: matrix products, convolutions, attention. What is computed a second time is not counted twice: "
+               "activations, a prompt that several answers share.",
+               "As `vans plan` counts them, so both can be compared."),
+        Metric("speed/<party>/mfu", "ratio",
+               "`flops_per_s` divided by the peak of all its GPUs in its dtype (data sheets, dense; a shared GPU counts whole; an H100 "
+               "is taken for an SXM one).",
+               "`vans plan` assumes 0.4; far below, look at batch sizes (max_batch, learner.micro_batch) first."),
+        Metric("speed/learner/<policy>/<figure>", "as named",
+               "Any of these for one of two learners (training: all_in_one).", "As above."),
+    ),
+)
+
 SFT = Family(
     "Supervised fine-tuning",
     "What `vans sft` logs every few optimizer steps.",
@@ -371,7 +395,7 @@ HELD_OUT = Family(
 
 # fmt: on
 
-FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, CACHES, SPENDING, REST, PROFILE, SFT, EVAL, HELD_OUT)
+FAMILIES = (ROLLOUT, STAGE2, LEARNER, ALARMS, POOLS, CACHES, SPENDING, REST, PROFILE, SPEED, SFT, EVAL, HELD_OUT)
 
 
 @cache

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -44,6 +45,17 @@ class PoolShare:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast a pool or learner works, as means over the steps in which it did. None is what is not known, as an MFU on CPUs."""
+
+    unit: str
+    """What ``per_s`` counts: tokens, or latents."""
+    per_s: float
+    flops_per_s: float | None
+    mfu: float | None
+
+
+@dataclass(frozen=True)
 class StageProfile:
     """Means over ``steps`` steps of one stage. ``parts``: the chain of what the driver waits for; they add up to ``step_s``."""
 
@@ -53,6 +65,7 @@ class StageProfile:
     lower_bound_s: float
     pools: dict[str, PoolShare]
     parts: dict[str, float]
+    speeds: dict[str, Speed] = field(default_factory=dict)
 
     @property
     def gap_ratio(self) -> float:
@@ -96,16 +109,25 @@ def summarise(
     if not chosen:
         return None
 
-    def mean(name: str) -> float:
+    def known(name: str) -> float | None:
         values = [value for step, value in series.get(name, ()) if step in chosen]
-        return fmean(values) if values else 0.0
+        return fmean(values) if values else None
+
+    def mean(name: str) -> float:
+        return known(name) or 0.0
 
     names = sorted({name.split("/")[1] for name in series if name.startswith("profile/") and name.count("/") == 2})
     pools = {n: PoolShare(*(mean(f"profile/{n}/{part}_s") for part in ("busy", "idle", "wait"))) for n in names}
     whole = mean("profile/step_s")
     parts = {title: mean(name) for title, name in PARTS.items()}
     parts["tracking, checkpoint, the rest"] = max(0.0, whole - sum(parts.values()))
-    return StageProfile(stage, len(chosen), whole, mean("profile/lower_bound_s"), pools, parts)
+    speeds: dict[str, Speed] = {}
+    for name in sorted(series):
+        party, _, unit = name.removeprefix("speed/").removesuffix("_per_s").rpartition("/")
+        per_s = known(name) if name.startswith("speed/") and unit in ("tokens", "latents") else None
+        if per_s is not None:
+            speeds[party] = Speed(unit, per_s, known(f"speed/{party}/flops_per_s"), known(f"speed/{party}/mfu"))
+    return StageProfile(stage, len(chosen), whole, mean("profile/lower_bound_s"), pools, parts, speeds)
 
 
 def read_profiles(folder: str | Path, last: int | None = None) -> list[StageProfile]:
@@ -122,7 +144,7 @@ def read_profiles(folder: str | Path, last: int | None = None) -> list[StageProf
     uri, _ = location(root, config.tracking)
     found: dict[str, Series] = {}
     if has_store(root, config.tracking) and (parent := newest_parent(uri, config.tracking.experiment, config.name)):
-        found = read_stages(uri, parent, ("profile/", *PARTS.values()))
+        found = read_stages(uri, parent, ("profile/", "speed/", *PARTS.values()))
     profiles = [profile for stage, series in sorted(found.items()) if (profile := summarise(stage, series, last))]
     if not profiles:
         raise ConfigError(
@@ -151,5 +173,23 @@ def tables(profiles: Sequence[StageProfile]) -> RenderableType:
         for name, value in found.parts.items():
             if value > 0:
                 chain.add_row(name, f"{value:.2f}", f"{value / found.step_s:.0%}" if found.step_s else "")
-        parts += [pools, chain, Text(found.advice() + "\n", style="green")]
+        parts += [pools, chain, *([_speeds(found.speeds)] if found.speeds else [])]
+        parts.append(Text(found.advice() + "\n", style="green"))
     return Group(*parts)
+
+
+def _speeds(speeds: Mapping[str, Speed]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("at work", "per second", "FLOP/s", "MFU"):
+        table.add_column(name, justify="left" if name == "at work" else "right")
+    for party, speed in speeds.items():
+        flops = "–" if speed.flops_per_s is None else _prefixed(speed.flops_per_s)
+        mfu = "–" if speed.mfu is None else f"{speed.mfu:.1%}"
+        table.add_row(party, f"{speed.per_s:,.4g} {speed.unit}", flops, mfu)
+    return table
+
+
+def _prefixed(value: float) -> str:
+    """Return ``value`` with three digits and a prefix of the SI: 2.5e12 → ``2.5 T``."""
+    power = min(5, max(0, int(math.log10(value)) // 3)) if value >= 1 else 0
+    return f"{value / 1000**power:.3g} {' kMGTP'[power]}".rstrip()

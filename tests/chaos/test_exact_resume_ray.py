@@ -22,6 +22,7 @@ KILLER = Path(__file__).with_name("kill_at.py")
 CLOCK = (
     "time/",
     "profile/",
+    "speed/",
     "pool/",
     "cache/",
     "learner/prompt_hit_ratio",

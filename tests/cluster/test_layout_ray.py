@@ -12,7 +12,7 @@ import ray
 
 from cluster.errors import PlacementError
 from cluster.layout import Ask, PlacementPlan
-from cluster.resources import Placement, place
+from cluster.resources import Placement, accelerators, place
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_alone")]
 
@@ -33,7 +33,7 @@ def nodes(ray_alone: None) -> Iterator[dict[str, str]]:
     size = {"num_cpus": 4, "num_gpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={**size, "labels": {"room": "a"}})
     try:
-        cluster.add_node(**size, labels={"room": "b"})
+        cluster.add_node(**size, labels={"room": "b"}, resources={"accelerator_type:H200": 1.0})
         ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
         cluster.wait_for_nodes()
         yield {node["Labels"]["room"]: node["NodeID"] for node in ray.nodes()}
@@ -51,6 +51,11 @@ def looks(room: Placement, *names: str) -> dict[str, tuple[str, tuple[str, ...],
 
 
 LIVING: list[Any] = []
+
+
+def test_the_type_of_a_nodes_gpus_is_told_by_its_address(nodes: dict[str, str]) -> None:
+    (address,) = {node["NodeManagerAddress"] for node in ray.nodes()}  # both nodes are this machine
+    assert accelerators() == {address: "H200"}
 
 
 @pytest.fixture(autouse=True)

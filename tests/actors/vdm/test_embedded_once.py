@@ -82,6 +82,9 @@ def test_a_sampler_without_frozen_models_draws_bitwise_the_same(tiny, embedder, 
         assert np.array_equal(a.trajectory.logprobs, b.trajectory.logprobs)
         assert a.condition is not None and b.condition is None  # who sent it has it
     assert bare.counters()["captions_asked"] == 0 and whole.counters()["captions"] == 3 + (guidance != 1.0)
+    latents = sum(request.steps for request in requests)
+    for counts in (whole.counters(), bare.counters()):
+        assert (counts["clips"], counts["latents"], counts["passes"]) == (3, latents, latents * (1 + (guidance != 1.0)))
     assert "text_encoder" in whole.held() and set(bare.held()) == set(SAMPLER)
 
 

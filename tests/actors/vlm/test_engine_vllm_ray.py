@@ -303,7 +303,9 @@ def test_a_group_encodes_its_video_once(worker: Any) -> None:
         for i in range(2)
     ]
     before = counted()
-    complete(worker, requests)
-    after = counted()
-    assert after["videos_asked"] - before["videos_asked"] == 16
-    assert after["videos"] - before["videos"] == 2
+    answers = complete(worker, requests)
+    done = {name: value - before[name] for name, value in counted().items()}
+    assert done["videos_asked"] == done["completions"] == 16
+    assert done["videos"] == done["prompts"] == 2
+    assert done["tokens"] == sum(len(answer.token_ids) for group in answers for answer in group)
+    assert done["prompt_tokens"] > 2 * 10  # question and video

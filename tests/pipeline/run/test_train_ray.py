@@ -27,6 +27,7 @@ from pipeline.evaluate.evaluation import write_report
 from pipeline.fleet.models import resolve_model
 from pipeline.run.train import SYSTEMS, RunReport, run_training
 from pipeline.stages.loop import StepReport
+from pipeline.tracking.profile import read_profiles
 from pipeline.tracking.rollouts import read_step, stored_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -102,6 +103,22 @@ def test_the_killed_worker_was_replaced_and_nothing_was_lost(run: tuple[RunConfi
     assert last["pool/vdm/restarts"] >= 1
     assert all(m["rollout/dropped_groups"] == 0 for m in report.stages["stage1"].history)
     assert all(m["rollout/failed_members"] == 0 for stage in report.stages.values() for m in stage.history)
+
+
+def test_samplers_and_learners_tell_how_fast_they_work(run: tuple[RunConfig, RunReport]) -> None:
+    config, report = run
+    working = {
+        "stage1": {"vlm": "tokens", "vdm": "latents", "learner": "tokens"},
+        "stage2": {"vdm": "latents", "learner": "latents"},
+    }
+    for name, units in working.items():
+        for step in report.stages[name].history:
+            for party, unit in units.items():
+                assert step[f"speed/{party}/{unit}_per_s"] > 0 and step[f"speed/{party}/flops_per_s"] > 1e6
+            assert not [metric for metric in step if metric.endswith("/mfu")]  # no GPU, no peak
+    profile, _ = read_profiles(config.out)
+    assert {party: speed.unit for party, speed in profile.speeds.items()} == working["stage1"]
+    assert all(speed.mfu is None and speed.flops_per_s for speed in profile.speeds.values())
 
 
 def test_stage_two_is_asked_of_the_average_that_stage_one_exported(run: tuple[RunConfig, RunReport]) -> None:

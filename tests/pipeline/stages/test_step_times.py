@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,28 @@ def test_the_first_step_is_left_out_and_the_parts_add_up() -> None:
     last = summarise("stage1", series, last=1)
     assert last is not None and last.step_s == 20.0
     assert summarise("stage1", {}) is None
+
+
+def test_speeds_are_read_back_and_an_unknown_one_is_null() -> None:
+    series = {
+        "profile/step_s": [(0, 50.0), (1, 10.0), (2, 20.0)],
+        "speed/vdm/latents_per_s": [(0, 1.0), (1, 30.0), (2, 50.0)],
+        "speed/vdm/flops_per_s": [(1, 2e12), (2, 4e12)],
+        "speed/vdm/mfu": [(1, 0.2), (2, 0.4)],
+        "speed/learner/vlm/tokens_per_s": [(2, 7.0)],
+    }
+    found = summarise("all_in_one", series)
+    assert found is not None
+    assert found.as_json()["speeds"] == {
+        "vdm": {"unit": "latents", "per_s": 40.0, "flops_per_s": 3e12, "mfu": pytest.approx(0.3)},
+        "learner/vlm": {"unit": "tokens", "per_s": 7.0, "flops_per_s": None, "mfu": None},
+    }
+    from rich.console import Console
+
+    shown = io.StringIO()
+    Console(width=120, file=shown).print(tables([found]))
+    words = [line.split() for line in shown.getvalue().splitlines()]
+    assert ["vdm", "40", "latents", "3", "T", "30.0%"] in words and ["learner/vlm", "7", "tokens", "–", "–"] in words
 
 
 def test_a_run_is_profiled_from_its_folder(tmp_path: Path) -> None:
