@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.errors import PlacementError
@@ -31,14 +31,25 @@ __all__ = [
 ]
 
 
+_Slot = tuple[str, int]
+"""A role and the number of one of its slots, by which its bundle is named too."""
+
+
 class Placement:
     """Reserved room: the placement groups of a plan."""
 
-    def __init__(self, plan: PlacementPlan, groups: Mapping[str, Any]) -> None:
-        """``groups``: the placement group of each of the plan's reservations, by name."""
+    def __init__(
+        self, plan: PlacementPlan, groups: Mapping[str, Any], is_lost: Callable[[Any, int], bool] | None = None
+    ) -> None:
+        """``groups``: the placement group of each of the plan's reservations, by name. ``is_lost`` says of a group's bundle
+        whether its node is gone and it has no other yet; by default Ray's table does.
+        """
         self.plan = plan
         self._groups = dict(groups)
-        self._elsewhere: set[tuple[str, int]] = set()  # slots that look for room outside their lost bundle
+        self._is_lost = is_lost or _is_lost
+        self._elsewhere: set[_Slot] = set()  # slots that look for room outside their lost bundle
+        self._lent: dict[_Slot, _Slot] = {}  # slot → the slot in whose bundle its worker stands
+        self._moved: set[_Slot] = set()  # slots whose waiting worker is to look at its bundle anew
 
     def group(self, role: str) -> Any | None:
         """Return the placement group that ``role`` lies in, or None if it asks for no resources."""
@@ -65,7 +76,7 @@ class Placement:
             "num_gpus": ask.gpus,
             "resources": {key: value for key, value in ask.resources.items() if value > 0},
         }
-        if (role, slot) in self._elsewhere:
+        if (role, slot) in self._elsewhere | self._moved:
             self.reconsider(role, name)  # home again, if the bundle is back
         found = self._bundle(role, slot)
         if found is not None and (role, slot) not in self._elsewhere:
@@ -85,17 +96,37 @@ class Placement:
         has a node again.
         """
         slot = slot_of(name)
-        found = self._bundle(role, slot)
-        if found is None:
+        found, key = self._bundle(role, slot), (role, slot)
+        if key in self._moved:
+            self._moved.discard(key)
+            self._elsewhere.discard(key)
+            return True
+        if found is None or self._is_lost(*found) == (key in self._elsewhere):
             return False
-        from ray.util import placement_group_table
-
-        group, bundle = found
-        lost = not placement_group_table(group)["bundles_to_node_id"].get(bundle)
-        if lost == ((role, slot) in self._elsewhere):
-            return False
-        self._elsewhere ^= {(role, slot)}
+        self._elsewhere ^= {key}
         return True
+
+    def lend(self, role: str, slot: int, bundle: _Slot) -> None:
+        """Put the next worker of ``slot`` of ``role`` into the bundle of another slot, which asks for plain resources meanwhile."""
+        self._lent = {**self._lent, (role, slot): bundle}  # another one: threads read it
+        self._moved.add((role, slot))
+
+    def give_back(self, role: str, slot: int) -> None:
+        """End :meth:`lend`: the next worker of ``slot`` has its own bundle again, if it has one."""
+        if (role, slot) in self._lent:
+            self._moved.add(self._lent[role, slot])  # a worker of its owner may wait for plain resources
+            self._lent = {key: bundle for key, bundle in self._lent.items() if key != (role, slot)}
+            self._moved.add((role, slot))
+
+    @property
+    def lent(self) -> Mapping[_Slot, _Slot]:
+        """The slots whose workers stand in the bundle of another, and whose."""
+        return self._lent
+
+    def is_there(self, bundle: _Slot) -> bool:
+        """Return whether the bundle of that slot is reserved on a living node."""
+        found = self._home(bundle)
+        return found is not None and not self._is_lost(*found)
 
     def remove(self) -> None:
         """Give back all room; actors that still live there are ended by Ray."""
@@ -106,8 +137,14 @@ class Placement:
             remove_placement_group(group)
 
     def _bundle(self, role: str, slot: int) -> tuple[Any, int] | None:
-        """Return the placement group and the bundle of ``slot``, if it has one."""
-        home = self.plan.home(role, slot)
+        """Return the placement group and the bundle that ``slot`` may use, if any: its own, or one that was lent to it."""
+        key = (role, slot)
+        if key in self._lent:
+            return self._home(self._lent[key])
+        return None if key in self._lent.values() else self._home(key)
+
+    def _home(self, slot: _Slot) -> tuple[Any, int] | None:
+        home = self.plan.home(*slot)
         group = self._groups.get(home[0]) if home else None
         return (group, home[1]) if home and group is not None else None
 
@@ -116,6 +153,12 @@ class Placement:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+def _is_lost(group: Any, bundle: int) -> bool:
+    from ray.util import placement_group_table
+
+    return not placement_group_table(group)["bundles_to_node_id"].get(bundle)
 
 
 def view() -> ClusterView:

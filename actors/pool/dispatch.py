@@ -222,8 +222,8 @@ class Dispatcher:
                 worker.move(S.STALE)
                 self._roster.touch(worker)
 
-    def resize(self, target: int) -> None:
-        """Have ``target`` workers: start more, or retire some (those not serving yet, then the highest slots)."""
+    def resize(self, target: int, leaving: str = "") -> None:
+        """Have ``target`` workers: start more, or retire some (``leaving`` first, those not serving yet, then the highest slots)."""
         if target < 1:
             raise ValueError(f"pool {self.pool}: {target} workers asked for; a pool has at least 1")
         self.target = target
@@ -236,8 +236,8 @@ class Dispatcher:
                 self._incarnations[slot] = self._incarnations.get(slot, 0) + 1
                 active.append(Worker(self.pool, slot, self._incarnations[slot]))
                 self._roster.add(active[-1])
-        leaving = sorted(active, key=lambda w: (w.state in ALIVE, -w.slot))[: len(active) - target]
-        for worker in leaving:
+        order = sorted(active, key=lambda w: (w.name != leaving, w.state in ALIVE, -w.slot))
+        for worker in order[: len(active) - target]:
             worker.move(S.RETIRED)
             self._roster.touch(worker)
 

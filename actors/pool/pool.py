@@ -128,14 +128,14 @@ class WorkerPool:
             )
         )
 
-    async def resize(self, workers: int, *, wait: bool = False) -> None:
-        """Have ``workers`` workers. New ones start beside those that serve; leaving ones finish their calls first.
+    async def resize(self, workers: int, *, wait: bool = False, leaving: str = "") -> None:
+        """Have ``workers`` workers. New ones start beside those that serve; leaving ones, ``leaving`` first, finish their calls.
 
         ``wait``: return only when all of them serve, or have waited for room for ``start_timeout_s``.
         """
         if self._core.failure is not None:
             raise self._core.failure
-        self._core.resize(workers)
+        self._core.resize(workers, leaving)
         self._pump_soon()
         if wait:
             patience = self._now() + self.settings.start_timeout_s

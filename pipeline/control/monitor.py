@@ -1,6 +1,7 @@
 """The run's own side: looks at the pools about once a second, and does what the autoscaler and ``vans scale`` ask for.
 
-Each look goes to the board (``actors.control``), to Ray's metrics, now and then to ``pools.jsonl``, and to the autoscaler.
+Each look goes to the board (``actors.control``), to Ray's metrics, now and then to ``pools.jsonl``, to the autoscaler, and to what
+makes room for a pool that has lost its last worker (``room``).
 Training never waits for any of it, and nothing that fails here reaches it: a trouble is logged once, a board that died is
 replaced up to ``MOST_BOARDS`` times and then done without.
 """
@@ -25,12 +26,13 @@ from actors.pool.remote import WorkerGone, WorkerRaised, WorkerUnreachable, ask
 from actors.pool.settings import AutoscaleSection
 from actors.pool.spec import PoolStats
 from cluster.errors import WorkerTimeoutError
-from cluster.resources import amounts, view
+from cluster.resources import Placement, amounts, view
 from pipeline.config import RunConfig
 from pipeline.config.machinery import ControlSection
 from pipeline.control.autoscale import Autoscaler, PoolPoint
 from pipeline.control.exporter import Exporter
 from pipeline.control.record import RunRecord, new_record, utc_now
+from pipeline.control.room import RoomMaker
 from pipeline.control.snapshot import Resize, RunView, pool_view
 from pipeline.control.trace import TRACE_FILE
 from pipeline.fleet.kinds import section_of
@@ -56,7 +58,8 @@ async def supervised_fleet(config: RunConfig) -> AsyncIterator[Fleet]:
     try:
         async with open_fleet(config) as fleet:
             limits = {pool.name: section_of(config, pool.name).autoscale for pool in fleet.pools()}
-            async with supervised(list(fleet.pools()), record, config.out, config.control, limits):
+            pools = list(fleet.pools())
+            async with supervised(pools, record, config.out, config.control, limits, fleet.placement):
                 yield fleet
     finally:  # also where the fleet did not open
         _write_end(record, config.out)
@@ -69,9 +72,13 @@ async def supervised(
     out: Path,
     settings: ControlSection,
     limits: Mapping[str, AutoscaleSection] | None = None,
+    placement: Placement | None = None,
 ) -> AsyncIterator[Monitor]:
-    """Watch ``pools``, which serve, for the length of the block; ``limits`` are the autoscalers by pool."""
-    monitor = Monitor(pools, record, out, settings, limits or {})
+    """Watch ``pools``, which serve, for the length of the block; ``limits`` are the autoscalers by pool.
+
+    ``placement`` is where they stand: within it one makes room for another that has lost its last worker.
+    """
+    monitor = Monitor(pools, record, out, settings, limits or {}, placement)
     task = asyncio.create_task(monitor.run(), name="monitor")
     _write(dataclasses.replace(record, state="running"), out)
     try:
@@ -93,11 +100,14 @@ class Monitor:
         out: Path,
         settings: ControlSection,
         limits: Mapping[str, AutoscaleSection],
+        placement: Placement | None = None,
     ) -> None:
         self.pools = {pool.name: pool for pool in pools}
         self.record, self.out, self.settings = record, out, settings
         self.limits = {name: limits.get(name, AutoscaleSection()) for name in self.pools}
         self.autoscalers = {name: Autoscaler(section) for name, section in self.limits.items() if section.enabled}
+        least = {name: section.min for name, section in self.limits.items()}
+        self._room = RoomMaker(placement, least, self._resize) if placement is not None else None
         self.resizes: deque[Resize] = deque(maxlen=KEPT_RESIZES)
         self._exporter: Exporter | None = None
         self._board: Any = None
@@ -133,7 +143,13 @@ class Monitor:
         except Exception as error:  # noqa: BLE001 - the rest does not need Ray's metrics
             self._trouble("Ray's metrics", error)
         await self._line(points, now)
-        await self._exchange(await self._look(stats))
+        seen = await self._look(stats)
+        if self._room is not None:
+            try:
+                await self._room.turn(now, stats, self._roomless)
+            except Exception as error:  # noqa: BLE001 - as above, and Ray's tables are in flux when a node dies
+                self._trouble("making room for a pool", error)
+        await self._exchange(seen)
 
     def close(self) -> None:
         """End the board."""
@@ -204,12 +220,12 @@ class Monitor:
             if wanted != points[name].target:
                 await self._resize(name, wanted, "autoscaler")
 
-    async def _resize(self, name: str, workers: int, by: str) -> None:
+    async def _resize(self, name: str, workers: int, by: str, leaving: str = "") -> None:
         pool = self.pools[name]
         before = pool.stats().target
         if workers == before:
             return
-        await pool.resize(workers)
+        await pool.resize(workers, leaving=leaving)
         self.resizes.append(Resize(round(time.time(), 3), name, before, workers, by))
         log.info("pool %s: %d → %d workers (%s)", name, before, workers, by)
 

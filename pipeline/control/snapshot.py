@@ -68,7 +68,7 @@ class Resize:
     before: int
     after: int
     by: str
-    """``vans scale`` or ``autoscaler``."""
+    """``vans scale``, ``autoscaler``, or why a place was lent (``room``)."""
 
 
 @dataclass(frozen=True)

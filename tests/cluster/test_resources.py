@@ -6,7 +6,7 @@ import pytest
 
 from cluster.errors import PlacementError
 from cluster.names import slot_of, worker_name
-from cluster.resources import Ask, ClusterView, PlacementPlan, amounts, check, shortfall
+from cluster.resources import Ask, ClusterView, Placement, PlacementPlan, amounts, check, shortfall
 
 TWO_NODES = ClusterView(({"CPU": 8.0, "GPU": 4.0, "memory": 1e9}, {"CPU": 8.0, "GPU": 4.0}), {"CPU": 10.0, "GPU": 8.0})
 
@@ -53,3 +53,31 @@ def test_sum_of_roles_counts_and_what_fits_passes() -> None:
     # Ten tenths of a core are one core, whatever floats say.
     assert shortfall(PlacementPlan((Ask("reward", 10, 0.1),)), ClusterView(({"CPU": 1.0},))) is None
     assert "no nodes" in (shortfall(PlacementPlan((Ask("vlm", 1, 1.0),)), ClusterView(())) or "")
+
+
+def test_a_lent_bundle_is_one_workers_and_its_owners_again_when_it_is_given_back() -> None:
+    lost: set[str] = {"reward's group"}
+    plan = PlacementPlan((Ask("vdm", 2, 1.0), Ask("reward", 1, 0.5, labels={"disk": "ssd"})))
+    groups = {"vdm": "vdm's group", "reward": "reward's group"}
+    room = Placement(plan, groups, lambda group, bundle: group in lost)
+
+    def where(role: str, name: str) -> tuple[str, int] | None:
+        found = room.options(role, name).get("scheduling_strategy")
+        return (found.placement_group, found.placement_group_bundle_index) if found else None
+
+    assert where("reward", "reward-0") == ("reward's group", 0)  # Ray may still find another node for it
+    assert room.reconsider("reward", "reward-0") and where("reward", "reward-0") is None
+    assert room.options("reward", "reward-0")["label_selector"] == {"disk": "ssd"}
+    room.lend("reward", 0, ("vdm", 1))
+    assert room.reconsider("reward", "reward-0") and not room.reconsider("reward", "reward-0")
+    assert (
+        where("reward", "reward-0.2") == ("vdm's group", 1) and room.options("reward", "reward-0.2")["num_cpus"] == 0.5
+    )
+    assert where("vdm", "vdm-1.2") is None and where("vdm", "vdm-0") == ("vdm's group", 0)
+    assert not room.is_there(("reward", 0)) and room.is_there(("vdm", 1)) and not room.is_there(("vdm", 2))
+    lost.clear()
+    room.give_back("reward", 0)
+    assert not room.lent and room.reconsider(
+        "vdm", "vdm-1.2"
+    )  # one that waited for plain resources has its bundle again
+    assert where("vdm", "vdm-1.2") == ("vdm's group", 1) and where("reward", "reward-0.3") == ("reward's group", 0)

@@ -132,6 +132,15 @@ def test_retired_worker_that_dies_is_not_replaced_but_its_requests_are_sent_agai
     assert core.stats(2.0).restarts == 0
 
 
+def test_a_worker_that_is_named_leaves_before_those_that_do_not_serve_and_higher_slots() -> None:
+    core = serving(3)
+    core.resize(4)  # p-3 has not begun to serve
+    core.resize(3, "p-0")
+    assert {name for name, state in states(core).items() if state is S.RETIRED} == {"p-0"}
+    core.resize(2, "gone already")
+    assert {name for name, state in states(core).items() if state is S.RETIRED} == {"p-0", "p-3"}
+
+
 def test_resize_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         make(2).resize(0)
