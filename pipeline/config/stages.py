@@ -158,7 +158,21 @@ class Stage2Section(FlowLearning, StageSection):
         "thinker",
         description="Whose caption is drawn: the frozen thinker's anchor (paper), or the true one (GRPO of the VDM alone).",
     )
+    anchor_truth_share: Fraction = Field(
+        0.0,
+        description="Share of the samples, drawn anew at each step, whose true caption is drawn in place of the thinker's anchor: "
+        "so that the artist keeps to captions that are not this thinker's.",
+    )
     anchor_max_draws: Positive = Field(8, description="Batches drawn in search of enough anchors before the run stops.")
+
+    @model_validator(mode="after")
+    def _share(self) -> Stage2Section:
+        if self.anchor == "truth" and self.anchor_truth_share:
+            raise ValueError(
+                f"anchor=truth with anchor_truth_share={self.anchor_truth_share:g}: true captions are drawn for all samples; leave the "
+                "share at 0, or set anchor: thinker"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ends(self) -> Stage2Section:

@@ -182,10 +182,18 @@ class Stage2:
         return metrics
 
     async def anchor(self, sample: Sample, step: str) -> Anchor:
-        """Return what the thinker says about ``sample``; ``step`` seeds it, where it is sampled."""
-        if self.section.anchor == "truth":
+        """Return what is drawn of ``sample``: what the thinker says about it, or the truth; ``step`` seeds what is random in that."""
+        if self.section.anchor == "truth" or self._keeps_truth(sample, step):
             return Anchor("", sample.caption, 1.0)
         return await self._ask(sample, step)
+
+    def _keeps_truth(self, sample: Sample, step: str) -> bool:
+        """Return whether ``sample`` is among the share of ``step`` whose true caption is drawn."""
+        share = self.section.anchor_truth_share
+        if not share:
+            return False
+        seed = derive_seed(self.config.seed, "stage2", step, sample.id, "truth")
+        return bool(np.random.default_rng(seed).random() < share)
 
     async def _ask(self, sample: Sample, step: str) -> Anchor:
         greedy = self.section.text.temperature == 0

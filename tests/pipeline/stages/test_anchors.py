@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from actors.records import Completion, CompletionRequest
-from cluster.errors import TrainingError
+from cluster.errors import ConfigError, TrainingError
+from pipeline.config import load_config
 from pipeline.stages.feed import SampleFeed
 from pipeline.stages.groups import FailureBudget, Group, RolloutBatch
 from pipeline.stages.loop import judged
@@ -118,3 +119,28 @@ def test_the_greedy_answer_about_such_a_sample_is_remembered_too(fleet: Fleet) -
     odd = replace(sample(), caption=WORDLESS)
     first, again = (asyncio.run(stage.anchor(odd, str(step))) for step in (0, 1))
     assert first == again and first.caption is None and stage.fleet.vlm.asked == 1  # type: ignore[attr-defined]
+
+
+def test_a_share_of_anchors_is_the_truth_by_run_seed_step_and_sample(fleet: Fleet) -> None:
+    samples = [replace(sample(), id=str(i), caption="the blue square grows") for i in range(200)]
+
+    def kept(step: str, share: float, seed: int = 0) -> set[str]:
+        stage = stage_of(fleet, anchor_truth_share=share)
+        stage = replace(stage, config=stage.config.model_copy(update={"seed": seed}))
+        anchors = [asyncio.run(stage.anchor(s, step)) for s in samples]
+        assert {a.caption for a in anchors} <= {"the blue square grows", "the red circle rises"}
+        assert all(a.text == "" and a.rouge_l == 1.0 for a in anchors if a.caption == "the blue square grows")
+        return {s.id for s, a in zip(samples, anchors, strict=True) if a.caption == "the blue square grows"}
+
+    third = kept("3", 0.33)
+    assert 45 <= len(third) <= 90 and kept("3", 0.33) == third
+    assert kept("4", 0.33) != third != kept("3", 0.33, seed=1)
+    assert third < kept("3", 0.66), "a larger share keeps the same ones, and more"
+    assert kept("3", 0.0) == set() and len(kept("3", 1.0)) == 200
+
+
+def test_a_share_of_all_true_captions_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"anchor=truth with anchor_truth_share=0\.5: true captions are drawn for all"
+    ):
+        load_config("toy", ["stage2.anchor=truth", "stage2.anchor_truth_share=0.5"])
