@@ -236,6 +236,11 @@ class EvaluateSection(Section):
         "clip_v",
         description="Metric by which a checkpoint is the best, which is kept and exported as best; docs/evaluation.md lists them.",
     )
+    rewards: list[str] = Field(
+        [],
+        description="Rewards that answers are measured by beside the table's own metrics, such as video_similarity: a row each. "
+        "Named as in rewards.weights; one with a model has its pool, also where no stage weighs it.",
+    )
     stop_if_not_better: int = Field(
         0, ge=0, description="Evaluations in a row without a new best of the stage after which it ends; 0 is never."
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from actors.records import Sample
+from actors.records import Sample, ScoreRequest, Scores
 from actors.scoring.video import TorchScriptExtractor, VideoExtractor
 from cluster.errors import ConfigError
 from pipeline.config import RunConfig
@@ -22,8 +22,9 @@ from pipeline.evaluate.score import score_predictions
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable, check_compared
 from pipeline.fleet.models import require_drawable
-from pipeline.fleet.open import Fleet, answering, cluster_session, open_fleet
+from pipeline.fleet.open import Fleet, answering, cluster_session, measuring, open_fleet
 from pipeline.lock import hold
+from pipeline.stages.requests import score
 from pipeline.support import terminal
 from pipeline.support.location import local_path
 from pipeline.support.progress import bar
@@ -95,7 +96,7 @@ async def _evaluate(
 ) -> EvaluationTable:
     samples = await asyncio.to_thread(load_samples, config)
     systems = dict(read)
-    async with open_fleet(config, only=("reward",) if read else answering(config)) as fleet:
+    async with open_fleet(config, only=measuring(config) if read else answering(config)) as fleet:
         if not read:
             systems[PAIR] = await answer_with_progress(config, fleet, samples, console, "answering")
             write_predictions(out / "predictions", systems[PAIR], config.video.fps)
@@ -114,11 +115,16 @@ def load_samples(config: RunConfig) -> list[Sample]:
 
 
 async def answer_with_progress(
-    config: RunConfig, fleet: Fleet, samples: Sequence[Sample], console: Console, title: str
+    config: RunConfig,
+    fleet: Fleet,
+    samples: Sequence[Sample],
+    console: Console,
+    title: str,
+    said: Callable[[str], str] = str,
 ) -> list[Prediction]:
-    """Answer ``samples`` with the pair in the pools, showing progress."""
+    """Answer ``samples`` with the pair in the pools, showing progress. ``said``: see ``predict.answer_one``."""
     with bar(console, title, len(samples)) as progress:
-        return await answer_samples(config, fleet, samples, on_done=progress.advance)
+        return await answer_samples(config, fleet, samples, said=said, on_done=progress.advance)
 
 
 async def score_systems(
@@ -131,16 +137,29 @@ async def score_systems(
     compare: tuple[str, str] | None = None,
     on_done: Callable[[], None] = lambda: None,
 ) -> EvaluationTable:
-    """Score the answers of ``systems`` in the reward pool; ``video`` makes the Fréchet features instead of CLIP."""
+    """Score the answers of ``systems`` in the reward pools; ``video`` makes the Fréchet features instead of CLIP.
+
+    Raises ConfigError where one of evaluate.rewards judges whole groups.
+    """
+    rewards, by_id = config.evaluate.rewards, {sample.id: sample for sample in samples}
+    if fleet.scoring is not None and (groups := fleet.scoring.of_groups(rewards)):
+        raise ConfigError(
+            f"evaluate.rewards: {groups[0]!r} judges the answers of a group at once, and a held-out question has one; leave it out"
+        )
+
+    async def ask(request: ScoreRequest) -> Scores:
+        return await score(fleet, by_id[request.sample_id], request)
+
     names = set((await fleet.reward.call_all("fvd_extractor")).values())
     (extractor,) = names
     return await score_predictions(
         systems,
         samples,
-        fleet.reward.submit,
+        ask,
         extractor=extractor,
         video=video,
         limits=video_limits(config),
+        rewards=rewards,
         seed=config.evaluate.seed,
         compare=compare,
         settings=config.alarms,

@@ -19,20 +19,31 @@ from pipeline.stages.requests import completion_request, render, render_request
 
 
 async def answer_samples(
-    config: RunConfig, fleet: Fleet, samples: Sequence[Sample], *, on_done: Callable[[], None] = lambda: None
+    config: RunConfig,
+    fleet: Fleet,
+    samples: Sequence[Sample],
+    *,
+    said: Callable[[str], str] = str,
+    on_done: Callable[[], None] = lambda: None,
 ) -> list[Prediction]:
-    """Return one prediction per sample, in order; a sample that cannot be answered has an empty caption and no clip."""
+    """Return one prediction per sample, in order; a sample that cannot be answered has an empty caption and no clip.
+
+    ``said``: see :func:`answer_one`.
+    """
 
     async def answer(sample: Sample) -> Prediction:
-        prediction = await answer_one(config, fleet, sample)
+        prediction = await answer_one(config, fleet, sample, said)
         on_done()
         return prediction
 
     return list(await asyncio.gather(*(answer(sample) for sample in samples)))
 
 
-async def answer_one(config: RunConfig, fleet: Fleet, sample: Sample) -> Prediction:
-    """Answer one sample: the thinker's caption, drawn by the artist as an ODE."""
+async def answer_one(config: RunConfig, fleet: Fleet, sample: Sample, said: Callable[[str], str] = str) -> Prediction:
+    """Answer one sample: the thinker's caption, drawn by the artist as an ODE.
+
+    ``said`` makes of the caption the one that is drawn, which is the answer's.
+    """
     section = config.evaluate
     request = completion_request(sample, section.text, derive_seed(section.seed, sample.id, "text"))
     try:
@@ -41,8 +52,9 @@ async def answer_one(config: RunConfig, fleet: Fleet, sample: Sample) -> Predict
         answer = config.models.prompt.answers.parse(text)
         if answer is None:
             return Prediction(id=sample.id, caption="", text=text, frames=None)
+        caption = said(answer.caption)
         noise = derive_seed(section.seed, sample.id, "noise")
-        clip = await render(fleet, render_request(config, sample, answer.caption, 0, section.render, noise_seed=noise))
+        clip = await render(fleet, render_request(config, sample, caption, 0, section.render, noise_seed=noise))
     except SampleFailed as error:
         return Prediction(id=sample.id, caption="", text=str(error), frames=None)
-    return Prediction(id=sample.id, caption=answer.caption, text=text, frames=np.asarray(clip.frames))
+    return Prediction(id=sample.id, caption=caption, text=text, frames=np.asarray(clip.frames))

@@ -47,6 +47,7 @@ async def score_predictions(
     extractor: str,
     video: VideoExtractor | None = None,
     limits: VideoLimits | None = None,
+    rewards: Sequence[str] = (),
     seed: int = 0,
     compare: tuple[str, str] | None = None,
     settings: AlarmSettings | None = None,
@@ -55,9 +56,9 @@ async def score_predictions(
     """Return the table of ``systems`` (name → predictions) on ``samples``.
 
     ``extractor`` names the Fréchet features that ``score`` gives (``Scorer.fvd_extractor``); with ``video`` the
-    features are that extractor's instead. ``compare`` and ``settings``: see ``table.build_table``. ``on_done`` is
-    called after each answer. At most 32 answers are decoded and in flight. An answer whose video cannot be decoded is one
-    without a video, and a warning says so.
+    features are that extractor's instead. ``rewards``: further components that every clip is scored by. ``compare`` and
+    ``settings``: see ``table.build_table``. ``on_done`` is called after each answer. At most 32 answers are decoded and in flight.
+    An answer whose video cannot be decoded is one without a video, and a warning says so.
 
     A component that cannot be computed for an answer (SampleFailed or DataError of ``score``) is left out there, never
     counted as a bad answer; table and log say how often and why. Raises DataError for one that cannot be computed for any
@@ -78,7 +79,7 @@ async def score_predictions(
             loaded, problem = await asyncio.to_thread(prediction.watched, sample.target_frames, limits)
             if problem is not None:
                 broken.append(problem)
-            answered = await _answer(sample, loaded, score, videos)
+            answered = await _answer(sample, loaded, score, videos, rewards)
         on_done()
         return answered
 
@@ -117,8 +118,10 @@ class _VideoFeatures:
             return {"clip": await asyncio.to_thread(self._extractor, frames), "target": self._truth[key]}
 
 
-async def _answer(sample: Sample, prediction: Prediction, score: Score, videos: _VideoFeatures | None) -> Answered:
-    request = _request(sample, prediction)
+async def _answer(
+    sample: Sample, prediction: Prediction, score: Score, videos: _VideoFeatures | None, rewards: Sequence[str]
+) -> Answered:
+    request = _request(sample, prediction, rewards)
     lost: dict[str, str] = {}
     try:
         scores = await score(request)
@@ -166,7 +169,7 @@ def _judge_lost(found: Mapping[str, Sequence[Answered]]) -> None:
             raise DataError(f"{name} cannot be computed for any answer, {count} times because: {reason}")
 
 
-def _request(sample: Sample, prediction: Prediction) -> ScoreRequest:
+def _request(sample: Sample, prediction: Prediction, rewards: Sequence[str]) -> ScoreRequest:
     components = list(TEXT_METRICS)
     if prediction.text:
         components.append("format")
@@ -174,6 +177,7 @@ def _request(sample: Sample, prediction: Prediction) -> ScoreRequest:
         components += CLIP_METRICS
         if prediction.caption.strip():
             components.append("clip_t")
+        components += [name for name in rewards if name not in components]
     return score_request(
         sample, prediction.index, tuple(components), prediction.text, prediction.caption, prediction.frames
     )

@@ -41,12 +41,18 @@ METRICS: dict[str, str] = {
 """Metric → its heading, in the order of the table; what each means is in docs/evaluation.md."""
 
 
-def require_metric(name: str) -> bool:
-    """Return whether a higher ``name`` is better; raises ConfigError, with the known ones, where it is no metric of the table."""
+def require_metric(name: str, rewards: Sequence[str] = ()) -> bool:
+    """Return whether a higher ``name`` is better; raises ConfigError, with the known ones, where it is no metric of the table.
+
+    ``rewards`` are those that are measured too (evaluate.rewards).
+    """
+    if name in rewards:
+        return True
     if name not in METRICS:
         known = ", ".join(f"{metric} {heading[-1]}" for metric, heading in METRICS.items())
         raise ConfigError(
-            f"evaluate.metric={name!r} is not known. Known, and whether higher (↑) or lower (↓) is better: {known}"
+            f"evaluate.metric={name!r} is not known. Known, and whether higher (↑) or lower (↓) is better: {known}; and those of "
+            "evaluate.rewards"
         )
     return METRICS[name].endswith("↑")
 
@@ -61,6 +67,11 @@ SIGNS: dict[str, str] = {
 """Diagnostics of reward hacking → heading; in brackets what ground truth itself has."""
 
 HEADINGS = METRICS | SIGNS
+
+
+def heading(metric: str) -> str:
+    """Return the heading of ``metric``; one that is not of the table is a reward, which has none but its name."""
+    return HEADINGS.get(metric, f"{metric} ↑")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +114,20 @@ class EvaluationTable:
             return {}
         baseline, system = self.compare
         found = {
-            g: {m: d for m in self._present(g, HEADINGS) if (d := self.difference(system, baseline, m, g)) is not None}
+            g: {
+                m: d
+                for m in self._present(g, self.metrics | SIGNS)
+                if (d := self.difference(system, baseline, m, g)) is not None
+            }
             for g in GROUPS
         }
         return {group: differences for group, differences in found.items() if differences}
+
+    @cached_property
+    def metrics(self) -> dict[str, str]:
+        """Metric → heading: those of every table, and the rewards that these answers were measured by."""
+        found = dict.fromkeys(m for r in self.systems.values() for m in r.metrics["all"] if m not in HEADINGS)
+        return METRICS | {metric: heading(metric) for metric in found}
 
     def alarms(self, system: str) -> tuple[str, ...]:
         """Return what in the system's clips looks like reward hacking, in words."""
@@ -118,7 +139,7 @@ class EvaluationTable:
         names = list(self.systems)
         parts = [
             f"**All {self.samples['all']} samples** (mean [95% bootstrap interval over samples])",
-            markdown_grid(["", *names], self._rows_all(names, METRICS)),
+            markdown_grid(["", *names], self._rows_all(names, self.metrics)),
         ]
         kinds = self._kinds()
         if len(kinds) > 1:
@@ -178,11 +199,11 @@ class EvaluationTable:
             json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
 
-    def _present(self, group: str, choice: Mapping[str, str] = METRICS) -> list[str]:
+    def _present(self, group: str, choice: Mapping[str, str]) -> list[str]:
         return [m for m in choice if any(m in r.metrics.get(group, {}) for r in self.systems.values())]
 
     def _heading(self, metric: str) -> str:
-        return HEADINGS[metric].replace("FVD", fvd_name(self.extractor)) if metric == FRECHET else HEADINGS[metric]
+        return heading(metric).replace("FVD", fvd_name(self.extractor)) if metric == FRECHET else heading(metric)
 
     def _kinds(self) -> list[str]:
         return [g for g in GROUPS[1:] if self.samples.get(g)]
@@ -204,7 +225,7 @@ class EvaluationTable:
         kinds = self._kinds()
         groups = ["all", *(kinds if len(kinds) > 1 else [])]
         rows = []
-        for metric in METRICS:
+        for metric in self.metrics:
             if metric in self.comparison["all"]:
                 found = [self.comparison.get(group, {}).get(metric) for group in groups]
                 cells = ["–" if d is None else _number(metric, d.value, "+") + _interval(metric, d, "+") for d in found]
@@ -218,7 +239,11 @@ class EvaluationTable:
         return [title, markdown_grid(["", "all", "differ", *groups[1:]], rows)]
 
     def _rows_kinds(self, names: Sequence[str], kinds: Sequence[str]) -> list[list[str]]:
-        metrics = [m for m in self._present("all") if any(m in self._present(k) for k in kinds)]
+        metrics = [
+            m
+            for m in self._present("all", self.metrics)
+            if any(m in self.systems[n].metrics[k] for k in kinds for n in names)
+        ]
         return [
             [
                 self._heading(m),
@@ -283,13 +308,14 @@ def build_table(
     """
     systems: dict[str, SystemResult] = {}
     samples: dict[str, int] = {}
+    rewards = dict.fromkeys(m for found in answers.values() for a in found for m in a.values if m not in HEADINGS)
     for name, found in answers.items():
         metrics: dict[str, dict[str, Estimate]] = {}
         distances: dict[str, FrechetDistance] = {}
         for group in GROUPS:
             members = _members(found, group)
             samples[group] = len({a.id for a in members})
-            values = {m: value_of(measure(m, extractor), members, seed) for m in HEADINGS}
+            values = {m: value_of(measure(m, extractor), members, seed) for m in (*HEADINGS, *rewards)}
             metrics[group] = {m: e for m, e in values.items() if e is not None}
             if FRECHET in metrics[group]:
                 how = Frechet(extractor)

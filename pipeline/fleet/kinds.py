@@ -20,7 +20,7 @@ from actors.settings import Section
 from actors.vdm.settings import SAMPLERS_SHARE, EmbedPoolSection, VdmPoolSection
 from actors.vlm.settings import VlmPoolSection
 from pipeline.fleet.models import require_shareable, resolve_adapter, resolve_model, vdm_options
-from pipeline.fleet.rewards import ENCODERS, judge_of, reward_models, weighted
+from pipeline.fleet.rewards import ENCODERS, judge_of, reward_models, scored
 
 if TYPE_CHECKING:  # a run's configuration is made of these sections
     from pipeline.config import RunConfig
@@ -118,7 +118,7 @@ def _reward(config: RunConfig) -> dict[str, Any]:
     section = config.pools.reward
     return {
         "clip_path": resolve_model(config.models.clip, "clip"),
-        "components": [name for name in weighted(config) if judge_of(name, config.models.rewards) is None],
+        "components": [name for name in scored(config) if judge_of(name, config.models.rewards) is None],
         "device": device(section),
         "custom_timeout_s": section.request_timeout_s / 2,
         "answers": config.models.prompt.answers,

@@ -24,7 +24,7 @@ from cluster.session import Session, connect
 from pipeline.config import RunConfig
 from pipeline.fleet.conditions import Conditions
 from pipeline.fleet.kinds import Kind, kinds_of, runtime_env, section_of
-from pipeline.fleet.rewards import reward_models, weighted
+from pipeline.fleet.rewards import reward_models, scored
 from pipeline.fleet.scoring import Scoring
 
 LEARNER = "learner"
@@ -45,12 +45,18 @@ def pool_sections(config: RunConfig) -> dict[str, PoolSection]:
 
 
 def answering(config: RunConfig) -> tuple[str, ...]:
-    """Return what ``open_fleet`` starts to answer and to measure alone: every pool but those of rewards with models.
+    """Return what ``open_fleet`` starts to answer and to measure alone: every pool but those of rewards that only stages weigh.
 
     Empty, which is all, where there are none.
     """
+    spare = {*reward_models(config)} - {*measuring(config)}
+    return tuple(name for name in pool_sections(config) if name not in spare) if spare else ()
+
+
+def measuring(config: RunConfig) -> tuple[str, ...]:
+    """Return what ``open_fleet`` starts to measure answers that are there: the reward pool, and those of ``evaluate.rewards``."""
     judges = reward_models(config)
-    return tuple(name for name in pool_sections(config) if name not in judges) if judges else ()
+    return ("reward", *(name for name, (component, _) in judges.items() if component in config.evaluate.rewards))
 
 
 @dataclass(frozen=True)
@@ -178,9 +184,10 @@ async def serve_trained(pool: WorkerPool, folder: str | Path, version: int) -> N
 
 
 async def _scoring(config: RunConfig, pools: Mapping[str, WorkerPool], started: Sequence[str]) -> Scoring | None:
-    """Return what shares requests for scores; None where every component is built in."""
-    judges = {kind.component: name for name, kind in kinds_of(config).items() if kind.component is not None}
-    if "reward" not in started or not ({*weighted(config)} - {*BUILT_IN}) or not {*judges.values()} <= {*started}:
+    """Return what shares requests for scores between the pools that are ``started``; None where every component is built in."""
+    kinds = kinds_of(config)
+    judges = {kind.component: name for name in started if (kind := kinds[name]).component is not None}
+    if "reward" not in started or not ({*scored(config)} - {*BUILT_IN}):
         return None
     facts: dict[str, Facts] = {}
     for name in ("reward", *judges.values()):

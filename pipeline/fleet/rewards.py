@@ -1,6 +1,7 @@
 """Which rewards of a run have models of their own, and by which pool each is answered.
 
-A component of ``rewards.weights`` has one where it is a name under ``models.rewards``, a name of BUNDLED, or the path of a class.
+A component of ``rewards.weights`` or ``evaluate.rewards`` has one where it is a name under ``models.rewards``, a name of BUNDLED, or
+the path of a class.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from actors.scoring.components import BUILT_IN
 from actors.scoring.settings import RewardModelSection
-from rewards.custom import is_class
+from rewards.custom import is_class, is_custom
 
 if TYPE_CHECKING:  # the sections of the pools are part of it
     from pipeline.config import RunConfig
@@ -33,6 +34,11 @@ def weighted(config: RunConfig) -> tuple[str, ...]:
     return tuple(sorted({*config.stage1.rewards.weights, *config.stage2.rewards.weights}))
 
 
+def scored(config: RunConfig) -> tuple[str, ...]:
+    """Return the components that the run's stages weigh or its evaluation measures, sorted."""
+    return tuple(sorted({*weighted(config), *config.evaluate.rewards}))
+
+
 def judge_of(component: str, declared: Iterable[str]) -> str | None:
     """Return the pool that answers for ``component``; None where that is the reward pool.
 
@@ -46,7 +52,7 @@ def judge_of(component: str, declared: Iterable[str]) -> str | None:
 def reward_models(config: RunConfig) -> dict[str, tuple[str, RewardModelSection]]:
     """Return the component, and its model, of each reward pool that the run has beside the one for all others."""
     declared, found = config.models.rewards, {}
-    for component in weighted(config):
+    for component in scored(config):
         pool = judge_of(component, declared)
         if pool is None:
             continue
@@ -71,7 +77,13 @@ def require_rewards(config: RunConfig, kinds: Iterable[str]) -> None:
                 f"models.rewards.{name}.model={model!r}: write module:Class, or one of {', '.join(BUNDLED)}; a function "
                 "is named in rewards.weights alone"
             )
-    for component in weighted(config):
+    for component in config.evaluate.rewards:
+        if component not in BUILT_IN and judge_of(component, declared) is None and not is_custom(component):
+            raise ValueError(
+                f"evaluate.rewards: unknown reward {component!r}; built in are {', '.join((*BUILT_IN, *BUNDLED))}, and your own is "
+                "written module:function or module:Class"
+            )
+    for component in scored(config):
         pool = judge_of(component, declared)
         if pool is None:
             continue

@@ -13,13 +13,16 @@ from typing import Any
 
 from actors.records import GroupScoreRequest, ScoreRequest, Scores
 from actors.scoring.asking import stripped
+from actors.scoring.components import VIDEO_FEATURES
 from actors.scoring.model import Facts
 
 Submit = Callable[[Any], Awaitable[Any]]
 
 
 class Scoring:
-    """Shares requests out. ``judges``: component → how its own pool is asked; ``facts``: what each component says of itself."""
+    """Shares requests out. ``judges``: component → how its own pool is asked; ``facts``: what each component that
+    a stage weighs, or that is not built in, says of itself.
+    """
 
     def __init__(self, reward: Submit, judges: Mapping[str, Submit], facts: Mapping[str, Facts]) -> None:
         self._reward, self._judges, self._facts = reward, judges, facts
@@ -30,11 +33,11 @@ class Scoring:
 
     def of_groups(self, components: Sequence[str]) -> tuple[str, ...]:
         """Return those of ``components`` that judge whole groups."""
-        return tuple(name for name in components if self._facts[name].group)
+        return tuple(name for name in components if name in self._judges and self._facts[name].group)
 
     def sees(self, components: Sequence[str], need: str) -> bool:
         """Return whether one of ``components`` looks at ``need``."""
-        return any(need in self._facts[name].needs for name in components)
+        return any(need in self._facts.get(name, Facts()).needs for name in components)
 
     async def score(self, request: ScoreRequest) -> Scores:
         """Return the scores of one answer, without those components that judge whole groups. Raises what the pools raise."""
@@ -47,7 +50,8 @@ class Scoring:
         values = dict(whole.values)
         for scores in single:
             values |= scores.values
-        return replace(whole, values={name: values[name] for name in request.components if name not in groups})
+        left_out = (*groups, VIDEO_FEATURES)  # features are no value
+        return replace(whole, values={name: values[name] for name in request.components if name not in left_out})
 
     async def score_group(self, name: str, requests: Sequence[ScoreRequest]) -> list[float]:
         """Return the value of each answer of a group by the component ``name``, in the order of ``requests``."""

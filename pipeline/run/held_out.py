@@ -46,7 +46,7 @@ class HeldOut:
     written: Mark | None = None  # the best whose checkpoint is there
 
     def __post_init__(self) -> None:
-        self.higher = require_metric(self.config.evaluate.metric)
+        self.higher = require_metric(self.config.evaluate.metric, self.config.evaluate.rewards)
         self.measured = _measured(self.config, self.source) if self.source is not None else ""
 
     async def load(self) -> None:

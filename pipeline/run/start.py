@@ -55,7 +55,7 @@ def has_checkpoint(config: RunConfig) -> bool:
 
 def print_plan(config: RunConfig) -> None:
     """Print the resolved configuration and what it asks of the cluster; raises ConfigError for an unknown metric."""
-    require_metric(config.evaluate.metric)
+    require_metric(config.evaluate.metric, config.evaluate.rewards)
     console = terminal.console()
     console.print(to_yaml(config), highlight=False, markup=False)
     for warning in window_warnings(config):
@@ -138,7 +138,7 @@ def require_trainable(config: RunConfig) -> None:
     """Raise ConfigError where a model that starts from an adapter is to be trained as full weights, where the artist cannot draw clips
     of the run's size or the learner's ranks or a sampler's processes not share them, or where evaluate.metric is unknown.
     """
-    require_metric(config.evaluate.metric)
+    require_metric(config.evaluate.metric, config.evaluate.rewards)
     require_drawable(config)
     for stage in STAGES[config.training]:
         for policy in stage.policies:

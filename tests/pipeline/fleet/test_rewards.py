@@ -8,7 +8,7 @@ from cluster.errors import ConfigError
 from pipeline.config import load_config
 from pipeline.config.resume import differences, is_free
 from pipeline.fleet.kinds import key_of, kinds_of, runtime_env, section_of
-from pipeline.fleet.open import answering, placement_plan, pool_sections
+from pipeline.fleet.open import answering, measuring, placement_plan, pool_sections
 
 JUDGE = [
     "models.rewards={judge: {model: 'my:Judge', options: {k: 3}}}",
@@ -46,6 +46,16 @@ def test_a_class_is_weighed_by_its_path_too() -> None:
 def test_an_evaluation_starts_no_judge() -> None:
     assert answering(load_config("toy", JUDGE)) == ("vlm", "vdm", "reward")
     assert answering(load_config("toy")) == (), "all, as before"
+
+
+def test_an_evaluation_starts_the_pools_of_the_rewards_that_it_measures_by() -> None:
+    config = load_config("toy", [*JUDGE, "evaluate.rewards=[video_similarity]"])
+    assert list(pool_sections(config)) == ["vlm", "vdm", "reward", "judge", "video_similarity"]
+    assert answering(config) == ("vlm", "vdm", "reward", "video_similarity")
+    assert measuring(config) == ("reward", "video_similarity") and measuring(load_config("toy", JUDGE)) == ("reward",)
+    functions = load_config("toy", ["evaluate.rewards=['my.rewards:redness', motion]"])
+    assert measuring(functions) == ("reward",)
+    assert {"my.rewards:redness", "motion"} <= {*kinds_of(functions)["reward"].arguments(functions)["components"]}
 
 
 def test_a_deterministic_run_asks_for_each_answer_alone() -> None:
@@ -87,6 +97,10 @@ def test_what_a_reward_is_binds_a_continuation_and_where_it_runs_does_not() -> N
         (
             ["pools.rewards={judge: {workers: 2}}"],
             "pools.rewards.judge: the run has no reward with a model of that name",
+        ),
+        (
+            ["evaluate.rewards=[video_likeness]"],
+            "evaluate.rewards: unknown reward 'video_likeness'; built in are format",
         ),
         ([*JUDGE, "pools.rewards={judge: {env: {pip: [a], python: /x}}}"], "one environment"),
         ([*JUDGE, "pools.rewards={judge: {env: {python: env/bin/python}}}"], "an absolute path, the same on each node"),
