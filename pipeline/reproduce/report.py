@@ -14,9 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluate.table import HEADINGS, markdown_grid
+from pipeline.evaluate.table import HEADINGS, heading, markdown_grid
+from pipeline.reproduce.asking import in_words
 from pipeline.reproduce.curves import draw_curves
-from pipeline.reproduce.spec import Experiment
+from pipeline.reproduce.spec import Experiment, PaperFigures
 from pipeline.reproduce.statistics import Figures, Spread, links, over_seeds, verdict
 from rewards.frechet import fvd_name
 
@@ -40,32 +41,41 @@ def write_report(
         for key in keys
     }
     extractor, counts = tables[0]["extractor"], tables[0]["samples"]
-    everything, keys = keys, [key for key in keys if experiment.rows[key].shown]
+    everything, found = keys, [key for key in keys if experiment.rows[key].shown]
+    keys = [key for key in found if experiment.rows[key].asked is None]
+    others = [key for key in found if key not in keys]
+    printed = any(experiment.rows[key].paper != PaperFigures() for key in keys)
     parts = [
-        f"# The paper's table on the toy world ({split} split)",
+        f"# {experiment.title} ({split} split)",
         f"`{command}` · seeds {', '.join(str(s) for s in seeds)} · {counts['procedural']} procedural and "
         f"{counts['predictive']} predictive held-out questions, the same for all rows and seeds.\n"
-        f"Cells are procedural / predictive; ± is the standard deviation over seeds. `paper` are the figures of arXiv "
-        f"2511.16669 on its own data and models: compare orders, not values. FVD there is I3D's; here it is {fvd_name(extractor)}.",
-        _paper_table(experiment, keys, figures, extractor),
+        "Cells are procedural / predictive; ± is the standard deviation over seeds."
+        + (
+            " `paper` are the figures of arXiv 2511.16669 on its own data and models: compare orders, not values. FVD there is "
+            f"I3D's; here it is {fvd_name(extractor)}."
+            if printed
+            else ""
+        ),
+        _paper_table(experiment, keys, figures, extractor, printed),
         "## More of ours, all questions",
         _more_table(experiment, keys, figures, tables),
-        "## Gains over SFT",
-        _gains(experiment, keys, figures),
-        "## What the paper reports, and whether it holds here",
+        *_other_questions(experiment, others, figures, tables),
+        *(["## Gains over SFT", _gains(experiment, keys, figures)] if printed else []),
+        f"## What {'the paper reports' if printed else 'is expected'}, and whether it holds here",
         "`holds`: the mean gap over seeds is positive and larger than its standard deviation; gaps are paired by seed.",
-        _orderings(experiment, keys, figures),
+        _orderings(experiment, found, keys, figures),
         "## What it took",
         _costs(experiment, everything, seeds, rows),
         _versions(),
     ]
     (target / "table.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    metrics = (*HEADINGS, *experiment.rewards)
     values = {
         "command": command,
         "seeds": list(seeds),
         "split": split,
         "rows": {
-            k: {g: {m: _plain(over_seeds(figures, k, g, m)) for m in HEADINGS} for g in ("all", *KINDS)} for k in keys
+            k: {g: {m: _plain(over_seeds(figures, k, g, m)) for m in metrics} for g in ("all", *KINDS)} for k in found
         },
         "orderings": [
             {
@@ -75,7 +85,7 @@ def write_report(
                 "gaps": {f"{s.better} − {s.worse}": s.gaps for s in links(o, figures, keys)},
             }
             for o in experiment.orderings
-            if o.rests_on() <= set(keys)
+            if o.rests_on() <= set(found)
         ],
     }
     (target / "table.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -109,18 +119,22 @@ def _paper_cell(pair: Sequence[float | None]) -> str:
     return "" if pair == (None, None) else " / ".join("–" if v is None else f"{v:g}" for v in pair)
 
 
-def _paper_table(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures], extractor: str) -> str:
+def _paper_table(
+    experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures], extractor: str, printed: bool
+) -> str:
+    """``printed``: whether the paper printed figures of any row; they then stand beside ours."""
     header = [""]
     for metric in PAPER_METRICS:
         name = HEADINGS[metric].replace("FVD", fvd_name(extractor)).replace(", own caption", "")
-        header += [name, "paper"]
+        header += [name, "paper"] if printed else [name]
     rows = []
     for key in keys:
         row = experiment.rows[key]
         cells = [row.title]
         for metric in PAPER_METRICS:
             cells.append(_cell([over_seeds(figures, key, kind, metric) for kind in KINDS], row.trained))
-            cells.append(_paper_cell(getattr(row.paper, metric)))
+            if printed:
+                cells.append(_paper_cell(getattr(row.paper, metric)))
         rows.append(cells)
     return markdown_grid(header, rows)
 
@@ -128,14 +142,26 @@ def _paper_table(experiment: Experiment, keys: Sequence[str], figures: Sequence[
 def _more_table(
     experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures], tables: Sequence[dict[str, Any]]
 ) -> str:
-    metrics = ("rouge_l", "clip_v", "clip_t", *MORE_METRICS)
+    metrics = ("rouge_l", "clip_v", *experiment.rewards, "clip_t", *MORE_METRICS)
     rows = []
     for key in keys:
         cells = [_cell([over_seeds(figures, key, "all", m)], experiment.rows[key].trained) for m in metrics]
         found = Counter(text.partition(":")[0] for t in tables for text in t["systems"][key].get("alarms", ()))
         alarms = ", ".join(f"{name} {count}/{len(tables)}" for name, count in sorted(found.items()))
         rows.append([experiment.rows[key].title, *cells, alarms or "none"])
-    return markdown_grid(["", *(HEADINGS[m] for m in metrics), "alarms (seeds)"], rows)
+    return markdown_grid(["", *(heading(m) for m in metrics), "alarms (seeds)"], rows)
+
+
+def _other_questions(
+    experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures], tables: Sequence[dict[str, Any]]
+) -> list[str]:
+    """Return the table of the rows that are asked other questions, and what those are; nothing where there are none."""
+    if not keys:
+        return []
+    asked = {key: row.asked for key in keys if (row := experiment.rows[key]).asked is not None}
+    lines = "\n".join(f"- {experiment.rows[key].title}: {in_words(how)}" for key, how in asked.items())
+    told = f"The same held-out samples and noise, with models of rows above, asked otherwise:\n\n{lines}"
+    return ["## Asked other questions", told, _more_table(experiment, keys, figures, tables)]
 
 
 def _gains(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures]) -> str:
@@ -154,10 +180,11 @@ def _gains(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figure
     return markdown_grid(["", "metric", "procedural", "paper", "predictive", "paper"], rows) if rows else ""
 
 
-def _orderings(experiment: Experiment, keys: Sequence[str], figures: Sequence[Figures]) -> str:
+def _orderings(experiment: Experiment, found: Sequence[str], keys: Sequence[str], figures: Sequence[Figures]) -> str:
+    """``found`` are the rows that are there; ``keys`` those of them that are asked the table's own questions."""
     rows = []
     for ordering in experiment.orderings:
-        if not ordering.rests_on() <= set(keys):
+        if not ordering.rests_on() <= set(found):
             continue
         steps = links(ordering, figures, keys)
         told = [s for s in steps if s.gaps]
@@ -166,7 +193,7 @@ def _orderings(experiment: Experiment, keys: Sequence[str], figures: Sequence[Fi
         gaps = "; ".join(
             f"{experiment.rows[s.better].title} − {experiment.rows[s.worse].title}: {s.spread.text()}" for s in told
         )
-        rows.append([ordering.claim, HEADINGS[ordering.metric], gaps, f"**{verdict(steps)}**"])
+        rows.append([ordering.claim, heading(ordering.metric), gaps, f"**{verdict(steps)}**"])
     return markdown_grid(["claim", "metric", "gaps (positive: as claimed)", ""], rows) if rows else ""
 
 

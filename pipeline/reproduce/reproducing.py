@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -27,14 +27,17 @@ from pipeline.config.load import override_of
 from pipeline.data.folder import open_dataset
 from pipeline.data.toy.shards import ensure_toy
 from pipeline.evaluate.evaluation import answer_with_progress, load_samples, score_systems
-from pipeline.evaluate.predictions import FILE, read_predictions, write_predictions
+from pipeline.evaluate.predictions import FILE, Prediction, read_predictions, write_predictions
 from pipeline.evaluate.sheets import evaluation_sheet
 from pipeline.evaluate.table import EvaluationTable
+from pipeline.fleet.kinds import kinds_of
 from pipeline.fleet.models import resolve_model
-from pipeline.fleet.open import Fleet, open_fleet, serve_trained
+from pipeline.fleet.open import Fleet, measuring, open_fleet, pool_sections, serve_trained
+from pipeline.fleet.rewards import reward_models
 from pipeline.lock import hold
+from pipeline.reproduce.asking import as_asked, background_of, data_folder, make_questions, said, shown
 from pipeline.reproduce.report import write_report
-from pipeline.reproduce.spec import Experiment, Row
+from pipeline.reproduce.spec import Asked, Experiment, Row
 from pipeline.support import terminal
 from pipeline.support.interrupt import RunStopped, stop_on_signals
 from pipeline.support.progress import waiting
@@ -101,6 +104,7 @@ def reproduce(
         with waiting(console, "making the toy world"):
             size = experiment.sft_samples
             ensure_toy(out / "data", experiment.train_samples, experiment.test_samples, sft=size, artist=size)
+            make_questions(experiment, out)
         _claim_data(out)
         for seed in seeds:
             one = _Seed(experiment, out, seed, split, console)
@@ -133,8 +137,12 @@ def reproduce(
 def _claim(out: Path, experiment: Experiment) -> None:
     """Note whose rows ``out`` holds (experiment, base run, models), or refuse to mix two."""
     base = load_config(experiment.base, experiment.set)
-    models = {role: _digest(resolve_model(getattr(base.models, role), role)) for role in ROLES}
+    models: dict[str, str] = {role: _digest(resolve_model(getattr(base.models, role), role)) for role in ROLES}
     facts = {"experiment": experiment.model_dump(mode="json"), "base": config_digest(base), "models": models}
+    measured = load_config(experiment.base, [*experiment.set, *_measures(experiment)])
+    kinds = kinds_of(measured)
+    for name in reward_models(measured):
+        models[name] = _digest(str(kinds[name].arguments(measured)["options"].get("path", "")))
     facts["evaluate"] = base.evaluate.model_dump(mode="json")
     path, mine = out / "experiment.json", json.dumps(facts, indent=1)
     if path.is_file() and path.read_text(encoding="utf-8") != mine:
@@ -146,11 +154,18 @@ def _claim(out: Path, experiment: Experiment) -> None:
 
 def _claim_data(out: Path) -> None:
     """Note the digests of the datasets that the rows in ``out`` are made of, or refuse to mix two."""
-    splits = sorted(path for path in (out / "data").iterdir() if path.is_dir())
-    path, mine = out / "data.json", {split.name: open_dataset(split).digest for split in splits}
+    splits = sorted(
+        path for folder in out.glob("data*") if folder.is_dir() for path in folder.iterdir() if path.is_dir()
+    )
+    path, mine = out / "data.json", {str(split.relative_to(out)): open_dataset(split).digest for split in splits}
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != mine:
         raise ConfigError(f"{out} holds rows that were made of other data ({path} differs); choose another --out")
     path.write_text(json.dumps(mine, indent=1), encoding="utf-8")
+
+
+def _measures(experiment: Experiment) -> list[str]:
+    """Return the override by which answers are measured by the experiment's rewards too; the rows' own runs have no pool for them."""
+    return [f"evaluate.rewards={json.dumps(experiment.rewards)}"] if experiment.rewards else []
 
 
 def _digest(model: str) -> str:
@@ -158,6 +173,11 @@ def _digest(model: str) -> str:
     files = sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16] if files else model
+
+
+def _answering(config: RunConfig) -> tuple[str, ...]:
+    """Return the pools that answer; what they answered is measured afterwards, by others."""
+    return tuple(name for name in pool_sections(config) if name in ("vlm", "embed", "vdm"))
 
 
 def _places(made: dict[str, str | None]) -> dict[str, str | None]:
@@ -219,18 +239,19 @@ class _Seed:
         self.results[key] = replace(result, seconds=round(time.monotonic() - started, 1))
         self.results[key].write(folder / MARKER)
 
-    def config(self, row: Row, folder: Path, split: str) -> RunConfig:
-        """Return the run of ``row``: the base run, the experiment's and the row's overrides, and other rows' adapters."""
+    def config(self, row: Row, folder: Path, split: str, more: Sequence[str] = ()) -> RunConfig:
+        """Return the run of ``row``: the base run, the experiment's and the row's overrides, ``more``, and other rows' adapters."""
         overrides = [
             override_of("name", folder.name),
             override_of("out", folder),
             f"seed={self.seed}",
             f"data.seed={self.seed}",
             override_of("data.train", self.out / "data" / "train"),
-            override_of("data.eval", self.out / "data" / split),
+            override_of("data.eval", data_folder(self.out, background_of(row)) / split),
             f"evaluate.samples={self.experiment.test_samples}",
             *self.experiment.set,
             *(row.set or ()),
+            *more,
         ]
         for role, other in (("vlm", row.vlm), ("vdm", row.vdm)):
             if other is not None and (adapter := getattr(self.results[other], role)) is not None:
@@ -295,43 +316,61 @@ class _Seed:
     def judge(self) -> None:
         """Answer the held-out questions with every row's models, score all answers together, and write the seed's table."""
         self.console.rule(f"seed {self.seed} · answers to the {self.split} questions")
-        config = self.config(Row(title="held out"), self.folder, self.split)
-        samples = load_samples(config)
+        config = self.config(Row(title="held out"), self.folder, self.split, _measures(self.experiment))
+        rows = self.experiment.rows
+        scenes = dict.fromkeys(background_of(rows[key]) for key in self.results)
+        samples = {scene: self._samples(scene) for scene in scenes}
         asyncio.run(self._answer_all(config, samples))
         table = asyncio.run(self._score_all(config, samples))
         table.write(self.folder / self.split)
-        rows = self.experiment.rows
         sheet = {rows[k].title: read_predictions(self._answers(k)) for k in SHEET_ROWS if k in self.results}
         if sheet:
             path = self.folder / self.split / "contact_sheet.png"
-            evaluation_sheet(samples, sheet, path, table=table, title=" against ".join(sheet))
+            evaluation_sheet(samples[None], sheet, path, table=table, title=" against ".join(sheet))
+
+    def _samples(self, background: str | None) -> list[Sample]:
+        asked = None if background is None else Asked(background=background)
+        return load_samples(self.config(Row(title="held out", asked=asked), self.folder, self.split))
 
     def _answers(self, key: str) -> Path:
         return self.folder / key / self.split
 
-    async def _answer_all(self, config: RunConfig, samples: list[Sample]) -> None:
+    async def _answer_all(self, config: RunConfig, samples: Mapping[str | None, list[Sample]]) -> None:
+        """Ask every row that has not answered. Rows whose artists see their input alike share the pools; what SFT made has its own."""
         todo = [r for r in self.results.values() if not (self._answers(r.key) / FILE).is_file()]
-        tuned = [r for r in todo if not r.full]
-        if tuned:
-            async with open_fleet(config) as fleet:
-                for version, result in enumerate(tuned, start=1):
+        alike: dict[str, list[RowResult]] = {}
+        for result in todo:
+            if not result.full:
+                asked = as_asked(config, self.experiment.rows[result.key])
+                alike.setdefault(asked.video.model_dump_json(), []).append(result)
+        for results in alike.values():
+            its = as_asked(config, self.experiment.rows[results[0].key])
+            async with open_fleet(its, only=_answering(config)) as fleet:
+                for version, result in enumerate(results, start=1):
                     for pool, trained in ((fleet.vlm, result.vlm), (fleet.vdm, result.vdm)):
                         if trained is None:
                             await pool.set_weights(version, None)
                         else:
                             await serve_trained(pool, trained, version)
-                    await self._answer(config, fleet, result.key, samples)
+                    await self._answer(its, fleet, result.key, samples)
         for result in (r for r in todo if r.full):
             models = config.models.model_copy(update=_places({"vlm": result.vlm, "vdm": result.vdm}))
-            async with open_fleet(config.model_copy(update={"models": models})) as fleet:
+            async with open_fleet(config.model_copy(update={"models": models}), only=_answering(config)) as fleet:
                 await self._answer(config, fleet, result.key, samples)
 
-    async def _answer(self, config: RunConfig, fleet: Fleet, key: str, samples: list[Sample]) -> None:
-        title = self.experiment.rows[key].title[:22]
-        answers = await answer_with_progress(config, fleet, samples, self.console, title)
-        write_predictions(self._answers(key), answers, config.video.fps)
+    async def _answer(
+        self, config: RunConfig, fleet: Fleet, key: str, samples: Mapping[str | None, list[Sample]]
+    ) -> None:
+        row = self.experiment.rows[key]
+        questions = samples[background_of(row)]
+        answers = await answer_with_progress(config, fleet, questions, self.console, row.title[:22], said=said(row))
+        write_predictions(self._answers(key), [shown(row, answer) for answer in answers], config.video.fps)
 
-    async def _score_all(self, config: RunConfig, samples: list[Sample]) -> EvaluationTable:
-        systems = {key: read_predictions(self._answers(key)) for key in self.results}
-        async with open_fleet(config, only=("reward",)) as fleet:
-            return await score_systems(config, fleet, systems, samples)
+    async def _score_all(self, config: RunConfig, samples: Mapping[str | None, list[Sample]]) -> EvaluationTable:
+        """Return the table of all rows; those that are asked about other scenes are measured on theirs."""
+        systems: dict[str | None, dict[str, list[Prediction]]] = {scene: {} for scene in samples}
+        for key in self.results:
+            systems[background_of(self.experiment.rows[key])][key] = read_predictions(self._answers(key))
+        async with open_fleet(config, only=measuring(config)) as fleet:
+            tables = [await score_systems(config, fleet, found, samples[scene]) for scene, found in systems.items()]
+        return replace(tables[0], systems={key: r for table in tables for key, r in table.systems.items()})

@@ -1,7 +1,8 @@
 """What an experiment is: rows that are trained or put together from other rows, and the orderings that are expected of them.
 
 A row is configuration, not code: overrides of one run, adapters of other rows, or supervised training for the time that another
-row took. This module holds types and contradictions; running is ``run``, the table is ``report``.
+row took. A row that is put together from others may be asked other questions than they. This module holds types and contradictions;
+running is ``reproducing``, the table is ``report``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from actors.settings import Positive, Section
+from actors.vdm.settings import ConditioningSection
 from cluster.errors import ConfigError
 from pipeline.config.load import BUNDLED
 from pipeline.config.yaml12 import parse_yaml
+from pipeline.data.toy.scene import UNSEEN_BACKGROUNDS
+from pipeline.evaluate.table import HEADINGS
 
 EXPERIMENTS = BUNDLED.parent / "experiments"
-Metric = Literal["rouge_l", "clip_v", "clip_t", "frechet", "follow", "faithful", "drawable", "event", "motion_ratio"]
 Printed = Annotated[tuple[float | None, float | None], Field(strict=False)]
 
 
@@ -31,6 +34,33 @@ class PaperFigures(Section):
     clip_v: Printed = Field((None, None), description="CLIP-V.")
     clip_t: Printed = Field((None, None), description="CLIP-T.")
     frechet: Printed = Field((None, None), description="FVD.")
+
+
+class Asked(Section):
+    """What a row is asked in place of the table's questions: the same held-out samples, changed in what nothing was trained on."""
+
+    wording: Literal["unseen"] | None = Field(
+        None,
+        description="unseen: the thinker's caption is drawn in those words of the toy world that no artist was pretrained on.",
+    )
+    background: str | None = Field(None, description="Background of all scenes, one that no training scene has.")
+    conditioning: ConditioningSection | None = Field(
+        None, description="How the artist sees the input (video.conditioning), another way than it was trained with."
+    )
+    held: bool = Field(
+        False,
+        description="Each clip is held at its first frame: what an artist that draws nothing but stills would earn.",
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> Asked:
+        if not (self.wording or self.background or self.conditioning or self.held):
+            raise ValueError(
+                "asked says nothing else than the table's questions; give wording, background, conditioning or held"
+            )
+        if self.background is not None and self.background not in UNSEEN_BACKGROUNDS:
+            raise ValueError(f"asked.background={self.background!r}: write {' or '.join(UNSEEN_BACKGROUNDS)}")
+        return self
 
 
 class Row(Section):
@@ -45,7 +75,18 @@ class Row(Section):
         default_factory=list,
         description="Rows whose stages' wall time plain SFT of both models is given (the control of equal time).",
     )
+    asked: Asked | None = Field(None, description="Other questions than the table's; its models are vlm's and vdm's.")
     paper: PaperFigures = Field(PaperFigures(), description="The paper's figures for this row.")
+
+    @model_validator(mode="after")
+    def _elsewhere(self) -> Row:
+        if self.asked is not None and (self.set is not None or self.sft_like):
+            raise ValueError(
+                "asked goes with neither set nor sft_like: train a row of its own, and name it as vlm and vdm of the one that is asked"
+            )
+        if self.asked is not None and self.paper != PaperFigures():
+            raise ValueError("asked goes without paper: the paper has no figures for other questions")
+        return self
 
     @model_validator(mode="after")
     def _one_way(self) -> Row:
@@ -68,7 +109,7 @@ class Ordering(Section):
     """An order of rows by a metric that is expected to hold: best first, or one row before all others."""
 
     claim: str = Field(description="The claim, as the paper makes it.")
-    metric: Metric = Field(description="Metric that decides.")
+    metric: str = Field(description="Metric that decides: one of evaluation's, or of the experiment's rewards.")
     rows: list[str] = Field(
         default_factory=list, description="Rows, the best first (the lowest first for a Fréchet distance)."
     )
@@ -97,12 +138,17 @@ class Ordering(Section):
 class Experiment(Section):
     """A table: its base run, its rows in the order of the table, and what is expected of them."""
 
+    title: str = Field("The paper's table on the toy world", description="Title of the report.")
     base: str = Field("toy", description="Run that every row starts from: a YAML file or a bundled name.")
     set: list[str] = Field(default_factory=list, description="Overrides for all rows.")
     train_samples: Positive = Field(1024, description="Training samples of the toy world.")
     test_samples: Positive = Field(192, description="Held-out samples, which no choice was made on.")
     sft_samples: Positive = Field(2048, description="Supervised samples for the control of equal time.")
     baseline: str = Field("sft", description="Row that gains are relative to.")
+    rewards: list[str] = Field(
+        default_factory=list,
+        description="Rewards that all answers are measured by too (evaluate.rewards), whatever the rows are trained with.",
+    )
     rows: dict[str, Row] = Field(min_length=1, description="Rows by key, each after those it is made of.")
     orderings: list[Ordering] = Field(default_factory=list, description="Orders that are checked.")
 
@@ -114,12 +160,28 @@ class Experiment(Section):
                 if other is not None and other not in known:
                     raise ValueError(f"rows.{key} is made of {other!r}, which is not a row above it ({sorted(known)})")
             known.add(key)
+        metrics = {*HEADINGS, *self.rewards}
         for ordering in self.orderings:
             if unknown := (ordering.rests_on() | set(ordering.besides)) - known:
                 raise ValueError(f"ordering {ordering.claim!r} names unknown rows {sorted(unknown)}")
+            if ordering.metric not in metrics:
+                raise ValueError(
+                    f"ordering {ordering.claim!r}: metric={ordering.metric!r} is not measured; there are {', '.join(sorted(metrics))}"
+                )
+            if ordering.best is not None and self.rows[ordering.best].asked is not None:
+                raise ValueError(
+                    f"ordering {ordering.claim!r}: {ordering.best!r} is asked other questions than the rows it is compared with"
+                )
         if self.baseline not in known:
             raise ValueError(f"baseline={self.baseline!r} is not a row ({sorted(known)})")
+        if self.rows[self.baseline].asked is not None:
+            raise ValueError(f"baseline={self.baseline!r} is asked other questions than the table's")
         return self
+
+    @property
+    def backgrounds(self) -> list[str]:
+        """The other backgrounds that rows are asked about."""
+        return list(dict.fromkeys(b for row in self.rows.values() if row.asked and (b := row.asked.background)))
 
     def needed(self, wanted: list[str]) -> list[str]:
         """Return ``wanted`` rows (all where empty), those that they are made of, and the baseline, in the table's order."""

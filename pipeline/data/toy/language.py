@@ -187,6 +187,9 @@ OPPOSITE: dict[str, str] = {
 DRAWN_WORDINGS = 2
 """The artist's pretraining uses wordings 0 .. DRAWN_WORDINGS-1 of every concept."""
 
+UNSEEN_WORDING = 2
+"""The one that it does not use."""
+
 HEAD_SHARE = 0.7
 """Share of ground-truth captions that use a concept's head wording; the rest is split evenly over the other two."""
 
@@ -271,6 +274,12 @@ def caption_with(event: Event, wordings: tuple[int, int, int], language: Languag
     """The caption for an event with wording indices for (colour, shape, verb)."""
     spoken = LANGUAGES[language]
     return spoken.caption.format(**_worded(spoken, event, wordings))
+
+
+def reworded(caption: str, wording: int) -> str:
+    """The caption with all its concepts in wording number ``wording``; one that is not a sentence of a grammar is left as it is."""
+    match, event = _match(caption), parse_caption(caption)
+    return caption if match is None or event is None else caption_with(event, (wording,) * 3, match[0])
 
 
 def head_caption(event: Event, rng: np.random.Generator, language: LanguageCode = "en") -> str:

@@ -26,6 +26,9 @@ _RGB: dict[str, tuple[int, int, int]] = {
 }
 _WHITE = np.array((255.0, 255.0, 255.0))
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"night": (18, 20, 28), "slate": (70, 72, 80)}
+UNSEEN_BACKGROUNDS: dict[str, tuple[int, int, int]] = {"moss": (52, 74, 56)}
+"""Backgrounds of no scene that is drawn: what was trained on the others is asked about them (docs/reproduce.md)."""
+_GROUND = BACKGROUNDS | UNSEEN_BACKGROUNDS
 SLOTS: tuple[tuple[float, float], ...] = ((8.0, 8.0), (24.0, 8.0), (8.0, 24.0), (24.0, 24.0))
 """Centres (x, y) in pixels of the four places where objects rest: a grid, which a small VAE learns well in minutes."""
 
@@ -75,7 +78,7 @@ def _coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) ->
 def _paint(scene: Scene, progress: dict[int, tuple[str, np.ndarray]], frames: int) -> np.ndarray:
     """Paints ``frames`` frames; ``progress[i] = (verb, p)`` moves thing i along its event by p (frames,), 0..1."""
     grid = np.arange(SIZE, dtype=np.float64) + 0.5
-    clip = np.broadcast_to(np.array(BACKGROUNDS[scene.background], dtype=np.float64), (frames, SIZE, SIZE, 3)).copy()
+    clip = np.broadcast_to(np.array(_GROUND[scene.background], dtype=np.float64), (frames, SIZE, SIZE, 3)).copy()
     # What happens is painted last, on top, so that no event hides behind a neighbour.
     for index in sorted(range(len(scene.things)), key=lambda i: (i in progress, i)):
         thing = scene.things[index]

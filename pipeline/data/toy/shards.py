@@ -45,15 +45,16 @@ def write_toy(
     sft: int = 0,
     artist: int = 0,
     language: str = "en",
+    background: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, int]:
     """Writes ``out_dir/{train,val,test}`` and, where asked for, ``sft`` and ``artist``; returns rows per split.
 
-        ``val`` (default: as many as ``test``) is for choosing, ``test`` for reporting. ``sft`` holds the VLM's SFT answers,
-    30% of them wrong; ``artist`` the VDM's SFT pairs, 22% of them mismatched. Rows are a pure function of ``seed`` and
-        ``language``, one of ``SPOKEN``. ``progress(split, done, total)`` is called after every row. What an interrupted call has
-        written is kept. Raises DataError for a negative count, for another language, for a run without training rows, and when a
-        folder already holds a dataset.
+    ``val`` (default: as many as ``test``) is for choosing, ``test`` for reporting. ``sft`` holds the VLM's SFT answers,
+    30% of them wrong; ``artist`` the VDM's SFT pairs, 22% of them mismatched. Rows are a pure function of ``seed``,
+    ``language``, one of ``SPOKEN``, and ``background``, which stands behind all scenes where it is given.
+    ``progress(split, done, total)`` is called after every row. What an interrupted call has written is kept. Raises DataError for
+    a negative count, for another language, for a run without training rows, and when a folder already holds a dataset.
     """
     counts = {"train": train, "val": test if val is None else val, "test": test, "sft": sft, "artist": artist}
     for split, count in counts.items():
@@ -62,8 +63,9 @@ def write_toy(
     if language not in SPOKEN:
         raise DataError(f"language={language}: the toy world speaks {', '.join(SPOKEN)}")
     out = parse_location(out_dir)
+    behind = {} if background is None else {"background": background}
     plans = {
-        split: {"command": "toy", "split": split, "rows": count, "seed": seed, "language": language}
+        split: {"command": "toy", "split": split, "rows": count, "seed": seed, "language": language, **behind}
         for split, count in counts.items()
         if count
     }
@@ -74,18 +76,27 @@ def write_toy(
         count = counts[split]
         with ShardWriter(out / split, plan=plan) as writer:
             for index in range(writer.count, count):
-                writer.write(toy_row(make_sample(index, split, seed, language_of(index, language))))
+                writer.write(toy_row(make_sample(index, split, seed, language_of(index, language), background)))
                 if progress is not None:
                     progress(split, index + 1, count)
     return {split: count for split, count in counts.items() if count}
 
 
-def ensure_toy(out_dir: str | Path, train: int, test: int, seed: int = 0, *, sft: int = 0, artist: int = 0) -> None:
+def ensure_toy(
+    out_dir: str | Path,
+    train: int,
+    test: int,
+    seed: int = 0,
+    *,
+    sft: int = 0,
+    artist: int = 0,
+    background: str | None = None,
+) -> None:
     """As :func:`write_toy`, whole or not at all: ``out_dir`` appears when everything is in it, and is left alone where it is."""
     out = Path(out_dir)
     if out.is_dir():
         return
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write_toy(partial, train=train, test=test, seed=seed, sft=sft, artist=artist)
+    write_toy(partial, train=train, test=test, seed=seed, sft=sft, artist=artist, background=background)
     partial.rename(out)

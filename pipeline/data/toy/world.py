@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -189,8 +189,11 @@ def language_of(index: int, spoken: str) -> LanguageCode:
     return next(code for code in LANGUAGES if code == spoken)
 
 
-def make_sample(index: int, split: str, seed: int = 0, language: LanguageCode = "en") -> ToySample:
-    """Sample ``index`` of a split: a pure function of (index, split, seed, language). Languages share scenes, events and clips.
+def make_sample(
+    index: int, split: str, seed: int = 0, language: LanguageCode = "en", background: str | None = None
+) -> ToySample:
+    """Sample ``index`` of a split: a pure function of its arguments. Languages share scenes, events and clips; ``background`` stands
+    behind them in place of the scene's own.
 
     Of four consecutive samples two are procedural; the other two are predictive and share one input clip, with two
     questions and two futures. ``sft`` captions use all wordings evenly and name a wrong event in 30% of the rows;
@@ -204,6 +207,8 @@ def make_sample(index: int, split: str, seed: int = 0, language: LanguageCode = 
     kind = "procedural" if place < 2 else "predictive"
     rng = _stream(seed, split, block, min(place, 2))
     scene = draw_scene(rng, split if split in ("train", "val", "test") else "train")
+    if background is not None:
+        scene = replace(scene, background=background)
     story = _procedural(rng, scene, language) if kind == "procedural" else _predictive(rng, scene, language, place - 2)
 
     words = _stream(seed, split, index, "words")

@@ -34,7 +34,9 @@ from pipeline.data.toy.language import (
     caption_with,
     caption_words,
     language_in,
+    reworded,
 )
+from pipeline.data.toy.scene import BACKGROUNDS, UNSEEN_BACKGROUNDS
 from pipeline.data.toy.shards import ensure_toy
 from pipeline.data.toy.world import SFT_WRONG_EVENTS
 from pipeline.data.video import decode_video
@@ -106,6 +108,26 @@ def test_the_languages_tell_the_same_samples_in_their_own_words() -> None:
             assert json.loads(chinese.meta_json)["language"] == "zh"
     with pytest.raises(ValueError, match="unknown language 'fr'; the toy world speaks en, zh"):
         make_sample(0, "test", language="fr")  # type: ignore[arg-type]
+
+
+def test_a_reworded_caption_names_the_same_event_in_the_words_asked_for() -> None:
+    assert reworded("the azure box slides left", 2) == "the cobalt block heads west"
+    assert reworded("红色的圆形上升", 2) == "朱红的圆球攀升"
+    assert reworded("the azure box", 2) == "the azure box", "what is no sentence stays"
+    assert not drawable(reworded("the red circle rises", 2)) and drawable(reworded("the crimson ball ascends", 0))
+
+
+def test_another_background_changes_nothing_else() -> None:
+    own, other = make_sample(3, "test"), make_sample(3, "test", background="moss")
+    assert (own.id, own.question, own.caption, own.event) == (other.id, other.question, other.caption, other.event)
+    assert own.scene.things == other.scene.things and other.scene.background == "moss"
+    assert np.abs(own.target_frames.astype(int) - other.target_frames).mean() > 5
+    assert follow(other.meta_json, other.target_frames) and not follow(other.meta_json, render(other.scene, None))
+
+
+def test_no_scene_is_drawn_with_an_unseen_background() -> None:
+    drawn = {make_sample(i, split).scene.background for split in SPLITS for i in range(0, 60, 2)}
+    assert drawn == {*BACKGROUNDS} and not drawn & {*UNSEEN_BACKGROUNDS}
 
 
 def test_no_chinese_wording_holds_another_so_that_a_text_is_cut_in_one_way() -> None:
