@@ -30,6 +30,7 @@ PAPERS = {
     "GRPO-Guard": "arXiv:2510.22319",
     "CPS": "arXiv:2509.05952",
     "DiffusionNFT": "arXiv:2509.16117",
+    "PromptRL": "arXiv:2602.01382",
     "AWM": "arXiv:2509.25050",
     "classifier-free guidance": "arXiv:2207.12598",
     "rectified flow": "arXiv:2403.03206",

@@ -162,6 +162,7 @@ class Stage2Section(FlowLearning, StageSection):
         0.0,
         description="Share of the samples, drawn anew at each step, whose true caption is drawn in place of the thinker's anchor: "
         "so that the artist keeps to captions that are not this thinker's.",
+        json_schema_extra=cite("PromptRL"),
     )
     anchor_max_draws: Positive = Field(8, description="Batches drawn in search of enough anchors before the run stops.")
 

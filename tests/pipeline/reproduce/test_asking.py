@@ -16,7 +16,7 @@ from pipeline.reproduce import Experiment, load_experiment
 from pipeline.reproduce.asking import as_asked, background_of, data_folder, in_words, make_questions, said, shown
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.reproducing import RowResult, _claim, _Seed
-from pipeline.reproduce.spec import Asked, Row
+from pipeline.reproduce.spec import Asked, Ordering, Row
 from tests.pipeline.reproduce.test_reproducing import finished
 
 
@@ -85,7 +85,7 @@ def test_contradictions_of_what_is_asked_are_refused(rows: dict, wrong: str) -> 
 def test_a_claim_rests_on_what_is_measured_and_on_the_same_questions(ordering: dict, wrong: str) -> None:
     rows = {"sft": Row(title="SFT"), "a": row(held=True)}
     with pytest.raises(ValueError, match=wrong):
-        Experiment(rows=rows, orderings=[{"claim": "c", **ordering}])
+        Experiment(rows=rows, orderings=[Ordering(claim="c", **ordering)])
 
 
 def test_the_bundled_encoders_experiment_is_sound_and_its_trained_rows_have_no_pool_for_what_is_only_measured(
