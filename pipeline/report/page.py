@@ -250,12 +250,13 @@ def _mean(values: list[float]) -> float:
 
 def table_view(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evaluation's table as headings and rows: each system's metrics with their intervals."""
-    from pipeline.evaluate.table import HEADINGS
+    from pipeline.evaluate.table import HEADINGS, heading
 
     systems = table["systems"]
     found = {name: (result.get("metrics") or {}).get("all") or {} for name, result in systems.items()}
-    metrics = [m for m in HEADINGS if any(m in values for values in found.values())]
-    rows = [(HEADINGS[m], [_estimate(values.get(m)) for values in found.values()]) for m in metrics]
+    there = dict.fromkeys(m for values in found.values() for m in values)
+    metrics = [*(m for m in HEADINGS if m in there), *(m for m in there if m not in HEADINGS)]
+    rows = [(heading(m), [_estimate(values.get(m)) for values in found.values()]) for m in metrics]
     alarms = [f"{name}: {text}" for name, result in systems.items() for text in result.get("alarms", ())]
     return {"systems": list(found), "rows": rows, "alarms": alarms, "n": (table.get("samples") or {}).get("all")}
 

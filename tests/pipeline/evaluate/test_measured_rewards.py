@@ -21,6 +21,7 @@ from pipeline.evaluate.predictions import Prediction
 from pipeline.evaluate.table import EvaluationTable, require_metric
 from pipeline.fleet.kinds import kinds_of
 from pipeline.fleet.scoring import Scoring
+from pipeline.report.page import table_view
 from tests.pipeline.evaluate.local import truth_as_predictions
 from tests.pipeline.fleet.test_scoring import Here
 
@@ -120,3 +121,9 @@ def test_a_reward_that_is_measured_may_choose_the_best_checkpoint() -> None:
     assert require_metric("video_similarity", ["video_similarity"])
     with pytest.raises(ConfigError, match=r"evaluate\.metric='video_similarity' is not known"):
         require_metric("video_similarity")
+
+
+def test_a_runs_page_shows_them_too(samples: list[Sample]) -> None:
+    found = table(load_config("toy", ["evaluate.rewards=[video_similarity]"]), samples)
+    rows = dict(table_view(found.to_json())["rows"])
+    assert list(rows)[-1] == "video_similarity ↑" and rows["video_similarity ↑"][1].startswith("1.000")
