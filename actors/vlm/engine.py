@@ -78,6 +78,8 @@ class VlmEngine:
         self._layers: Layers = {}  # of the model, for adapters to fit in
         self._shapes: dict[str, tuple[int, ...]] = {}  # of its weights, for whole models to fit
         self._tied: set[str] = set()
+        self.config: dict[str, Any] = {}
+        """The model's configuration with all its values, once it is loaded."""
 
     async def start(self) -> None:
         """Load the model. Raises CheckpointError for a folder that is no VLM, not whole, or that vLLM cannot serve; ConfigError where
@@ -88,7 +90,7 @@ class VlmEngine:
         # Before vLLM has it: its errors are not for people. The layers are for adapters to fit in.
         model, self.processor = load_model(self.spec.model_path, empty=True)
         check_prompt(self.processor.tokenizer, self.spec.prompt)
-        self._layers, self._shapes = linear_layers(model), shapes_of(model)
+        self._layers, self._shapes, self.config = linear_layers(model), shapes_of(model), model.config.to_dict()
         self._tied = set(model.state_dict()) - set(self._shapes)
         banned = banned_token_ids(self.processor, int(model.config.get_text_config().vocab_size))
         self._bias = dict.fromkeys(banned, BAN_BIAS)

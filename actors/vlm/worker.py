@@ -79,6 +79,10 @@ class VlmWorker:
         """See :meth:`VlmEngine.counters`."""
         return await self._engine.counters()
 
+    async def config(self) -> dict[str, Any]:
+        """Return the model's configuration, with the values that its file leaves to transformers."""
+        return self._engine.config
+
     async def ping(self) -> str:
         """Return the worker's name; raises InfrastructureError if the engine is dead."""
         self._engine.check()

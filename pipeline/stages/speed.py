@@ -16,6 +16,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+from actors.architectures import Architecture, architecture
 from actors.architectures import cost as costs
 from actors.learner.group import LearnerGroup
 from actors.vdm.shapes import VdmTokens
@@ -54,12 +55,12 @@ def gained(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mappin
 class WorkCosts:
     """Operations of the run's units of work, from the configurations of its models."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """Read the models' configurations. Takes seconds where torch is not loaded yet."""
-        from actors.architectures import architecture
-
+    def __init__(self, config: RunConfig, thinker: Mapping[str, Any]) -> None:
+        """``thinker`` is the configuration of the VLM with all its values, as a worker has it: to read it here would load
+        transformers, which takes seconds.
+        """
         self.config = config
-        self.vlm = architecture(resolve_model(config.models.vlm, "vlm"), "vlm")
+        self.vlm = Architecture("vlm", resolve_model(config.models.vlm, "vlm"), {"model": thinker})
         self.shapes = architecture(resolve_model(config.models.vdm, "vdm"), "vdm").shapes
         video = config.video
         self.prompt = prompt_tokens(self.vlm, video.input_frames, *video.vlm_largest)
@@ -101,25 +102,26 @@ class WorkCosts:
 
 
 class Speeds:
-    """The ``speed/`` metrics of a run, step by step. Costs are read once, beside the first rollout."""
+    """The ``speed/`` metrics of a run, step by step."""
 
-    def __init__(self, config: RunConfig, read: Callable[[RunConfig], WorkCosts] = WorkCosts) -> None:
-        self.config, self._read = config, read
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
         self._costs: asyncio.Task[WorkCosts | None] | None = None
         self._counts: Counts = {}
         self._prompt: float | None = None  # mean tokens of the prompts so far
 
     async def begin(self, fleet: Fleet) -> None:
-        """Begin to count; models' configurations are read meanwhile."""
-        if self._costs is None:
-            self._costs = asyncio.create_task(asyncio.to_thread(self._load))
+        """Begin to count."""
         self._counts = await worker_counts(fleet)
+        found = [*(await fleet.vlm.call_all("config")).values()] if self._costs is None else []
+        if found:
+            self._costs = asyncio.create_task(asyncio.to_thread(self._read, found[0]))
 
-    def _load(self) -> WorkCosts | None:
+    def _read(self, thinker: Mapping[str, Any]) -> WorkCosts | None:
         try:
-            return self._read(self.config)
+            return WorkCosts(self.config, thinker)
         except Exception as error:  # noqa: BLE001 - a model that cannot be counted is trained all the same
-            log.warning("the run goes on without FLOP/s, since its models cannot be counted: %s", error)
+            log.warning("there will be no FLOP/s among the metrics, since the models cannot be counted: %s", error)
             return None
 
     async def samplers(self, fleet: Fleet, counts: Counts, times: Mapping[str, float]) -> dict[str, float]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from actors.architectures import cost
+from actors.architectures import architecture, cost
 from actors.pool.protocol import WorkerInfo
 from cluster.hardware import Hardware, rates_of
 from pipeline.config import RunConfig, load_config
+from pipeline.fleet.models import ASSETS
 from pipeline.plan.demands import stage_demands
 from pipeline.plan.models import load_models
 from pipeline.stages import speed
@@ -26,6 +32,12 @@ STEP = {"profile/step_s": 10.0, "profile/vlm/busy_s": 4.0, "profile/vlm/idle_s":
 STEP |= {"profile/vdm/idle_s": 5.0}
 
 
+@cache
+def thinker() -> dict[str, Any]:
+    """The toy's thinker as a worker tells of it."""
+    return dict(architecture(ASSETS / "vlm", "vlm").components["model"])
+
+
 @dataclass
 class Pool:
     """A pool whose workers have counted ``counts``, and stand on ``nodes``."""
@@ -33,10 +45,10 @@ class Pool:
     name: str
     counts: dict[str, dict[str, float]] = field(default_factory=dict)
     nodes: tuple[str, ...] = ("10.0.0.1",)
+    config: dict[str, Any] = field(default_factory=lambda: thinker())
 
-    async def call_all(self, method: str) -> dict[str, dict[str, float]]:
-        assert method == "counters"
-        return self.counts
+    async def call_all(self, method: str) -> dict[str, dict[str, Any]]:
+        return {"counters": self.counts, "config": {"vlm-0": self.config}}[method]
 
     def infos(self) -> dict[str, WorkerInfo]:
         return {
@@ -51,7 +63,7 @@ def toy() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def costs(toy: RunConfig) -> WorkCosts:
-    return WorkCosts(toy)
+    return WorkCosts(toy, thinker())
 
 
 def on_gpus(config: RunConfig) -> RunConfig:
@@ -70,7 +82,7 @@ def step_of(
 
     async def story() -> dict[str, float]:
         fleet: Any = SimpleNamespace(vlm=Pool("vlm"), vdm=Pool("vdm"))
-        speeds = Speeds(config, read=lambda _: costs)
+        speeds = Speeds(config)
         await speeds.begin(fleet)
         return await speeds.samplers(fleet, {"vlm": {}, "vdm": {}, **counts}, times)
 
@@ -124,7 +136,7 @@ def test_a_learner_by_the_planners_count(toy: RunConfig, costs: WorkCosts, monke
     monkeypatch.setattr(speed, "accelerators", lambda: {"a": "H200", "b": "H200"})
 
     async def story() -> dict[str, float]:
-        speeds = Speeds(config, read=lambda _: costs)
+        speeds = Speeds(config)
         await speeds.begin(SimpleNamespace(vlm=Pool("vlm"), vdm=Pool("vdm")))  # type: ignore[arg-type]
         group: Any = SimpleNamespace(infos=[SimpleNamespace(node="a"), SimpleNamespace(node="b")])
         experiences = two.rollout.prompts_per_step * two.rollout.group_size
@@ -153,14 +165,23 @@ def test_a_lost_worker_and_a_new_one_take_nothing_from_the_others() -> None:
 
 
 def test_a_model_that_cannot_be_counted_leaves_the_rates(toy: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(_: RunConfig) -> WorkCosts:
-        raise KeyError("hidden_size")
-
     async def story() -> dict[str, float]:
-        fleet: Any = SimpleNamespace(vlm=Pool("vlm"), vdm=Pool("vdm"))
-        speeds = Speeds(toy, read=refuse)
+        fleet: Any = SimpleNamespace(vlm=Pool("vlm", config={"model_type": "odd"}), vdm=Pool("vdm"))
+        speeds = Speeds(toy)
         await speeds.begin(fleet)
         return await speeds.samplers(fleet, {"vlm": {}, "vdm": {"vdm-0": CLIPS}}, STEP)
 
     assert asyncio.run(story()) == {"speed/vdm/latents_per_s": 12.0}
-    assert "cannot be counted: 'hidden_size'" in caplog.text
+    assert "the models cannot be counted: 'vision_config'" in caplog.text
+
+
+def test_the_driver_loads_no_library_of_models_to_count(tmp_path: Path) -> None:
+    told = tmp_path / "thinker.json"
+    told.write_text(json.dumps(thinker()))
+    script = (
+        "import json, pathlib, sys; from pipeline.config import load_config; from pipeline.stages.speed import WorkCosts\n"
+        "costs = WorkCosts(load_config('toy', []), json.loads(pathlib.Path(sys.argv[1]).read_text()))\n"
+        "print(costs.learnt('vdm', 1, 1.0, None) > 0, *{'transformers', 'diffusers', 'vllm'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(told)], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True\n", done.stdout + done.stderr
