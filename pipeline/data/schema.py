@@ -8,7 +8,6 @@ Not responsible for reading (``source``) or for where rows come from (``importer
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from actors.records import SampleKind
 from cluster.errors import DataError
 from pipeline.data.marker import Journal, ShardNote, written
-from pipeline.support.location import CHUNK, Uri, listing, opened, parse_location, remove, storage_errors, upload
+from pipeline.support.location import StoredFile, Uri, facts_of, listing, parse_location, remove, sha256_of, upload
 
 KINDS: tuple[str, ...] = get_args(SampleKind)
 ROWS_PER_GROUP = 32
@@ -358,38 +357,7 @@ def open_shard(path: Path | Uri, footer: pq.FileMetaData | None = None) -> pq.Pa
     """
     if isinstance(path, Path):
         return pq.ParquetFile(path, metadata=footer)
-    return pq.ParquetFile(_StoredFile(path), metadata=footer, pre_buffer=True)
-
-
-class _StoredFile(io.RawIOBase):
-    """A file in a store, whose failures can be told from damage: to pyarrow both are an OSError."""
-
-    def __init__(self, location: Uri) -> None:
-        self._location = location
-        store, path = opened(location)
-        with storage_errors(location):
-            self._file = store.open_input_file(path)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int | None = -1) -> bytes:
-        with storage_errors(self._location):
-            return self._file.read(None if size is None or size < 0 else size)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
+    return pq.ParquetFile(StoredFile(path), metadata=footer, pre_buffer=True)
 
 
 def shard_metadata(path: Path | Uri) -> pq.FileMetaData:
@@ -407,9 +375,7 @@ def shard_bytes(path: Path | Uri) -> int:
     """Return the size of the shard at ``path``; raises StorageError."""
     if isinstance(path, Path):
         return path.stat().st_size
-    store, inside = opened(path)
-    with storage_errors(path):
-        return store.get_file_info(inside).size
+    return int(facts_of(path).size)
 
 
 def shard_digest(path: Path | Uri, metadata: pq.FileMetaData) -> str:
@@ -417,12 +383,4 @@ def shard_digest(path: Path | Uri, metadata: pq.FileMetaData) -> str:
     written = (metadata.metadata or {}).get(DIGEST_KEY.encode())
     if written:
         return written.decode()
-    if isinstance(path, Path):
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    store, inside = opened(path)
-    digest = hashlib.sha256()
-    with storage_errors(path), store.open_input_stream(inside) as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of(path)

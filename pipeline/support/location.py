@@ -7,6 +7,7 @@ What a store holds is for others (``data.schema``, ``checkpoint.mirror``).
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -232,8 +233,8 @@ def listing(folder: Path | Uri, *, recursive: bool = False) -> list[Any]:
     return sorted(found, key=lambda info: info.path)
 
 
-class _Stored(io.RawIOBase):
-    """An object of a store as a file. What goes wrong while it is read is a StorageError, not the fault of what it holds."""
+class StoredFile(io.RawIOBase):
+    """A file in a store, open for reading. Its failures are a StorageError, here and while it is read: not damage of what it holds."""
 
     def __init__(self, location: Uri) -> None:
         self._location = location
@@ -269,7 +270,13 @@ def open_file(location: Path | Uri) -> io.BufferedReader:
 
     Raises OSError for a path, StorageError for a URI, also while it is read; FileNotFoundError for both.
     """
-    return location.open("rb") if isinstance(location, Path) else io.BufferedReader(_Stored(location), AHEAD)
+    return location.open("rb") if isinstance(location, Path) else io.BufferedReader(StoredFile(location), AHEAD)
+
+
+def sha256_of(location: Path | Uri) -> str:
+    """Return the sha256 of a file, in hexadecimal. Raises as :func:`open_file`."""
+    with open_file(location) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_bytes(location: Path | Uri) -> bytes:

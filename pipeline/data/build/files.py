@@ -6,7 +6,6 @@ Of a store nothing is copied: a video is read where it lies, as much of it as is
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from cluster.errors import DataError
 from cluster.harmless import short
 from pipeline.data.importers.clips import composed, confined
-from pipeline.support.location import Uri, facts_of, listing, open_file, opened
+from pipeline.support.location import Uri, facts_of, listing, opened
 
 _CONTAINERS = ("3gp", "avi", "flv", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "mts", "mxf", "ogv", "ts", "webm", "wmv")
 SUFFIXES = frozenset(f".{name}" for name in _CONTAINERS)  # of the containers that ``reading`` opens
@@ -29,12 +28,6 @@ def placed(root: Path | Uri, path: str) -> Path | Uri:
     if not path or any(part in ("", ".", "..") for part in parts):
         raise DataError(f"{path!r} must be a path inside the folder of videos: not absolute, without '..'")
     return root / path
-
-
-def digest_of_video(place: Path | Uri) -> str:
-    """Return the sha256 of a video's file. Raises OSError, StorageError."""
-    with open_file(place) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stamp_of(place: Path | Uri) -> list[int]:

@@ -8,9 +8,10 @@ from pydantic import Field
 
 from actors.settings import Section
 from cluster.errors import DataError
-from pipeline.data.build.files import digest_of_video, placed
+from pipeline.data.build.files import placed
 from pipeline.data.build.video import Build, Clip, Lost, Video
 from pipeline.data.video import probe
+from pipeline.support.location import sha256_of
 
 
 class Probe:
@@ -40,7 +41,7 @@ class Probe:
         try:
             path = placed(self.build.root, video.path)
             info = probe(path, self.build.limits)
-            video.digest = digest_of_video(path)
+            video.digest = sha256_of(path)
         except (DataError, OSError) as error:
             video.lost.append(Lost(self.name, "video", "unreadable", str(error)))
             video.clips = []

@@ -18,12 +18,12 @@ import pyarrow as pa
 from cluster.errors import ConfigError, DataError, StorageError, VansError
 from cluster.harmless import printable
 from pipeline.data.build.asking import Asker, BudgetSpentError, Meter, PendingError
-from pipeline.data.build.files import digest_of_video, placed, stamp_of
+from pipeline.data.build.files import placed, stamp_of
 from pipeline.data.build.models import Ask, ModelSection
 from pipeline.data.build.shared import Build, video_of, video_to_json
 from pipeline.data.build.store import WorkArea, digest_of
 from pipeline.data.build.video import Lost, Video
-from pipeline.support.location import Uri
+from pipeline.support.location import Uri, sha256_of
 
 COLUMN = "travel"
 SOURCES, DONE = "sources", "videos"  # kinds in the work area
@@ -130,7 +130,7 @@ class Sources:
 
     def _identify(self, video: Video) -> None:
         try:
-            video.digest = digest_of_video(placed(self.root, video.path))
+            video.digest = sha256_of(placed(self.root, video.path))
         except (DataError, OSError) as error:
             video.clips, video.pairs = [], []
             video.lost.append(Lost(SOURCES, "video", "unreadable", printable(str(error), 300)))

@@ -10,11 +10,11 @@ import pytest
 
 from cluster.errors import DataError, StorageError
 from pipeline.data.build.annotations import annotated_videos, unannotated_videos
-from pipeline.data.build.files import VideoFiles, digest_of_video, placed, stamp_of
+from pipeline.data.build.files import VideoFiles, placed, stamp_of
 from pipeline.data.importers.clips import ClipSpec, copy_clip
 from pipeline.data.reading import opened
 from pipeline.data.video import VideoLimits, decode_video, encode_mp4, probe
-from pipeline.support.location import AHEAD, Uri, upload
+from pipeline.support.location import AHEAD, Uri, sha256_of, upload
 from tests.pipeline.data.build.stages import write_videos
 from tests.s3_server import S3Server
 
@@ -54,7 +54,7 @@ def test_a_name_leads_to_the_same_video_in_both(name: str, tmp_path: Path, s3: S
     store = copied(folder, s3.bucket(f"named-{name.replace('/', '-')}"))
     found = VideoFiles(folder).find(name)
     assert found == VideoFiles(store).find(name)
-    assert digest_of_video(placed(folder, found)) == digest_of_video(placed(store, found))
+    assert sha256_of(placed(folder, found)) == sha256_of(placed(store, found))
     assert stamp_of(placed(folder, found))[0] == stamp_of(placed(store, found))[0]
 
 
