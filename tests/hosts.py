@@ -133,24 +133,20 @@ def start_ray(where: list[Host], cpus: list[float], folder: Path, env: Mapping[s
     ``folder``: Ray's temporary folder and the nodes' logs, with a short name, because sockets are made below it.
     """
     address = f"{where[0].address}:{PORT}"
-    for host, slots in zip(where, cpus, strict=True):
-        head = ["--head", f"--port={PORT}", f"--temp-dir={folder / 'ray'}", "--include-dashboard=false"]
-        join = head if host is where[0] else [f"--address={address}"]
-        size = [f"--num-cpus={slots:g}", f"--object-store-memory={256 << 20}", f"--node-ip-address={host.address}"]
-        command = [
-            sys.executable,
-            "-m",
-            "ray.scripts.scripts",
-            "start",
-            *join,
-            *size,
-            "--block",
-            "--disable-usage-stats",
-        ]
-        process = host.start(command, folder / f"{host.name}.log", env)
-        wait = [sys.executable, "-m", "cluster.wait", address, "--nodes", str(where.index(host) + 1)]
-        waiting = where[0].start([*wait, f"--timeout={START_S:g}"], folder / "wait.log", env)
-        if waiting.wait(START_S + 60):
-            logs = "\n".join(path.read_text() for path in folder.glob("*.log"))
-            raise RuntimeError(f"Ray on {host.name} did not come up (exit code {process.poll()}):\n{logs[-4000:]}")
+    for number, (host, slots) in enumerate(zip(where, cpus, strict=True), start=1):
+        start_node(host, slots, where[0], number, folder, env)
     return address
+
+
+def start_node(host: Host, cpus: float, head: Host, nodes: int, folder: Path, env: Mapping[str, str]) -> None:
+    """Start a node of Ray on ``host``, the head where it is ``head``; return when the cluster has ``nodes`` nodes."""
+    address = f"{head.address}:{PORT}"
+    first = ["--head", f"--port={PORT}", f"--temp-dir={folder / 'ray'}", "--include-dashboard=false"]
+    join = first if host is head else [f"--address={address}"]
+    size = [f"--num-cpus={cpus:g}", f"--object-store-memory={256 << 20}", f"--node-ip-address={host.address}"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *join, *size, "--block", "--disable-usage-stats"]
+    process = host.start(command, folder / f"{host.name}.log", env)
+    wait = [sys.executable, "-m", "cluster.wait", address, "--nodes", str(nodes), f"--timeout={START_S:g}"]
+    if head.start(wait, folder / "wait.log", env).wait(START_S + 60):
+        logs = "\n".join(path.read_text() for path in folder.glob("*.log"))
+        raise RuntimeError(f"Ray on {host.name} did not come up (exit code {process.poll()}):\n{logs[-4000:]}")
