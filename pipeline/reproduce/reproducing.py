@@ -117,7 +117,7 @@ def reproduce(
                 done += 1
                 spent = (time.monotonic() - started) / 60
                 console.print(f"{done} of {todo} rows, {spent:.0f} min so far", highlight=False)
-            if one.results:
+            if one.results and not one.judged():
                 one.judge()
         # Rows of earlier calls stand in the report too, where every seed has them.
         whole = [k for k in experiment.rows if all((out / f"seed{s}" / k / MARKER).is_file() for s in seeds)]
@@ -312,6 +312,18 @@ class _Seed:
         return RowResult(key, vlm=made["vlm"], vdm=made["vdm"], full=True, wall_s=walls)
 
     # --- the held-out questions -------------------------------------------------------------------------------------
+
+    def judged(self) -> bool:
+        """Whether the seed's table is there, of the very rows that are done and not older than one of their answers."""
+        table = self.folder / self.split / "table.json"
+        answers = [self._answers(key) / FILE for key in self.results]
+        if not table.is_file() or not all(path.is_file() for path in answers):
+            return False
+        made = table.stat().st_mtime
+        return (
+            json.loads(table.read_text(encoding="utf-8"))["systems"].keys() == self.results.keys()
+            and max(path.stat().st_mtime for path in answers) <= made
+        )
 
     def judge(self) -> None:
         """Answer the held-out questions with every row's models, score all answers together, and write the seed's table."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -191,3 +192,24 @@ def test_a_row_that_fails_is_told_and_takes_only_the_rows_made_of_it_along(tmp_p
     assert "no-such-folder" in str(found["bad"])
     assert found["child"] == "it is made of bad, which failed"
     assert set(one.results) == {"sft", "good"} and not (tmp_path / "seed0" / "bad" / "row.json").exists()
+
+
+def test_a_seed_is_measured_again_only_where_a_row_or_an_answer_came_after_its_table(tmp_path: Path) -> None:
+    rows = {"sft": {"title": "SFT"}, "b": {"title": "b"}}
+    one = _Seed(Experiment(rows=rows), tmp_path, 0, "test", Console())  # type: ignore[arg-type]
+    one.results = {"sft": RowResult("sft")}
+    answers, table = (
+        tmp_path / "seed0" / "sft" / "test" / "predictions.jsonl",
+        tmp_path / "seed0" / "test" / "table.json",
+    )
+    for path, text in ((answers, ""), (table, json.dumps({"systems": {"sft": {}}}))):
+        assert not one.judged()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    os.utime(answers, (1.0, 1.0))
+    assert one.judged()
+    os.utime(table, (0.5, 0.5))
+    assert not one.judged(), "asked again since"
+    os.utime(table, (2.0, 2.0))
+    one.results |= {"b": RowResult("b")}
+    assert one.judged() is False and _Seed(one.experiment, tmp_path, 1, "test", Console()).judged() is False
