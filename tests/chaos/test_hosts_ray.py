@@ -21,7 +21,7 @@ from tests.processes import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos, pytest.mark.timeout(1200)]
 
-SHORT_S, LONG_S = 10.0, 60.0
+SHORT_S = 10.0
 STEPS = {"stage1": 4, "stage2": 2}
 FAR_CPUS = 2.0
 
@@ -120,8 +120,7 @@ def test_a_host_that_is_lost_and_comes_back_costs_a_restart_of_the_ranks_and_no_
     began = time.monotonic()
     try:
         until(lambda: "Ray has lost the node" in log.read_text(), process, log)
-        noticed = time.monotonic() - began
-        time.sleep(max(0.0, LONG_S - noticed))
+        lasted = time.monotonic() - began
     finally:
         cluster.far.mend()
     cluster.far.kill()  # what is left of the node that Ray has given up
@@ -132,6 +131,4 @@ def test_a_host_that_is_lost_and_comes_back_costs_a_restart_of_the_ranks_and_no_
     assert "state-dump" not in told and "(raylet)" not in told
     with capsys.disabled():
         figures = compare(cluster, out)
-        print(
-            f"\ncut for {LONG_S:g} s, noticed after {noticed:.0f} s: {figures} figures equal to the undisturbed run's"
-        )
+        print(f"\ncut for {lasted:.0f} s, until Ray gave it up: {figures} figures equal to the undisturbed run's")
