@@ -20,7 +20,7 @@ from av.stream import Disposition
 
 from cluster.errors import DataError
 from pipeline.data.boxes import check_mp4_index
-from pipeline.support.location import Uri, facts_of, open_file
+from pipeline.support.location import Uri, open_file, size_of
 
 # Containers that hold a video themselves. Playlists (hls, concat, dash, …) are left out: they open other files.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,ivf,gif,mxf,wav"
@@ -98,17 +98,9 @@ def opened(source: Source, limits: VideoLimits) -> Iterator[tuple[av.container.I
     Raises DataError, also for PyAV's errors; StorageError where the store of a URI fails.
     """
     source = Path(source) if isinstance(source, str) else source
-    if isinstance(source, bytes):
-        size = len(source)
-    elif isinstance(source, Path):
-        if not source.is_file():
-            raise DataError(f"no such video file: {source}")
-        size = source.stat().st_size
-    else:
-        facts = facts_of(source)
-        if not facts.is_file:
-            raise DataError(f"no such video file: {source}")
-        size = facts.size
+    size = len(source) if isinstance(source, bytes) else size_of(source)
+    if size is None:
+        raise DataError(f"no such video file: {source!s}")
     if size > limits.max_bytes:
         raise DataError(f"the file has {size} bytes; at most {limits.max_bytes} are accepted")
     if size == 0:

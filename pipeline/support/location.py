@@ -215,6 +215,14 @@ def facts_of(location: Path | Uri) -> Any:
         return store.get_file_info(path)
 
 
+def size_of(location: Path | Uri) -> int | None:
+    """Return the bytes of a file; None where there is no file. Raises StorageError."""
+    if isinstance(location, Path):
+        return location.stat().st_size if location.is_file() else None
+    facts = facts_of(location)
+    return facts.size if facts.is_file else None
+
+
 def listing(folder: Path | Uri, *, recursive: bool = False) -> list[Any]:
     """Return the ``pyarrow.fs.FileInfo`` of what lies in ``folder``, in name order; none where there is no such folder.
 
