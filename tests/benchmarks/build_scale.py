@@ -50,7 +50,7 @@ def efficiency(videos: int) -> tuple[float, float]:
         recipe = parse_section(Recipe, {"sources": {"videos": Path(folder) / "videos"}, "stages": stages}, "scale")
         plans, area = plan_stages(recipe), WorkArea(Path(folder) / AREA)
         listed = running.list_sources(recipe)
-        running.write_sources(recipe, area)
+        running.write_sources(recipe, listed, area)
         with running.connect(None, local_cpus=slots(recipe)):
             run = running.Run(
                 recipe, plans, area, recipe_identity(recipe, plans), listed.count, ActorMeter(None, False)

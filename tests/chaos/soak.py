@@ -36,16 +36,14 @@ from pipeline.tracking.store import PARENT_TAG, STAGE_TAG  # noqa: E402 - found 
 
 WORKERS = ("VlmWorker", "VdmWorker", "RewardWorker")
 CLOCK = (
-    *(
-        "time/",
-        "profile/",
-        "speed/",
-        "pool/",
-        "cache/",
-        "learner/prompt_hit_ratio",
-        "learner/restarts",
-        "checkpoint/failed",
-    ),
+    "time/",
+    "profile/",
+    "speed/",
+    "pool/",
+    "cache/",
+    "learner/prompt_hit_ratio",
+    "learner/restarts",
+    "checkpoint/failed",
     "data/quarantined",
 )
 """Metrics of how long things took, of what the pools did meanwhile, and of what befell this process."""

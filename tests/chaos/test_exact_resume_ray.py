@@ -15,22 +15,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipeline.tracking.store import PARENT_TAG, STAGE_TAG
+from tests.chaos.soak import CLOCK
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 
 KILLER = Path(__file__).with_name("kill_at.py")
-CLOCK = (
-    "time/",
-    "profile/",
-    "speed/",
-    "pool/",
-    "cache/",
-    "learner/prompt_hit_ratio",
-    "learner/restarts",
-    "checkpoint/failed",
-    "data/quarantined",
-)
-"""Metrics of how long things took, of what the pools did meanwhile, and of what befell this process."""
 
 # Where each process of the run is killed, in this order; the counts are of that process. Checkpoints are written after steps
 # 2 and 4 of stage 1, and after steps 2 and 3 of stage 2, so that most deaths undo a step.

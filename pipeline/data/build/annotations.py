@@ -81,18 +81,18 @@ class _Annotated:
     steps: list[tuple[float, float, str]] = field(default_factory=list)
 
 
-def annotated_videos(annotations: Sequence[str | Path], root: str | Path | Uri) -> Iterator[Video]:
+def annotated_videos(annotations: Sequence[str | Path], root: str | Path | Uri | VideoFiles) -> Iterator[Video]:
     """Yield the videos that the files ``annotations`` name, in their order, each with its steps as clips.
 
-    A video's file is searched below the folder ``root``: by its path, or by its name without a suffix, as COIN and YouCook2
-    name videos by id. A video that is not there is yielded all the same, without clips, with the reason in ``lost``; steps
-    that end before they begin, or lie outside of the stated duration, are in ``lost`` too. Clips are in the order of their
-    times, and ``index`` counts all steps, the lost ones too.
+    A video's file is searched below the folder ``root``, or among files that were listed already: by its path, or by its name
+    without a suffix, as COIN and YouCook2 name videos by id. A video that is not there is yielded all the same, without clips, with
+    the reason in ``lost``; steps that end before they begin, or lie outside of the stated duration, are in ``lost`` too. Clips are
+    in the order of their times, and ``index`` counts all steps, the lost ones too.
 
     The files are read when this is called. Raises DataError for a file of an unknown format, for a video that is annotated
     twice, and where none of the videos is there.
     """
-    root = parse_location(root)
+    files = _listed(root)
     found: dict[str, _Annotated] = {}
     for path in map(Path, annotations):
         for name, entry in _read(path).items():
@@ -104,24 +104,22 @@ def annotated_videos(annotations: Sequence[str | Path], root: str | Path | Uri) 
         raise DataError(
             f"there is no annotated video in {', '.join(map(str, annotations)) or 'no file of annotations'}"
         )
-    files = VideoFiles(root)
     videos = [_video(order, entry, files) for order, entry in enumerate(found.values())]
-    _require_some(videos, root)
+    _require_some(videos, files.root)
     return iter(videos)
 
 
-def unannotated_videos(root: str | Path | Uri, listed: str | Path | None = None) -> Iterator[Video]:
+def unannotated_videos(root: str | Path | Uri | VideoFiles, listed: str | Path | None = None) -> Iterator[Video]:
     """Yield the videos below the folder ``root`` in the order of their paths, or those that the text file ``listed`` names.
 
     ``listed``: a path below ``root`` or an id a line. Raises DataError where there is none, and for a name that is listed twice.
     """
-    root = parse_location(root)
-    files = VideoFiles(root)
+    files = _listed(root)
     if listed is None:
         videos = [Video(name, path, order=order) for order, (name, path) in enumerate(files.named())]
         if not videos:
             raise DataError(
-                f"there is no video in {root}: files whose names end in {', '.join(sorted(SUFFIXES))} are looked for"
+                f"there is no video in {files.root}: files whose names end in {', '.join(sorted(SUFFIXES))} are looked for"
             )
         return iter(videos)
     try:
@@ -134,7 +132,7 @@ def unannotated_videos(root: str | Path | Uri, listed: str | Path | None = None)
     if not names:
         raise DataError(f"{listed} names no video: a path below {root}, or an id, stands in each of its lines")
     videos = [_video(order, _Annotated(name, str(listed)), files) for order, name in enumerate(names)]
-    _require_some(videos, root)
+    _require_some(videos, files.root)
     return iter(videos)
 
 
@@ -224,6 +222,10 @@ def _first_of(error: ValidationError) -> str:
 
 
 # --- videos and their files -----------------------------------------------------------------------------------------
+
+
+def _listed(root: str | Path | Uri | VideoFiles) -> VideoFiles:
+    return root if isinstance(root, VideoFiles) else VideoFiles(parse_location(root))
 
 
 def _video(order: int, entry: _Annotated, files: VideoFiles) -> Video:

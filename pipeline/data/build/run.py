@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Listed:
     count: int
     digest: str
     note: str  # about those that are missing
+    files: VideoFiles = field(compare=False)
 
 
 def build_dataset(
@@ -92,7 +93,7 @@ def build_dataset(
     summary = Summary(out, listed.count, Count([SOURCES, *(plan.name for plan in plans), ROWS, SPLITS]))
     if listed.note:
         say(listed.note)
-    write_sources(recipe, area)
+    write_sources(recipe, listed, area)
     with connect(None, local_cpus=slots(recipe)) as session:
         total = session.view().total()
         require_room(recipe, total.get("CPU", 0.0), total.get("GPU", 0.0))
@@ -180,30 +181,32 @@ def _checked(splits: Mapping[str, float]) -> dict[str, float]:
     return dict(splits)
 
 
-def _chunks(recipe: Recipe) -> Iterator[list[Video]]:
+def _chunks(recipe: Recipe, files: VideoFiles) -> Iterator[list[Video]]:
     """Yield the sources, some at a time; raises DataError where there is none."""
     sources = recipe.sources
     if sources.annotations:
-        videos = annotated_videos(sources.annotations, sources.videos)
+        videos = annotated_videos(sources.annotations, files)
     else:
-        videos = unannotated_videos(sources.videos, sources.listed)
+        videos = unannotated_videos(files, sources.listed)
     while chunk := list(itertools.islice(videos, CHUNK)):
         yield chunk
 
 
 def list_sources(recipe: Recipe) -> Listed:
     """Return what is known of the sources before one is opened."""
-    count, digest, lost, sizes = 0, "", [], VideoFiles(recipe.sources.videos).sizes
-    for chunk in _chunks(recipe):
+    count, digest, lost, files = 0, "", [], VideoFiles(recipe.sources.videos)
+    for chunk in _chunks(recipe, files):
         lost += [video for video in chunk if video.lost]
-        digest = digest_of(digest, [video_to_json(video) for video in chunk], [sizes.get(v.path, -1) for v in chunk])
+        digest = digest_of(
+            digest, [video_to_json(video) for video in chunk], [files.sizes.get(v.path, -1) for v in chunk]
+        )
         count += len(chunk)
-    return Listed(count, digest, missing(lost))
+    return Listed(count, digest, missing(lost), files)
 
 
-def write_sources(recipe: Recipe, area: WorkArea) -> None:
+def write_sources(recipe: Recipe, listed: Listed, area: WorkArea) -> None:
     """Write the sources into the work area, some to a file, for the workers."""
-    for number, chunk in enumerate(_chunks(recipe)):
+    for number, chunk in enumerate(_chunks(recipe, listed.files)):
         area.write(SOURCES, Sources.key(number), [video_to_json(video) for video in chunk])
 
 
