@@ -142,11 +142,11 @@ def test_what_is_asked_can_be_cancelled_while_it_is_drawn(visit: Callable[..., A
     put(page, toy_clip(), QUESTION)
     page.wait_for_function("() => document.querySelector('#progress progress')?.value > 0.5", timeout=ANSWER_MS)
     page.click("#cancel")
-    answers(page, 1, "cancelled")
+    assert answers(page, 1, "cancelled")[0].startswith(QUESTION)
     page.fill("#steps input[type=number]", "4")
     page.press("#steps input[type=number]", "Tab")
     page.click("#ask")  # there is one artist: it is free again
-    answers(page, 1)
+    assert len(answers(page, 1)) == 2  # the cancelled one stays below
 
 
 def downloaded(page: Any, link: Any) -> tuple[str, bytes]:
@@ -193,6 +193,9 @@ def test_a_file_that_is_too_large_is_refused_on_the_page(visit: Callable[..., An
     file = {"name": "in.mp4", "mimeType": "video/mp4", "buffer": bytes(6 << 20)}
     page.set_input_files("#video input[type=file]", file)
     page.get_by_text("exceed the maximum allowed size of 4.0 Mb").first.wait_for()
+    page.fill("#questions textarea", QUESTION)
+    page.click("#ask")
+    assert "There is no clip yet" in page.wait_for_selector("#answers .vans-error").inner_text()  # it was not taken
 
 
 def test_the_page_fits_a_phone_and_speaks_chinese(visit: Callable[..., Any], address: str) -> None:
