@@ -92,7 +92,8 @@ def encode_mp4(frames: np.ndarray, fps: float, near_lossless: bool = True) -> by
     # Bit-exact flags leave the library's version out of the file, so that datasets can be compared by hash.
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         quality = {"crf": "0", "preset": "medium"} if near_lossless else {"crf": "18", "preset": "veryfast"}
-        options = {**quality, "x264-params": "threads=1"}
+        # Without cpu-independent, x264's lookahead gives other bytes for other addresses of the same pictures.
+        options = {**quality, "x264-params": "threads=1:cpu-independent=1"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p" if near_lossless else "yuv420p"

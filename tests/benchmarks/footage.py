@@ -128,7 +128,7 @@ def bare_cut(path: Path, clip: Clip) -> tuple[bytes, np.ndarray, float]:
         source.thread_type = "NONE"
         rate = Fraction(source.average_rate or 25)
         scale = min(1.0, ClipSpec.max_side / max(source.width, source.height))
-        options = {"crf": "18", "preset": "veryfast", "x264-params": "threads=1"}
+        options = {"crf": "18", "preset": "veryfast", "x264-params": "threads=1:cpu-independent=1"}
         target = output.add_stream("libx264", rate=rate, options=options)
         target.width, target.height = (2 * round(side * scale / 2) for side in (source.width, source.height))
         target.pix_fmt = "yuv420p"

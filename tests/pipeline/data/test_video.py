@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import DataError
+from pipeline.data.real import packaged_clips
 from pipeline.data.video import VideoLimits, decode_timed, decode_video, encode_mp4, probe
 
 
@@ -230,3 +231,14 @@ def test_limits_apply_to_the_part_that_is_read(tmp_path: Path) -> None:
         decode_video(path, 3, 32, 32, start=2.0, end=1.0)
     with pytest.raises(DataError, match="no such video file"):
         decode_video(tmp_path / "none.mp4", 3, 32, 32)
+
+
+def test_the_same_pictures_give_the_same_bytes_wherever_in_memory_they_lie() -> None:
+    bikes = next(path for path in packaged_clips() if path.name == "bikes.mp4")
+    draw = np.random.default_rng(0)
+    found = set()
+    for _ in range(16):
+        between = [draw.integers(0, 255, int(draw.integers(1_000, 300_000)), np.uint8) for _ in range(8)]
+        found.add(encode_mp4(decode_video(bikes, 30, 136, 320, end=1.2), 25.0, near_lossless=False))
+        del between
+    assert len(found) == 1
