@@ -18,10 +18,12 @@ from pipeline.evaluate.predictions import Prediction
 from pipeline.reproduce.spec import Asked, Experiment, Row
 
 
-def make_questions(experiment: Experiment, out: Path) -> None:
-    """Write the samples of every other background that rows of ``experiment`` are asked about beside ``out``/data."""
+def make_samples(experiment: Experiment, out: Path) -> None:
+    """Write what ``experiment`` learns from and asks: ``out``/data, and beside it the samples of every other background."""
+    count, drawable, extra = experiment.test_samples, experiment.drawable_captions, experiment.sft_samples
+    ensure_toy(out / "data", experiment.train_samples, count, sft=extra, artist=extra, drawable=drawable)
     for background in experiment.backgrounds:
-        ensure_toy(data_folder(out, background), 1, experiment.test_samples, background=background)
+        ensure_toy(data_folder(out, background), 1, count, background=background, drawable=drawable)
 
 
 def data_folder(out: Path, background: str | None) -> Path:

@@ -25,7 +25,6 @@ from pipeline.checkpoint import CheckpointStore
 from pipeline.config import RunConfig, config_digest, load_config
 from pipeline.config.load import override_of
 from pipeline.data.folder import open_dataset
-from pipeline.data.toy.shards import ensure_toy
 from pipeline.evaluate.evaluation import answer_with_progress, load_samples, score_systems
 from pipeline.evaluate.predictions import FILE, Prediction, read_predictions, write_predictions
 from pipeline.evaluate.sheets import evaluation_sheet
@@ -35,7 +34,7 @@ from pipeline.fleet.models import resolve_model
 from pipeline.fleet.open import Fleet, measuring, open_fleet, pool_sections, serve_trained
 from pipeline.fleet.rewards import reward_models
 from pipeline.lock import hold
-from pipeline.reproduce.asking import as_asked, background_of, data_folder, make_questions, said, shown
+from pipeline.reproduce.asking import as_asked, background_of, data_folder, make_samples, said, shown
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.spec import Asked, Experiment, Row
 from pipeline.support import terminal
@@ -102,9 +101,7 @@ def reproduce(
         terminal.keep_log_in(out)
         _claim(out, experiment)
         with waiting(console, "making the toy world"):
-            size = experiment.sft_samples
-            ensure_toy(out / "data", experiment.train_samples, experiment.test_samples, sft=size, artist=size)
-            make_questions(experiment, out)
+            make_samples(experiment, out)
         _claim_data(out)
         for seed in seeds:
             one = _Seed(experiment, out, seed, split, console)

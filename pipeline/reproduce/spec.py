@@ -144,6 +144,10 @@ class Experiment(Section):
     train_samples: Positive = Field(1024, description="Training samples of the toy world.")
     test_samples: Positive = Field(192, description="Held-out samples, which no choice was made on.")
     sft_samples: Positive = Field(2048, description="Supervised samples for the control of equal time.")
+    drawable_captions: bool = Field(
+        False,
+        description="Whether all true captions are in words that the artist can draw; a third of their words are not.",
+    )
     baseline: str = Field("sft", description="Row that gains are relative to.")
     rewards: list[str] = Field(
         default_factory=list,

@@ -282,12 +282,15 @@ def reworded(caption: str, wording: int) -> str:
     return caption if match is None or event is None else caption_with(event, (wording,) * 3, match[0])
 
 
-def head_caption(event: Event, rng: np.random.Generator, language: LanguageCode = "en") -> str:
-    """A ground-truth caption: every concept in its head wording with probability ``HEAD_SHARE``."""
+def head_caption(event: Event, rng: np.random.Generator, language: LanguageCode = "en", wordings: int = 3) -> str:
+    """A ground-truth caption: every concept in its head wording with probability ``HEAD_SHARE``.
+
+    ``wordings``: how many of them are used, the first ones; a head that is not among them gives way to one that is.
+    """
 
     def pick(concept: str) -> int:
-        head = HEAD_WORDING[concept]
-        return head if rng.random() < HEAD_SHARE else int(rng.choice([i for i in range(3) if i != head]))
+        head = HEAD_WORDING[concept] % wordings
+        return head if rng.random() < HEAD_SHARE else int(rng.choice([i for i in range(wordings) if i != head]))
 
     return caption_with(event, (pick(event.colour), pick(event.shape), pick(event.verb)), language)
 

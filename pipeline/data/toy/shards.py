@@ -46,13 +46,15 @@ def write_toy(
     artist: int = 0,
     language: str = "en",
     background: str | None = None,
+    drawable: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, int]:
     """Writes ``out_dir/{train,val,test}`` and, where asked for, ``sft`` and ``artist``; returns rows per split.
 
     ``val`` (default: as many as ``test``) is for choosing, ``test`` for reporting. ``sft`` holds the VLM's SFT answers,
     30% of them wrong; ``artist`` the VDM's SFT pairs, 22% of them mismatched. Rows are a pure function of ``seed``,
-    ``language``, one of ``SPOKEN``, and ``background``, which stands behind all scenes where it is given.
+    ``language``, one of ``SPOKEN``, ``background``, which stands behind all scenes where it is given, and ``drawable``: true
+    captions have no word then that the artist cannot draw.
     ``progress(split, done, total)`` is called after every row. What an interrupted call has written is kept. Raises DataError for
     a negative count, for another language, for a run without training rows, and when a folder already holds a dataset.
     """
@@ -63,9 +65,10 @@ def write_toy(
     if language not in SPOKEN:
         raise DataError(f"language={language}: the toy world speaks {', '.join(SPOKEN)}")
     out = parse_location(out_dir)
-    behind = {} if background is None else {"background": background}
+    other = {"background": background, "drawable": drawable or None}
+    changed = {name: value for name, value in other.items() if value is not None}
     plans = {
-        split: {"command": "toy", "split": split, "rows": count, "seed": seed, "language": language, **behind}
+        split: {"command": "toy", "split": split, "rows": count, "seed": seed, "language": language, **changed}
         for split, count in counts.items()
         if count
     }
@@ -76,7 +79,8 @@ def write_toy(
         count = counts[split]
         with ShardWriter(out / split, plan=plan) as writer:
             for index in range(writer.count, count):
-                writer.write(toy_row(make_sample(index, split, seed, language_of(index, language), background)))
+                spoken = language_of(index, language)
+                writer.write(toy_row(make_sample(index, split, seed, spoken, background, drawable=drawable)))
                 if progress is not None:
                     progress(split, index + 1, count)
     return {split: count for split, count in counts.items() if count}
@@ -91,6 +95,7 @@ def ensure_toy(
     sft: int = 0,
     artist: int = 0,
     background: str | None = None,
+    drawable: bool = False,
 ) -> None:
     """As :func:`write_toy`, whole or not at all: ``out_dir`` appears when everything is in it, and is left alone where it is."""
     out = Path(out_dir)
@@ -98,5 +103,5 @@ def ensure_toy(
         return
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write_toy(partial, train=train, test=test, seed=seed, sft=sft, artist=artist, background=background)
+    write_toy(partial, train, test, seed, sft=sft, artist=artist, background=background, drawable=drawable)
     partial.rename(out)

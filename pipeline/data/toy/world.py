@@ -190,10 +190,16 @@ def language_of(index: int, spoken: str) -> LanguageCode:
 
 
 def make_sample(
-    index: int, split: str, seed: int = 0, language: LanguageCode = "en", background: str | None = None
+    index: int,
+    split: str,
+    seed: int = 0,
+    language: LanguageCode = "en",
+    background: str | None = None,
+    *,
+    drawable: bool = False,
 ) -> ToySample:
     """Sample ``index`` of a split: a pure function of its arguments. Languages share scenes, events and clips; ``background`` stands
-    behind them in place of the scene's own.
+    behind them in place of the scene's own. With ``drawable``, true captions have no word that the artist cannot draw.
 
     Of four consecutive samples two are procedural; the other two are predictive and share one input clip, with two
     questions and two futures. ``sft`` captions use all wordings evenly and name a wrong event in 30% of the rows;
@@ -225,7 +231,7 @@ def make_sample(
     elif split == "artist":
         caption = uniform_caption(told, words, DRAWN_WORDINGS, language)
     else:
-        caption = head_caption(told, words, language)
+        caption = head_caption(told, words, language, DRAWN_WORDINGS if drawable else 3)
     return ToySample(
         id=f"toy-{seed}-{split}-{index:06d}",
         kind=kind,

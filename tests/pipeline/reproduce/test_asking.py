@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from pipeline.config import load_config
+from pipeline.data.schema import shard_paths
 from pipeline.data.sources import evaluation_source
+from pipeline.data.toy.language import drawable, parse_caption
 from pipeline.evaluate.predictions import Prediction
 from pipeline.reproduce import Experiment, load_experiment
-from pipeline.reproduce.asking import as_asked, background_of, data_folder, in_words, make_questions, said, shown
+from pipeline.reproduce.asking import as_asked, background_of, data_folder, in_words, make_samples, said, shown
 from pipeline.reproduce.report import write_report
 from pipeline.reproduce.reproducing import RowResult, _claim, _Seed
 from pipeline.reproduce.spec import Asked, Ordering, Row
@@ -49,8 +53,8 @@ def test_unseen_words_other_conditionings_and_held_clips_are_what_they_say() -> 
 def test_a_row_on_another_background_is_asked_about_the_same_samples_in_it(tmp_path: Path) -> None:
     there = row(background="moss")
     experiment = Experiment(rows={"sft": Row(title="SFT"), "moss": there}, train_samples=4, test_samples=4)
-    make_questions(experiment, tmp_path)
-    assert data_folder(tmp_path, None) == tmp_path / "data" and not (tmp_path / "data").exists(), "made elsewhere"
+    make_samples(experiment, tmp_path)
+    assert data_folder(tmp_path, None) == tmp_path / "data"
     config = _Seed(experiment, tmp_path, 0, "val", Console()).config(there, tmp_path / "row", "val")
     source = evaluation_source(config)
     assert source.count == 4 and config.data.eval == tmp_path / "data-moss" / "val"
@@ -128,3 +132,23 @@ def test_rows_asked_otherwise_stand_apart_in_the_report(tmp_path: Path) -> None:
         {"good − sft": pytest.approx([0.01, 0.01])},
         {"moss − sft": pytest.approx([0.02, 0.02])},
     ]
+
+
+def test_a_world_of_drawable_captions_differs_in_these_alone(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "rows": {"sft": Row(title="SFT")},
+        "train_samples": 24,
+        "test_samples": 4,
+        "sft_samples": 1,
+    }
+    for name, told in (("plain", False), ("drawable", True)):
+        make_samples(Experiment(drawable_captions=told, **sizes), tmp_path / name)
+    plain, drawn = (
+        [row for path in shard_paths(tmp_path / name / "data" / "train") for row in pq.read_table(path).to_pylist()]
+        for name in ("plain", "drawable")
+    )
+    for one, other in zip(plain, drawn, strict=True):
+        assert all(one[key] == other[key] for key in ("question", "input_video", "target_video"))
+        assert parse_caption(one["caption"]) == parse_caption(other["caption"])
+    known = [{drawable(row["caption"]) for row in rows} for rows in (plain, drawn)]
+    assert known == [{False, True}, {True}]
