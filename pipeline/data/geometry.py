@@ -78,14 +78,13 @@ def orientation(frame: av.VideoFrame) -> Orientation:
     return Orientation() if matrix is None else Orientation.of(matrix)
 
 
-def pixel_aspect(frame: av.VideoFrame, stream: av.VideoStream) -> float:
-    """Return width by height of one coded pixel, before the picture is turned.
+def _pixel_aspect(matrix: np.ndarray | None, stream: av.VideoStream) -> float:
+    """Return width by height of one coded pixel, before the picture is turned; ``matrix``: the frame's display matrix.
 
     A display matrix may scale the two sides unevenly. ffmpeg puts such a scaling in the place of the stream's aspect,
     for pictures that are turned the wrong way round: it is taken from the matrix here.
     """
     stated = stream.sample_aspect_ratio
-    matrix = display_matrix(frame)
     if matrix is not None:
         across, down = (float(math.hypot(*side)) for side in np.asarray(matrix, np.float64)[:2, :2])
         if across and down and abs(across / down - 1) > _UNEVEN:
@@ -95,10 +94,17 @@ def pixel_aspect(frame: av.VideoFrame, stream: av.VideoStream) -> float:
 
 def shown_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
     """Return (height, width) as a player shows the frame."""
-    height, width = frame.height, frame.width * pixel_aspect(frame, stream)
-    if orientation(frame).transposed:
+    return _laid_out(frame, stream)[1:]
+
+
+def _laid_out(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[Orientation, int, int]:
+    """Return how ``frame`` is shown, and its (height, width) then. Its side data are asked once: that is slow."""
+    matrix = display_matrix(frame)
+    laid = Orientation() if matrix is None else Orientation.of(matrix)
+    height, width = frame.height, frame.width * _pixel_aspect(matrix, stream)
+    if laid.transposed:
         width, height = height, width
-    return max(1, round(height)), max(1, round(width))
+    return laid, max(1, round(height)), max(1, round(width))
 
 
 @dataclass(frozen=True)
@@ -143,8 +149,7 @@ def fitted(frame: av.VideoFrame, height: int, width: int, stream: av.VideoStream
 
     Raises DataError where the covering picture would have more than ``max_pixels``, and far more than are wanted.
     """
-    laid = orientation(frame)
-    shown_height, shown_width = shown_size(frame, stream)
+    laid, shown_height, shown_width = _laid_out(frame, stream)
     scale = max(height / shown_height, width / shown_width)
     cover_height, cover_width = round(shown_height * scale), round(shown_width * scale)
     if cover_height * cover_width > max(max_pixels, _COVER * height * width):

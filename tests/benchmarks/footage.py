@@ -18,8 +18,8 @@ import av
 import numpy as np
 
 from pipeline.data.build.cutting import SIDE, Cut, note_hashes
-from pipeline.data.build.gates import MEASURES, Gates, first_refusal
-from pipeline.data.build.measures import likeness
+from pipeline.data.build.gates import Gates, first_refusal
+from pipeline.data.build.measures import likeness, take
 from pipeline.data.build.video import SOURCE_LIMITS, Clip, Video
 from pipeline.data.importers.clips import ClipSpec
 from pipeline.data.reading import VideoLimits
@@ -108,7 +108,7 @@ def bare(job: tuple[Local, Video]) -> tuple[int, list[str]]:
         data, frames, fps = bare_cut(build.root / video.path, clip)
         build.store.put(data)
         note_hashes(clip, frames, fps)
-        found = {"seconds": clip.end - clip.start} | {name: take(frames, fps) for name, take in MEASURES.items()}
+        found = {"seconds": clip.end - clip.start} | take(frames, fps)
         if kept:
             found["likeness"] = likeness(clip.hashes, kept[-1].hashes)
         refused = first_refusal(found, Gates.Settings())

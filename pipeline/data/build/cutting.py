@@ -1,12 +1,14 @@
 """The stage that cuts clips out of their videos into the build's store, and how any stage comes to a clip's frames.
 
-A clip is decoded and encoded anew: a copy of the stream could begin only at a key frame.
+A clip is decoded and encoded anew: a copy of the stream could begin only at a key frame. While its frames are at hand, they are
+hashed and measured for the stages after it, which then need not decode them.
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
+import cv2
 import numpy as np
 from pydantic import Field
 
@@ -14,6 +16,7 @@ from actors.settings import Positive, Section
 from cluster.errors import DataError
 from pipeline.data.build.files import placed
 from pipeline.data.build.hashes import common_hash, frame_hashes, one_thread
+from pipeline.data.build.measures import take
 from pipeline.data.build.video import Build, Clip, Lost, Video
 from pipeline.data.importers.clips import ClipSpec, copied_frames
 from pipeline.data.reading import Source
@@ -21,6 +24,7 @@ from pipeline.data.video import decode_scaled, encode_mp4
 
 HASHED_FPS = 8.0
 """Frames a second that are hashed: a clip that was cut elsewhere then has a frame near each of another's, in fast motion too."""
+LOOKED_FPS = 25.0  # frames a second that are measured: a flash may last one
 SIDE = 320  # pixels of the longer side of the frames that are looked at
 MOST = 150  # frames of one clip that are looked at
 
@@ -41,22 +45,35 @@ def clip_frames(
 def _sampled(
     source: Source, start: float | None, end: float | None, build: Build, fps: float, most: int, side: int
 ) -> tuple[np.ndarray, float]:
-    def scaled(height: int, width: int) -> tuple[int, int]:
-        scale = min(1.0, side / max(height, width))
-        return max(1, round(height * scale)), max(1, round(width * scale))
-
     def count(times: np.ndarray) -> int:
         seconds = float(times[-1] - times[0]) * len(times) / max(1, len(times) - 1)  # the last one is on screen, too
         return max(1, min(most, len(times), round(seconds * fps)))
 
-    frames, seconds = decode_scaled(source, scaled, count, build.limits, start=start, end=end)
+    frames, seconds = decode_scaled(
+        source, lambda height, width: _scaled(height, width, side), count, build.limits, start=start, end=end
+    )
     return frames, (len(frames) - 1) / seconds if seconds > 0 else fps
+
+
+def _scaled(height: int, width: int, side: int) -> tuple[int, int]:
+    scale = min(1.0, side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def note_hashes(clip: Clip, frames: np.ndarray, fps: float) -> None:
     """Note the perceptual hashes of ``frames``, which are ``fps`` a second, in ``clip``."""
     hashes = frame_hashes(frames[:: max(1, round(fps / HASHED_FPS))])
     clip.hashes, clip.phash = [int(value) for value in hashes], common_hash(hashes)
+
+
+def note_measures(clip: Clip, frames: np.ndarray, fps: float) -> None:
+    """Note the gates' measures of ``frames``, which are ``fps`` a second, in ``clip``; they are taken of a smaller copy."""
+    number = max(1, min(MOST, len(frames), round(len(frames) * LOOKED_FPS / fps)))
+    looked = frames[np.linspace(0, len(frames) - 1, number).round().astype(int)]
+    height, width = _scaled(frames.shape[1], frames.shape[2], SIDE)
+    if (height, width) != frames.shape[1:3]:
+        looked = np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in looked])
+    clip.measures = take(looked, fps * (number - 1) / (len(frames) - 1) if number > 1 else fps)
 
 
 class Cut:
@@ -81,12 +98,12 @@ class Cut:
         one_thread()
 
     def __call__(self, video: Video) -> Video:
-        """Return ``video`` with ``stored`` and the perceptual hashes of its clips; what cannot be cut is lost."""
+        """Return ``video`` with ``stored``, perceptual hashes and measures of its clips; what cannot be cut is lost."""
         kept: list[Clip] = []
         for clip in video.clips:
             try:
                 if not clip.stored:
-                    put_clip(video, clip, self.build, self.spec)
+                    note_measures(clip, *put_clip(video, clip, self.build, self.spec))
                 kept.append(clip)
             except DataError as error:
                 told = f"{clip.start:.2f}–{clip.end:.2f} s of {video.path}: {error}"
@@ -100,11 +117,15 @@ class Cut:
         return ClipSpec(**self.settings.model_dump(), limits=self.build.limits)
 
 
-def put_clip(video: Video, clip: Clip, build: Build, spec: ClipSpec) -> None:
-    """Cut ``clip`` out of ``video`` into the store, and note its name there and its hashes. Raises DataError."""
+def put_clip(video: Video, clip: Clip, build: Build, spec: ClipSpec) -> tuple[np.ndarray, float]:
+    """Cut ``clip`` out of ``video`` into the store, and note its name there and its hashes.
+
+    Returns its frames, and how many of them are a second. Raises DataError.
+    """
     frames, fps = copied_frames(placed(build.root, video.path), clip.start, clip.end, spec)
     clip.stored = build.store.put(encode_mp4(frames, fps, near_lossless=False))
     note_hashes(clip, frames, fps)
+    return frames, fps
 
 
 def narrowed(clip: Clip, start: float, end: float, *, least_s: float = 3.0, most_s: float = 5.0) -> tuple[float, float]:

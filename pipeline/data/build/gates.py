@@ -6,7 +6,6 @@ each lies between what must pass and what must not (tests/pipeline/data/build/te
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,14 +15,13 @@ from pydantic import Field
 from actors.settings import Fraction, Section
 from cluster.errors import DataError
 from pipeline.data.build import measures
-from pipeline.data.build.cutting import clip_frames, note_hashes
+from pipeline.data.build.cutting import LOOKED_FPS, clip_frames, note_hashes, note_measures
 from pipeline.data.build.hashes import one_thread
 from pipeline.data.build.video import Build, Clip, Lost, Video
 
 if TYPE_CHECKING:
     from actors.scoring.clip import ClipScorer
 
-LOOKED_FPS = 25.0  # frames a second that are looked at: a flash may last one
 CLIP_FRAMES = 4  # of a clip that CLIP sees
 
 
@@ -56,14 +54,6 @@ RULES = (
     Rule("likeness", "near-duplicate", "max_likeness", "{:.2f} of its frames look like one of the clip before"),
     Rule("clip_likeness", "near-duplicate", "max_clip_likeness", "CLIP's cosine with the clip before is {:.4f}"),
 )
-MEASURES: dict[str, Callable[[np.ndarray, float], float]] = {
-    "brightness": lambda frames, fps: measures.brightness(frames),
-    "border": lambda frames, fps: measures.border(frames),
-    "inset": lambda frames, fps: measures.inset(frames),
-    "motion": measures.motion,
-    "flashes": measures.flashes,
-    "text": lambda frames, fps: measures.text(frames),
-}
 
 
 class Gates:
@@ -118,24 +108,28 @@ class Gates:
             self._clip = ClipScorer(self.settings.clip)
 
     def __call__(self, video: Video) -> Video:
-        """Return ``video`` with the clips that pass, their measures and perceptual hashes; the others are lost."""
+        """Return ``video`` with the clips that pass, their measures and perceptual hashes; the others are lost.
+
+        The measures that ``cut`` took are taken for granted; what was not cut is read now.
+        """
         kept: list[Clip] = []
         before: np.ndarray | None = None  # CLIP's feature of the last clip that was kept
         for clip in video.clips:
             try:
-                frames, fps = clip_frames(video, clip, self.build, fps=LOOKED_FPS)
+                if not clip.measures:  # of a clip that was not cut
+                    frames, fps = clip_frames(video, clip, self.build, fps=LOOKED_FPS)
+                    note_hashes(clip, frames, fps)
+                    note_measures(clip, frames, fps)
+                feature = self._feature(video, clip)
             except DataError as error:
                 video.lost.append(Lost(self.name, f"clip {clip.index}", "unreadable", str(error)))
                 continue
-            if not clip.hashes:
-                note_hashes(clip, frames, fps)
-            feature = self._feature(frames)
-            found = {"seconds": clip.end - clip.start} | {name: take(frames, fps) for name, take in MEASURES.items()}
+            found = clip.measures | {"seconds": clip.end - clip.start}
             if kept:
                 found["likeness"] = measures.likeness(clip.hashes, kept[-1].hashes)
             if feature is not None and before is not None:
                 found["clip_likeness"] = float(feature @ before)
-            clip.measures |= found
+            clip.measures = found
             refused = first_refusal(found, self.settings)
             if refused is None:
                 kept.append(clip)
@@ -145,12 +139,12 @@ class Gates:
         video.clips = kept
         return video
 
-    def _feature(self, frames: np.ndarray) -> np.ndarray | None:
-        """Return CLIP's mean feature of ``frames``, of length 1."""
+    def _feature(self, video: Video, clip: Clip) -> np.ndarray | None:
+        """Return CLIP's mean feature of a few frames of ``clip``, of length 1; None without a model."""
         if self._clip is None:
             return None
-        places = np.unique(np.linspace(0, len(frames) - 1, min(CLIP_FRAMES, len(frames))).round().astype(int))
-        mean = self._clip.image_features([frames[places]])[0].mean(axis=0)
+        frames, _ = clip_frames(video, clip, self.build, fps=LOOKED_FPS, most=CLIP_FRAMES)
+        mean = self._clip.image_features([frames])[0].mean(axis=0)
         return mean / max(float(np.linalg.norm(mean)), 1e-12)
 
 

@@ -24,6 +24,18 @@ SEAM = 6  # grey levels across the edge of an inset, on average over time
 LASTING = 0.7  # share of the frames in which an edge is in its place, where it belongs to an overlay
 
 
+def take(frames: np.ndarray, fps: float) -> dict[str, float]:
+    """Return every measure of a clip by its name; ``fps``: of these frames."""
+    return {
+        "brightness": brightness(frames),
+        "border": border(frames),
+        "inset": inset(frames),
+        "motion": motion(frames, fps),
+        "flashes": flashes(frames, fps),
+        "text": text(frames),
+    }
+
+
 def brightness(frames: np.ndarray) -> float:
     """Return the mean brightness, 0 to 1."""
     return float(luma(frames).mean() / 255)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.build.cutting import clip_frames
-from pipeline.data.build.gates import MEASURES, RULES, Gates, first_refusal
+from pipeline.data.build.cutting import Cut, clip_frames
+from pipeline.data.build.gates import RULES, Gates, first_refusal
+from pipeline.data.build.measures import take
 from pipeline.data.build.video import Clip, Video
 from pipeline.data.importers.cut import read_cuts
 from pipeline.data.real import MANIFEST
@@ -22,8 +23,7 @@ pytestmark = pytest.mark.slow
 
 def judged(frames: np.ndarray, settings: Gates.Settings | None = None) -> tuple[str, str]:
     """The reason and the sentence of the first gate that refuses ``frames``."""
-    found = {name: take(frames, FPS) for name, take in MEASURES.items()}
-    refused = first_refusal(found, settings or Gates.Settings())
+    refused = first_refusal(take(frames, FPS), settings or Gates.Settings())
     return ("", "") if refused is None else (refused[0].reason, refused[1])
 
 
@@ -51,7 +51,7 @@ def test_the_pairs_that_people_cut_from_real_clips_pass_all_gates(tmp_path: Path
         done = Gates(settings=Gates.Settings(min_s=0.4), build=build)(video)
         assert [lost.told for lost in done.lost] == []
         assert len(done.clips) == len(parts)
-        assert all(set(clip.measures) >= {"seconds", *MEASURES} and clip.hashes for clip in done.clips)
+        assert all(clip.hashes and {rule.measure for rule in RULES[:-2]} <= set(clip.measures) for clip in done.clips)
 
 
 def test_a_threshold_of_null_opens_its_gate() -> None:
@@ -90,6 +90,20 @@ def test_clip_compares_neighbours_where_a_folder_is_given(tmp_path: Path, tiny_c
     strict.setup()
     again = strict(Video("b", "b.mp4", clips=[Clip(0, 1.2, 2.2), Clip(1, 1.3, 2.3), Clip(2, 5.6, 6.6)]))
     assert [clip.index for clip in again.clips] == [0, 2] and "CLIP's cosine" in again.lost[0].told
+
+
+def test_a_clip_that_was_cut_is_measured_then_and_not_decoded_again(tmp_path: Path) -> None:
+    build = LocalBuild(tmp_path)
+    shutil.copy(REAL["bikes.mp4"], tmp_path / "b.mp4")
+    spans = [(1.2, 3.0), (3.04, 5.4), (5.6, 7.4)]
+    uncut = Gates(build=build)(Video("b", "b.mp4", clips=[Clip(i, *span) for i, span in enumerate(spans)]))
+    cut = Cut(build=build)(Video("b", "b.mp4", clips=[Clip(i, *span) for i, span in enumerate(spans)]))
+    build.store.held.clear()
+    (tmp_path / "b.mp4").unlink()
+    done = Gates(build=build)(cut)
+    assert len(uncut.clips) == len(done.clips) == 3
+    for one, other in zip(uncut.clips, done.clips):
+        assert other.measures == pytest.approx(one.measures, rel=0.1, abs=0.02)
 
 
 def test_a_clip_that_cannot_be_read_costs_itself_alone(tmp_path: Path) -> None:
