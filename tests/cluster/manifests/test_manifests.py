@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import jsonschema
 import pytest
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster import ports
 from cluster.manifests import KINDS, Group, ManifestError, RunShape, Site, fold, group_of, render
 from cluster.manifests.shape import node_labels, shared_labels
 from cluster.manifests.slurm import pack
 from cluster.manifests.submit import submit_command
+from tests.cluster.manifests.schema import check, custom_resources
 
 GROUPS = (
     group_of("vlm", 2, {"CPU": 2, "GPU": 1}, labels={"vans-role": "vlm"}),
@@ -27,87 +28,6 @@ GROUPS = (
 )
 ALIKE = tuple(Group(group.name, group.count, group.bundle, {}, group.strategy) for group in GROUPS)  # any node will do
 RUN = RunShape("vans_Test.1", GROUPS, ("python", "-m", "pipeline", "train", "toy", "out=/shared/a b"), driver_cpus=2.5)
-
-
-class Exact(BaseModel):
-    """A part of KubeRay's ray.io/v1 (KubeRay 1.6): keys that it does not know are errors."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class AuthOptions(Exact):
-    mode: Literal["disabled", "token"]
-    secretName: str
-
-
-class AutoscalerOptions(Exact):
-    version: Literal["v1", "v2"]
-    idleTimeoutSeconds: int = Field(ge=0)
-    imagePullPolicy: Literal["Always", "IfNotPresent", "Never"]
-    resources: dict[str, dict[str, str]]
-
-
-class Container(Exact):
-    name: str
-    image: str
-    imagePullPolicy: str
-    env: list[dict[str, Any]]
-    ports: list[dict[str, Any]]
-    resources: dict[Literal["requests", "limits"], dict[str, str]]
-    securityContext: dict[str, bool]
-    volumeMounts: list[dict[str, str]]
-
-
-class PodSpec(Exact):
-    containers: list[Container] = Field(min_length=1, max_length=1)
-    restartPolicy: Literal["Never"]  # the autoscaler v2 takes no other
-    enableServiceLinks: Literal[False]  # a Service called vllm would set VLLM_PORT
-    securityContext: dict[str, Any]
-    tolerations: list[dict[str, str]] = []
-    volumes: list[dict[str, Any]]
-
-
-class Template(Exact):
-    metadata: dict[str, dict[str, str]]
-    spec: PodSpec
-
-
-class HeadGroup(Exact):
-    rayStartParams: dict[str, str]
-    resources: dict[str, str]  # quantities, as text; not beside num-cpus and the like in rayStartParams
-    labels: dict[str, str] = {}  # not in rayStartParams: the operator refuses them there
-    template: Template
-
-
-class WorkerGroup(HeadGroup):
-    groupName: str = Field(pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$")
-    replicas: int = Field(ge=0)
-    minReplicas: int = Field(ge=0)
-    maxReplicas: int
-
-
-class RayClusterSpec(Exact):
-    rayVersion: str
-    authOptions: AuthOptions
-    autoscalerOptions: AutoscalerOptions
-    enableInTreeAutoscaling: bool
-    headGroupSpec: HeadGroup
-    workerGroupSpecs: list[WorkerGroup]
-
-
-class RayJobSpec(Exact):
-    entrypoint: str
-    submissionMode: Literal["K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"]
-    runtimeEnvYAML: str
-    backoffLimit: int = Field(ge=0)
-    shutdownAfterJobFinishes: bool
-    ttlSecondsAfterFinished: int = Field(ge=0)
-    rayClusterSpec: RayClusterSpec
-
-
-class RayServiceSpec(Exact):
-    serveConfigV2: str
-    rayClusterConfig: RayClusterSpec
 
 
 SERVER = RunShape(
@@ -168,31 +88,35 @@ def test_a_label_selector_becomes_labels_that_meet_it() -> None:
 def test_kuberay_takes_the_job_and_its_groups_scale_apart() -> None:
     (job,) = documents("rayjob")
     assert (job["apiVersion"], job["kind"], job["metadata"]["name"]) == ("ray.io/v1", "RayJob", "vans-test-1")
-    spec = RayJobSpec.model_validate(job["spec"])
-    assert spec.entrypoint == "python -m pipeline train toy 'out=/shared/a b'"
-    assert yaml.safe_load(spec.runtimeEnvYAML) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}}
-    cluster = spec.rayClusterSpec
-    assert cluster.authOptions == AuthOptions(mode="token", secretName="vans-ray-token")
-    groups = {group.groupName: group for group in cluster.workerGroupSpecs}
+    spec = check(job)
+    assert spec["entrypoint"] == "python -m pipeline train toy 'out=/shared/a b'"
+    assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}}
+    cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "vans-ray-token"}
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     assert list(groups) == ["vlm", "vdm", "reward", "learner"]
     for name, group in groups.items():
-        assert group.labels == {"vans-role": name}
-        assert 1 <= group.minReplicas == group.replicas <= group.maxReplicas
-        container = group.template.spec.containers[0]
-        limits = container.resources["limits"]
-        assert limits["nvidia.com/gpu"] == group.resources["GPU"] and limits == container.resources["requests"]
-        assert int(limits["cpu"]) > int(group.resources["CPU"])  # Ray's own processes get some too
-        assert limits["memory"] == f"{64 * int(group.resources['GPU'])}Gi"
-        assert [entry["key"] for entry in group.template.spec.tolerations] == ["nvidia.com/gpu"]
-        mounts = {mount["name"]: mount["mountPath"] for mount in container.volumeMounts}
+        assert group["labels"] == {"vans-role": name}
+        assert 1 <= group["minReplicas"] == group["replicas"] <= group["maxReplicas"]
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        limits = container["resources"]["limits"]
+        assert limits["nvidia.com/gpu"] == group["resources"]["GPU"] and limits == container["resources"]["requests"]
+        assert int(limits["cpu"]) > int(group["resources"]["CPU"])  # Ray's own processes get some too
+        assert limits["memory"] == f"{64 * int(group['resources']['GPU'])}Gi"
+        assert [entry["key"] for entry in pod["tolerations"]] == ["nvidia.com/gpu"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert mounts == {"shared": "/shared"}
-        assert group.template.spec.volumes == [
-            {"name": "shared", "persistentVolumeClaim": {"claimName": "vans-shared"}}
-        ]
-    head = cluster.headGroupSpec
-    assert (
-        head.resources == {"CPU": "3"} and "nvidia.com/gpu" not in head.template.spec.containers[0].resources["limits"]
-    )
+        assert pod["volumes"] == [{"name": "shared", "persistentVolumeClaim": {"claimName": "vans-shared"}}]
+    head = cluster["headGroupSpec"]
+    assert head["resources"] == {"CPU": "3"}
+    assert "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"]
+    for group in (head, *groups.values()):
+        pod = group["template"]["spec"]
+        assert pod["restartPolicy"] == "Never"  # the autoscaler v2 takes no other
+        assert pod["enableServiceLinks"] is False  # a Service called vllm would set VLLM_PORT
+        # The operator refuses these there, beside `resources` and `labels`.
+        assert not {"num-cpus", "num-gpus", "resources", "labels"} & set(group["rayStartParams"])
     (same,) = documents("raycluster")
     assert same["kind"] == "RayCluster" and same["spec"] == job["spec"]["rayClusterSpec"]
 
@@ -202,28 +126,68 @@ def test_kuberay_takes_the_service_and_ray_serve_its_application() -> None:
 
     (service,) = documents("rayservice", SERVER)
     assert (service["kind"], service["metadata"]["name"]) == ("RayService", "ask")
-    spec = RayServiceSpec.model_validate(service["spec"])
-    serving = ServeDeploySchema.model_validate(yaml.safe_load(spec.serveConfigV2))
+    spec = check(service)
+    serving = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
     (application,) = serving.applications
     assert application.import_path == SERVER.application["import_path"] and application.args == {"config": "toy"}  # type: ignore[index]
     assert application.route_prefix == "/" and serving.http_options.port == ports.SERVE
-    head, *workers = spec.rayClusterConfig.headGroupSpec, *spec.rayClusterConfig.workerGroupSpecs
-    assert {"name": "serve", "containerPort": ports.SERVE} in head.template.spec.containers[0].ports
-    assert [group.groupName for group in workers] == ["vlm", "vdm"]
+    cluster = spec["rayClusterConfig"]
+    head, *workers = cluster["headGroupSpec"], *cluster["workerGroupSpecs"]
+    assert {"name": "serve", "containerPort": ports.SERVE} in head["template"]["spec"]["containers"][0]["ports"]
+    assert [group["groupName"] for group in workers] == ["vlm", "vdm"]
     token = {"name": "vans-serve-token", "key": "token", "optional": False}  # a pod without it would ask nobody for one
     for group in (head, *workers):
-        env = {entry["name"]: entry for entry in group.template.spec.containers[0].env}
+        env = {entry["name"]: entry for entry in group["template"]["spec"]["containers"][0]["env"]}
         assert env["VANS_SERVE_TOKEN"]["valueFrom"]["secretKeyRef"] == token
         assert not any(name.startswith("MLFLOW") for name in env)
     policy = yaml.safe_load(render("rayservice", SERVER, Site())["network.yaml"])
     assert ports.SERVE in {port["port"] for port in policy["spec"]["ingress"][1]["ports"]}
 
 
-def test_the_structure_that_the_tests_know_refuses_what_kuberay_does_not_know() -> None:
+def test_the_operators_schemas_take_all_that_is_written_and_refuse_what_they_do_not_know() -> None:
+    found = list(custom_resources())
+    assert {document["kind"] for document in found} == {"RayJob", "RayCluster", "RayService"}
+    for document in found:
+        check(document)
     (job,) = documents("rayjob")
-    job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["gpus"] = 1
-    with pytest.raises(ValidationError, match="gpus"):
-        RayJobSpec.model_validate(job["spec"])
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    for field, value, wrong in (
+        ("gpus", 1, "'gpus' was unexpected"),
+        ("replicas", "two", "'two' is not of type 'integer'"),
+        ("resources", {"GPU": 1.5}, "1.5 is not of type 'string'"),
+    ):
+        with pytest.raises(jsonschema.ValidationError, match=wrong):
+            check(json.loads(json.dumps(job)) | {"spec": _with(job["spec"], group | {field: value})})
+    del job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    with pytest.raises(jsonschema.ValidationError, match="'template' is a required property"):
+        check(job)
+
+
+def _with(spec: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    return spec | {"rayClusterSpec": spec["rayClusterSpec"] | {"workerGroupSpecs": [group]}}
+
+
+def test_kubernetes_takes_what_is_written_for_itself() -> None:
+    oracle = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate: 111 MB of schemas")
+    run = RunShape("own", GROUPS, ("python",), config_file="name: own\n")
+    kinds = set()
+    for kind, shape in (("rayjob", run), ("raycluster", run), ("rayservice", SERVER)):
+        for name, text in render(kind, shape, Site()).items():  # type: ignore[arg-type]
+            for document in yaml.safe_load_all(text) if name.endswith(".yaml") else ():
+                for each in _for_kubernetes(document):
+                    oracle.validate(each, "1.37", strict=True)
+                    kinds.add(each["kind"])
+    assert kinds == {"Pod", "ConfigMap", "PersistentVolumeClaim", "NetworkPolicy"}
+
+
+def _for_kubernetes(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The document, or the pods that KubeRay makes of it."""
+    if document["apiVersion"] != "ray.io/v1":
+        return [document]
+    spec = document["spec"]
+    cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+    groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    return [{"apiVersion": "v1", "kind": "Pod", **group["template"]} for group in groups]
 
 
 def test_secrets_are_named_and_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
