@@ -42,6 +42,9 @@ class Ask:
     """How this role's bundles lie on nodes; None takes the plan's."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Label selector: on which nodes (``cluster.labels``)."""
+    reserved: bool = True
+    """Whether room is reserved before the first of them starts; otherwise each asks for plain resources by itself. Colocated roles
+    have their room reserved anyhow: they meet on the same GPUs."""
     apart: int = 1
     """Members in a row, from the first, that may not share a GPU: the ranks of one group, since NCCL wants a GPU for each."""
 
@@ -115,7 +118,7 @@ class PlacementPlan:
         rooms = [
             Reservation(ask.role, (ask.bundle,) * ask.count, self.strategy_of(ask), ask.labels)
             for ask in self.asks
-            if ask not in shared and ask.bundle and ask.count
+            if ask not in shared and ask.bundle and ask.count and ask.reserved
         ]
         if shared:
             gpus = self.shared_gpus
@@ -129,7 +132,7 @@ class PlacementPlan:
     def home(self, role: str, slot: int) -> tuple[str, int] | None:
         """Return the reservation and the bundle in it that are slot (or rank) ``slot``'s of ``role``; None beyond the plan's."""
         ask = self.ask(role)
-        if slot >= ask.count or not ask.bundle:
+        if slot >= ask.count or not ask.bundle or not (ask.reserved or ask in self.sharing):
             return None
         return (SHARED, slot % self.shared_gpus) if ask in self.sharing else (role, slot)
 
@@ -141,8 +144,11 @@ class PlacementPlan:
         raise KeyError(f"the plan has no role {role!r}; it has {', '.join(ask.role for ask in self.asks)}")
 
     def total(self) -> dict[str, float]:
-        """Return the sum of all bundles."""
-        return _sum([bundle for room in self.reservations() for bundle in room.bundles])
+        """Return the sum of all bundles, and of what asks for room by itself."""
+        apart = [
+            ask.bundle for ask in self.asks if not ask.reserved and ask not in self.sharing for _ in range(ask.count)
+        ]
+        return _sum([*(bundle for room in self.reservations() for bundle in room.bundles), *apart])
 
     def strategy_of(self, ask: Ask) -> Strategy:
         """Return the strategy that applies to ``ask``."""
@@ -153,7 +159,8 @@ class PlacementPlan:
         rows = [("role", "count", "each", "together", "placement")]
         for ask in self.asks:
             together = _sum([ask.bundle] * ask.count)
-            where = f"shares {self.shared_gpus} GPU(s)" if ask in self.sharing else self.strategy_of(ask)
+            alone = self.strategy_of(ask) if ask.reserved else "not reserved"
+            where = f"shares {self.shared_gpus} GPU(s)" if ask in self.sharing else alone
             if ask.labels:
                 where += f" on {selector_text(ask.labels)}"
             rows.append((ask.role, str(ask.count), amounts(ask.bundle), amounts(together), where))

@@ -44,6 +44,11 @@ class ClusterSection(Section):
     )
     placement: Strategy = Field("PACK", description="How what the run reserves lies on nodes.")
     placement_timeout_s: float = Field(60.0, gt=0, description="Longest wait for room.")
+    can_grow: bool = Field(
+        False,
+        description="An autoscaler adds and removes nodes: what has no room yet is waited for, and pools reserve none, so that nodes "
+        "come and go with their workers (docs/operations.md).",
+    )
 
 
 class RolloutsSection(Section):

@@ -87,7 +87,8 @@ class RoomMaker:
 
     def __init__(self, placement: Placement, least: Mapping[str, int], resize: Resize) -> None:
         self.placement, self.least, self._resize = placement, dict(least), resize
-        self.asks = {ask.role: ask for ask in placement.plan.asks}
+        # What has no room of its own has none to lend and none to come back to: an autoscaler makes room for it.
+        self.asks = {ask.role: ask for ask in placement.plan.asks if placement.plan.home(ask.role, 0)}
         self.loans: dict[str, Loan] = {}
         self._again: dict[str, float] = {}  # pools that were helped: not again before
 

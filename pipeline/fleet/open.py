@@ -110,7 +110,10 @@ def placement_plan(config: RunConfig, only: Sequence[str] = ()) -> PlacementPlan
     """
     learner = config.learner
     asks = [
-        Ask(name, pool.workers, pool.cpus, pool.gpus, pool.resources, pool.placement, pool.labels)
+        Ask(
+            *(name, pool.workers, pool.cpus, pool.gpus, pool.resources, pool.placement, pool.labels),
+            reserved=not config.cluster.can_grow,
+        )
         for name, pool in pool_sections(config).items()
         if not only or name in only
     ]
@@ -142,7 +145,8 @@ async def open_fleet(config: RunConfig, *, only: Sequence[str] = ()) -> AsyncIte
         name: kinds[name].arguments(config) for name in started
     }  # a missing model is found before anything starts
     plan = placement_plan(config, only)
-    placement = await asyncio.to_thread(place, plan, config.cluster.placement_timeout_s)
+    cluster = config.cluster
+    placement = await asyncio.to_thread(place, plan, cluster.placement_timeout_s, can_grow=cluster.can_grow)
     pools = {
         name: WorkerPool(
             name,

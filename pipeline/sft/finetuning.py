@@ -165,6 +165,8 @@ def carry_out(job: SftJob, on_metrics: OnMetrics | None = None) -> SftResult:
 
 def check_room(job: SftJob) -> None:
     """Raise PlacementError where the cluster can never hold the ranks and decoders: Ray Train would wait for ever."""
+    if job.settings.can_grow:
+        return
     learner, source = job.settings.learner, job.source
     ranks = Ask("sft", learner.ranks, learner.cpus, learner.gpus, strategy=learner.placement, labels=learner.labels)
     check(PlacementPlan((ranks, Ask("decoders", job.settings.decoders, source.cpus_per_decoder))), view())
@@ -172,7 +174,7 @@ def check_room(job: SftJob) -> None:
 
 def run_name(job: SftJob) -> str:
     """Return the name by which Ray Train resumes a run: another one for other rows, settings, or files of model and adapter."""
-    where = ("placement", "labels", "placement_timeout_s", "step_timeout_s")  # a run may go on elsewhere
+    where = ("placement", "labels", "placement_timeout_s", "can_grow", "step_timeout_s")  # a run may go on elsewhere
     told = {key: value for key, value in job.settings.facts().items() if key not in where}
     models = model_digests({"model": job.model, "adapter": job.settings.adapter})
     facts = json.dumps([job.kind, job.model, models, job.source.digest, told], sort_keys=True, default=str)

@@ -49,6 +49,7 @@ class SftSettings:
     prompt: PromptSection = PROMPT
     max_quarantine_ratio: float = 0.05
     placement_timeout_s: float = 60.0  # longest wait for room in the cluster
+    can_grow: bool = False  # whether an autoscaler adds nodes
     policy_kwargs: dict[str, Any] = field(default_factory=dict)  # more arguments of the policy's load
 
     def __post_init__(self) -> None:
@@ -114,6 +115,7 @@ def sft_settings(config: RunConfig, kind: Kind) -> SftSettings:
         decoders=config.data.decoders,
         max_quarantine_ratio=config.data.max_quarantine_ratio,
         placement_timeout_s=config.cluster.placement_timeout_s,
+        can_grow=config.cluster.can_grow,
         policy_kwargs=vdm_options(config) if kind == "vdm" else {"engine_dtype": config.pools.vlm.dtype},
     )
 

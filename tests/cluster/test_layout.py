@@ -27,6 +27,19 @@ def test_disaggregated_roles_have_a_group_of_their_own() -> None:
     assert plan.shared_gpus == 0 and plan.total() == {"CPU": 3.0, "GPU": 4.0}
 
 
+def test_what_is_not_reserved_is_counted_and_asks_for_room_by_itself() -> None:
+    asks = (Ask("vdm", 2, 1.0, 1.0, labels={"card": "h100"}, reserved=False), Ask("learner", 2, 0.5, 1.0))
+    plan = PlacementPlan(asks)
+    assert [room.name for room in plan.reservations()] == ["learner"]
+    assert plan.home("vdm", 0) is None and plan.home("learner", 1) == ("learner", 1)
+    assert plan.total() == {"CPU": 3.0, "GPU": 4.0} and "not reserved on card=h100" in plan.table()
+    options = Placement(plan, {"learner": object()}).options("vdm", "vdm-0")
+    assert options["num_gpus"] == 1.0 and options["label_selector"] == {"card": "h100"}
+    assert "scheduling_strategy" not in options
+    shared = colocated(Ask("vlm", 1, 1.0, 0.5, reserved=False), Ask("learner", 1, 1.0, 0.5))
+    assert shared.home("vlm", 0) == (SHARED, 0) and shared.total() == {"CPU": 2.0, "GPU": 1.0}  # they meet on one GPU
+
+
 def test_colocated_roles_are_dealt_over_whole_gpus() -> None:
     plan = colocated(
         Ask("vlm", 4, 1.0, 0.35),
