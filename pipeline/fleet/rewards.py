@@ -22,6 +22,7 @@ BUNDLED: Mapping[str, str] = {
     "dino_v": "actors.scoring.bundled:DinoSimilarity",
     "judge": "actors.scoring.judge:Judge",
     "hpsv3": "actors.scoring.hpsv3:HPSv3",
+    "videoscore2": "actors.scoring.videoscore2:VideoScore2",
 }
 """Rewards with models that come with this project: name → ``module:Class``."""
 
