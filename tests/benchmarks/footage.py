@@ -169,7 +169,10 @@ def measure(size: Size) -> Result:
             def ours() -> float:
                 began = time.perf_counter()
                 dataset = ray.data.from_items(videos, override_num_blocks=len(videos))
-                for stage, workers in ((Cut, cores), (Gates, 1)):  # as in the bundled recipes: cut measures, gates compare
+                for stage, workers in (
+                    (Cut, cores),
+                    (Gates, 1),
+                ):  # as in the bundled recipes: cut measures, gates compare
                     dataset = dataset.map(
                         Worker,
                         fn_constructor_args=(stage, build),
